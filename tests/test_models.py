@@ -1,0 +1,162 @@
+"""Networks: parameter counts against published figures, shapes, seeds, saving, precision."""
+
+import keras
+import numpy as np
+import pytest
+
+from sbn_tf import models
+
+SMALL = [
+    ("resnet18", (16, 16, 3), 4, {"width": 4}, (4,)),
+    ("resnet18", (33, 47, 1), 4, {"width": 4, "stem": 7}, (4,)),
+    ("resnet18_small", (16, 16, 1), 3, {"activation": "softmax"}, (3,)),
+    ("unet", (16, 24, 1), 1, {"widths": (4, 8), "upsampling": "transpose"}, (16, 24, 1)),
+    ("unet_small", (16, 8, 3), 2, {"activation": "softmax", "pooling": "average"}, (16, 8, 2)),
+]
+
+
+def num_trainable(model):
+    return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        # torchvision's resnet18 (its documentation's num_params), and the usual CIFAR-10 variant.
+        (models.resnet18, {"input_shape": (224, 224, 3), "num_outputs": 1000, "stem": 7}, 11_689_512),
+        (models.resnet18, {"input_shape": (32, 32, 3), "num_outputs": 10, "stem": 3}, 11_173_962),
+        (models.resnet18_paper, {}, 5_354_406),
+        (models.unet_paper, {"dataset": "lidc", "num_outputs": 2}, 2_264_034),
+        (models.unet_paper, {"dataset": "isic", "num_outputs": 2}, 8_801_544),
+    ],
+)
+def test_parameter_counts(function, arguments, expected):
+    assert num_trainable(function(**arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("network", "millions"), [("resnet18_paper", 5.35), ("unet_paper_lidc", 2.26), ("unet_paper_isic", 8.80)]
+)
+def test_the_papers_printed_counts(network, millions):
+    channels = 3 if network.endswith("isic") else 1
+    outputs = 14 if network.startswith("resnet") else 1
+    model = models.build(network, (32, 32, channels), outputs)
+    assert round(num_trainable(model) / 1e6, 2) == millions
+
+
+def test_counts_by_hand():
+    # One level has no skip: 3x3x1x2 kernel, gamma and beta, 1x1x2x1 head and its bias.
+    assert num_trainable(models.unet((8, 8, 1), widths=(2,), convs_per_level=1)) == 18 + 4 + 2 + 1
+    # The decoder's convolution sees the up-sampled 3 channels and the skip's 2.
+    expected = (18 + 4) + (9 * 2 * 3 + 6) + (9 * (3 + 2) * 2 + 4) + 3
+    assert num_trainable(models.unet((8, 8, 1), widths=(2, 3), convs_per_level=1)) == expected
+
+
+@pytest.mark.parametrize(("network", "input_shape", "num_outputs", "options", "output_shape"), SMALL)
+def test_shapes_ranges_and_one_step(network, input_shape, num_outputs, options, output_shape):
+    model = models.build(network, input_shape, num_outputs, seed=0, **options)
+    images = np.random.default_rng(0).normal(size=(4, *input_shape)).astype("float32")
+    probs = model.predict(images, verbose=0)
+    assert probs.shape == (4, *output_shape)
+    assert probs.dtype == np.float32
+    assert probs.min() >= 0 and probs.max() <= 1
+    if options.get("activation") == "softmax":
+        np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+    model.compile("sgd", loss="binary_crossentropy")
+    before = model.get_weights()
+    history = model.fit(images, (probs > 0.5).astype("float32"), verbose=0)
+    assert np.isfinite(history.history["loss"][0])
+    assert any((old != new).any() for old, new in zip(before, model.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize(("network", "input_shape", "num_outputs", "options", "output_shape"), SMALL)
+def test_keras_round_trip(tmp_path, network, input_shape, num_outputs, options, output_shape):
+    model = models.build(network, input_shape, num_outputs, seed=0, **options)
+    images = np.random.default_rng(0).normal(size=(2, *input_shape)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert [layer.name for layer in again.layers] == [layer.name for layer in model.layers]
+    np.testing.assert_array_equal(again.predict(images, verbose=0), model.predict(images, verbose=0))
+
+
+def test_every_layer_has_a_stable_name():
+    names = [[layer.name for layer in models.build("unet_small", (8, 8, 1), 1).layers] for _ in range(2)]
+    assert names[0] == names[1]
+    assert len(set(names[0])) == len(names[0])
+    assert {"encoder1_conv1", "encoder3_bn2", "decoder1_conv2", "head"} <= set(names[0])
+    names = [layer.name for layer in models.build("resnet18_small", (8, 8, 1), 1).layers]
+    assert {"stem_conv", "stage1_block1_conv1", "stage4_block1_shortcut_conv", "head"} <= set(names)
+
+
+def test_one_seed_gives_the_same_weights_whatever_came_before():
+    first = models.build("unet_small", (8, 8, 1), 1, seed=3)
+    models.build("resnet18_small", (8, 8, 1), 1, seed=3)
+    keras.random.normal((2,))
+    second = models.build("unet_small", (8, 8, 1), 1, seed=3)
+    other = models.build("unet_small", (8, 8, 1), 1, seed=4)
+    for old, new in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    kernels = [model.get_layer("encoder1_conv1").kernel for model in (first, other)]
+    assert not np.array_equal(*kernels)
+
+
+def test_layers_of_one_shape_get_different_weights():
+    model = models.build("resnet18_small", (8, 8, 1), 1, seed=0)
+    kernels = [model.get_layer(f"stage1_block{index}_conv2").kernel for index in (1, 2)]
+    assert not np.array_equal(*kernels)
+
+
+def test_no_seed_follows_keras():
+    weights = []
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        weights.append(models.build("unet_small", (8, 8, 1), 1).get_weights())
+    for old, new in zip(*weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("network", ["resnet18_small", "unet_small"])
+def test_mixed_precision_computes_in_half_and_answers_in_single(network):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = models.build(network, (8, 8, 1), 1, seed=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert model.layers[1].compute_dtype == "bfloat16"
+    assert model.output.dtype == "float32"
+    assert model.predict(np.ones((1, 8, 8, 1), "float32"), verbose=0).dtype == np.float32
+
+
+def test_convolutions_before_a_batch_norm_have_no_bias_by_default():
+    for network in ("resnet18_small", "unet_small"):
+        layers = models.build(network, (8, 8, 1), 1).layers
+        biased = [layer.name for layer in layers if getattr(layer, "use_bias", False)]
+        assert biased == ["head"]
+
+
+def test_strided_convolutions_pad_both_sides():
+    # A 7x7 kernel of ones, stride 2, on a 4x4 image of ones, padded by 3: hand count of the covered pixels.
+    model = models.resnet18((4, 4, 1), 1, width=1, stem=7)
+    model.get_layer("stem_conv").kernel.assign(np.ones((7, 7, 1, 1)))
+    stem = keras.Model(model.input, model.get_layer("stem_conv").output)
+    np.testing.assert_array_equal(stem(np.ones((1, 4, 4, 1)))[0, :, :, 0], [[16, 16], [16, 16]])
+    stem = keras.Model(model.input, model.get_layer("stage2_block1_conv1").output)
+    assert stem.output.shape == (None, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.unet((30, 32, 1)), "divisible by 8"),
+        (lambda: models.unet((32, 32, 1), pooling="mean"), "pooling='mean'"),
+        (lambda: models.unet((32, 32)), "input_shape"),
+        (lambda: models.resnet18((32, 32, 3), 10, stem=5), "stem=5"),
+        (lambda: models.resnet18((32, 32, 3), 0), "num_outputs=0"),
+        (lambda: models.unet_paper("lits"), "'lits'"),
+        (lambda: models.build("resnet50", (32, 32, 3), 10), r"resnet18_small.*'resnet50'"),
+    ],
+)
+def test_errors_say_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert len(str(error.value).splitlines()) <= 2
