@@ -1,0 +1,131 @@
+"""Datasets behind one contract: `load(name)` gives a `Data` of three `Split`s in memory, with its `Card`.
+
+    from sbn_tf import datasets
+
+    print(datasets.names())
+    data = datasets.load("phantom_lesion")
+    model.fit(data.train.batches(50, seed=0))
+
+The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. For research,
+not for clinical use.
+"""
+
+import inspect
+
+import numpy as np
+
+from . import chest, isic, lidc, phantoms
+from .base import MULTI_LABEL, SEGMENTATION, Card, Data, Split, first_in_seeded_order
+
+__all__ = ["MULTI_LABEL", "SEGMENTATION", "Card", "Data", "Split", "card", "load", "names"]
+
+MIN_SIZE = 8
+NORMALISATIONS = ("train", "paper")
+
+# name: (card, reader). A reader takes (root, size, seed[, limit]) and its own options by keyword.
+_REGISTRY = {
+    "phantom_chest": (phantoms.PHANTOM_CHEST, phantoms.load_phantom_chest),
+    "phantom_lesion": (phantoms.PHANTOM_LESION, phantoms.load_phantom_lesion),
+    "phantom_nodule": (phantoms.PHANTOM_NODULE, phantoms.load_phantom_nodule),
+    "nih_chest": (chest.NIH_CHEST, chest.load_nih_chest),
+    "chestmnist": (chest.CHESTMNIST, chest.load_chestmnist),
+    "isic2018": (isic.ISIC2018, isic.load_isic2018),
+    "lidc": (lidc.LIDC, lidc.load_lidc),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `load` and `card` take."""
+    return tuple(_REGISTRY)
+
+
+def card(name: str) -> Card:
+    """The card of a dataset; reads no file.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _registered(name)[0]
+
+
+def load(
+    name: str,
+    root=None,
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    normalisation: str = "train",
+    **options,
+) -> Data:
+    """Load a dataset, or make it, into memory.
+
+    Args:
+        name: one of `names()`.
+        root: folder that holds the data. Default: SBN_TF_DATA, else `data/` of the working directory,
+            else `data/` beside the package. Phantoms need none.
+        size: side of the square images in pixels, 8 or more. Default: the card's.
+            Photographs and radiographs are resized (antialiased; masks: nearest), LIDC is cropped or padded
+            about its centre at native pixels, phantoms are drawn at that size.
+        limit: at most that many images of each split: the first of a seeded order, kept in file order.
+            The same seed gives the same images, a smaller limit a subset of them. Patients stay apart.
+        seed: integer >= 0: of `limit`, of a phantom, and of a split that has to be drawn (isic2018). It is
+            the data's seed: keep it while the seed of training varies.
+        normalisation: "train": the training split's pixel mean and standard deviation, per channel
+            (after `limit`); "paper": the paper's constants, where it has them (chest).
+        **options: of one dataset: `raters` ("all" or "drew") of lidc, `crop` of isic2018, `verify` of
+            chestmnist, `num_train`, `num_val`, `num_test` of the phantoms.
+
+    Returns:
+        `Data`.
+
+    Raises:
+        ValueError: an argument out of range, an unknown name or option, or a file that is not as expected.
+        FileNotFoundError: the data are not there; says where to get them and where to put them.
+    """
+    info, reader = _registered(name)
+    size = info.default_size if size is None else size
+    _check_integer("size", size, MIN_SIZE)
+    _check_integer("seed", seed, 0)
+    if limit is not None:
+        _check_integer("limit", limit, 1)
+    moments = _moments(info, normalisation)
+
+    arguments = inspect.signature(reader).parameters
+    known = [key for key, value in arguments.items() if value.kind is value.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}"
+        )
+    if "limit" in arguments:
+        options["limit"] = limit
+    splits = reader(root, size, seed, **options)
+    if limit is not None:
+        splits = [
+            s if s.num_examples <= limit else s.subset(first_in_seeded_order(s.num_examples, limit, seed))
+            for s in splits
+        ]
+    return Data(info, *splits, *moments)
+
+
+def _registered(name):
+    if name not in _REGISTRY:
+        raise ValueError(f"Expected a dataset among {', '.join(_REGISTRY)}. Received: name={name!r}")
+    return _REGISTRY[name]
+
+
+def _check_integer(what, value, least):
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"Expected an integer {what} >= {least}. Received: {what}={value!r}")
+
+
+def _moments(info, normalisation):
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"Expected normalisation one of {NORMALISATIONS}. Received: {normalisation!r}")
+    if normalisation == "train":
+        return None, None
+    if info.paper_normalisation is None:
+        raise ValueError(
+            f"Expected normalisation='train' for {info.name!r}: the paper has no constants for it. Received: 'paper'"
+        )
+    return tuple(np.full(info.channels, value, "float32") for value in info.paper_normalisation)

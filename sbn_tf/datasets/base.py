@@ -1,0 +1,363 @@
+"""The contract every dataset keeps: a `Card` that describes it, three `Split`s in memory, a `Data` around them."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+__all__ = ["MULTI_LABEL", "SEGMENTATION", "Card", "Data", "Split"]
+
+MULTI_LABEL = "multi-label"
+SEGMENTATION = "segmentation"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a dataset is, where it comes from and under which terms. `print(card)` shows it.
+
+    Args:
+        name: name that `load` takes.
+        title: one line for people.
+        task: "multi-label" (targets are labels) or "segmentation" (targets are masks).
+        classes: names of the labels, or of the one foreground class.
+        channels: 1 (grey) or 3 (RGB).
+        num_raters: masks per image; 1 where there is a single truth.
+        licence, citation, source: terms, what to cite, where it comes from.
+        files: official file or folder names, as they are looked for under the data root.
+        default_size: side in pixels of the square images that `load` gives when no size is asked for.
+        network: the customary network here, "resnet18" or "unet".
+        notes: what a user should know before trusting a number.
+        paper_normalisation: (mean, sd) on the 0..1 scale where the paper has constants, else None.
+        checksums: (file name, md5) pairs of the official files, where they are published.
+    """
+
+    name: str
+    title: str
+    task: str
+    classes: tuple[str, ...]
+    channels: int
+    num_raters: int
+    licence: str
+    citation: str
+    source: str
+    files: tuple[str, ...]
+    default_size: int
+    network: str
+    notes: str = ""
+    paper_normalisation: tuple[float, float] | None = None
+    checksums: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self):
+        kind = f"{self.task}, {len(self.classes)} labels" if self.task == MULTI_LABEL else self.task
+        if self.num_raters > 1:
+            kind += f", {self.num_raters} raters"
+        size = f"{self.default_size} x {self.default_size} x {self.channels}"
+        rows = [
+            ("task", kind),
+            ("classes", ", ".join(self.classes)),
+            ("images", f"{size} by default"),
+            ("network", self.network),
+            ("files", ", ".join(self.files) or "none: made on the spot"),
+            ("source", self.source),
+            ("licence", self.licence),
+            ("cite", self.citation),
+            ("notes", self.notes),
+        ]
+        lines = [f"{self.name}: {self.title}"]
+        return "\n".join(lines + [f"  {key:<8} {value}" for key, value in rows if value])
+
+
+@dataclass(eq=False)
+class Split:
+    """One part (train, val or test) of a dataset, held in memory.
+
+    Args:
+        name: "train", "val" or "test"; used in messages.
+        task: "multi-label" or "segmentation".
+        images: `(N, H, W, C)`, uint8 (0..255) or float32 (0..1).
+        targets: uint8, 0 or 1. Multi-label: `(N, L)`. Segmentation: `(N, H, W, R)`, one mask per rater.
+        groups: `(N,)` patient or case of each image, or None where unknown.
+        ids: `(N,)` name of each image in its source, or None.
+        rater_valid: `(N, R)` bool, which masks exist (segmentation; default: all). Each image needs one.
+        truth_probs: the generating probability of a 1, float32, where it is known (phantoms):
+            `(N, L)` per label, or `(N, H, W, 1)` that a rater taken at random marks the pixel. Else None.
+        mean, sd: `(C,)` float32 on the 0..1 scale, used by `normalised` and `batches`.
+
+    Raises:
+        ValueError: an empty split, or shapes, types or values other than these.
+    """
+
+    name: str
+    task: str
+    images: np.ndarray
+    targets: np.ndarray
+    groups: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    rater_valid: np.ndarray | None = None
+    truth_probs: np.ndarray | None = None
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(1, "float32"))
+    sd: np.ndarray = field(default_factory=lambda: np.ones(1, "float32"))
+
+    def __post_init__(self):
+        if self.task not in (MULTI_LABEL, SEGMENTATION):
+            raise ValueError(
+                f"Expected task {MULTI_LABEL!r} or {SEGMENTATION!r}. Received: task={self.task!r}"
+            )
+        self._check_images()
+        self._check_targets()
+        n = len(self.images)
+        for key in ("groups", "ids", "truth_probs"):
+            value = getattr(self, key)
+            if value is not None and len(value) != n:
+                raise ValueError(f"Expected {n} {key} in split {self.name!r}. Received: {len(value)}")
+
+    def _check_images(self):
+        where, images = f"split {self.name!r}", self.images
+        if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+            raise ValueError(
+                f"Expected images (N, H, W, C) uint8 or float32 in {where}. "
+                f"Received: shape {images.shape}, {images.dtype}"
+            )
+        if len(images) == 0:
+            raise ValueError(
+                f"Expected at least one image in {where}. Received: none. Check the files and limit."
+            )
+        if images.dtype == np.float32 and not np.isfinite(images).all():
+            bad = int(np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))[0])
+            raise ValueError(f"Expected finite pixels in {where}. Received: NaN or infinity in image {bad}.")
+
+    def _check_targets(self):
+        where, targets = f"split {self.name!r}", self.targets
+        n, height, width, _ = self.images.shape
+        if self.task == MULTI_LABEL:
+            expected, fits = f"({n}, labels)", targets.ndim == 2 and len(targets) == n
+        else:
+            expected = f"({n}, {height}, {width}, raters)"
+            fits = targets.ndim == 4 and targets.shape[:3] == (n, height, width)
+        if not fits or targets.dtype != np.uint8:
+            raise ValueError(
+                f"Expected targets {expected} uint8 in {where}. Received: shape {targets.shape}, {targets.dtype}"
+            )
+        if targets.max() > 1:
+            raise ValueError(f"Expected targets of 0 and 1 in {where}. Received: a value of {targets.max()}")
+        if self.task == MULTI_LABEL:
+            if self.rater_valid is not None:
+                raise ValueError(f"Expected no rater_valid for labels, in {where}: only masks have raters.")
+            return
+        shape = (n, targets.shape[-1])
+        if self.rater_valid is None:
+            self.rater_valid = np.ones(shape, bool)
+        if self.rater_valid.shape != shape or self.rater_valid.dtype != bool:
+            raise ValueError(
+                f"Expected rater_valid {shape} bool in {where}. "
+                f"Received: shape {self.rater_valid.shape}, {self.rater_valid.dtype}"
+            )
+        if not self.rater_valid.any(axis=1).all():
+            bad = int(np.flatnonzero(~self.rater_valid.any(axis=1))[0])
+            raise ValueError(
+                f"Expected one valid mask or more per image in {where}. Received: none for image {bad}."
+            )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def num_raters(self) -> int:
+        """Masks per image (segmentation), or 1."""
+        return 1 if self.task == MULTI_LABEL else self.targets.shape[-1]
+
+    def subset(self, index) -> "Split":
+        """The same split with the examples of `index` (integers or a bool per example) alone."""
+        keys = ("images", "targets", "groups", "ids", "rater_valid", "truth_probs")
+        parts = {key: getattr(self, key) for key in keys}
+        return replace(self, **{key: None if part is None else part[index] for key, part in parts.items()})
+
+    def steps(self, batch_size: int, drop_remainder: bool = False) -> int:
+        """Batches in one epoch; the last, smaller one counts unless `drop_remainder`."""
+        if batch_size < 1:
+            raise ValueError(f"Expected batch_size >= 1. Received: batch_size={batch_size}")
+        return self.num_examples // batch_size if drop_remainder else -(-self.num_examples // batch_size)
+
+    def normalised(self, index=slice(None)) -> np.ndarray:
+        """Images as the network sees them: `(pixel on the 0..1 scale - mean) / sd`, float32 `(N, H, W, C)`.
+
+        Args:
+            index: which images (any numpy index on the first axis); all of them by default.
+        """
+        images = self.images[index].astype("float32")
+        if self.images.dtype == np.uint8:
+            images /= np.float32(255)
+        images -= self.mean
+        images /= self.sd
+        return images
+
+    def mean_mask(self) -> np.ndarray:
+        """Share of the valid raters who marked each pixel, float32 `(N, H, W, 1)`."""
+        self._needs_masks("mean_mask")
+        valid = self.rater_valid[:, None, None, :]
+        marks = (self.targets * valid).sum(axis=-1, keepdims=True, dtype="float32")
+        return marks / valid.sum(axis=-1, keepdims=True, dtype="float32")
+
+    def majority(self) -> np.ndarray:
+        """Pixels that at least half of the valid raters marked, uint8 `(N, H, W, 1)`.
+
+        A tie (2 of 4) counts as marked: the 50 % consensus customary for LIDC (Kubota et al. 2011).
+        """
+        return (self.mean_mask() >= 0.5).astype("uint8")
+
+    def _needs_masks(self, what):
+        if self.task != SEGMENTATION:
+            raise ValueError(
+                f"Expected a segmentation split: labels have no {what}. Received: task={self.task!r}"
+            )
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        initial_epoch: int = 0,
+        epochs: int = 1,
+        augment: str | None = None,
+        rater: str | None = None,
+        drop_remainder: bool = False,
+    ):
+        """Stream of (images, targets), both float32: images normalised, targets `(B, L)` or `(B, H, W, 1)`.
+
+        Without a seed the order is the file's and nothing is random: the stream for evaluation. With a
+        seed each epoch has its own order, raters and augmentation, all functions of (seed, epoch, example)
+        and of nothing else: a stream that starts at `initial_epoch=3` gives, bit for bit, what the
+        uninterrupted one gives from epoch 3 on. So a resumed run equals an uninterrupted one.
+
+        Args:
+            batch_size: images per batch; the last batch of an epoch may be smaller.
+            seed: integer >= 0, or None.
+            initial_epoch, epochs: yields epochs `initial_epoch` to `epochs - 1`, as in `keras.Model.fit`.
+            augment: None or "flips_and_quarter_turns" (the paper's for ISIC): one of the eight symmetries
+                of the square, each equally likely, the same for image and mask. Needs a seed.
+            rater: "random" (one valid rater's mask, each equally likely, drawn anew each epoch; needs a
+                seed), "majority" (see `majority`) or "mean" (soft, see `mean_mask`). Default: "random"
+                with a seed, "majority" without. Segmentation only.
+            drop_remainder: leave out the smaller last batch.
+
+        Returns:
+            `tf.data.Dataset` of known length. Over several epochs give `fit` `steps_per_epoch=steps(...)`.
+
+        Raises:
+            ValueError: an option that is unknown, out of range, or random without a seed.
+        """
+        from . import stream  # TensorFlow is loaded here, not by `import sbn_tf.datasets`
+
+        return stream.batches(
+            self,
+            batch_size,
+            seed=seed,
+            initial_epoch=initial_epoch,
+            epochs=epochs,
+            augment=augment,
+            rater=rater,
+            drop_remainder=drop_remainder,
+        )
+
+
+@dataclass(eq=False)
+class Data:
+    """A loaded dataset: its card and its three splits.
+
+    Args:
+        card: the description.
+        train, val, test: the splits. No group (patient) is in two of them.
+        mean, sd: `(C,)` float32 on the 0..1 scale; every split's `normalised` uses them. By default the
+            pixel mean and standard deviation of the training split, per channel.
+
+    Raises:
+        ValueError: a patient in two splits, or splits of different shapes.
+    """
+
+    card: Card
+    train: Split
+    val: Split
+    test: Split
+    mean: np.ndarray | None = None
+    sd: np.ndarray | None = None
+
+    def __post_init__(self):
+        parts = (self.train, self.val, self.test)
+        shapes = {(p.images.shape[1:], p.targets.shape[1:], p.task) for p in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"Expected splits of one shape in {self.card.name!r}. Received: {sorted(shapes)}"
+            )
+        for i, first in enumerate(parts):
+            for second in parts[i + 1 :]:
+                self._check_disjoint(first, second)
+        if self.mean is None or self.sd is None:
+            self.mean, self.sd = channel_statistics(self.train.images)
+        for part in parts:
+            part.mean, part.sd = self.mean, self.sd
+
+    def _check_disjoint(self, first, second):
+        if first.groups is None or second.groups is None:
+            return
+        both = np.intersect1d(first.groups, second.groups)
+        if len(both):
+            raise ValueError(
+                f"Expected every patient of {self.card.name!r} in one split. "
+                f"Received: {len(both)} in both {first.name} and {second.name}, as {both[0]}"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, `(H, W, C)`."""
+        return self.train.images.shape[1:]
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits the network needs: one per label, or one per pixel (1) for masks."""
+        return self.train.targets.shape[1] if self.card.task == MULTI_LABEL else 1
+
+    def pos_weight(self) -> np.ndarray:
+        """Per label, negatives / positives in the training split: the paper's class weights. `(L,)` float32.
+
+        A label without a positive in training gets the number of training examples (one positive is
+        assumed), so the weight stays finite; there it weighs nothing, as only positives are weighted.
+
+        Raises:
+            ValueError: for masks.
+        """
+        if self.card.task != MULTI_LABEL:
+            raise ValueError(
+                f"Expected a multi-label dataset: pos_weight is per label. Received: {self.card.name!r} (masks)"
+            )
+        positives = self.train.targets.sum(axis=0, dtype="float64")
+        negatives = self.train.num_examples - positives
+        return (negatives / np.maximum(positives, 1)).astype("float32")
+
+    def __str__(self):
+        sizes = ", ".join(f"{p.name} {p.num_examples}" for p in (self.train, self.val, self.test))
+        shape = " x ".join(map(str, self.input_shape))
+        moments = ", ".join(f"{m:.3f} +- {s:.3f}" for m, s in zip(self.mean, self.sd, strict=True))
+        return f"{self.card.name}: {sizes} images of {shape}, pixels {moments}"
+
+
+def first_in_seeded_order(n, limit, seed):
+    """The first `limit` of a seeded order of `range(n)`, sorted: a smaller limit takes a subset of these."""
+    return np.sort(np.random.default_rng([seed, 711]).permutation(n)[:limit])
+
+
+def channel_statistics(images):
+    """Mean and standard deviation per channel on the 0..1 scale, `(C,)` float32 each."""
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    count = images.size // images.shape[-1]
+    total = np.zeros(images.shape[-1])
+    squares = np.zeros(images.shape[-1])
+    for start in range(0, len(images), 1024):  # float64 copies of a large split would not fit in memory
+        part = images[start : start + 1024].astype("float64") / scale
+        total += part.sum(axis=(0, 1, 2))
+        squares += np.square(part).sum(axis=(0, 1, 2))
+    mean = total / count
+    sd = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    if not (sd > 1e-6).all():
+        raise ValueError(f"Expected training images that vary. Received: pixel standard deviation {sd}")
+    return mean.astype("float32"), sd.astype("float32")

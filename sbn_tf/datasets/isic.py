@@ -1,0 +1,169 @@
+"""ISIC 2018 Task 1: dermoscopic images, each with a mask of the lesion, in the challenge's folders."""
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from . import files
+from .base import SEGMENTATION, Card, Split, first_in_seeded_order
+
+__all__ = ["ISIC2018", "load_isic2018"]
+
+logger = logging.getLogger(__name__)
+
+IMAGES = "ISIC2018_Task1-2_{}_Input"
+MASKS = "ISIC2018_Task1_{}_GroundTruth"
+OFFICIAL = {"train": "Training", "val": "Validation", "test": "Test"}
+
+ISIC2018 = Card(
+    name="isic2018",
+    title="ISIC 2018 Task 1: dermoscopic images with the lesion's boundary",
+    task=SEGMENTATION,
+    classes=("lesion",),
+    channels=3,
+    num_raters=1,
+    licence="CC0 by most accounts, HAM10000 part CC BY-NC: treat as non-commercial research data",
+    citation="Codella, N., et al. (2019). arXiv:1902.03368; Tschandl, P., et al. (2018). Scientific Data 5:180161.",
+    source="https://challenge.isic-archive.com/data/#2018 (ISIC Challenge 2018)",
+    files=("isic2018_task1", IMAGES.format("Training"), MASKS.format("Training")),
+    default_size=64,
+    network="unet",
+    notes="Splits: split.csv where present; else the official Validation and Test folders; else a seeded "
+    "80/10/10. Patients are not known. The paper: 224 pixels, 2,594 / 100 / 1,000 images.",
+)
+
+
+def load_isic2018(root, size, seed, limit=None, *, crop=True):
+    """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
+
+    Args:
+        root: data root that holds `isic2018_task1` or the official folders themselves.
+        size: side in pixels after resizing (images bilinear and antialiased, masks nearest).
+        seed: of the 80/10/10 split, where there is no other, and of the subset that `limit` takes.
+        limit: at most that many images of each split are decoded.
+        crop: cut the centre square first, as the paper does; False squeezes the whole image.
+    """
+    official = Path(IMAGES.format("Training"))
+    folder = files.find(ISIC2018, root, [Path("isic2018_task1") / official, official]).parent
+    pairs = _split(folder, seed)
+    splits = []
+    for name, names in pairs.items():
+        if limit is not None:
+            names = [names[k] for k in first_in_seeded_order(len(names), limit, seed)]
+        if not names:
+            raise ValueError(f"Expected images of split {name!r} in {folder}. Received: none.")
+        images = np.empty((len(names), size, size, 3), "uint8")
+        masks = np.empty((len(names), size, size, 1), "uint8")
+        for k, (image, mask) in enumerate(tqdm(names, desc=f"isic2018 {name}", unit="image", leave=False)):
+            images[k], masks[k, ..., 0] = _decode(image, mask, size, crop)
+        ids = np.array([image.stem for image, _ in names])
+        splits.append(Split(name=name, task=SEGMENTATION, images=images, targets=masks, ids=ids))
+    return splits
+
+
+def _split(folder, seed):
+    training = _pairs(folder, "Training")
+    if (folder / "split.csv").exists():
+        return _split_from_csv(folder / "split.csv", training)
+    if all((folder / IMAGES.format(OFFICIAL[p])).exists() for p in ("val", "test")):
+        return {"train": list(training.values())} | {
+            part: list(_pairs(folder, OFFICIAL[part]).values()) for part in ("val", "test")
+        }
+    pairs = list(training.values())
+    order = np.random.default_rng([seed, 18]).permutation(len(pairs))
+    tenth = len(pairs) // 10
+    index = {"train": order[2 * tenth :], "val": order[:tenth], "test": order[tenth : 2 * tenth]}
+    logger.warning(
+        "isic2018: no split.csv and no official Validation and Test folders in %s; made a random 80/10/10 "
+        "split of the %d training images with seed %d",
+        folder,
+        len(pairs),
+        seed,
+    )
+    return {part: [pairs[k] for k in np.sort(chosen)] for part, chosen in index.items()}
+
+
+def _split_from_csv(path, training):
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"image_id", "split"} <= set(rows[0]):
+        raise ValueError(
+            f"Expected columns image_id and split in {path}. Received: {list(rows[0]) if rows else []}"
+        )
+    part_of = {row["image_id"]: row["split"] for row in rows}
+    strange = sorted(set(part_of.values()) - set(OFFICIAL), key=str)
+    if strange:
+        raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
+    for what, names in (
+        ("an image for every row", set(part_of) - set(training)),
+        ("a row for every image", set(training) - set(part_of)),
+    ):
+        if names:
+            raise ValueError(f"Expected {what} of {path}. Received: none for {len(names)}, as {min(names)}")
+    return {part: [training[i] for i in sorted(training) if part_of[i] == part] for part in OFFICIAL}
+
+
+def _pairs(folder, part):
+    """{image id: (image file, mask file)} of one official folder, in the order of their names."""
+    images, masks = folder / IMAGES.format(part), folder / MASKS.format(part)
+    if not masks.is_dir():
+        raise FileNotFoundError(
+            f"Expected the masks in {masks}. Received: no such folder.\n"
+            f"Get {masks.name} from {ISIC2018.source} and put it beside {images.name}."
+        )
+    pairs = {p.stem: (p, masks / f"{p.stem}_segmentation.png") for p in sorted(images.glob("ISIC_*.jpg"))}
+    if not pairs:
+        raise FileNotFoundError(
+            f"Expected ISIC_*.jpg in {images}. Received: none.\nGet {images.name} from {ISIC2018.source}."
+        )
+    there = {p.name for p in masks.glob("*_segmentation.png")}
+    without = [stem for stem, (_, mask) in pairs.items() if mask.name not in there]
+    if without:
+        raise FileNotFoundError(
+            f"Expected a mask {without[0]}_segmentation.png in {masks}. Received: {len(without)} images without "
+            "one.\nAdd the masks or remove the images."
+        )
+    return pairs
+
+
+def _decode(image_path, mask_path, size, crop):
+    try:
+        with Image.open(image_path) as image:
+            whole = image.size
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
+            box = _square(image.size) if crop else None
+            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise _corrupt(image_path) from error
+    try:
+        with Image.open(mask_path) as mask:
+            if mask.size != whole:
+                raise ValueError(
+                    f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
+                    f"Received: {mask.size[0]} x {mask.size[1]} in {mask_path}"
+                )
+            box = _square(mask.size) if crop else None
+            marks = np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST, box=box))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise _corrupt(mask_path) from error
+    strange = marks[(marks != 0) & (marks != 255)]
+    if strange.size:
+        raise ValueError(f"Expected a mask of 0 and 255. Received: a value of {strange[0]} in {mask_path}")
+    return pixels, marks // 255
+
+
+def _corrupt(path):
+    return ValueError(
+        f"Expected a whole image file. Received: {path}, which is truncated or corrupt.\nGet it again."
+    )
+
+
+def _square(size):
+    width, height = size
+    side = min(size)
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)
