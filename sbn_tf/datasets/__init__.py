@@ -126,6 +126,7 @@ def _moments(info, normalisation):
         return None, None
     if info.paper_normalisation is None:
         raise ValueError(
-            f"Expected normalisation='train' for {info.name!r}: the paper has no constants for it. Received: 'paper'"
+            f"Expected normalisation='train' for {info.name!r}, for which the paper has no constants. "
+            "Received: normalisation='paper'"
         )
     return tuple(np.full(info.channels, value, "float32") for value in info.paper_normalisation)

@@ -1,4 +1,4 @@
-"""The contract every dataset keeps: a `Card` that describes it, three `Split`s in memory, a `Data` around them."""
+"""The contract of every dataset: a `Card` that describes it, three `Split`s in memory, a `Data` of them."""
 
 from dataclasses import dataclass, field, replace
 
@@ -135,7 +135,8 @@ class Split:
             fits = targets.ndim == 4 and targets.shape[:3] == (n, height, width)
         if not fits or targets.dtype != np.uint8:
             raise ValueError(
-                f"Expected targets {expected} uint8 in {where}. Received: shape {targets.shape}, {targets.dtype}"
+                f"Expected targets {expected} uint8 in {where}. "
+                f"Received: shape {targets.shape}, {targets.dtype}"
             )
         if targets.max() > 1:
             raise ValueError(f"Expected targets of 0 and 1 in {where}. Received: a value of {targets.max()}")
@@ -194,7 +195,10 @@ class Split:
 
     def mean_mask(self) -> np.ndarray:
         """Share of the valid raters who marked each pixel, float32 `(N, H, W, 1)`."""
-        self._needs_masks("mean_mask")
+        if self.task != SEGMENTATION:
+            raise ValueError(
+                f"Expected a split with masks. Received: split {self.name!r} of task={self.task!r}"
+            )
         valid = self.rater_valid[:, None, None, :]
         marks = (self.targets * valid).sum(axis=-1, keepdims=True, dtype="float32")
         return marks / valid.sum(axis=-1, keepdims=True, dtype="float32")
@@ -205,12 +209,6 @@ class Split:
         A tie (2 of 4) counts as marked: the 50 % consensus customary for LIDC (Kubota et al. 2011).
         """
         return (self.mean_mask() >= 0.5).astype("uint8")
-
-    def _needs_masks(self, what):
-        if self.task != SEGMENTATION:
-            raise ValueError(
-                f"Expected a segmentation split: labels have no {what}. Received: task={self.task!r}"
-            )
 
     def batches(
         self,
@@ -328,7 +326,8 @@ class Data:
         """
         if self.card.task != MULTI_LABEL:
             raise ValueError(
-                f"Expected a multi-label dataset: pos_weight is per label. Received: {self.card.name!r} (masks)"
+                f"Expected a multi-label dataset, as pos_weight is per label. "
+                f"Received: {self.card.name!r} (masks)"
             )
         positives = self.train.targets.sum(axis=0, dtype="float64")
         negatives = self.train.num_examples - positives

@@ -40,7 +40,8 @@ CHESTMNIST = Card(
     channels=1,
     num_raters=1,
     licence="CC BY 4.0 (MedMNIST v2)",
-    citation="Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41; Wang, X., et al. (2017). CVPR, 3462-3471.",
+    citation="Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41; "
+    "Wang, X., et al. (2017). ChestX-ray8. CVPR, 3462-3471.",
     source="https://zenodo.org/records/10519652 (MedMNIST)",
     files=("chestmnist.npz", "chestmnist_64.npz", "chestmnist_128.npz", "chestmnist_224.npz"),
     default_size=64,
@@ -122,7 +123,8 @@ def read_chest_npz(path, size, side=None):
             )
         if labels.shape != (len(images), len(LABELS)):
             raise ValueError(
-                f"Expected {part}_labels ({len(images)}, {len(LABELS)}) in {path}. Received: shape {labels.shape}"
+                f"Expected {part}_labels ({len(images)}, {len(LABELS)}) in {path}. "
+                f"Received: shape {labels.shape}"
             )
         splits.append(
             Split(

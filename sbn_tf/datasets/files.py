@@ -34,7 +34,7 @@ def find(card, root, places):
                 return folder / place
     looked = " and ".join(str(folder) for folder in folders)
     raise FileNotFoundError(
-        f"Expected {card.name!r} as {' or '.join(map(str, places))} in {looked}. Received: no such file or folder.\n"
+        f"Expected {card.name!r} as {' or '.join(map(str, places))} in {looked}. Received: nothing there.\n"
         f"Get it from {card.source}, put it there, or set SBN_TF_DATA (or root=) to the folder that holds it."
     )
 

@@ -27,7 +27,8 @@ ISIC2018 = Card(
     channels=3,
     num_raters=1,
     licence="CC0 by most accounts, HAM10000 part CC BY-NC: treat as non-commercial research data",
-    citation="Codella, N., et al. (2019). arXiv:1902.03368; Tschandl, P., et al. (2018). Scientific Data 5:180161.",
+    citation="Codella, N., et al. (2019). arXiv:1902.03368; "
+    "Tschandl, P., et al. (2018). Scientific Data 5:180161.",
     source="https://challenge.isic-archive.com/data/#2018 (ISIC Challenge 2018)",
     files=("isic2018_task1", IMAGES.format("Training"), MASKS.format("Training")),
     default_size=64,
@@ -124,8 +125,8 @@ def _pairs(folder, part):
     without = [stem for stem, (_, mask) in pairs.items() if mask.name not in there]
     if without:
         raise FileNotFoundError(
-            f"Expected a mask {without[0]}_segmentation.png in {masks}. Received: {len(without)} images without "
-            "one.\nAdd the masks or remove the images."
+            f"Expected a mask {without[0]}_segmentation.png in {masks}. Received: {len(without)} image(s) "
+            "without one.\nAdd the masks or remove the images."
         )
     return pairs
 

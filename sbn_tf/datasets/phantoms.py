@@ -1,7 +1,7 @@
 """Phantoms: small images made on the spot, with known and genuine uncertainty.
 
 Each dataset is drawn from a stated generative model, so the probability of a label, or that a rater marks a
-pixel, is known exactly (`Split.truth_probs`): no network can do better than it, and a ceiling can be computed.
+pixel, is known exactly (`Split.truth_probs`): no network can do better, and a ceiling can be computed.
 Coordinates run from 0 to 1 over the image, so the same seed gives the same scenes at every size.
 """
 
@@ -37,7 +37,7 @@ PHANTOM_CHEST = Card(
     channels=1,
     num_raters=1,
     network="resnet18",
-    notes="Synthetic; names only say where a sign is put. Labels from 1 to 20 % prevalence, some of them wrong.",
+    notes="Synthetic; names only say where a sign is put. Labels of 1 to 20 % prevalence, some wrong.",
     **_COMMON,
 )
 PHANTOM_LESION = Card(

@@ -37,7 +37,8 @@ def batches(
                 y = tf.gather(y, chosen, axis=3, batch_dims=1)[..., None]
             if augment is not None:
                 flips = tf.gather(draws, index)[:, :3] < 0.5
-                x, y = flip_and_turn(x, flips), flip_and_turn(y, flips)
+                x = flip_and_turn(x, flips)
+                y = y if split.task == MULTI_LABEL else flip_and_turn(y, flips)
             x = tf.cast(x, "float32")
             if images.dtype == tf.uint8:
                 x = x / 255.0
