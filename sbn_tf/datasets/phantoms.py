@@ -1,7 +1,8 @@
 """Phantoms: small images made on the spot, with known and genuine uncertainty.
 
 Each dataset is drawn from a stated generative model, so the probability of a label, or that a rater marks a
-pixel, is known exactly (`Split.truth_probs`): no network can do better, and a ceiling can be computed.
+pixel, is known exactly given the scene (`Split.truth_probs`). An image shows its scene only through noise, so
+on average no network has a better NLL or Brier score than these: an upper bound, which may be out of reach.
 Coordinates run from 0 to 1 over the image, so the same seed gives the same scenes at every size.
 """
 
