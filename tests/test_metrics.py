@@ -1,0 +1,348 @@
+"""Metrics: against scikit-learn, sums by hand, and laws."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from sbn_tf import metrics
+
+RNG = np.random.default_rng(0)
+LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
+LABELS[0], LABELS[1] = 1, 0
+LABEL_PROBS = RNG.beta(1, 3, (4, 60, 5)).astype("float32")
+MASKS = (RNG.random((6, 8, 10, 3)) < RNG.random((6, 8, 10, 1)) ** 2).astype("uint8")
+MASK_PROBS = RNG.beta(0.5, 1, (4, 6, 8, 10)).astype("float32")
+VALID = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
+
+
+def floats(row):
+    return {key: value for key, value in row.items() if key != "undefined"}
+
+
+def assert_same(one, two):
+    assert one["undefined"] == two["undefined"]
+    assert floats(one) == pytest.approx(floats(two), rel=1e-9, abs=1e-12)
+
+
+# Multi-label
+
+
+def test_multi_label_agrees_with_scikit_learn():
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label")
+    mean = LABEL_PROBS.astype("float64").mean(0)
+    flat, true = mean.ravel(), LABELS.ravel()
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, average="macro"))
+    assert row["average_precision"] == pytest.approx(
+        sk.average_precision_score(LABELS, mean, average="macro")
+    )
+    assert row["auc_num_labels"] == 5
+    assert row["nll"] == pytest.approx(sk.log_loss(true, flat))
+    assert row["brier"] == pytest.approx(sk.brier_score_loss(true, flat))
+    assert row["accuracy"] == pytest.approx(sk.accuracy_score(true, flat > 0.5))
+
+
+def test_labels_without_both_classes_are_left_out_of_the_auc():
+    labels = LABELS.copy()
+    labels[:, 1], labels[:, 3] = 0, 1
+    row = metrics.evaluate(LABEL_PROBS, labels, "multi_label")
+    kept = [0, 2, 4]
+    assert row["auc_num_labels"] == 3
+    assert row["auc"] == pytest.approx(
+        sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6
+    )
+    row = metrics.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi_label")
+    assert row["auc_num_labels"] == 0
+    assert "auc" not in row and "average_precision" not in row
+    assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
+
+
+def test_ece_by_hand():
+    # Bins of 1/15: {.01, .02} with one of two positive, {.5} and {1.0} with one of one.
+    probs, targets = np.array([0.01, 0.02, 0.5, 1.0]), np.array([0, 1, 1, 1])
+    assert metrics.ece(probs, targets) == pytest.approx((abs(0.03 - 1) + 0.5 + 0) / 4)
+    # Well calibrated: 0.25 with one of four.
+    assert metrics.ece(np.full(4, 0.25), np.array([0, 0, 1, 0])) == 0
+
+
+def test_ece_per_label_is_the_ece_of_each_column():
+    mean = LABEL_PROBS.mean(0)
+    values = metrics.ece(mean, LABELS, per_label=True)
+    assert values.shape == (5,)
+    assert values[2] == metrics.ece(mean[:, 2], LABELS[:, 2])
+
+
+def test_a_certain_mistake_costs_a_finite_log_score():
+    assert metrics.nll([0.0], [1]) == pytest.approx(-np.log(1e-7))
+    assert metrics.nll([0.0, 1.0], [0, 1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_brier_skill_is_against_the_training_prevalence():
+    frequency = metrics.prevalence("multi_label", LABELS)
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label", train_prevalence=frequency)
+    reference = ((frequency - LABELS) ** 2).mean()
+    assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label")
+    assert row["undefined"]["brier_skill"] == "train_prevalence was not given"
+    perfect = metrics.evaluate(LABELS[None].astype(float), LABELS, "multi_label", train_prevalence=frequency)
+    assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
+
+
+# Uncertainty
+
+
+@pytest.mark.parametrize("probs", [LABEL_PROBS, MASK_PROBS, np.array([[0.0], [1.0]]), np.array([[0.3]])])
+def test_entropy_is_expected_entropy_plus_mutual_information(probs):
+    parts = metrics.uncertainty(probs)
+    np.testing.assert_allclose(parts["entropy"], parts["expected_entropy"] + parts["mutual_information"])
+    assert (parts["mutual_information"] >= -1e-12).all()
+    if len(probs) == 1:
+        np.testing.assert_array_equal(parts["mutual_information"], 0)
+
+
+def test_entropy_by_hand():
+    np.testing.assert_allclose(metrics.binary_entropy([0, 0.5, 1]), [0, np.log(2), 0])
+    parts = metrics.uncertainty(np.array([[0.0], [1.0]]))  # two certain samples that disagree
+    assert parts["expected_entropy"] == 0
+    assert parts["mutual_information"] == pytest.approx(np.log(2))
+
+
+# Segmentation
+
+
+def test_majority_mask_gives_a_tie_to_the_background():
+    masks = np.array([[[[1, 1, 0, 0], [1, 1, 1, 0]]]])
+    np.testing.assert_array_equal(metrics.majority_mask(masks), [[[False, True]]])
+    np.testing.assert_array_equal(metrics.majority_mask(masks, [[1, 1, 1, 0]]), [[[True, True]]])
+
+
+def test_dice_and_iou_by_hand():
+    a = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
+    b = np.array([[[0, 1, 1, 1]], [[0, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 1, 0, 0]]])
+    np.testing.assert_allclose(metrics.dice(a, b), [2 / 5, 1, 0, 0])
+    np.testing.assert_allclose(metrics.iou(a, b), [1 / 4, 1, 0, 0])
+    np.testing.assert_allclose(metrics.dice(a[:1], b[:1])[0], sk.f1_score(b[0].ravel(), a[0].ravel()))
+    np.testing.assert_allclose(metrics.iou(a[:1], b[:1])[0], sk.jaccard_score(b[0].ravel(), a[0].ravel()))
+
+
+def test_segmentation_scores_are_means_over_valid_raters():
+    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    mean = MASK_PROBS.astype("float64").mean(0)
+    nll, brier, paper_brier, paper_dice, paper_iou = [], [], [], [], []
+    for image in range(6):
+        raters = np.flatnonzero(VALID[image])
+        truths = [MASKS[image, ..., rater] for rater in raters]
+        nll.append(np.mean([sk.log_loss(y.ravel(), mean[image].ravel(), labels=[0, 1]) for y in truths]))
+        brier.append(np.mean([((mean[image] - y) ** 2).mean() for y in truths]))
+        paper_brier.append(np.mean([metrics.paper_brier(MASK_PROBS[:, image], y) for y in truths]))
+        one = MASK_PROBS[:, [image]]
+        paper_dice.append(np.mean([metrics.paper_dice(one, y[None]) for y in truths]))
+        paper_iou.append(np.mean([metrics.paper_iou(one, y[None]) for y in truths]))
+    for key, values in {
+        "nll": nll,
+        "brier": brier,
+        "paper_brier": paper_brier,
+        "paper_dice": paper_dice,
+        "paper_iou": paper_iou,
+    }.items():
+        assert row[key] == pytest.approx(np.mean(values)), key
+    majority = metrics.majority_mask(MASKS, VALID)
+    assert row["dice"] == pytest.approx(metrics.dice(mean > 0.5, majority).mean())
+    several = VALID.sum(1) > 1
+    expected = [
+        np.mean([metrics.dice(mean[[i]] > 0.5, MASKS[[i], ..., r])[0] for r in np.flatnonzero(VALID[i])])
+        for i in np.flatnonzero(several)
+    ]
+    assert row["dice_raters"] == pytest.approx(np.mean(expected))
+
+
+def test_fillers_of_invalid_raters_do_not_matter():
+    other = np.where(VALID[:, None, None, :], MASKS, 1 - MASKS)
+    rows = [
+        metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)
+    ]
+    assert_same(*rows)
+
+
+def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
+    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation")
+    mean, soft = MASK_PROBS.astype("float64").mean(0), MASKS.mean(-1)
+    assert row["ece"] == pytest.approx(metrics.ece(mean, soft))
+    entropy = metrics.binary_entropy(mean).ravel()
+    expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
+    assert row["entropy_disagreement_pearson"] == pytest.approx(expected)
+    monkeypatch.setattr(metrics, "CHUNK_VALUES", 1)  # image by image
+    frequency = metrics.prevalence("segmentation", MASKS)
+    assert_same(
+        {**metrics.evaluate(MASK_PROBS, MASKS, "segmentation")},
+        row,
+    )
+    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", train_prevalence=frequency)
+    reference = ((frequency[None, ..., None] - MASKS) ** 2).mean()
+    assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
+
+
+def test_energy_distance_laws():
+    masks = np.moveaxis((MASK_PROBS > 0.5), 0, -1)
+    np.testing.assert_allclose(metrics.generalised_energy_distance(MASK_PROBS, masks), 0, atol=1e-12)
+    distance = metrics.generalised_energy_distance(MASK_PROBS, MASKS, VALID)
+    assert distance.shape == (6,) and (distance >= 0).all()
+    # Repeating all samples leaves their distribution as it was.
+    twice = np.concatenate([MASK_PROBS, MASK_PROBS])
+    np.testing.assert_allclose(metrics.generalised_energy_distance(twice, MASKS, VALID), distance)
+
+
+def test_energy_distance_by_hand():
+    # Samples {a}, {a, b}; raters {a}, {}. d(S, Y): 0, 1, 1/2, 1. d(S, S'): 1/2, twice. d(Y, Y'): 1, twice.
+    probs = np.array([[[[1, 0]]], [[[1, 1]]]])
+    masks = np.array([[[[1, 0], [0, 0]]]])
+    expected = 2 * (0 + 1 + 0.5 + 1) / 4 - (0.5 + 0.5) / 4 - (1 + 1) / 4
+    np.testing.assert_allclose(metrics.generalised_energy_distance(probs, masks), [expected])
+    empty = metrics.generalised_energy_distance(np.zeros((2, 1, 1, 2)), np.zeros((1, 1, 2, 3)))
+    np.testing.assert_array_equal(empty, [0])
+
+
+def test_one_rater_leaves_rater_metrics_undefined():
+    row = metrics.evaluate(MASK_PROBS[..., None], MASKS[..., :1], "segmentation")
+    for key in ("ged", "dice_raters", "entropy_disagreement_pearson"):
+        assert key not in row
+        assert row["undefined"][key] == "no image has two or more valid raters"
+
+
+def test_per_image_means_are_what_evaluate_reports():
+    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    scores = metrics.per_image(MASK_PROBS, MASKS, VALID)
+    for key, values in scores.items():
+        assert values.shape == (6,)
+        assert row[key] == pytest.approx(np.nanmean(values))
+    np.testing.assert_array_equal(np.isnan(scores["ged"]), VALID.sum(1) < 2)
+
+
+# Laws of evaluate
+
+
+@pytest.mark.parametrize(
+    ("task", "probs", "targets"), [("multi_label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
+)
+def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
+    row = metrics.evaluate(probs, targets, task)
+    assert_same(metrics.evaluate(probs[::-1], targets, task), row)
+    assert_same(metrics.evaluate(probs[:, ::-1], targets[::-1], task), row)
+
+
+@pytest.mark.parametrize(
+    ("task", "probs", "targets"), [("multi_label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_are_plain_floats(task, probs, targets, dtype):
+    row = metrics.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
+    assert all(type(value) is float and np.isfinite(value) for value in floats(row).values())
+    assert json.loads(json.dumps(row)) == row
+    assert row["mutual_information"] == 0
+    assert set(row["undefined"]) == {"brier_skill"}
+
+
+def test_rounding_above_one_is_forgiven():
+    probs = np.minimum(LABEL_PROBS.astype("float64") + 1, 1 + 1e-7)
+    row = metrics.evaluate(probs, LABELS, "multi_label")
+    assert row["entropy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "task", "options", "message"),
+    [
+        (LABEL_PROBS * 3, LABELS, "multi_label", {}, r"0\.\.1 .not logits.*max="),
+        (np.full_like(LABEL_PROBS, np.nan), LABELS, "multi_label", {}, "NaN.*min=nan"),
+        (LABEL_PROBS[0], LABELS, "multi_label", {}, r"samples, 60, 5.*\(60, 5\)"),
+        (LABEL_PROBS[:0], LABELS, "multi_label", {}, r"\(0, 60, 5\)"),
+        (LABEL_PROBS[:, :0], LABELS[:0], "multi_label", {}, r"not empty.*\(0, 5\)"),
+        (LABEL_PROBS, LABELS * 2, "multi_label", {}, "0 or 1.*0 to 2"),
+        (LABEL_PROBS, LABELS, "multi_label", {"rater_valid": VALID}, "rater_valid=None"),
+        (LABEL_PROBS, LABELS, "multi_label", {"train_prevalence": np.ones(4)}, r"train_prevalence.*\(4,\)"),
+        (LABEL_PROBS, LABELS, "multiclass", {}, "'multiclass'"),
+        (MASK_PROBS, MASKS[..., 0], "segmentation", {}, "raters"),
+        (MASK_PROBS[:, :3], MASKS, "segmentation", {}, r"\(4, 3, 8, 10\)"),
+        (MASK_PROBS, MASKS, "segmentation", {"rater_valid": VALID[:, :2]}, r"\(6, 3\).*\(6, 2\)"),
+        (MASK_PROBS, MASKS, "segmentation", {"rater_valid": VALID & (VALID.sum(1) > 1)[:, None]}, "image 2"),
+    ],
+)
+def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        metrics.evaluate(probs, targets, task, **options)
+    assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+def test_scores_refuse_to_broadcast():
+    for score in (metrics.nll, metrics.brier, metrics.accuracy, metrics.ece, metrics.auc_per_label):
+        with pytest.raises(ValueError, match="one shape"):
+            score(LABEL_PROBS, LABELS)
+
+
+# The paper's metrics, and trivial predictors
+
+
+def test_papers_binary_brier_is_the_brier_of_the_mean_plus_the_samples_variance():
+    variance = LABEL_PROBS.astype("float64").var(0).mean()
+    brier = metrics.brier(LABEL_PROBS.mean(0, dtype="float64"), LABELS)
+    assert metrics.paper_brier(LABEL_PROBS, LABELS) == pytest.approx(brier + variance)
+
+
+def test_papers_softmax_applied_twice_has_a_floor():
+    masks = MASKS[None, ..., 0].astype(float)
+    assert metrics.paper_brier(masks, MASKS[..., 0], softmax_twice=True) == pytest.approx(0.0723, abs=5e-5)
+    row = metrics.evaluate(masks, MASKS[..., :1], "segmentation")
+    assert row["paper_brier_softmax_twice"] == pytest.approx(0.0723, abs=5e-5)
+    assert row["paper_brier"] == row["brier"] == 0
+
+
+def test_papers_accuracy_is_a_vote():
+    probs = np.array([[[0.6]], [[0.6]], [[0.0]]])  # mean 0.4, two votes of three
+    assert metrics.paper_accuracy(probs, [[1]]) == 1
+    assert metrics.accuracy(probs.mean(0), [[1]]) == 0
+    assert metrics.paper_accuracy(probs[1:], [[1]]) == 0  # a tie
+
+
+def test_papers_dice_by_its_formula():
+    probs, truth, eps = MASK_PROBS.astype("float64"), MASKS[..., 0], 1e-5
+    both_p, both_y = np.stack([1 - probs, probs]), np.stack([1 - truth, truth])[:, None]
+    expected = ((2 * both_p * both_y + eps) / (both_p + both_y + eps)).mean((0, 1, 3, 4))
+    np.testing.assert_allclose(metrics.paper_dice(probs, truth), expected)
+
+
+def test_papers_iou_sums_over_samples():
+    probs = np.array([[[[1, 0]]], [[[1, 1]]]])
+    np.testing.assert_allclose(metrics.paper_iou(probs, np.array([[[0, 1]]])), [1 / 4])
+    np.testing.assert_array_equal(metrics.paper_iou(np.zeros((2, 1, 1, 2)), np.zeros((1, 1, 2))), [1])
+    one = metrics.iou(MASK_PROBS[0] > 0.5, MASKS[..., 0])
+    np.testing.assert_allclose(metrics.paper_iou(MASK_PROBS[:1], MASKS[..., 0]), one)
+
+
+def test_trivial_rows_of_labels_as_in_the_paper():
+    # Prevalences near ChestMNIST's, from its 4.7 (infiltration) to over 500 negatives a positive (hernia).
+    percent = [10.5, 2.6, 12.2, 18.2, 5.2, 5.7, 1.3, 4.9, 4.3, 2.2, 2.4, 1.5, 3.0, 0.2]
+    labels = RNG.permuted(np.arange(1000)[:, None] < 10 * np.array(percent), axis=0).astype("uint8")
+    rows = metrics.trivial("multi_label", labels, labels)
+    assert list(rows) == ["all_negative", "prevalence"]
+    assert rows["all_negative"]["paper_accuracy"] == pytest.approx(1 - labels.mean())
+    assert rows["all_negative"]["accuracy"] == pytest.approx(0.947, abs=0.001)
+    assert rows["prevalence"]["brier"] == pytest.approx(0.0475, abs=0.001)
+    assert rows["prevalence"]["auc"] == rows["all_negative"]["auc"] == 0.5
+    assert rows["prevalence"]["brier_skill"] == 0
+    assert rows["prevalence"]["paper_entropy"] == pytest.approx(1.90, abs=0.05)
+    assert metrics.paper_entropy(np.full((1, 1, 14), np.exp(-1))) == pytest.approx(5.15, abs=0.001)
+
+
+def test_trivial_rows_of_masks_as_in_the_paper():
+    masks = np.zeros((10, 20, 20, 2), "uint8")
+    masks[:, 9:11, 9:11] = 1  # 1 % foreground
+    masks[::2, 0, 0, 0] = 1
+    rows = metrics.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 2)))
+    assert list(rows) == ["all_background", "prevalence"]
+    assert rows["all_background"]["paper_dice"] == pytest.approx(0.99, abs=0.002)
+    assert rows["all_background"]["dice"] == 0
+    assert rows["prevalence"]["dice"] == 1
+    assert rows["prevalence"]["brier_skill"] == 0
+    assert rows["all_background"]["undefined"]["entropy_disagreement_pearson"].startswith("the entropy")
+    frequency = metrics.prevalence("segmentation", masks[:5])
+    assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 2)
