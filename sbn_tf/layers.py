@@ -1,0 +1,721 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: nbs/sbn_tf//ipynb,sbn_tf//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Layers: a weight of which only some entries are random
+#
+# **A masked Gaussian weight keeps its trained value as `loc` and gives a scale to `k` of its entries only;
+# everything that a Bayesian layer costs (parameters, optimiser slots, noise, KL) then costs `k`, not `n`.**
+#
+# - *You will see*: the sparse posterior of one weight, the reparameterization trick, the KL term and its scale,
+#   and Dense, Conv, Embedding and other stock Keras layers that hold such weights.
+# - *You need*: Keras layers, the normal distribution.
+# - *Runs in*: 30 seconds (CPU).
+
+# %% tags=["active-ipynb"]
+# import os
+# os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
+
+# %%
+"""Masked variational layers: stock Keras layers of which chosen weight entries are Gaussian.
+
+`kernel = loc + softplus(untransformed_scale) * eps` at the masked entries, `kernel = loc` elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+
+import keras
+import numpy as np
+from keras import ops
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+    import tensorflow_probability as tfp
+
+    tfd = tfp.distributions
+
+__all__ = [
+    "Conv1D",
+    "Conv1DTranspose",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
+    "Dense",
+    "DepthwiseConv1D",
+    "DepthwiseConv2D",
+    "EinsumDense",
+    "Embedding",
+    "MaskedGaussian",
+    "SeparableConv1D",
+    "SeparableConv2D",
+    "masked_layers",
+    "partial_class",
+    "posterior_mean",
+]
+
+# %% [markdown]
+# ## 1. What is stored?
+#
+# A trained weight $w \in \mathbb{R}^n$ and a mask of $k$ entries. The paper (Abboud et al. 2024, section 2.3) lets
+# $w_i \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with
+# $\sigma = \log(1 + e^{\rho})$. In the terms of TensorFlow Probability: `loc` is $\mu$, `scale` is $\sigma$,
+# `untransformed_scale` is $\rho$. A draw is
+#
+# $$ w = \mu + \mathrm{scatter}\big(\text{index},\ \mathrm{softplus}(\rho) \odot \epsilon\big),
+# \qquad \epsilon \sim \mathcal{N}(0, I_k). $$
+#
+# The stock variable *is* the loc, so trained checkpoints load unchanged. Beside it live two short vectors:
+# `kernel_posterior_index` and `kernel_posterior_untransformed_scale`, both of length $k$.
+#
+# By hand: $n = 4$, index $= [2]$, $\mu = [1, 2, 3, 4]$, $\rho = 0$ and $\epsilon = 1$: softplus(0) = 0.693, so the draw
+# is $[1, 2, 3.693, 4]$.
+
+
+# %%
+def softplus_inverse(scale: float) -> float:
+    """Untransformed scale whose softplus is `scale` (> 0): `log(exp(scale) - 1)`, stable for small scales."""
+    return float(scale + np.log(-np.expm1(-scale)))
+
+
+def scatter_entries(values, index, shape):
+    """Put `values` (k,) at flat positions `index` (k,) of zeros of `shape`; `index=None` means all in order."""
+    if index is None:
+        return ops.reshape(values, shape)
+    flat = ops.scatter(ops.expand_dims(index, -1), values, (int(np.prod(shape)),))
+    return ops.reshape(flat, shape)
+
+
+# %% tags=["active-ipynb"]
+# loc = np.array([1.0, 2.0, 3.0, 4.0], "float32")
+# draw = loc + scatter_entries(ops.softplus(ops.zeros(1)) * 1.0, ops.array([2]), (4,))
+# print(np.round(draw, 3))
+# assert np.allclose(draw, [1, 2, 3 + np.log(2), 4])
+
+# %% [markdown]
+# ## 2. Where does the noise come from?
+#
+# From one `keras.random.SeedGenerator` a layer: same seed, same draws. Under a distribution strategy every replica
+# holds the same (mirrored) seed, and without care all of them would draw the *same* noise: the replica's number is
+# folded into the seed.
+
+
+# %%
+def standard_normal(size: int, seed_generator, dtype: str = "float32"):
+    """Standard normal noise of shape (size,), different for each call and for each replica of a strategy."""
+    if keras.backend.backend() == "tensorflow":
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            replica = tf.cast(context.replica_id_in_sync_group, "int32")
+            seed = tf.cast(seed_generator.next(ordered=False), "int32") + tf.stack([0, replica * 7919])
+            return tf.random.stateless_normal((size,), seed, dtype=dtype)
+    return keras.random.normal((size,), dtype=dtype, seed=seed_generator)
+
+
+# %% [markdown]
+# ## 3. How far is the posterior from the prior?
+#
+# The ELBO charges $\beta \cdot \mathrm{KL}(q \,\|\, p)$ for the masked entries alone: a point mass has no KL here
+# (the paper, section 2.3). TensorFlow Probability computes it. For $q = \mathcal{N}(\mu, \sigma^2)$ and the default
+# prior $p = \mathcal{N}(0, 1)$ the closed form is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry; it
+# stands in where the Keras backend is not TensorFlow.
+#
+# By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
+
+
+# %%
+DEFAULT_PRIOR = {"class_name": "Normal", "config": {"loc": 0.0, "scale": 1.0}}
+
+
+def prior_config(prior) -> dict:
+    """Plain description of a prior, fit for a layer's config.
+
+    Args:
+        prior: None for N(0, 1); a scalar `tfd` distribution whose parameters are numbers; or such a description.
+
+    Raises:
+        ValueError: a prior of another kind, or one with no registered KL from a normal distribution.
+    """
+    if prior is None:
+        return dict(DEFAULT_PRIOR)
+    if not isinstance(prior, dict):
+        if not hasattr(prior, "parameters"):
+            raise ValueError(
+                "Expected prior to be None or a scalar tfd distribution such as tfd.Normal(0., 0.5). "
+                f"Received: prior={prior!r}"
+            )
+        parameters = {k: v for k, v in prior.parameters.items() if k not in ("name", "validate_args")}
+        try:
+            config = {
+                k: v if isinstance(v, bool) else float(v) for k, v in parameters.items() if v is not None
+            }
+        except (TypeError, ValueError):
+            raise ValueError(f"Expected a prior with scalar parameters. Received: {prior}") from None
+        prior = {"class_name": type(prior).__name__.lstrip("_"), "config": config}
+    if prior != DEFAULT_PRIOR:
+        try:
+            kl_normal(np.zeros(1, "float32"), np.ones(1, "float32"), prior)
+        except NotImplementedError:
+            raise ValueError(
+                f"Expected a prior with a KL from tfd.Normal registered in TFP. Received: {prior['class_name']}"
+            ) from None
+    return prior
+
+
+def kl_normal(loc, scale, prior: dict = DEFAULT_PRIOR):
+    """KL divergence in nats of N(loc, scale) from the prior, entry by entry: (k,)."""
+    if keras.backend.backend() == "tensorflow":
+        return tfd.kl_divergence(tfd.Normal(loc, scale), make_prior(prior, loc.dtype))
+    if prior["class_name"] != "Normal":
+        raise NotImplementedError(prior["class_name"])
+    ratio = scale / prior["config"]["scale"]
+    shift = (loc - prior["config"]["loc"]) / prior["config"]["scale"]
+    return 0.5 * (shift**2 + ratio**2 - 1.0) - ops.log(ratio)
+
+
+def make_prior(prior: dict, dtype="float32"):
+    """The `tfd` distribution that `prior_config` describes."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    config = {k: v if isinstance(v, bool) else np.asarray(v, dtype) for k, v in prior["config"].items()}
+    return getattr(tfd, prior["class_name"])(**config)
+
+
+# %% tags=["active-ipynb"]
+# by_hand = 0.5 * (0.5**2 + 0.1**2 - 1) - np.log(0.1)
+# nats = kl_normal(np.float32([0.5]), np.float32([0.1]))
+# print(f"{float(nats[0]):.3f} nats, by hand {by_hand:.3f}")
+# assert np.allclose(nats, by_hand, atol=1e-5)
+
+# %% [markdown]
+# ## 4. How does a stock layer come to hold such a weight?
+#
+# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property answers with this
+# call's draw; *outside* it answers with the loc. So one mixin serves every layer with its stock signature, dtype policy
+# and config, and nothing that reads `layer.kernel` (Keras's own saving, for one) ever stores a random draw.
+#
+# `posterior_mean()` switches the noise off: within it each weight is its loc.
+
+# %%
+_draws: contextvars.ContextVar[dict] = contextvars.ContextVar("sbn_tf_draws", default={})  # noqa: B039
+_at_mean: contextvars.ContextVar[bool] = contextvars.ContextVar("sbn_tf_at_mean", default=False)
+
+
+@contextlib.contextmanager
+def posterior_mean():
+    """Within this context each masked weight is its loc: calls are deterministic.
+
+    It acts while a call is traced: use it around `model(x)`, not around `model.predict(x)`, whose compiled function
+    may have been traced before.
+    """
+    token = _at_mean.set(True)
+    try:
+        yield
+    finally:
+        _at_mean.reset(token)
+
+
+def _seam(name: str, stock):
+    """Property that answers with this call's draw inside the layer's `call`, with the loc outside."""
+    stored = f"_{name}_loc"
+
+    def read(self):
+        drawn = _draws.get().get((id(self), name))
+        if drawn is not None:
+            return drawn
+        if isinstance(stock, property):
+            return stock.fget(self)
+        if stored not in self.__dict__:
+            raise AttributeError(f"Build layer '{self.name}' before reading `{name}`.")
+        return self.__dict__[stored]
+
+    def write(self, value):
+        if isinstance(stock, property):
+            raise AttributeError(f"`{name}` cannot be set: assign to the variable instead.")
+        self.__dict__[stored] = value
+
+    return property(read, write, doc=f"The draw of `{name}` inside `call`, its loc elsewhere.")
+
+
+class _KL:
+    """Regularizer of an untransformed scale: the weighted KL of its posterior, once a step."""
+
+    def __init__(self, layer, name):
+        self.layer, self.name = layer, name
+
+    def __call__(self, untransformed_scale):
+        layer = self.layer
+        kl = kl_normal(layer._masked_loc(self.name), ops.softplus(untransformed_scale), layer.prior)
+        kl = ops.mean(kl) if layer.kl_reduction == "mean" else ops.sum(kl)
+        return ops.cast(ops.convert_to_tensor(layer.kl_weight), kl.dtype) * kl
+
+
+class _Box:
+    """Holds a value out of sight of Keras's tracking (a variable that another object owns)."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+# %% [markdown]
+# ## 5. The mixin
+#
+# Which entries are Bayesian is settled at `build`, or later by `set_mask`. The KL hangs on the scale variable as its
+# *regularizer*: Keras evaluates it once a step however often the layer is called, so five posterior samples do not
+# charge it five times, and it works in a plain `compile` and `fit`. Its weight has no default: `1 / num_train` is the
+# ELBO's for a loss averaged over images; for a loss averaged over pixels it is `1 / (num_train * pixels)`.
+
+
+# %%
+class MaskedGaussian:
+    """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
+
+    `kernel = loc + softplus(untransformed_scale) * eps` at the masked entries; `eps ~ N(0, 1)` is new at each call.
+
+    Args:
+        num_bayesian: how many entries are Bayesian, chosen at random: an int (of the first of `posterior_weights`)
+            or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
+        mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
+        initial_scale: standard deviation at which each posterior starts, in the weight's unit. > 0.
+        untransformed_scale_initializer: a Keras initializer for the untransformed scales instead.
+        prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal.
+        kl_weight: factor of the KL in the loss, a number or a `keras.Variable` (a schedule). Required where
+            any entry is Bayesian: 1 / num_train for a loss averaged over images.
+        kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
+        seed: int; fixes the mask chosen at random and the noise.
+
+    Raises:
+        ValueError: a count, mask, scale or reduction that does not fit, or a missing `kl_weight`.
+
+    Reference: Abboud, Lombaert, Kadoury (2024), section 2.3; Blundell et al. (2015), equations 3 and 8.
+    """
+
+    posterior_weights: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in cls.__dict__.get("posterior_weights", ()):
+            setattr(cls, name, _seam(name, getattr(cls.__mro__[2], name, None)))
+            setattr(cls, f"{name}_mask", property(lambda self, n=name: self.mask(n)))
+            setattr(cls, f"{name}_posterior", property(lambda self, n=name: self.posterior.get(n)))
+            setattr(cls, f"{name}_posterior_scale", property(lambda self, n=name: self.scale(n)))
+        if cls.__dict__.get("posterior_weights"):
+            stock = list(inspect.signature(cls.__mro__[2].__init__).parameters.values())[1:]
+            ours = [
+                p
+                for p in inspect.signature(MaskedGaussian.__init__).parameters.values()
+                if p.kind is inspect.Parameter.KEYWORD_ONLY
+            ]
+            end = [p for p in stock if p.kind is inspect.Parameter.VAR_KEYWORD]
+            cls.__signature__ = inspect.Signature([*(p for p in stock if p not in end), *ours, *end])
+
+    def __init__(
+        self,
+        *args,
+        num_bayesian=0,
+        mask=None,
+        initial_scale: float = 0.01,
+        untransformed_scale_initializer=None,
+        prior=None,
+        kl_weight=None,
+        kl_reduction: str = "sum",
+        seed: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self._masks = _Box(self._by_weight(mask, "mask"))
+        self.num_bayesian = {
+            k: int(v) for k, v in (self._by_weight(num_bayesian, "num_bayesian") or {}).items()
+        }
+        if self._masks.value:
+            self.num_bayesian = {k: int(np.sum(v)) for k, v in self._masks.value.items()}
+        if not (np.isfinite(initial_scale) and initial_scale > 0):
+            raise ValueError(f"Expected a finite initial_scale > 0. Received: initial_scale={initial_scale}")
+        if kl_reduction not in ("sum", "mean"):
+            raise ValueError(
+                f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}'
+            )
+        if kl_weight is None and any(self.num_bayesian.values()):
+            raise ValueError(
+                f"Layer '{self.name}' has Bayesian entries and no kl_weight. Pass kl_weight=1/num_train (a loss that "
+                "averages over images) or 1/(num_train * pixels) (one that averages over pixels as well)."
+            )
+        self.initial_scale = float(initial_scale)
+        self.untransformed_scale_initializer = keras.initializers.get(untransformed_scale_initializer)
+        self.prior = prior_config(prior)
+        self._kl_weight = _Box(0.0 if kl_weight is None else kl_weight)
+        self.kl_reduction = kl_reduction
+        self.seed = seed
+
+    def build(self, input_shape=None):
+        """Build the stock layer, then the posterior of its masked entries."""
+        if self.built:
+            return
+        super().build(input_shape)
+        self._build_posterior(self._masks.value)
+
+    def call(self, inputs):
+        """The stock layer's `call` with one new draw of the masked entries."""
+        names = [] if _at_mean.get() else self._bayesian_names()
+        if not names:
+            return super().call(inputs)
+        drawn = {(id(self), name): self._draw(name) for name in names}
+        token = _draws.set({**_draws.get(), **drawn})
+        try:
+            return super().call(inputs)
+        finally:
+            _draws.reset(token)
+
+    def get_config(self):
+        """The stock layer's config and the posterior's; the mask itself is saved among the weights."""
+        initializer = self.untransformed_scale_initializer
+        return {
+            **super().get_config(),
+            "num_bayesian": dict(self.num_bayesian),
+            "initial_scale": self.initial_scale,
+            "untransformed_scale_initializer": initializer and keras.initializers.serialize(initializer),
+            "prior": {"class_name": self.prior["class_name"], "config": dict(self.prior["config"])},
+            "kl_weight": float(ops.convert_to_numpy(self.kl_weight)),
+            "kl_reduction": self.kl_reduction,
+            "seed": self.seed,
+        }
+
+    @property
+    def kl_weight(self):
+        """Factor of the KL in the loss: a number or a `keras.Variable`."""
+        return self._kl_weight.value
+
+    @kl_weight.setter
+    def kl_weight(self, value):
+        self._kl_weight.value = value
+
+    @property
+    def posterior(self) -> dict:
+        """`tfd.Normal` over the (k,) Bayesian entries of each weight that has any."""
+        return {n: tfd.Normal(self._masked_loc(n), self._masked_scale(n)) for n in self._bayesian_names()}
+
+    @property
+    def prior_distribution(self):
+        """The `tfd` prior of every Bayesian entry."""
+        return make_prior(self.prior)
+
+    def kl_divergence(self):
+        """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
+        terms = [
+            kl_normal(self._masked_loc(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()
+        ]
+        return sum((ops.sum(t) for t in terms), ops.zeros(()))
+
+    def mask(self, name: str) -> np.ndarray:
+        """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
+        return self.scale(name) > 0
+
+    def scale(self, name: str) -> np.ndarray:
+        """Dense posterior standard deviation of weight `name`: 0 where it is a point. For reading and plotting."""
+        variable = self._loc(name)
+        dense = np.zeros(int(np.prod(variable.shape)), "float32")
+        if name in self._bayesian_names():
+            index = getattr(self, f"{name}_posterior_index", None)
+            where = slice(None) if index is None else ops.convert_to_numpy(index)
+            dense[where] = ops.convert_to_numpy(self._masked_scale(name))
+        return dense.reshape(variable.shape)
+
+    def set_mask(self, mask) -> None:
+        """Choose anew which entries are Bayesian; scales start again. Compile the model again after it.
+
+        Args:
+            mask: boolean array of the first weight's shape, or a dict of such arrays; weights left out become points.
+        """
+        if not self.built:
+            raise ValueError(
+                f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it)."
+            )
+        masks = self._by_weight(mask, "mask")
+        self._check_masks(masks)
+        if (
+            any(np.any(m) for m in masks.values())
+            and not any(self.num_bayesian.values())
+            and self.kl_weight == 0.0
+        ):
+            raise ValueError(
+                f"Layer '{self.name}' has no kl_weight. Set layer.kl_weight = 1/num_train first."
+            )
+        self._tracker.unlock()
+        for name in self._bayesian_names():
+            for suffix in ("index", "untransformed_scale"):
+                variable = getattr(self, f"{name}_posterior_{suffix}", None)
+                if variable is not None:
+                    self._untrack_variable(variable)
+                    setattr(self, f"{name}_posterior_{suffix}", None)
+        self.num_bayesian = {k: int(np.sum(v)) for k, v in masks.items()}
+        self._build_posterior(masks)
+        self._tracker.lock()
+
+    def save_own_variables(self, store):
+        """Stock variables under the stock layer's numbers, the posterior under its names."""
+        for i, variable in enumerate(self._stock_variables()):
+            store[str(i)] = variable
+        for name, variable in self._posterior_variables().items():
+            store[name] = variable
+
+    def load_own_variables(self, store):
+        """Load own variables, or a stock layer's (a trained checkpoint): those become the locs."""
+        keys, stock, posterior = set(store.keys()), self._stock_variables(), self._posterior_variables()
+        numbers = {str(i) for i in range(len(stock))}
+        missing, extra = numbers - keys, {k for k in keys if k not in numbers and k not in posterior}
+        if missing or extra or (keys - numbers and set(posterior) - keys):
+            raise ValueError(
+                f"Layer '{self.name}' expected {len(stock)} stock variables and posterior {sorted(posterior)}. "
+                f"Received: {sorted(keys)}. Build it with the same num_bayesian as when it was saved."
+            )
+        for i, variable in enumerate(stock):
+            variable.assign(store[str(i)])
+        for name in keys - numbers:
+            if tuple(store[name].shape) != tuple(posterior[name].shape):
+                raise ValueError(
+                    f"Layer '{self.name}' expected {name} of shape {tuple(posterior[name].shape)}. "
+                    f"Received: {tuple(store[name].shape)}. Build it with the same num_bayesian as when it was saved."
+                )
+            posterior[name].assign(store[name])
+
+    def enable_lora(self, *args, **kwargs):
+        """Refused: a layer holds a posterior or LoRA factors, not both."""
+        raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
+
+    def quantize(self, *args, **kwargs):
+        """Refused: a posterior needs its floating-point loc."""
+        raise ValueError(
+            f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network."
+        )
+
+    # ---- below: how it is done ----
+
+    def _by_weight(self, value, argument):
+        if value is None or isinstance(value, dict):
+            unknown = set(value or {}) - set(self.posterior_weights)
+            if unknown:
+                raise ValueError(
+                    f"Expected {argument} for weights among {self.posterior_weights} of layer '{self.name}'. "
+                    f"Received: {sorted(unknown)}"
+                )
+            return value
+        return {self.posterior_weights[0]: value}
+
+    def _bayesian_names(self):
+        return [n for n in self.posterior_weights if self.num_bayesian.get(n, 0) > 0]
+
+    def _loc(self, name):
+        variable = getattr(self, name)
+        if variable is None:
+            raise ValueError(
+                f"Layer '{self.name}' has no weight `{name}` (use_bias=False?). Leave it out of the mask."
+            )
+        return variable
+
+    def _masked_loc(self, name):
+        flat = ops.reshape(ops.convert_to_tensor(self._loc(name)), (-1,))
+        index = getattr(self, f"{name}_posterior_index", None)
+        flat = flat if index is None else ops.take(flat, ops.convert_to_tensor(index), axis=0)
+        return ops.cast(flat, self._posterior_dtype())
+
+    def _masked_scale(self, name):
+        return ops.softplus(ops.convert_to_tensor(getattr(self, f"{name}_posterior_untransformed_scale")))
+
+    def _draw(self, name):
+        loc = ops.convert_to_tensor(self._loc(name))
+        noise = standard_normal(self.num_bayesian[name], self._noise_seed, self._posterior_dtype())
+        values = ops.cast(self._masked_scale(name) * noise, loc.dtype)
+        index = getattr(self, f"{name}_posterior_index", None)
+        index = index if index is None else ops.convert_to_tensor(index)
+        return loc + scatter_entries(values, index, tuple(loc.shape))
+
+    def _posterior_dtype(self):
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+    def _check_masks(self, masks):
+        for name, mask in masks.items():
+            mask, shape = np.asarray(mask), tuple(self._loc(name).shape)
+            if mask.dtype != bool or mask.shape != shape:
+                raise ValueError(
+                    f"Expected a boolean mask of shape {shape} for `{name}` of layer '{self.name}'. "
+                    f"Received: {mask.dtype} of shape {mask.shape}"
+                )
+
+    def _build_posterior(self, masks):
+        if masks:
+            self._check_masks(masks)
+        random = np.random.default_rng(self.seed)
+        for name in self._bayesian_names():
+            size, k = int(np.prod(self._loc(name).shape)), self.num_bayesian[name]
+            if k > size:
+                raise ValueError(
+                    f"Expected at most {size} Bayesian entries in `{name}` of layer '{self.name}'. Received: {k}"
+                )
+            if k < size:
+                chosen = (
+                    np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
+                )
+                index = self.add_weight(
+                    name=f"{name}_posterior_index",
+                    shape=(k,),
+                    dtype="int64",
+                    initializer=lambda shape, dtype, chosen=chosen: ops.convert_to_tensor(
+                        chosen, dtype=dtype
+                    ),
+                    trainable=False,
+                    autocast=False,
+                )
+                setattr(self, f"{name}_posterior_index", index)
+            scale = self.add_weight(
+                name=f"{name}_posterior_untransformed_scale",
+                shape=(k,),
+                dtype=self._posterior_dtype(),
+                initializer=self.untransformed_scale_initializer
+                or keras.initializers.Constant(softplus_inverse(self.initial_scale)),
+                regularizer=_KL(self, name),
+                autocast=False,
+            )
+            setattr(self, f"{name}_posterior_untransformed_scale", scale)
+        if self._bayesian_names() and not hasattr(self, "_noise_seed"):
+            self._noise_seed = keras.random.SeedGenerator(self.seed)
+        self._masks.value = None
+
+    def _posterior_variables(self):
+        names = [
+            f"{n}_posterior_{s}" for n in self._bayesian_names() for s in ("index", "untransformed_scale")
+        ]
+        return {n: getattr(self, n) for n in names if getattr(self, n, None) is not None}
+
+    def _stock_variables(self):
+        ours = {id(v) for v in self._posterior_variables().values()}
+        return [v for v in self._trainable_variables + self._non_trainable_variables if id(v) not in ours]
+
+
+# %% [markdown]
+# ## 6. The layers
+#
+# Each is its stock layer with the mixin in front: same arguments, same `call`, same config, plus the posterior's.
+
+
+# %%
+def _register(cls):
+    cls.__doc__ = (
+        f"`keras.layers.{cls.__name__}` with masked Gaussian entries in {', '.join(cls.posterior_weights)}.\n\n"
+        f"    Args, input and output shapes as in `keras.layers.{cls.__name__}`; the keyword arguments of\n"
+        "    `MaskedGaussian` say which entries are Bayesian, where their scales start, their prior and KL weight.\n"
+    )
+    return keras.saving.register_keras_serializable(package="sbn_tf")(cls)
+
+
+@_register
+class Dense(MaskedGaussian, keras.layers.Dense):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class EinsumDense(MaskedGaussian, keras.layers.EinsumDense):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Embedding(MaskedGaussian, keras.layers.Embedding):  # noqa: D101
+    posterior_weights = ("embeddings",)
+
+
+# %%
+@_register
+class Conv1D(MaskedGaussian, keras.layers.Conv1D):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Conv2D(MaskedGaussian, keras.layers.Conv2D):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Conv3D(MaskedGaussian, keras.layers.Conv3D):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Conv1DTranspose(MaskedGaussian, keras.layers.Conv1DTranspose):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Conv2DTranspose(MaskedGaussian, keras.layers.Conv2DTranspose):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class Conv3DTranspose(MaskedGaussian, keras.layers.Conv3DTranspose):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+# %%
+@_register
+class DepthwiseConv1D(MaskedGaussian, keras.layers.DepthwiseConv1D):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class DepthwiseConv2D(MaskedGaussian, keras.layers.DepthwiseConv2D):  # noqa: D101
+    posterior_weights = ("kernel", "bias")
+
+
+@_register
+class SeparableConv1D(MaskedGaussian, keras.layers.SeparableConv1D):  # noqa: D101
+    posterior_weights = ("depthwise_kernel", "pointwise_kernel", "bias")
+
+
+@_register
+class SeparableConv2D(MaskedGaussian, keras.layers.SeparableConv2D):  # noqa: D101
+    posterior_weights = ("depthwise_kernel", "pointwise_kernel", "bias")
+
+
+# %% [markdown]
+# Two look-ups for those who convert whole networks: the class that stands for a stock layer, and the masked layers that
+# a model holds.
+
+# %%
+_CLASSES = (
+    *(
+        Dense,
+        EinsumDense,
+        Embedding,
+        Conv1D,
+        Conv2D,
+        Conv3D,
+        Conv1DTranspose,
+        Conv2DTranspose,
+        Conv3DTranspose,
+    ),
+    *(DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D),
+)
+_PARTIAL = {cls.__mro__[2]: cls for cls in _CLASSES}
+
+
+def partial_class(layer) -> type | None:
+    """The masked class that stands for a stock layer (or for its class); None if there is none."""
+    return _PARTIAL.get(layer if isinstance(layer, type) else type(layer))
+
+
+def masked_layers(model) -> list:
+    """All layers of a model, nested ones too, that have Bayesian entries; each once."""
+    found = [model, *model._flatten_layers(include_self=False, recursive=True)]
+    unique = {id(x): x for x in found if isinstance(x, MaskedGaussian) and any(x.num_bayesian.values())}
+    return list(unique.values())
