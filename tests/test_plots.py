@@ -1,0 +1,150 @@
+"""Plots: they return axes, draw only where they are told, and take one sample and one rater."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from sbn_tf import metrics, plots
+
+RNG = np.random.default_rng(0)
+SCORES = RNG.random(200) ** 8
+HISTORIES = {"a": {"loss": [3, 2, 1], "val_loss": [3, 3, 2]}, "b": {"loss": [2.0]}}
+
+INTO_AXES = {
+    "history": lambda ax: plots.plot_history(HISTORIES, ["loss", "val_loss"], ax),
+    "history of nothing": lambda ax: plots.plot_history({}, ["loss"], ax),
+    "masks": lambda ax: plots.plot_masks_by_layer(ax, ["conv", "dense", "head"], [9, 0, 1], [9, 100, 1000]),
+    "no mask": lambda ax: plots.plot_masks_by_layer(ax, ["conv"], [0], [9]),
+    "scores": lambda ax: plots.plot_scores(ax, SCORES.reshape(10, 20), 0.5),
+    "scores of zero": lambda ax: plots.plot_scores(ax, np.zeros(5), 0.0),
+    "scales": lambda ax: plots.plot_scales(ax, SCORES + 0.01, SCORES + 0.02),
+    "equal scales": lambda ax: plots.plot_scales(ax, np.full(4, 0.01), np.full(4, 0.01)),
+    "reliability": lambda ax: plots.plot_reliability(
+        ax, SCORES.reshape(20, 10), SCORES.reshape(20, 10) > 0.5
+    ),
+    "one prediction": lambda ax: plots.plot_reliability(ax, [0.5], [1]),
+}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", INTO_AXES)
+def test_draws_into_the_given_axes_only(name):
+    figure, (left, right) = plt.subplots(1, 2)
+    before = dict(plt.rcParams)
+    assert INTO_AXES[name](left) is left
+    figure.canvas.draw()
+    assert not right.has_data() and not right.get_legend()
+    assert plt.get_fignums() == [figure.number]
+    assert dict(plt.rcParams) == before
+    assert (left.get_xlabel() and left.get_ylabel()) or "mask" in name
+
+
+@pytest.mark.parametrize("num_samples", [1, 5])
+@pytest.mark.parametrize("num_raters", [None, 1, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_segmentation_panel(num_samples, num_raters, channels):
+    images = RNG.normal(size=(3, 16, 12, channels))
+    probs = RNG.random((num_samples, 3, 16, 12, 1))
+    truths = RNG.random((3, 16, 12, num_raters or 1)) > 0.5
+    truths[1] = False  # an empty mask has no contour
+    axes = plots.plot_segmentation(images, truths if num_raters else truths[..., 0], probs, num_rows=2)
+    assert axes.shape == (2, 6 if num_raters == 4 else 5)
+    assert len(plt.get_fignums()) == 1
+    axes[0, 0].figure.canvas.draw()
+    titles = [ax.get_title() for ax in axes[0]]
+    assert titles[1] == ("raters" if num_raters == 4 else "truth")
+    labels = [ax.get_xlabel() for ax in axes[0, 0].figure.axes]
+    assert {"predictive entropy (nats)", "mutual information (nats)"} <= set(labels)
+    assert [text.get_text() for text in axes[0, 0].figure.legends[0].get_texts()] == [
+        "true positive",
+        "false positive",
+        "false negative",
+    ]
+
+
+def test_segmentation_panel_colours_by_the_majority_of_valid_raters():
+    probs = np.array([[[[0.9, 0.9, 0.1, 0.1]]]])
+    truths = np.array([[[[1, 0], [0, 1], [1, 0], [0, 1]]]])  # the second rater is not valid
+    axes = plots.plot_segmentation(np.zeros((1, 1, 4, 1)), truths, probs, rater_valid=[[1, 0]])
+    prediction = next(ax for ax in axes[0] if ax.get_title() == "prediction")
+    overlay = prediction.images[-1].get_array()[0]
+    for pixel, colour in enumerate([plots.TRUE_POSITIVE, plots.FALSE_POSITIVE, plots.FALSE_NEGATIVE]):
+        np.testing.assert_allclose(overlay[pixel, :3], matplotlib.colors.to_rgb(colour))
+    assert overlay[3, 3] == 0
+    disagreement = next(ax for ax in axes[0] if ax.get_title() == "disagreement")
+    assert not disagreement.images[0].get_array().any()
+
+
+def test_segmentation_panel_shows_the_uncertainty_of_metrics():
+    probs = RNG.random((3, 2, 8, 8))
+    axes = plots.plot_segmentation(np.zeros((2, 8, 8, 1)), np.ones((2, 8, 8)), probs)
+    parts = metrics.uncertainty(probs)
+    for column, key in ((-2, "entropy"), (-1, "mutual_information")):
+        for row in range(2):
+            np.testing.assert_allclose(axes[row, column].images[0].get_array(), parts[key][row])
+        assert axes[0, column].images[0].get_clim() == axes[1, column].images[0].get_clim()
+
+
+@pytest.mark.parametrize("num_samples", [1, 5])
+def test_classification_panel(num_samples):
+    probs, labels = RNG.random((num_samples, 3, 4)), np.eye(4)[:3]
+    axes = plots.plot_classification(RNG.random((3, 8, 8, 1)), labels, probs, list("wxyz"), num_rows=2)
+    assert axes.shape == (2, 2)
+    axes[0, 0].figure.canvas.draw()
+    bars = axes[1, 1].patches
+    np.testing.assert_allclose([bar.get_width() for bar in bars], probs[:, 1].mean(0))
+    assert [text.get_fontweight() for text in axes[1, 1].get_yticklabels()] == [
+        "normal",
+        "bold",
+        *["normal"] * 2,
+    ]
+
+
+def test_layers_run_from_input_at_the_top():
+    ax = plots.plot_masks_by_layer(plt.figure().add_subplot(), ["first", "last"], [5, 10], [10, 10])
+    assert ax.yaxis_inverted()
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "last"]
+    ends = [bar.get_x() + bar.get_width() for bar in ax.patches]
+    np.testing.assert_allclose(ends, [0.5, 1])
+    assert [text.get_text().strip() for text in ax.texts] == ["5 of 10", "10 of 10"]
+
+
+def test_scores_legend_counts_the_selected():
+    ax = plots.plot_scores(plt.figure().add_subplot(), np.array([0, 1e-3, 1e-2, 1e-1]), 1e-2)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0] == "Bayesian: 2 (50.00%)" and "exactly zero: 1" in texts[2]
+
+
+def test_reliability_agrees_with_the_metric():
+    probs, targets = RNG.random(500), RNG.random(500) > 0.5
+    ax = plots.plot_reliability(plt.figure().add_subplot(), probs, targets)
+    line = ax.get_lines()[1]
+    assert f"{metrics.ece(probs, targets):.4f}" in line.get_label()
+    counts = ax.figure.axes[1].patches
+    assert sum(bar.get_height() for bar in counts) == 500
+
+
+def test_table():
+    rows = {
+        "deterministic": {"dice": 0.86125, "n": 3},
+        "b": {"dice": np.float64(1), "undefined": {"n": "why"}},
+    }
+    assert plots.format_table(rows, ["dice", "n"]) == "\n".join(
+        [
+            "|               |  dice |   n |",
+            "| :------------ | ----: | --: |",
+            "| deterministic | 0.861 |   3 |",
+            "| b             | 1.000 |   - |",
+        ]
+    )
+    assert plots.format_table({}, ["dice"]).count("\n") == 1
