@@ -4,7 +4,7 @@ The contract: a method gives probabilities with the posterior samples on axis 0 
 gives one sample), `evaluate` gives every metric.
 
 task            probs                                                targets
-"multi_label"   (samples, batch, labels)                             (batch, labels), 0 or 1
+"multi-label"   (samples, batch, labels)                             (batch, labels), 0 or 1
 "segmentation"  (samples, batch, height, width) or (..., width, 1)   (batch, height, width, raters), 0 or 1
 
 Functions that take `mean_probs` score the posterior predictive mean, the mean over samples: that is the
@@ -44,7 +44,7 @@ __all__ = [
     "uncertainty",
 ]
 
-TASKS = ("multi_label", "segmentation")
+TASKS = ("multi-label", "segmentation")
 
 # A log score is infinite for one certain and wrong prediction; clipped here, that costs 16.1 nats.
 LOG_CLIP = 1e-7
@@ -279,7 +279,7 @@ def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
     return float(np.square(probs - _float64(targets)).mean())
 
 
-def paper_entropy(probs, task: str = "multi_label") -> float:
+def paper_entropy(probs, task: str = "multi-label") -> float:
     """Entropy of the mean prediction; for labels the sum over them of `-p ln p` *without* the 1 - p term.
 
     For labels it measures mostly how far the probabilities are from both 0 and 1 on the low side: p = 1/e,
@@ -288,7 +288,7 @@ def paper_entropy(probs, task: str = "multi_label") -> float:
 
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) probabilities of foreground.
-        task: "multi_label" or "segmentation".
+        task: "multi-label" or "segmentation".
     """
     from scipy.special import entr
 
@@ -371,7 +371,7 @@ def evaluate(
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):
             probabilities of 1.
         targets: (batch, labels), or (batch, height, width, raters): 0 or 1.
-        task: "multi_label" or "segmentation".
+        task: "multi-label" or "segmentation".
         rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all
             are.
         train_prevalence: training frequency of 1 (see `prevalence`): a number, (labels,) or (height, width).
@@ -386,7 +386,7 @@ def evaluate(
             batch, an image without a valid rater, an unknown task.
     """
     probs, targets, valid = _check(probs, targets, task, rater_valid)
-    if task == "multi_label":
+    if task == "multi-label":
         return _evaluate_multi_label(probs, targets, train_prevalence)
     return _evaluate_segmentation(probs, targets, valid, train_prevalence)
 
@@ -416,7 +416,7 @@ def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
     """Frequency of 1 in the targets: of each label, (labels,), or of each pixel, (height, width).
 
     Args:
-        task: "multi_label" or "segmentation".
+        task: "multi-label" or "segmentation".
         targets: (batch, labels), or (batch, height, width, raters): 0 or 1.
         rater_valid: (batch, raters) bool; None if all are. Each image counts once, however many its raters.
 
@@ -424,7 +424,7 @@ def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
         float64 in 0..1, of shape (labels,) or (height, width).
     """
     targets = _check_targets(targets, task)
-    if task == "multi_label":
+    if task == "multi-label":
         return targets.mean(0, dtype="float64")
     valid = _check_valid(rater_valid, targets)
     total = np.zeros(targets.shape[1:3])
@@ -445,7 +445,7 @@ def trivial(
     """Rows of predictors that never look at an image, scored by the same `evaluate`.
 
     Args:
-        task: "multi_label" or "segmentation".
+        task: "multi-label" or "segmentation".
         train_targets: (batch, labels), or (batch, height, width, raters): what the prevalence is taken from.
         test_targets: the same, what is predicted.
         rater_valid: of the test targets, as in `evaluate`.
@@ -457,8 +457,8 @@ def trivial(
     """
     test_targets = _check_targets(test_targets, task)
     frequency = prevalence(task, train_targets, train_rater_valid)
-    shape = (1, *test_targets.shape[: 2 if task == "multi_label" else 3])
-    zero = "all_negative" if task == "multi_label" else "all_background"
+    shape = (1, *test_targets.shape[: 2 if task == "multi-label" else 3])
+    zero = "all_negative" if task == "multi-label" else "all_background"
     options = {"rater_valid": rater_valid, "train_prevalence": frequency}
     return {
         name: evaluate(_broadcast(values, shape, "train_targets"), test_targets, task, **options)
@@ -571,13 +571,13 @@ def _score_images(probs, masks, valid):
 
 def _check(probs, targets, task, rater_valid):
     targets, probs = _check_targets(targets, task), np.asarray(probs)
-    if task == "multi_label" and rater_valid is not None:
+    if task == "multi-label" and rater_valid is not None:
         raise ValueError(
             "Expected rater_valid=None, as multi-label targets have no raters. Received: an array"
         )
     if task == "segmentation":
         probs = _drop_channel(probs)
-    batch_shape = targets.shape if task == "multi_label" else targets.shape[:-1]
+    batch_shape = targets.shape if task == "multi-label" else targets.shape[:-1]
     if probs.ndim != 1 + len(batch_shape) or probs.shape[1:] != batch_shape or probs.shape[0] == 0:
         raise ValueError(
             f"Expected probs of shape (samples, {', '.join(map(str, batch_shape))}), as the targets. "
@@ -589,7 +589,7 @@ def _check(probs, targets, task, rater_valid):
         raise ValueError(
             f"Expected probabilities in 0..1 (not logits), none of them NaN. Received: min={low}, max={high}"
         )
-    valid = None if task == "multi_label" else _check_valid(rater_valid, targets)
+    valid = None if task == "multi-label" else _check_valid(rater_valid, targets)
     return probs, targets, valid
 
 
@@ -597,8 +597,8 @@ def _check_targets(targets, task):
     if task not in TASKS:
         raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
     targets = np.asarray(targets)
-    shape = "(batch, labels)" if task == "multi_label" else "(batch, height, width, raters)"
-    if targets.ndim != (2 if task == "multi_label" else 4) or targets.size == 0:
+    shape = "(batch, labels)" if task == "multi-label" else "(batch, height, width, raters)"
+    if targets.ndim != (2 if task == "multi-label" else 4) or targets.size == 0:
         raise ValueError(f"Expected targets of shape {shape}, not empty. Received: shape {targets.shape}")
     if targets.dtype != bool and not ((targets == 0) | (targets == 1)).all():
         raise ValueError(

@@ -30,7 +30,7 @@ def assert_same(one, two):
 
 
 def test_multi_label_agrees_with_scikit_learn():
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label")
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label")
     mean = LABEL_PROBS.astype("float64").mean(0)
     flat, true = mean.ravel(), LABELS.ravel()
     assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, average="macro"))
@@ -46,13 +46,13 @@ def test_multi_label_agrees_with_scikit_learn():
 def test_labels_without_both_classes_are_left_out_of_the_auc():
     labels = LABELS.copy()
     labels[:, 1], labels[:, 3] = 0, 1
-    row = metrics.evaluate(LABEL_PROBS, labels, "multi_label")
+    row = metrics.evaluate(LABEL_PROBS, labels, "multi-label")
     kept = [0, 2, 4]
     assert row["auc_num_labels"] == 3
     assert row["auc"] == pytest.approx(
         sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6
     )
-    row = metrics.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi_label")
+    row = metrics.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
     assert row["auc_num_labels"] == 0
     assert "auc" not in row and "average_precision" not in row
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
@@ -79,13 +79,13 @@ def test_a_certain_mistake_costs_a_finite_log_score():
 
 
 def test_brier_skill_is_against_the_training_prevalence():
-    frequency = metrics.prevalence("multi_label", LABELS)
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label", train_prevalence=frequency)
+    frequency = metrics.prevalence("multi-label", LABELS)
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
     reference = ((frequency - LABELS) ** 2).mean()
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi_label")
+    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label")
     assert row["undefined"]["brier_skill"] == "train_prevalence was not given"
-    perfect = metrics.evaluate(LABELS[None].astype(float), LABELS, "multi_label", train_prevalence=frequency)
+    perfect = metrics.evaluate(LABELS[None].astype(float), LABELS, "multi-label", train_prevalence=frequency)
     assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
 
 
@@ -223,7 +223,7 @@ def test_per_image_means_are_what_evaluate_reports():
 
 
 @pytest.mark.parametrize(
-    ("task", "probs", "targets"), [("multi_label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
+    ("task", "probs", "targets"), [("multi-label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
 )
 def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
     row = metrics.evaluate(probs, targets, task)
@@ -232,7 +232,7 @@ def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
 
 
 @pytest.mark.parametrize(
-    ("task", "probs", "targets"), [("multi_label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
+    ("task", "probs", "targets"), [("multi-label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
 )
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_are_plain_floats(task, probs, targets, dtype):
@@ -245,21 +245,21 @@ def test_rows_are_plain_floats(task, probs, targets, dtype):
 
 def test_rounding_above_one_is_forgiven():
     probs = np.minimum(LABEL_PROBS.astype("float64") + 1, 1 + 1e-7)
-    row = metrics.evaluate(probs, LABELS, "multi_label")
+    row = metrics.evaluate(probs, LABELS, "multi-label")
     assert row["entropy"] == 0
 
 
 @pytest.mark.parametrize(
     ("probs", "targets", "task", "options", "message"),
     [
-        (LABEL_PROBS * 3, LABELS, "multi_label", {}, r"0\.\.1 .not logits.*max="),
-        (np.full_like(LABEL_PROBS, np.nan), LABELS, "multi_label", {}, "NaN.*min=nan"),
-        (LABEL_PROBS[0], LABELS, "multi_label", {}, r"samples, 60, 5.*\(60, 5\)"),
-        (LABEL_PROBS[:0], LABELS, "multi_label", {}, r"\(0, 60, 5\)"),
-        (LABEL_PROBS[:, :0], LABELS[:0], "multi_label", {}, r"not empty.*\(0, 5\)"),
-        (LABEL_PROBS, LABELS * 2, "multi_label", {}, "0 or 1.*0 to 2"),
-        (LABEL_PROBS, LABELS, "multi_label", {"rater_valid": VALID}, "rater_valid=None"),
-        (LABEL_PROBS, LABELS, "multi_label", {"train_prevalence": np.ones(4)}, r"train_prevalence.*\(4,\)"),
+        (LABEL_PROBS * 3, LABELS, "multi-label", {}, r"0\.\.1 .not logits.*max="),
+        (np.full_like(LABEL_PROBS, np.nan), LABELS, "multi-label", {}, "NaN.*min=nan"),
+        (LABEL_PROBS[0], LABELS, "multi-label", {}, r"samples, 60, 5.*\(60, 5\)"),
+        (LABEL_PROBS[:0], LABELS, "multi-label", {}, r"\(0, 60, 5\)"),
+        (LABEL_PROBS[:, :0], LABELS[:0], "multi-label", {}, r"not empty.*\(0, 5\)"),
+        (LABEL_PROBS, LABELS * 2, "multi-label", {}, "0 or 1.*0 to 2"),
+        (LABEL_PROBS, LABELS, "multi-label", {"rater_valid": VALID}, "rater_valid=None"),
+        (LABEL_PROBS, LABELS, "multi-label", {"train_prevalence": np.ones(4)}, r"train_prevalence.*\(4,\)"),
         (LABEL_PROBS, LABELS, "multiclass", {}, "'multiclass'"),
         (MASK_PROBS, MASKS[..., 0], "segmentation", {}, "raters"),
         (MASK_PROBS[:, :3], MASKS, "segmentation", {}, r"\(4, 3, 8, 10\)"),
@@ -322,7 +322,7 @@ def test_trivial_rows_of_labels_as_in_the_paper():
     # Prevalences near ChestMNIST's, from its 4.7 (infiltration) to over 500 negatives a positive (hernia).
     percent = [10.5, 2.6, 12.2, 18.2, 5.2, 5.7, 1.3, 4.9, 4.3, 2.2, 2.4, 1.5, 3.0, 0.2]
     labels = RNG.permuted(np.arange(1000)[:, None] < 10 * np.array(percent), axis=0).astype("uint8")
-    rows = metrics.trivial("multi_label", labels, labels)
+    rows = metrics.trivial("multi-label", labels, labels)
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["paper_accuracy"] == pytest.approx(1 - labels.mean())
     assert rows["all_negative"]["accuracy"] == pytest.approx(0.947, abs=0.001)
