@@ -398,9 +398,11 @@ class MaskedGaussian:
         """Factor of the KL in the loss: a number or a `keras.Variable`."""
         return self._kl_weight.value
 
-    @kl_weight.setter
-    def kl_weight(self, value):
-        self._kl_weight.value = value
+    def __setattr__(self, name, value):
+        if name == "kl_weight":  # another object's variable: out of sight of Keras's tracking
+            self._kl_weight.value = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def posterior(self) -> dict:

@@ -1,0 +1,715 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: nbs/sbn_tf//ipynb,sbn_tf//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Partial Bayes: a trained network becomes a sparse Bayesian one
+#
+# **`to_partial_bayes` copies a trained Keras model, gives a distribution to the masked weights alone, and returns a
+# `keras.Model` that trains on the ELBO and predicts with several posterior samples.**
+#
+# - *You will see*: the conversion, the ELBO and why its KL must be divided, five samples becoming one prediction,
+#   and the four traps that ruin training, each with its guard.
+# - *You need*: the lessons on layers and on saliency.
+# - *Runs in*: about a minute (CPU).
+
+# %% tags=["active-ipynb"]
+# import os
+# os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
+
+# %%
+"""Conversion of trained Keras models to partial Bayesian ones, their ELBO and their predictions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from sbn_tf.layers import MaskedGaussian, _Box, masked_layers, partial_class
+from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights
+
+__all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "to_partial_bayes"]
+
+# %% [markdown]
+# ## 1. Which network comes out?
+#
+# A copy: same layers, same names, same trained values, and the layers that hold masked weights replaced by their
+# masked twins. The original is never touched. A masked weight in a layer that has no twin is an error that names it;
+# nothing is skipped in silence.
+
+
+# %%
+def convert(model, masks, layer_options: dict, seed: int | None = None):
+    """Copy of a built Functional or Sequential model whose masked weights are Gaussian.
+
+    Args:
+        model: built Functional or Sequential `keras.Model`, nested models and shared layers included.
+        masks: `sbn_tf.saliency.Masks` (or a dict key -> boolean array) of this model.
+        layer_options: keyword arguments of every masked layer (`initial_scale`, `prior`, `kl_weight`, ...).
+        seed: int; each masked layer derives its own noise seed from it.
+
+    Raises:
+        ValueError: another kind of model, masks of another model, or masked weights in a layer without a twin.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
+    if not (isinstance(model, keras.Sequential) or hasattr(model, "_functional") or _is_functional(model)):
+        raise ValueError(
+            f"Expected a Functional or Sequential model. Received: the subclassed {type(model).__name__} "
+            f"'{model.name}'. Convert the Functional part of it, or build it from sbn_tf.layers by hand."
+        )
+    masks = masks if isinstance(masks, Masks) else Masks(masks)
+    masks.check(model)
+    wanted, names = {}, {}
+    for weight in named_weights(model).values():
+        if weight.key in masks and masks[weight.key].any():
+            wanted.setdefault(id(weight.layer), {})[weight.name] = np.asarray(masks[weight.key])
+            names[id(weight.layer)] = f"{weight.key} ({type(weight.layer).__name__})"
+    twins = {}
+
+    def twin(layer):
+        chosen = wanted.get(id(layer))
+        cls = partial_class(layer)
+        if chosen is None or cls is None or set(chosen) - set(cls.posterior_weights):
+            return layer.__class__.from_config(layer.get_config())
+        position = list(wanted).index(id(layer))
+        layer_seed = _layer_seed(seed, position)
+        twins[id(layer)] = layer
+        return cls.from_config({**layer.get_config(), **layer_options, "mask": chosen, "seed": layer_seed})
+
+    copy = keras.models.clone_model(model, clone_function=twin, recursive=True)
+    stuck = [names[i] for i in wanted if i not in twins]
+    if stuck:
+        raise ValueError(
+            f"No masked layer stands for: {', '.join(stuck[:5])}{' ...' if len(stuck) > 5 else ''}. "
+            "Leave these weights out of the selection: eligible weights by saliency(..., exclude=...)."
+        )
+    _copy_variables(model, copy)
+    return copy
+
+
+# %%
+def _layer_seed(seed, position):
+    return None if seed is None else int(np.random.default_rng([seed, position]).integers(2**31))
+
+
+def _is_functional(model) -> bool:
+    return type(model).__name__ == "Functional" or hasattr(model, "_nodes_by_depth")
+
+
+def _copy_variables(old_model, new_model):
+    """Every variable's value, and whether it trains, from one model to its copy."""
+    old_layers, new_layers = ([m, *m._flatten_layers(include_self=False)] for m in (old_model, new_model))
+    for old, new in zip(old_layers, new_layers, strict=True):
+        ours = new._stock_variables() if isinstance(new, MaskedGaussian) else None
+        theirs = old._trainable_variables + old._non_trainable_variables
+        for a, b in zip(theirs, ours or new._trainable_variables + new._non_trainable_variables, strict=True):
+            b.assign(a)
+            if not a.trainable and b.trainable:
+                b.trainable = False
+
+
+# %% [markdown]
+# ## 2. The loss, and what divides its KL
+#
+# Training minimises the negative ELBO (Blundell et al. 2015, equation 2) per example, with $S$ reparameterized draws:
+#
+# $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N} \, \mathrm{KL}(q \,\|\, p). $$
+#
+# $N$ counts the *terms that the loss averages over* in the whole training set. A loss averaged over images has
+# `num_train` of them; one averaged over pixels too has `num_train * pixels`; over labels, `num_train * labels`.
+# Dividing by `num_train` alone under a mean over 32 x 32 pixels makes the KL 1,024 times too strong, and ruins training.
+# By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is $1 / 1{,}024{,}000$.
+
+
+# %%
+_PER_ELEMENT = ("BinaryCrossentropy", "BinaryFocalCrossentropy", "MeanSquaredError", "MeanAbsoluteError", "Huber")
+_PER_POSITION = ("CategoricalCrossentropy", "SparseCategoricalCrossentropy", "CategoricalFocalCrossentropy")
+
+
+def loss_terms(loss, output_shape: tuple) -> int | None:
+    """How many terms of one example `loss` averages over; None where the loss is not a known one.
+
+    Args:
+        loss: a Keras loss, its name, or any object that has `terms_per_example(output_shape)`.
+        output_shape: shape of the network's output, (batch, ...).
+
+    Raises:
+        ValueError: a loss that sums over the batch, or a size left open in the output's shape.
+    """
+    if hasattr(loss, "terms_per_example"):
+        return int(loss.terms_per_example(output_shape))
+    loss = keras.losses.get(loss) if isinstance(loss, str | dict) else loss
+    name = type(loss).__name__ if isinstance(loss, keras.losses.Loss) else getattr(loss, "__name__", "")
+    name = name if name[:1].isupper() else "".join(part.title() for part in name.split("_"))
+    if getattr(loss, "reduction", "sum_over_batch_size") not in ("sum_over_batch_size", "mean"):
+        raise ValueError(
+            f'Expected a loss that averages over the batch. Received: {name} with reduction="{loss.reduction}".'
+        )
+    if name in _PER_ELEMENT:
+        averaged = output_shape[1:]
+    elif name in _PER_POSITION:
+        averaged = output_shape[1:-1]
+    else:
+        return None
+    if None in averaged:
+        raise ValueError(f"The output's size is open: {output_shape}. Pass terms_per_example= (pixels x channels).")
+    return int(np.prod(averaged, dtype=int))
+
+
+# %% tags=["active-ipynb"]
+# terms = loss_terms("binary_crossentropy", (None, 32, 32, 1))
+# print("terms an image:", terms, "| KL weight at 1,000 images: 1 /", 1000 * terms)
+# assert terms == 1024 and loss_terms(keras.losses.CategoricalCrossentropy(), (None, 7)) == 1
+
+# %% [markdown]
+# ## 3. The model
+#
+# `PartialBayes` holds the converted `network` and draws from it `num_samples` times, in a Python loop inside the traced
+# step (`tf.vectorized_map` would give every sample the same draw, silently). In training its call returns every
+# sample's output, since the ELBO averages *losses*; elsewhere it returns the posterior predictive mean, which averages
+# *probabilities*.
+#
+# Two estimators of the expected loss. `"all"` (the paper's): each draw sees the whole batch, at the price of S passes.
+# `"split"`: each draw sees 1/S of the batch: unbiased as well, at the price of about one pass.
+
+
+# %%
+@keras.saving.register_keras_serializable(package="sbn_tf")
+class PartialBayes(keras.Model):
+    """A network with masked Gaussian weights, trained on the ELBO, predicting with posterior samples.
+
+    Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
+    Keras's own. `fit` logs `kl`: the KL in nats per training example.
+
+    Input shape: the network's. Output shape: the network's (the mean over samples), `{"samples": [...]}` in training.
+
+    Raises:
+        ValueError: `num_samples` < 1, `num_train` < 1, an unknown option, or a trap named in section 5.
+    """
+
+    def __init__(
+        self,
+        network,
+        num_train: int,
+        num_samples: int = 5,
+        beta: float = 1.0,
+        kl_reduction: str = "sum",
+        terms_per_example: int | None = None,
+        estimator: str = "all",
+        batch_norm: str = "frozen",
+        probabilities: str | None = "auto",
+        from_logits: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        _check_count("num_train", num_train)
+        _check_count("num_samples", num_samples)
+        _check_choice("estimator", estimator, ("all", "split"))
+        _check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
+        _check_choice("kl_reduction", kl_reduction, ("sum", "mean"))
+        self.network = network
+        self.num_train, self.num_samples = int(num_train), int(num_samples)
+        self.kl_reduction, self.terms_per_example = kl_reduction, terms_per_example
+        self.estimator, self.batch_norm, self.from_logits = estimator, batch_norm, from_logits
+        self.probabilities = _output_kind(network) if probabilities == "auto" else probabilities
+        if from_logits and self.probabilities not in ("sigmoid", "softmax"):
+            raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
+        self._beta, self._terms = _Box(None), _Box(terms_per_example or 1)
+        self._samplers = _Box({})
+        self.kl_weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
+        for layer in masked_layers(network):
+            layer.kl_weight = self.kl_weight
+        self._settle_batch_norm()
+        self.beta = beta
+        self.kl_tracker = keras.metrics.Mean(name="kl")
+        self.built = True
+
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
+        """`keras.Model.compile`; the loss settles how many terms the KL is divided by, unless that was given."""
+        if loss is not None and self.kl_reduction == "sum":
+            self._settle_terms(loss)
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+    def compile_from_config(self, config):
+        """Compile again after loading, optimiser state included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def call(self, inputs, training=None):
+        """Posterior predictive mean of `num_samples` draws; in training `{"samples": [one output a draw]}`."""
+        if not training:
+            return self._predictive_mean([self.network(inputs, training=False) for _ in range(self.num_samples)])
+        parts = [inputs] * self.num_samples
+        if self.estimator == "split":
+            parts = [keras.tree.map_structure(lambda x, s=s: x[s :: self.num_samples], inputs) for s in self._draws()]
+        return {"samples": [self.network(part, training=True) for part in parts]}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean of the samples' losses, plus the KL and the network's other losses, once."""
+        if not _is_samples(y_pred):
+            return super().compute_loss(x, y, y_pred, sample_weight)
+        if self.estimator == "split":
+            return super().compute_loss(x, *self._one_batch(y, y_pred, sample_weight))
+        samples = y_pred["samples"]
+        data = sum(self._compile_loss(y, sample, sample_weight) for sample in samples) / len(samples)
+        return data + sum(self._aggregate_additional_loss(loss) for loss in self.losses)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Metrics of the predictive mean, and the KL in nats per training example."""
+        self.kl_tracker.update_state(self.kl_divergence() / self.num_train)
+        if _is_samples(y_pred) and self.estimator == "split":
+            y, y_pred, sample_weight = self._one_batch(y, y_pred, sample_weight)
+        elif _is_samples(y_pred):
+            y_pred = self._predictive_mean(y_pred["samples"])
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def fit(self, *args, **kwargs):
+        """`keras.Model.fit`; warns when, after 50 steps or more, the posterior scales have not moved."""
+        before, first = self.scales(), int(self.optimizer.iterations) if self.optimizer else 0
+        history = super().fit(*args, **kwargs)
+        after, steps = self.scales(), int(self.optimizer.iterations) - first
+        change = float(np.median(np.abs(np.log(after / before)))) if len(before) else math.inf
+        if steps >= 50 and change < 1e-3:
+            warnings.warn(
+                f"The posterior scales did not learn: their median change is {100 * change:.3f} % after {steps} steps. "
+                "Their initial value decides the result. LocScaleOptimizer(optimizer, Adam(0.01)) lets them learn.",
+                stacklevel=2,
+            )
+        return history
+
+    def get_config(self):
+        """Arguments of the model, the network included."""
+        return {
+            **super().get_config(),
+            "network": keras.saving.serialize_keras_object(self.network),
+            "num_train": self.num_train,
+            "num_samples": self.num_samples,
+            "beta": self.beta,
+            "kl_reduction": self.kl_reduction,
+            "terms_per_example": self.terms_per_example,
+            "estimator": self.estimator,
+            "batch_norm": self.batch_norm,
+            "probabilities": self.probabilities,
+            "from_logits": self.from_logits,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Model from its config."""
+        network = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
+        return cls(**{**config, "network": network})
+
+    def build(self, input_shape=None):
+        """Nothing to do: the network is built."""
+        self.built = True
+
+    @property
+    def beta(self) -> float:
+        """Factor of the KL: 1 is the ELBO. Setting it acts at once, also on a compiled model."""
+        return self._beta.value
+
+    @beta.setter
+    def beta(self, value):
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"Expected a finite beta >= 0. Received: beta={value}")
+        self._beta.value = float(value)
+        self._apply_beta()
+
+    @property
+    def num_bayesian(self) -> int:
+        """How many weight entries are Bayesian."""
+        return sum(sum(layer.num_bayesian.values()) for layer in masked_layers(self.network))
+
+    def kl_divergence(self):
+        """KL of the whole posterior from its prior, in nats: a scalar."""
+        return sum((layer.kl_divergence() for layer in masked_layers(self.network)), ops.zeros(()))
+
+    def scales(self) -> np.ndarray:
+        """Posterior standard deviations of all Bayesian entries, layer by layer: (k,)."""
+        layers = masked_layers(self.network)
+        found = [ops.convert_to_numpy(x._masked_scale(n)) for x in layers for n in x._bayesian_names()]
+        return np.concatenate(found) if found else np.zeros(0, "float32")
+
+    def predict_samples(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """Outputs of `num_samples` posterior draws, as probabilities: (samples, batch, ...) for each output.
+
+        Each batch draws anew: the samples of two images from different batches share no weights.
+        """
+        outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+        return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
+
+    def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """How sure the model is, and why not.
+
+        Returns:
+            dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
+            `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
+            Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
+
+        Raises:
+            ValueError: outputs that are not probabilities.
+        """
+        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
+        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
+            raise ValueError(
+                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
+                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits).'
+            )
+        return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+
+    # ---- below: how it is done ----
+
+    def _apply_beta(self):
+        terms = 1.0 if self.kl_reduction == "mean" else self.num_train * self._terms.value
+        self.kl_weight.assign(self.beta / terms)
+
+    def _draws(self):
+        return range(self.num_samples)
+
+    def _as_probabilities(self, outputs):
+        if not self.from_logits:
+            return outputs
+        link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
+        return keras.tree.map_structure(link, outputs)
+
+    def _predictive_mean(self, samples):
+        """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
+        samples = [self._as_probabilities(sample) for sample in samples]
+        mean = keras.tree.map_structure(lambda *s: sum(s) / len(s), *samples)
+        if not self.from_logits:
+            return mean
+        tiny = keras.config.epsilon()
+        if self.probabilities == "softmax":
+            return keras.tree.map_structure(lambda p: ops.log(ops.maximum(p, tiny)), mean)
+        clip = lambda p: ops.clip(p, tiny, 1 - tiny)  # noqa: E731
+        return keras.tree.map_structure(lambda p: ops.log(clip(p)) - ops.log1p(-clip(p)), mean)
+
+    def _one_batch(self, y, y_pred, sample_weight):
+        """The split estimator's parts as one batch again, targets in the same order."""
+
+        def reorder(t):
+            return ops.concatenate([t[s :: self.num_samples] for s in self._draws()], axis=0)
+
+        outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis=0), *y_pred["samples"])
+        y = keras.tree.map_structure(reorder, y)
+        return y, outputs, None if sample_weight is None else keras.tree.map_structure(reorder, sample_weight)
+
+    def _settle_terms(self, loss):
+        outputs = keras.tree.flatten(self.network.outputs)
+        terms = loss_terms(loss, tuple(outputs[0].shape)) if len(outputs) == 1 else None
+        if terms is None and self.terms_per_example is None:
+            raise ValueError(
+                "How many terms of one example does this loss average over? Pass terms_per_example= to "
+                "to_partial_bayes: 1 for a loss per image, pixels for a mean over pixels, labels for one over labels."
+            )
+        if terms is not None and self.terms_per_example not in (None, terms):
+            warnings.warn(
+                f"terms_per_example={self.terms_per_example}, but this loss averages over {terms} terms an example: "
+                f"the KL is {terms / self.terms_per_example:g} times the ELBO's.",
+                stacklevel=3,
+            )
+        self._terms.value = self.terms_per_example or terms
+        self._apply_beta()
+
+    def _settle_batch_norm(self):
+        for layer in self.network._flatten_layers(include_self=False):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                if self.batch_norm == "frozen":
+                    layer.trainable = False
+                elif self.batch_norm == "statistics":
+                    for variable in (layer.gamma, layer.beta):
+                        if variable is not None:
+                            variable.trainable = False
+
+    def _sampler(self, kind, num_samples):
+        num_samples = self.num_samples if num_samples is None else num_samples
+        _check_count("num_samples", num_samples)
+        key = (kind, num_samples)
+        if key not in self._samplers.value:
+            sampler = _Sampler(self, kind, num_samples)
+            sampler.compile(jit_compile=False)
+            self._samplers.value[key] = sampler
+        return self._samplers.value[key]
+
+
+# %% [markdown]
+# ## 4. Five samples become one picture
+#
+# For a predictive mean $\bar p = \frac1S \sum_s p_s$ the entropy splits in two (Depeweg et al. 2018):
+#
+# $$ \underbrace{H[\bar p]}_{\text{total}} = \underbrace{\tfrac1S \textstyle\sum_s H[p_s]}_{\text{aleatoric}}
+#  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
+#
+# By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
+# the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
+
+
+# %%
+def entropy(probs, kind: str):
+    """Entropy in nats: of each Bernoulli ("sigmoid"), or over the last axis ("softmax")."""
+
+    def xlogx(p):
+        return p * ops.log(ops.maximum(p, 1e-30))
+
+    if kind == "sigmoid":
+        return -xlogx(probs) - xlogx(1.0 - probs)
+    return -ops.sum(xlogx(probs), axis=-1)
+
+
+class _Sampler(keras.Model):
+    """Runs S draws of a `PartialBayes`'s network for one batch, in one compiled call."""
+
+    def __init__(self, model, kind, num_samples):
+        super().__init__(name=f"{kind}_of_{num_samples}")
+        self._model, self._kind, self._num_samples = _Box(model), kind, num_samples
+        self.built = True
+
+    def call(self, inputs):
+        model = self._model.value
+        draws = (model._as_probabilities(model.network(inputs, training=False)) for _ in range(self._num_samples))
+        if self._kind == "samples":
+            return keras.tree.map_structure(lambda *s: ops.stack(s, axis=1), *draws)
+        kinds = model.probabilities
+        mean, aleatoric = None, None
+        for outputs in draws:  # running sums: no (samples, batch, ...) array
+            flat = keras.tree.flatten(outputs)
+            each = kinds if isinstance(kinds, list) else [kinds] * len(flat)
+            nats = [entropy(p, kind) for p, kind in zip(flat, each, strict=True)]
+            mean = flat if mean is None else [a + b for a, b in zip(mean, flat, strict=True)]
+            aleatoric = nats if aleatoric is None else [a + b for a, b in zip(aleatoric, nats, strict=True)]
+        results = []
+        for total, nats, kind in zip(mean, aleatoric, each, strict=True):
+            p, expected = total / self._num_samples, nats / self._num_samples
+            whole = entropy(p, kind)
+            parts = {"mean": p, "total_entropy": whole, "expected_entropy": expected}
+            results.append({**parts, "mutual_information": ops.maximum(whole - expected, 0.0)})
+        return results[0] if len(results) == 1 else results
+
+
+# %% [markdown]
+# ## 5. From masks to model, past four traps
+#
+# | trap | what happens | guard |
+# |---|---|---|
+# | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; another count warns |
+# | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
+# | batch norm in training mode under `"split"` | its statistics see 1/S of the batch | refused |
+# | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
+
+
+# %%
+def to_partial_bayes(
+    model,
+    masks,
+    *,
+    num_train: int,
+    num_samples: int = 5,
+    beta: float = 1.0,
+    kl_reduction: str = "sum",
+    terms_per_example: int | None = None,
+    estimator: str = "all",
+    initial_scale: float = 0.01,
+    untransformed_scale_initializer=None,
+    prior=None,
+    batch_norm: str = "frozen",
+    probabilities: str | None = "auto",
+    from_logits: bool = False,
+    seed: int | None = None,
+) -> PartialBayes:
+    """A sparse Bayesian copy of a trained model; every loc starts at the trained value.
+
+    Args:
+        model: built Functional or Sequential `keras.Model`. It is not changed.
+        masks: `saliency.Masks` of this model: which entries are Bayesian.
+        num_train: examples in the training set; the ELBO divides the KL by it.
+        num_samples: posterior draws in each training step and each prediction.
+        beta: factor of the KL; 1 is the ELBO. A schedule: the callback `BetaSchedule`.
+        kl_reduction: "sum" over entries (the ELBO), or "mean" over each weight's entries, not divided by
+            `num_train`, as in the paper's code.
+        terms_per_example: terms of one example that the loss averages over; None: known from a Keras loss at `compile`.
+        estimator: "all" (each draw sees the batch) or "split" (each draw sees 1/num_samples of it).
+        initial_scale: standard deviation at which each posterior starts, in the weights' unit.
+        untransformed_scale_initializer: Keras initializer of the untransformed scales instead; the paper's is
+            `RandomNormal(-3, 1)`.
+        prior: None for N(0, 1), or a scalar `tfd` distribution.
+        batch_norm: "frozen" (inference mode), "statistics" (running statistics go on, gamma and beta frozen: the
+            paper's code), or "train".
+        probabilities: what the outputs are: "sigmoid", "softmax", None (a regression), "auto": by the activation.
+        from_logits: the outputs are logits of these probabilities. Means are taken over probabilities.
+        seed: int; fixes the noise.
+
+    Returns:
+        A `PartialBayes`, to be compiled and fitted.
+
+    Raises:
+        ValueError: masks of another model or with no entry, a layer without a masked twin, an option out of range, or a
+            trap of the table above.
+
+    Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
+    """
+    if batch_norm != "frozen":
+        masked = {key for key, mask in dict(masks).items() if np.any(mask)}
+        biases = [key for key in biases_before_batch_norm(model) if key in masked]
+        if biases:
+            raise ValueError(
+                f"Bayesian biases right before a batch norm in training mode have no effect there: {biases[:5]}. "
+                'Leave them out of the saliency pass (exclude=...), or use batch_norm="frozen".'
+            )
+        has_norm = any(isinstance(x, keras.layers.BatchNormalization) for x in model._flatten_layers())
+        if estimator == "split" and has_norm:
+            raise ValueError(
+                'estimator="split" shows batch norm only batch/num_samples images a draw. '
+                'Use batch_norm="frozen" with it, or estimator="all".'
+            )
+    options = {
+        "initial_scale": initial_scale,
+        "untransformed_scale_initializer": untransformed_scale_initializer,
+        "prior": prior,
+        "kl_reduction": kl_reduction,
+        "kl_weight": 0.0,
+    }
+    return PartialBayes(
+        convert(model, masks, options, seed=seed),
+        num_train=num_train,
+        num_samples=num_samples,
+        beta=beta,
+        kl_reduction=kl_reduction,
+        terms_per_example=terms_per_example,
+        estimator=estimator,
+        batch_norm=batch_norm,
+        probabilities=probabilities,
+        from_logits=from_logits,
+        name=f"partial_{model.name}",
+    )
+
+
+# %%
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"Expected {name} to be an integer >= 1. Received: {name}={value!r}")
+
+
+def _check_choice(name, value, known):
+    if value not in known:
+        raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
+
+
+def _is_samples(y_pred):
+    return isinstance(y_pred, dict) and set(y_pred) == {"samples"}
+
+
+def _output_kind(network):
+    """ "sigmoid", "softmax" or None for each output, by the activation of the layer that made it."""
+    kinds = []
+    for output in keras.tree.flatten(network.outputs):
+        operation = output._keras_history.operation
+        while isinstance(operation, keras.Model):  # a nested model's output is made inside it
+            operation = keras.tree.flatten(operation.outputs)[0]._keras_history.operation
+        name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
+        kinds.append(name if name in ("sigmoid", "softmax") else None)
+    return kinds[0] if len(set(kinds)) == 1 else kinds
+
+
+# %% [markdown]
+# ## 6. Two rates, one schedule
+#
+# Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer` gives each
+# its own optimiser. `BetaSchedule` anneals beta over the epochs: the paper's segmentation runs go from 0.2 to 0.01.
+
+
+# %%
+@keras.saving.register_keras_serializable(package="sbn_tf")
+class LocScaleOptimizer(keras.optimizers.Optimizer):
+    """One optimiser for the locs (and everything else), another for the untransformed scales.
+
+    Args:
+        loc_optimizer: Keras optimiser or its name; `learning_rate` and Keras's schedules act on it.
+        scale_optimizer: Keras optimiser of the scales; default `Adam(0.01)`.
+    """
+
+    def __init__(self, loc_optimizer="adam", scale_optimizer=None, name="loc_scale", **kwargs):
+        super().__init__(learning_rate=0.0, name=name)
+        self.loc_optimizer = keras.optimizers.get(loc_optimizer)
+        self.scale_optimizer = keras.optimizers.get(scale_optimizer or keras.optimizers.Adam(0.01))
+
+    def build(self, variables):
+        """Make each optimiser's slots for its own variables."""
+        if self.built:
+            return
+        super().build(variables)
+        for optimizer, chosen in self._shares(variables):
+            optimizer.build(chosen)
+
+    def apply(self, grads, trainable_variables=None):
+        """Apply each gradient by the optimiser of its variable."""
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        self.build(variables)
+        gradients = {id(v): g for v, g in zip(variables, grads, strict=True)}
+        for optimizer, chosen in self._shares(variables):
+            optimizer.apply([gradients[id(v)] for v in chosen], chosen)
+        self._iterations.assign_add(1)
+
+    def get_config(self):
+        """Both optimisers' configs."""
+        both = (keras.optimizers.serialize(o) for o in (self.loc_optimizer, self.scale_optimizer))
+        return {"name": self.name, **dict(zip(("loc_optimizer", "scale_optimizer"), both, strict=True))}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Optimiser from its config."""
+        return cls(**config)
+
+    @property
+    def variables(self):
+        """State of both optimisers."""
+        return [*self._variables, *self.loc_optimizer.variables, *self.scale_optimizer.variables]
+
+    @property
+    def learning_rate(self):
+        """The locs' learning rate."""
+        return self.loc_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.loc_optimizer.learning_rate = value
+
+    def _shares(self, variables):
+        scales = [v for v in variables if v.name.endswith("posterior_untransformed_scale")]
+        locs = [v for v in variables if not v.name.endswith("posterior_untransformed_scale")]
+        return [(o, vs) for o, vs in ((self.loc_optimizer, locs), (self.scale_optimizer, scales)) if vs]
+
+
+# %%
+class BetaSchedule(keras.callbacks.Callback):
+    """Sets `model.beta` before each epoch, linearly from `start` to `stop`, reached in the last epoch.
+
+    # Differs from the paper: its formula as printed runs from the target to the start; its text says 0.2 to 0.01.
+
+    Args:
+        start, stop: beta in the first and in the last epoch, >= 0.
+        epochs: how many epochs the schedule spans.
+    """
+
+    def __init__(self, start: float, stop: float, epochs: int):
+        super().__init__()
+        self.start, self.stop, self.epochs = start, stop, epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Set beta for this epoch."""
+        done = min(epoch / max(self.epochs - 1, 1), 1.0)
+        self.model.beta = self.start + (self.stop - self.start) * done
