@@ -1,0 +1,110 @@
+"""The repository: the README's example runs, the pins are plain, notebooks are clean, no file names a machine."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE_PATH = re.compile(r"(?<![\w.~$}/])/(?:work|root|home|Users|tmp|opt|mnt|private)/\w|\b[A-Z]:\\+Users\b")
+REGISTRY = re.compile(r"pypi[.]org|pythonhosted[.]org|(?:index|find)[-_](?:url|links)\s*[=:]|/simple/\w")
+
+
+def tracked_files() -> list[Path]:
+    """Files that git tracks and that are there."""
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def tracked_notebooks() -> dict[str, dict]:
+    paths = [path for path in tracked_files() if path.suffix == ".ipynb"]
+    return {str(path.relative_to(ROOT)): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_readme_example_runs():
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
+    assert names["uncertainty"]["mean"].shape == (4, 3)
+    assert names["uncertainty"]["mutual_information"].shape == (4,)
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text("utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_has_one_test_command_on_one_line():
+    (block,) = re.findall(r"<!-- test-command -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert block.count("\n") == 1
+    assert block.rstrip().endswith("&& .venv/bin/pytest --nbval")
+
+
+def test_requirements_are_names_and_versions_only():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[^ ]+", line) or "://" in line] == []
+    names = [line.split("==")[0] for line in lines]
+    assert len(names) == len(set(names))
+    assert {"tensorflow", "keras", "tensorflow-probability", "tf-keras", "pytest", "nbval"} <= set(names)
+
+
+def test_environment_is_a_conda_file_of_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    assert environment["name"] == "sbn_tf"
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert "python=3.11" in plain and "pip" in plain
+    assert pip == ["-r requirements.txt", "-e .[test]"]
+
+
+@pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY], ids=["machine_path", "registry"])
+def test_no_tracked_file_names_a_machine(pattern):
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        hits = (f"{path.relative_to(ROOT)}: {m.group()}" for m in pattern.finditer(text))
+        found += list(hits)[:3]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("open('/" + "home/ann/x.npz')", True),
+        ("C:" + "\\Users\\ann", True),
+        ("/" + "tmp/ipykernel_12/3.py:1: UserWarning", True),
+        ("https://example.com/home/page", False),
+        ("../shared/data", False),
+    ],
+)
+def test_machine_path_pattern(text, wanted):
+    assert bool(MACHINE_PATH.search(text)) == wanted
+
+
+def test_notebooks_use_the_kernel_that_every_environment_has():
+    kernels = {name: book["metadata"].get("kernelspec", {}).get("name") for name, book in tracked_notebooks().items()}
+    assert {name: kernel for name, kernel in kernels.items() if kernel != "python3"} == {}
+
+
+def test_notebooks_hold_no_error():
+    assert [
+        name
+        for name, book in tracked_notebooks().items()
+        if any(o["output_type"] == "error" for cell in code_cells(book) for o in cell["outputs"])
+    ] == []
