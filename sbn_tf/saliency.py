@@ -138,18 +138,20 @@ def biases_before_batch_norm(model) -> list[str]:
     """Keys of biases whose layer feeds a batch normalisation directly.
 
     In training mode such a bias has no effect (the batch mean takes it away), so its gradient is zero and a KL alone
-    would shape its posterior.
+    would shape its posterior. Padding or dropout in between keeps some effect: such a bias is not listed.
     """
     keys = {id(w.layer): w.key for w in named_weights(model).values() if w.name == "bias"}
     layers, biases = [model, *model._flatten_layers(include_self=False)], []
     for layer in layers:
-        if not isinstance(layer, keras.layers.BatchNormalization):
+        if not isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable:
             continue
         for node in layer._inbound_nodes:
             for parent in node.parent_nodes:
                 operation = parent.operation
-                while type(operation).__name__.startswith(("Dropout", "ZeroPadding", "Cropping")):
+                while type(operation).__name__.startswith("Cropping") and len(operation._outbound_nodes) == 1:
                     operation = operation._inbound_nodes[0].parent_nodes[0].operation
+                if len(operation._outbound_nodes) != 1:  # used elsewhere too, where it may have an effect
+                    continue
                 linear = getattr(getattr(operation, "activation", None), "__name__", "linear") == "linear"
                 if linear and id(operation) in keys and keys[id(operation)] not in biases:
                     biases.append(keys[id(operation)])
@@ -257,12 +259,14 @@ def _accumulate(model, weights, data, loss, score, training, max_batches, verbos
     loss = _mean_loss(loss)
     variables = [w.variable.value for w in weights.values()]
     totals = [tf.Variable(tf.zeros(v.shape, "float32"), trainable=False) for v in variables]
+    missing = []
 
     def gradients(x, y, sample_weight):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
             value = loss(y, model(x, training=training), sample_weight)
         found = tape.gradient(value, variables)
+        missing[:] = [k for k, g in zip(weights, found, strict=True) if g is None]
         return value, [None if g is None else tf.cast(tf.convert_to_tensor(g), "float32") for g in found]
 
     def add(found):
@@ -271,8 +275,6 @@ def _accumulate(model, weights, data, loss, score, training, max_batches, verbos
                 g = g * tf.cast(variable, "float32")
             if g is not None:
                 total.assign_add(g if score == "paper" else g**2)
-
-    missing = []
 
     @tf.function(reduce_retracing=True)
     def step(x, y, sample_weight=None):
@@ -287,12 +289,14 @@ def _accumulate(model, weights, data, loss, score, training, max_batches, verbos
                 value += tf.cast(each, "float32")
         else:
             value, found = gradients(x, y, sample_weight)
-            missing[:] = [k for k, g in zip(weights, found, strict=True) if g is None]
             add(found)
         return value
 
     count = 0
-    total = max_batches if max_batches is not None else (len(data) if hasattr(data, "__len__") else None)
+    try:
+        total = len(data) if max_batches is None else max_batches
+    except TypeError:  # a generator, or a dataset that does not know its length
+        total = None
     for number, batch in enumerate(tqdm(data, total=total, desc="saliency", disable=not verbose)):
         if max_batches is not None and number >= max_batches:
             break
@@ -406,7 +410,8 @@ class Masks(Mapping):
         if unknown or other:
             raise ValueError(
                 f"These masks are of another model: {(unknown + other)[:3]} "
-                f"{'are not weights' if unknown else 'have another shape'} of '{model.name}'. Make them with this model."
+                f"{'are not weights' if unknown else 'have another shape'} of '{model.name}'. "
+                "Make them with this model."
             )
 
     def table(self) -> str:
