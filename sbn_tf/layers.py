@@ -160,9 +160,7 @@ def prior_config(prior) -> dict:
             )
         parameters = {k: v for k, v in prior.parameters.items() if k not in ("name", "validate_args")}
         try:
-            config = {
-                k: v if isinstance(v, bool) else float(v) for k, v in parameters.items() if v is not None
-            }
+            config = {k: v if isinstance(v, bool) else float(v) for k, v in parameters.items() if v is not None}
         except (TypeError, ValueError):
             raise ValueError(f"Expected a prior with scalar parameters. Received: {prior}") from None
         prior = {"class_name": type(prior).__name__.lstrip("_"), "config": config}
@@ -337,17 +335,16 @@ class MaskedGaussian:
     ):
         super().__init__(*args, **kwargs)
         self._masks = _Box(self._by_weight(mask, "mask"))
-        self.num_bayesian = {
-            k: int(v) for k, v in (self._by_weight(num_bayesian, "num_bayesian") or {}).items()
-        }
+        counts = self._by_weight(num_bayesian, "num_bayesian") or {}
+        if any(v != int(v) or v < 0 for v in counts.values()):
+            raise ValueError(f"Expected whole counts num_bayesian >= 0. Received: num_bayesian={num_bayesian}")
+        self.num_bayesian = {k: int(v) for k, v in counts.items()}
         if self._masks.value:
             self.num_bayesian = {k: int(np.sum(v)) for k, v in self._masks.value.items()}
         if not (np.isfinite(initial_scale) and initial_scale > 0):
             raise ValueError(f"Expected a finite initial_scale > 0. Received: initial_scale={initial_scale}")
         if kl_reduction not in ("sum", "mean"):
-            raise ValueError(
-                f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}'
-            )
+            raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}')
         if kl_weight is None and any(self.num_bayesian.values()):
             raise ValueError(
                 f"Layer '{self.name}' has Bayesian entries and no kl_weight. Pass kl_weight=1/num_train (a loss that "
@@ -416,24 +413,18 @@ class MaskedGaussian:
 
     def kl_divergence(self):
         """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
-        terms = [
-            kl_normal(self._masked_loc(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()
-        ]
+        terms = [kl_normal(self._masked_loc(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
         return sum((ops.sum(t) for t in terms), ops.zeros(()))
 
     def mask(self, name: str) -> np.ndarray:
         """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
-        return self.scale(name) > 0
+        return self._dense(name, True, bool)
 
     def scale(self, name: str) -> np.ndarray:
         """Dense posterior standard deviation of weight `name`: 0 where it is a point. For reading and plotting."""
-        variable = self._loc(name)
-        dense = np.zeros(int(np.prod(variable.shape)), "float32")
-        if name in self._bayesian_names():
-            index = getattr(self, f"{name}_posterior_index", None)
-            where = slice(None) if index is None else ops.convert_to_numpy(index)
-            dense[where] = ops.convert_to_numpy(self._masked_scale(name))
-        return dense.reshape(variable.shape)
+        bayesian = name in self._bayesian_names()
+        values = ops.convert_to_numpy(self._masked_scale(name)) if bayesian else 0.0
+        return self._dense(name, values, self._posterior_dtype())
 
     def set_mask(self, mask) -> None:
         """Choose anew which entries are Bayesian; scales start again. Compile the model again after it.
@@ -442,19 +433,11 @@ class MaskedGaussian:
             mask: boolean array of the first weight's shape, or a dict of such arrays; weights left out become points.
         """
         if not self.built:
-            raise ValueError(
-                f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it)."
-            )
+            raise ValueError(f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it).")
         masks = self._by_weight(mask, "mask")
         self._check_masks(masks)
-        if (
-            any(np.any(m) for m in masks.values())
-            and not any(self.num_bayesian.values())
-            and self.kl_weight == 0.0
-        ):
-            raise ValueError(
-                f"Layer '{self.name}' has no kl_weight. Set layer.kl_weight = 1/num_train first."
-            )
+        if any(np.any(m) for m in masks.values()) and not any(self.num_bayesian.values()) and self.kl_weight == 0.0:
+            raise ValueError(f"Layer '{self.name}' has no kl_weight. Set layer.kl_weight = 1/num_train first.")
         self._tracker.unlock()
         for name in self._bayesian_names():
             for suffix in ("index", "untransformed_scale"):
@@ -499,9 +482,7 @@ class MaskedGaussian:
 
     def quantize(self, *args, **kwargs):
         """Refused: a posterior needs its floating-point loc."""
-        raise ValueError(
-            f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network."
-        )
+        raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
 
     # ---- below: how it is done ----
 
@@ -522,10 +503,16 @@ class MaskedGaussian:
     def _loc(self, name):
         variable = getattr(self, name)
         if variable is None:
-            raise ValueError(
-                f"Layer '{self.name}' has no weight `{name}` (use_bias=False?). Leave it out of the mask."
-            )
+            raise ValueError(f"Layer '{self.name}' has no weight `{name}` (use_bias=False?). Leave it out of the mask.")
         return variable
+
+    def _dense(self, name, values, dtype):
+        shape = tuple(self._loc(name).shape)
+        dense = np.zeros(int(np.prod(shape)), dtype)
+        if name in self._bayesian_names():
+            index = getattr(self, f"{name}_posterior_index", None)
+            dense[slice(None) if index is None else ops.convert_to_numpy(index)] = values
+        return dense.reshape(shape)
 
     def _masked_loc(self, name):
         flat = ops.reshape(ops.convert_to_tensor(self._loc(name)), (-1,))
@@ -567,16 +554,12 @@ class MaskedGaussian:
                     f"Expected at most {size} Bayesian entries in `{name}` of layer '{self.name}'. Received: {k}"
                 )
             if k < size:
-                chosen = (
-                    np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
-                )
+                chosen = np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
                 index = self.add_weight(
                     name=f"{name}_posterior_index",
                     shape=(k,),
                     dtype="int64",
-                    initializer=lambda shape, dtype, chosen=chosen: ops.convert_to_tensor(
-                        chosen, dtype=dtype
-                    ),
+                    initializer=lambda shape, dtype, chosen=chosen: ops.convert_to_tensor(chosen, dtype=dtype),
                     trainable=False,
                     autocast=False,
                 )
@@ -596,9 +579,7 @@ class MaskedGaussian:
         self._masks.value = None
 
     def _posterior_variables(self):
-        names = [
-            f"{n}_posterior_{s}" for n in self._bayesian_names() for s in ("index", "untransformed_scale")
-        ]
+        names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in ("index", "untransformed_scale")]
         return {n: getattr(self, n) for n in names if getattr(self, n, None) is not None}
 
     def _stock_variables(self):
