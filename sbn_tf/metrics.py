@@ -179,7 +179,9 @@ def uncertainty(probs) -> dict[str, np.ndarray]:
 
 
 def majority_mask(masks, rater_valid=None) -> np.ndarray:
-    """Foreground where *more than half* of the valid raters mark it: a tie (2 of 4) is background.
+    """Foreground where at least half of the valid raters mark it: a tie (2 of 4) is foreground.
+
+    The 50 % consensus customary for LIDC (Kubota et al. 2011), as `datasets.Split.majority` has it.
 
     Args:
         masks: (batch, height, width, raters), 0 or 1.
@@ -189,7 +191,7 @@ def majority_mask(masks, rater_valid=None) -> np.ndarray:
         (batch, height, width) bool.
     """
     masks = np.asarray(masks)
-    return _rater_mean(masks, _check_valid(rater_valid, masks)) > 0.5
+    return _rater_mean(masks, _check_valid(rater_valid, masks)) >= 0.5
 
 
 def dice(predicted, truth) -> np.ndarray:
@@ -534,7 +536,7 @@ def _score_images(probs, masks, valid):
     """Key -> (batch,) for some images, in float64."""
     parts = uncertainty(probs)
     mean_probs, soft = parts.pop("mean_probs"), _rater_mean(masks, valid)
-    predicted, majority = mean_probs > 0.5, soft > 0.5
+    predicted, majority = mean_probs > 0.5, soft >= 0.5
     several = valid.sum(1) > 1
     pixels = (1, 2)
     scores = {

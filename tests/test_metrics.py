@@ -111,10 +111,10 @@ def test_entropy_by_hand():
 # Segmentation
 
 
-def test_majority_mask_gives_a_tie_to_the_background():
-    masks = np.array([[[[1, 1, 0, 0], [1, 1, 1, 0]]]])
-    np.testing.assert_array_equal(metrics.majority_mask(masks), [[[False, True]]])
-    np.testing.assert_array_equal(metrics.majority_mask(masks, [[1, 1, 1, 0]]), [[[True, True]]])
+def test_majority_mask_gives_a_tie_to_the_foreground():
+    masks = np.array([[[[1, 1, 0, 0], [1, 0, 0, 0]]]])
+    np.testing.assert_array_equal(metrics.majority_mask(masks), [[[True, False]]])
+    np.testing.assert_array_equal(metrics.majority_mask(masks, [[1, 1, 1, 0]]), [[[True, False]]])
 
 
 def test_dice_and_iou_by_hand():
@@ -334,10 +334,10 @@ def test_trivial_rows_of_labels_as_in_the_paper():
 
 
 def test_trivial_rows_of_masks_as_in_the_paper():
-    masks = np.zeros((10, 20, 20, 2), "uint8")
+    masks = np.zeros((10, 20, 20, 3), "uint8")
     masks[:, 9:11, 9:11] = 1  # 1 % foreground
     masks[::2, 0, 0, 0] = 1
-    rows = metrics.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 2)))
+    rows = metrics.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
     assert list(rows) == ["all_background", "prevalence"]
     assert rows["all_background"]["paper_dice"] == pytest.approx(0.99, abs=0.002)
     assert rows["all_background"]["dice"] == 0
@@ -345,4 +345,4 @@ def test_trivial_rows_of_masks_as_in_the_paper():
     assert rows["prevalence"]["brier_skill"] == 0
     assert rows["all_background"]["undefined"]["entropy_disagreement_pearson"].startswith("the entropy")
     frequency = metrics.prevalence("segmentation", masks[:5])
-    assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 2)
+    assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 3)
