@@ -1,10 +1,11 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: nbs/sbn_tf//ipynb,sbn_tf//py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -702,3 +703,146 @@ def masked_layers(model) -> list:
     found = [model, *model._flatten_layers(include_self=False, recursive=True)]
     unique = {id(x): x for x in found if isinstance(x, MaskedGaussian) and any(x.num_bayesian.values())}
     return list(unique.values())
+
+
+# %% [markdown]
+# ### With no Bayesian entry: the stock layer
+#
+# The same weights give the same outputs, to the last bit.
+
+# %% tags=["active-ipynb"]
+# keras.utils.set_random_seed(0)
+# x = np.random.normal(size=(5, 4)).astype("float32")
+# stock, layer = keras.layers.Dense(3), Dense(3, num_bayesian=0)
+# stock.build(x.shape)
+# layer.build(x.shape)
+# layer.set_weights(stock.get_weights())
+# print("equal to keras.layers.Dense:", bool(np.array_equal(layer(x), stock(x))))
+# assert np.array_equal(layer(x), stock(x)) and not layer.losses
+
+# %% [markdown]
+# ### With some: a known mean and variance
+#
+# A Dense output is linear in its weights, so its mean is $x^\top \mu$ and its variance $\sum_i x_i^2 \sigma_i^2$, the
+# sum over the masked entries of its column.
+#
+# By hand: inputs $[1, 2]$, both entries masked, $\sigma = 0.1$: variance $1 \cdot 0.01 + 4 \cdot 0.01 = 0.05$.
+
+# %% tags=["active-ipynb"]
+# x, draws = np.float32([[1.0, 2.0]]), 4000
+# layer = Dense(1, num_bayesian=2, initial_scale=0.1, kl_weight=0.0, seed=0)
+# layer.build(x.shape)
+# mean = (x @ ops.convert_to_numpy(layer.kernel)).item()
+# variance = (x**2 @ layer.kernel_posterior_scale**2).item()
+# outputs = np.array([float(layer(x)[0, 0]) for _ in range(draws)])
+# print(f"variance {outputs.var():.2f} of {draws} draws, {variance:.2f} by the closed form")
+# assert np.isclose(variance, 0.05)
+# assert abs(outputs.mean() - mean) < 4 * np.sqrt(variance / draws)  # four standard errors
+# assert abs(outputs.var() - variance) < 4 * variance * np.sqrt(2 / draws)
+
+# %% [markdown]
+# The same for one entry of the kernel: its draws against its normal density. `_draw` is what `call` uses inside.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# import matplotlib.pyplot as plt
+#
+# entry = np.array([ops.convert_to_numpy(layer._draw("kernel"))[0, 0] for _ in range(draws)])
+# loc, scale = float(layer.kernel[0, 0]), float(layer.kernel_posterior_scale[0, 0])
+# grid = np.linspace(loc - 4 * scale, loc + 4 * scale, 200)
+# figure, axes = plt.subplots(figsize=(5, 2.6), layout="constrained")
+# axes.hist(entry, bins=50, density=True, color="0.75", label=f"{draws} draws")
+# axes.plot(grid, np.exp(-0.5 * ((grid - loc) / scale) ** 2) / (scale * np.sqrt(2 * np.pi)), label="normal density")
+# axes.set(xlabel="weight", ylabel="density", title="Draws of one entry follow N(loc, scale²)")
+# axes.legend(frameon=False)
+# plt.show()
+
+# %% [markdown]
+# *Reading*: the grey bars follow the curve: centred at the trained weight, with a standard deviation of 0.1.
+
+# %% [markdown]
+# ### The wrong call
+#
+# The KL's weight has no default, since a guess that is wrong by the number of pixels ruins training without a word.
+
+# %% tags=["active-ipynb"]
+# try:
+#     Dense(3, num_bayesian=2, name="head")
+# except ValueError as error:
+#     print(error)
+
+# %% [markdown]
+# ## 7. In your own model
+#
+# A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
+# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold?
+
+# %% tags=["active-ipynb"]
+# keras.utils.set_random_seed(0)
+# x = np.random.normal(size=(256, 2)).astype("float32")
+# y, num_train = (x[:, :1] * x[:, 1:] > 0).astype("float32"), len(x)
+# model = keras.Sequential([
+#     keras.layers.Dense(32, activation="relu"),
+#     Dense(1, num_bayesian=8, initial_scale=0.3, kl_weight=1 / num_train),
+# ])
+# model.compile(keras.optimizers.Adam(0.02), keras.losses.BinaryCrossentropy(from_logits=True))
+# history = model.fit(x, y, epochs=20, verbose=0)
+# print("the loss fell:", history.history["loss"][-1] < history.history["loss"][0])
+
+# %% [markdown]
+# Each call is one draw of the network, so a few calls show how sure it is. `posterior_mean()` gives the answer of the
+# trained weights themselves.
+
+# %% tags=["active-ipynb"]
+# logits = np.stack([model(x) for _ in range(20)])  # (samples, batch, 1)
+# with posterior_mean():
+#     first, second = model(x), model(x)
+# print("draws:", logits.shape, " all inputs vary:", bool((logits.std(0) > 0).all()))
+# print("at the posterior mean two calls agree:", bool(np.array_equal(first, second)))
+# print("masked layers:", len(masked_layers(model)), " entries:", masked_layers(model)[0].kernel_mask.sum())
+# assert logits.shape == (20, 256, 1) and np.array_equal(first, second)
+
+# %% [markdown]
+# ## Summary
+#
+# - A masked weight is its stock variable (the loc) with `k` positions and `k` scales beside it; the rest stays a point.
+# - Each call draws once; outside `call`, and in every saved file, the weight is its loc.
+# - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
+# - With no Bayesian entry each layer is its stock Keras layer, bit for bit; with all of them it needs no index.
+#
+# ## Exercises
+#
+# 1. A network segments images of 64 x 64 pixels, with 1,000 of them to train on; its loss is a mean over pixels. Which
+#    `kl_weight` gives the ELBO?
+#
+#    <details><summary>Answer</summary>
+#
+#    $1 / (1000 \cdot 4096) \approx 2.4 \cdot 10^{-7}$.
+#    </details>
+# 2. A kernel of a million weights has ten Bayesian entries. How many numbers does the layer hold more than its stock
+#    layer, and how many of them are trained?
+#
+#    <details><summary>Answer</summary>
+#
+#    Twenty: ten positions and ten untransformed scales. The ten scales are trained.
+#    </details>
+# 3. A posterior has its loc at 0.5 and the prior is $\mathcal{N}(0, 1)$. Which scale has the least KL, and how many
+#    nats are left?
+#
+#    <details><summary>Answer</summary>
+#
+#    The derivative $\sigma - 1/\sigma$ is zero at $\sigma = 1$; what is left is $\tfrac12 \mu^2 = 0.125$ nats.
+#    </details>
+# 4. Suppose `layer.kernel` were a new draw wherever it is read. What would `model.save` write?
+#
+#    <details><summary>Answer</summary>
+#
+#    A random draw in place of the trained weight, without an error: Keras's saving reads `kernel` too. That is why
+#    section 4 draws inside `call` alone.
+#    </details>
+#
+# ## References
+#
+# - Abboud, Lombaert, Kadoury (2024). *Sparse Bayesian Networks: Efficient Uncertainty Quantification in Medical Image
+#   Analysis*. MICCAI.
+# - Blundell, Cornebise, Kavukcuoglu, Wierstra (2015). *Weight Uncertainty in Neural Networks*. ICML. arXiv:1505.05424.
+# - Kingma, Welling (2014). *Auto-Encoding Variational Bayes*. ICLR. arXiv:1312.6114.

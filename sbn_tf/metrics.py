@@ -574,9 +574,7 @@ def _score_images(probs, masks, valid):
 def _check(probs, targets, task, rater_valid):
     targets, probs = _check_targets(targets, task), np.asarray(probs)
     if task == "multi-label" and rater_valid is not None:
-        raise ValueError(
-            "Expected rater_valid=None, as multi-label targets have no raters. Received: an array"
-        )
+        raise ValueError("Expected rater_valid=None, as multi-label targets have no raters. Received: an array")
     if task == "segmentation":
         probs = _drop_channel(probs)
     batch_shape = targets.shape if task == "multi-label" else targets.shape[:-1]
@@ -603,9 +601,7 @@ def _check_targets(targets, task):
     if targets.ndim != (2 if task == "multi-label" else 4) or targets.size == 0:
         raise ValueError(f"Expected targets of shape {shape}, not empty. Received: shape {targets.shape}")
     if targets.dtype != bool and not ((targets == 0) | (targets == 1)).all():
-        raise ValueError(
-            f"Expected targets to be 0 or 1. Received: values from {targets.min()} to {targets.max()}"
-        )
+        raise ValueError(f"Expected targets to be 0 or 1. Received: values from {targets.min()} to {targets.max()}")
     return targets
 
 
@@ -649,8 +645,7 @@ def _pair(predicted, targets):
     predicted, targets = _float64(predicted), _float64(targets)
     if predicted.shape != targets.shape or predicted.size == 0:
         raise ValueError(
-            f"Expected predictions and targets of one shape, not empty. "
-            f"Received: {predicted.shape} and {targets.shape}"
+            f"Expected predictions and targets of one shape, not empty. Received: {predicted.shape} and {targets.shape}"
         )
     return predicted, targets
 

@@ -20,9 +20,7 @@ BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5}
 
 def _check_sizes(input_shape, num_outputs):
     if len(input_shape) != 3 or input_shape[-1] is None:
-        raise ValueError(
-            f"Expected input_shape=(height, width, channels). Received: input_shape={input_shape}"
-        )
+        raise ValueError(f"Expected input_shape=(height, width, channels). Received: input_shape={input_shape}")
     if not isinstance(num_outputs, int) or num_outputs < 1:
         raise ValueError(f"Expected num_outputs, an integer >= 1. Received: num_outputs={num_outputs}")
 
@@ -233,8 +231,7 @@ def unet(
     factor = 2 ** (len(widths) - 1)
     if any(side is not None and side % factor for side in input_shape[:2]):
         raise ValueError(
-            f"Expected image sides divisible by {factor} ({len(widths)} levels). "
-            f"Received: input_shape={input_shape}"
+            f"Expected image sides divisible by {factor} ({len(widths)} levels). Received: input_shape={input_shape}"
         )
 
     def level(x, width, prefix):
@@ -363,6 +360,4 @@ def build(
     if network not in NETWORKS:
         raise ValueError(f"Expected network to be one of {sorted(NETWORKS)}. Received: network={network!r}")
     function, defaults = NETWORKS[network]
-    return function(
-        input_shape=tuple(input_shape), num_outputs=num_outputs, seed=seed, **{**defaults, **options}
-    )
+    return function(input_shape=tuple(input_shape), num_outputs=num_outputs, seed=seed, **{**defaults, **options})

@@ -88,7 +88,12 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
         position = list(wanted).index(id(layer))
         layer_seed = _layer_seed(seed, position)
         twins[id(layer)] = layer
-        return cls.from_config({**layer.get_config(), **layer_options, "mask": chosen, "seed": layer_seed})
+        try:
+            return cls.from_config({**layer.get_config(), **layer_options, "mask": chosen, "seed": layer_seed})
+        except TypeError as error:  # Keras wraps the layer's own message in its whole config
+            if isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
 
     copy = keras.models.clone_model(model, clone_function=twin, recursive=True)
     stuck = [names[i] for i in wanted if i not in twins]
@@ -557,7 +562,7 @@ def to_partial_bayes(
         A `PartialBayes`, to be compiled and fitted.
 
     Raises:
-        ValueError: masks of another model or with no entry, a layer without a masked twin, an option out of range, or a
+        ValueError: masks of another model, a layer without a masked twin, an option out of range, or a
             trap of the table above.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.

@@ -311,9 +311,7 @@ def plot_segmentation(
             overlay[where] = (*to_rgb(colour), 0.6)
         columns["prediction"].imshow(overlay)
         for (key, _), title in zip(maps, titles[-2:], strict=True):
-            high = max(
-                float(parts[key].max()), 0.01
-            )  # one sample has no mutual information: not its rounding
+            high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information: not its rounding
             coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high)
     for ax in axes.flat:
         ax.set_xticks([])
@@ -422,8 +420,7 @@ def format_table(rows: dict[str, dict], keys: list[str], digits: int = 3) -> str
     table = [["", *keys], *([name, *(text(row.get(key)) for key in keys)] for name, row in rows.items())]
     widths = [max(3, *(len(line[column]) for line in table)) for column in range(len(keys) + 1)]
     lines = [
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-        for line in table
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in table
     ]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])

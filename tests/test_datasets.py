@@ -406,9 +406,7 @@ def test_chestmnist_takes_the_official_file_of_the_size(tmp_path):
     data = datasets.load("chestmnist", root=tmp_path, size=28)
     np.testing.assert_array_equal(data.train.images[..., 0], small["train_images"])
     np.testing.assert_array_equal(data.test.targets, small["test_labels"])
-    np.testing.assert_array_equal(
-        datasets.load("chestmnist", root=tmp_path).val.images[..., 0], large["val_images"]
-    )
+    np.testing.assert_array_equal(datasets.load("chestmnist", root=tmp_path).val.images[..., 0], large["val_images"])
     assert datasets.load("chestmnist", root=tmp_path, size=32).input_shape == (32, 32, 1)
     with pytest.raises(FileNotFoundError, match="chestmnist_128"):
         datasets.load("chestmnist", root=tmp_path, size=128)

@@ -34,9 +34,7 @@ def test_multi_label_agrees_with_scikit_learn():
     mean = LABEL_PROBS.astype("float64").mean(0)
     flat, true = mean.ravel(), LABELS.ravel()
     assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, average="macro"))
-    assert row["average_precision"] == pytest.approx(
-        sk.average_precision_score(LABELS, mean, average="macro")
-    )
+    assert row["average_precision"] == pytest.approx(sk.average_precision_score(LABELS, mean, average="macro"))
     assert row["auc_num_labels"] == 5
     assert row["nll"] == pytest.approx(sk.log_loss(true, flat))
     assert row["brier"] == pytest.approx(sk.brier_score_loss(true, flat))
@@ -49,9 +47,7 @@ def test_labels_without_both_classes_are_left_out_of_the_auc():
     row = metrics.evaluate(LABEL_PROBS, labels, "multi-label")
     kept = [0, 2, 4]
     assert row["auc_num_labels"] == 3
-    assert row["auc"] == pytest.approx(
-        sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6
-    )
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6)
     row = metrics.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
     assert row["auc_num_labels"] == 0
     assert "auc" not in row and "average_precision" not in row
@@ -159,9 +155,7 @@ def test_segmentation_scores_are_means_over_valid_raters():
 
 def test_fillers_of_invalid_raters_do_not_matter():
     other = np.where(VALID[:, None, None, :], MASKS, 1 - MASKS)
-    rows = [
-        metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)
-    ]
+    rows = [metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)]
     assert_same(*rows)
 
 

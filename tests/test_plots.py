@@ -23,9 +23,7 @@ INTO_AXES = {
     "scores of zero": lambda ax: plots.plot_scores(ax, np.zeros(5), 0.0),
     "scales": lambda ax: plots.plot_scales(ax, SCORES + 0.01, SCORES + 0.02),
     "equal scales": lambda ax: plots.plot_scales(ax, np.full(4, 0.01), np.full(4, 0.01)),
-    "reliability": lambda ax: plots.plot_reliability(
-        ax, SCORES.reshape(20, 10), SCORES.reshape(20, 10) > 0.5
-    ),
+    "reliability": lambda ax: plots.plot_reliability(ax, SCORES.reshape(20, 10), SCORES.reshape(20, 10) > 0.5),
     "one prediction": lambda ax: plots.plot_reliability(ax, [0.5], [1]),
 }
 

@@ -94,9 +94,7 @@ def load(
     known = [key for key, value in arguments.items() if value.kind is value.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(
-            f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}"
-        )
+        raise ValueError(f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
     if "limit" in arguments:
         options["limit"] = limit
     splits = reader(root, size, seed, **options)

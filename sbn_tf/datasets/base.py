@@ -99,9 +99,7 @@ class Split:
 
     def __post_init__(self):
         if self.task not in (MULTI_LABEL, SEGMENTATION):
-            raise ValueError(
-                f"Expected task {MULTI_LABEL!r} or {SEGMENTATION!r}. Received: task={self.task!r}"
-            )
+            raise ValueError(f"Expected task {MULTI_LABEL!r} or {SEGMENTATION!r}. Received: task={self.task!r}")
         self._check_images()
         self._check_targets()
         n = len(self.images)
@@ -118,9 +116,7 @@ class Split:
                 f"Received: shape {images.shape}, {images.dtype}"
             )
         if len(images) == 0:
-            raise ValueError(
-                f"Expected at least one image in {where}. Received: none. Check the files and limit."
-            )
+            raise ValueError(f"Expected at least one image in {where}. Received: none. Check the files and limit.")
         if images.dtype == np.float32 and not np.isfinite(images).all():
             bad = int(np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))[0])
             raise ValueError(f"Expected finite pixels in {where}. Received: NaN or infinity in image {bad}.")
@@ -135,8 +131,7 @@ class Split:
             fits = targets.ndim == 4 and targets.shape[:3] == (n, height, width)
         if not fits or targets.dtype != np.uint8:
             raise ValueError(
-                f"Expected targets {expected} uint8 in {where}. "
-                f"Received: shape {targets.shape}, {targets.dtype}"
+                f"Expected targets {expected} uint8 in {where}. Received: shape {targets.shape}, {targets.dtype}"
             )
         if targets.max() > 1:
             raise ValueError(f"Expected targets of 0 and 1 in {where}. Received: a value of {targets.max()}")
@@ -154,9 +149,7 @@ class Split:
             )
         if not self.rater_valid.any(axis=1).all():
             bad = int(np.flatnonzero(~self.rater_valid.any(axis=1))[0])
-            raise ValueError(
-                f"Expected one valid mask or more per image in {where}. Received: none for image {bad}."
-            )
+            raise ValueError(f"Expected one valid mask or more per image in {where}. Received: none for image {bad}.")
 
     @property
     def num_examples(self) -> int:
@@ -196,9 +189,7 @@ class Split:
     def mean_mask(self) -> np.ndarray:
         """Share of the valid raters who marked each pixel, float32 `(N, H, W, 1)`."""
         if self.task != SEGMENTATION:
-            raise ValueError(
-                f"Expected a split with masks. Received: split {self.name!r} of task={self.task!r}"
-            )
+            raise ValueError(f"Expected a split with masks. Received: split {self.name!r} of task={self.task!r}")
         valid = self.rater_valid[:, None, None, :]
         marks = (self.targets * valid).sum(axis=-1, keepdims=True, dtype="float32")
         return marks / valid.sum(axis=-1, keepdims=True, dtype="float32")
@@ -284,9 +275,7 @@ class Data:
         parts = (self.train, self.val, self.test)
         shapes = {(p.images.shape[1:], p.targets.shape[1:], p.task) for p in parts}
         if len(shapes) > 1:
-            raise ValueError(
-                f"Expected splits of one shape in {self.card.name!r}. Received: {sorted(shapes)}"
-            )
+            raise ValueError(f"Expected splits of one shape in {self.card.name!r}. Received: {sorted(shapes)}")
         for i, first in enumerate(parts):
             for second in parts[i + 1 :]:
                 self._check_disjoint(first, second)
@@ -326,8 +315,7 @@ class Data:
         """
         if self.card.task != MULTI_LABEL:
             raise ValueError(
-                f"Expected a multi-label dataset, as pos_weight is per label. "
-                f"Received: {self.card.name!r} (masks)"
+                f"Expected a multi-label dataset, as pos_weight is per label. Received: {self.card.name!r} (masks)"
             )
         positives = self.train.targets.sum(axis=0, dtype="float64")
         negatives = self.train.num_examples - positives

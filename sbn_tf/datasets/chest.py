@@ -123,8 +123,7 @@ def read_chest_npz(path, size, side=None):
             )
         if labels.shape != (len(images), len(LABELS)):
             raise ValueError(
-                f"Expected {part}_labels ({len(images)}, {len(LABELS)}) in {path}. "
-                f"Received: shape {labels.shape}"
+                f"Expected {part}_labels ({len(images)}, {len(LABELS)}) in {path}. Received: shape {labels.shape}"
             )
         splits.append(
             Split(

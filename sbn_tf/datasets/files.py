@@ -72,18 +72,12 @@ def read_npz(path, keys, optional=()):
             "It is truncated, corrupt or not what it says: get it again."
         ) from error
     if missing:
-        raise ValueError(
-            f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}"
-        )
+        raise ValueError(f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}")
     for key, axes in keys.items():
         if axes is not None and arrays[key].ndim != axes:
-            raise ValueError(
-                f"Expected {key} with {axes} axes in {path}. Received: shape {arrays[key].shape}"
-            )
+            raise ValueError(f"Expected {key} with {axes} axes in {path}. Received: shape {arrays[key].shape}")
         if not len(arrays[key]):
-            raise ValueError(
-                f"Expected a {key} that is not empty in {path}. Received: shape {arrays[key].shape}"
-            )
+            raise ValueError(f"Expected a {key} that is not empty in {path}. Received: shape {arrays[key].shape}")
         if arrays[key].dtype.kind == "f" and not np.isfinite(arrays[key]).all():
             raise ValueError(f"Expected finite numbers in {key} of {path}. Received: NaN or infinity.")
     return arrays
@@ -93,9 +87,7 @@ def check_binary(values, what):
     """`values` as uint8 if they are all 0 or 1, else a ValueError that names `what`."""
     strange = values[(values != 0) & (values != 1)]
     if strange.size:
-        raise ValueError(
-            f"Expected 0 or 1 in {what}. Received: {strange.size} other values, as {strange.flat[0]}"
-        )
+        raise ValueError(f"Expected 0 or 1 in {what}. Received: {strange.size} other values, as {strange.flat[0]}")
     return values.astype("uint8")
 
 

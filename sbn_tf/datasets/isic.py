@@ -27,8 +27,7 @@ ISIC2018 = Card(
     channels=3,
     num_raters=1,
     licence="CC0 by most accounts, HAM10000 part CC BY-NC: treat as non-commercial research data",
-    citation="Codella, N., et al. (2019). arXiv:1902.03368; "
-    "Tschandl, P., et al. (2018). Scientific Data 5:180161.",
+    citation="Codella, N., et al. (2019). arXiv:1902.03368; Tschandl, P., et al. (2018). Scientific Data 5:180161.",
     source="https://challenge.isic-archive.com/data/#2018 (ISIC Challenge 2018)",
     files=("isic2018_task1", IMAGES.format("Training"), MASKS.format("Training")),
     default_size=64,
@@ -92,9 +91,7 @@ def _split_from_csv(path, training):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"image_id", "split"} <= set(rows[0]):
-        raise ValueError(
-            f"Expected columns image_id and split in {path}. Received: {list(rows[0]) if rows else []}"
-        )
+        raise ValueError(f"Expected columns image_id and split in {path}. Received: {list(rows[0]) if rows else []}")
     part_of = {row["image_id"]: row["split"] for row in rows}
     strange = sorted(set(part_of.values()) - set(OFFICIAL), key=str)
     if strange:
@@ -158,9 +155,7 @@ def _decode(image_path, mask_path, size, crop):
 
 
 def _corrupt(path):
-    return ValueError(
-        f"Expected a whole image file. Received: {path}, which is truncated or corrupt.\nGet it again."
-    )
+    return ValueError(f"Expected a whole image file. Received: {path}, which is truncated or corrupt.\nGet it again.")
 
 
 def _square(size):

@@ -66,9 +66,7 @@ PHANTOM_NODULE = Card(
 )
 
 # Roughly ChestMNIST's own rates, none under 1.2 % so that a small split holds each.
-PREVALENCE = np.array(
-    [0.12, 0.03, 0.13, 0.20, 0.06, 0.06, 0.015, 0.05, 0.045, 0.025, 0.03, 0.02, 0.035, 0.012]
-)
+PREVALENCE = np.array([0.12, 0.03, 0.13, 0.20, 0.06, 0.06, 0.015, 0.05, 0.045, 0.025, 0.03, 0.02, 0.035, 0.012])
 FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels, as in mined reports
 NUM_RATERS = 4
 
@@ -272,9 +270,7 @@ def _hairs(n, x, y, latent, most=4):
     hairs = np.zeros((n, *x.shape))
     number = latent.integers(0, most + 1, (n, 1, 1))
     for k in range(most):
-        angle, offset, bend = (
-            latent.uniform(low, high, (n, 1, 1)) for low, high in ((0, 3.14), (-0.4, 0.4), (-1, 1))
-        )
+        angle, offset, bend = (latent.uniform(low, high, (n, 1, 1)) for low, high in ((0, 3.14), (-0.4, 0.4), (-1, 1)))
         along = (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
         across = (y - 0.5) * np.cos(angle) - (x - 0.5) * np.sin(angle)
         line = np.exp(-(((across - offset - bend * along**2) / 0.012) ** 2))

@@ -11,9 +11,7 @@ AUGMENTATIONS = ("flips_and_quarter_turns",)
 RATERS = ("random", "majority", "mean")
 
 
-def batches(
-    split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=None, rater=None, drop_remainder=False
-):
+def batches(split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=None, rater=None, drop_remainder=False):
     """The stream that `Split.batches` documents."""
     rater = _check(split, batch_size, seed, initial_epoch, epochs, augment, rater)
     with tf.device("CPU:0"):  # tf.data reads from host memory; an eager tensor would go to the GPU
@@ -107,9 +105,7 @@ def _check(split, batch_size, seed, initial_epoch, epochs, augment, rater):
         raise ValueError(f"Expected a seed: augment={augment!r} is random. Received: seed=None")
     if split.task == MULTI_LABEL:
         if rater is not None:
-            raise ValueError(
-                f"Expected rater=None for labels: only masks have raters. Received: rater={rater!r}"
-            )
+            raise ValueError(f"Expected rater=None for labels: only masks have raters. Received: rater={rater!r}")
         return None
     if rater is None:
         rater = "majority" if seed is None else "random"

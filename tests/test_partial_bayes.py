@@ -1,0 +1,532 @@
+"""Conversion, the ELBO against NumPy, the traps and their guards, predictions, saving."""
+
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+
+from sbn_tf import layers
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, entropy, loss_terms, to_partial_bayes
+from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, saliency, top_k
+
+
+def network(activation="sigmoid", inputs=3, outputs=1):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((inputs,))
+    y = kl.Dense(4, activation="tanh", name="hidden")(x)
+    return keras.Model(x, kl.Dense(outputs, activation=activation, name="head")(y))
+
+
+def data(n=16, inputs=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, inputs)).astype("float32"), rng.integers(0, 2, (n, 1)).astype("float32")
+
+
+def full(model, value=True, keys=None):
+    """Masks of all trainable weights (or of `keys`)."""
+    found = {k: w for k, w in named_weights(model).items() if w.variable.trainable}
+    return Masks({k: np.full(w.variable.shape, value) for k, w in found.items() if keys is None or k in keys})
+
+
+def bayesian(model, masks=None, **options):
+    return to_partial_bayes(model, full(model) if masks is None else masks, **{"num_train": 16, "seed": 0, **options})
+
+
+def numbers(model):
+    return [np.array(v) for v in model.variables]
+
+
+# ---- conversion ----
+
+
+def test_zero_masks_equal_the_original():
+    model, (x, _) = network(), data()
+    bnn = bayesian(model, full(model, False), num_samples=1)
+    np.testing.assert_array_equal(bnn.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert bnn.num_bayesian == 0 and float(bnn.kl_divergence()) == 0
+    bnn.compile("sgd", "binary_crossentropy")
+    bnn.fit(x, data()[1], verbose=0)
+
+
+def test_tiny_scales_nearly_equal_the_original_and_it_is_untouched():
+    model, (x, y) = network(), data()
+    before, settings = numbers(model), [w.trainable for w in model.weights]
+    bnn = bayesian(model, initial_scale=1e-8)
+    np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    assert [layer.name for layer in bnn.network.layers[1:]] == ["hidden", "head"]
+    bnn.compile("sgd", "binary_crossentropy")
+    bnn.fit(x, y, verbose=0)
+    for a, b in zip(before, numbers(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert settings == [w.trainable for w in model.weights]
+    assert not any(isinstance(layer, layers.MaskedGaussian) for layer in model.layers)
+
+
+def test_nested_shared_many_inputs_and_outputs():
+    keras.utils.set_random_seed(0)
+    inner_in = keras.Input((3,))
+    inner = keras.Model(inner_in, kl.Dense(4, activation="relu", name="dense")(inner_in), name="inner")
+    shared = kl.Dense(4, name="shared")
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    joined = kl.Concatenate()([shared(inner(a)), shared(inner(b))])
+    one = kl.Dense(1, activation="sigmoid", name="one")(joined)
+    three = kl.Dense(3, activation="softmax", name="three")(joined)
+    model = keras.Model([a, b], [one, three])
+    bnn = bayesian(model, terms_per_example=1, num_samples=2)
+    assert bnn.num_bayesian == model.count_params()
+    assert bnn.probabilities == ["sigmoid", "softmax"]
+    assert len(layers.masked_layers(bnn.network)) == 4
+    x, y = data()
+    bnn.compile("adam", ["binary_crossentropy", "categorical_crossentropy"])
+    labels = [y, np.eye(3, dtype="float32")[np.arange(16) % 3]]
+    assert np.isfinite(bnn.fit([x, -x], labels, verbose=0).history["loss"]).all()
+    outputs = bnn.predict([x, -x], verbose=0)
+    assert [o.shape for o in outputs] == [(16, 1), (16, 3)]
+    np.testing.assert_allclose(outputs[1].sum(-1), 1, rtol=1e-5)
+    parts = bnn.predict_uncertainty([x, -x])
+    assert parts[0]["mean"].shape == (16, 1) and parts[1]["mutual_information"].shape == (16,)
+
+
+def test_many_outputs_demand_terms():
+    x = keras.Input((3,))
+    model = keras.Model(x, [kl.Dense(1)(x), kl.Dense(1)(x)])
+    with pytest.raises(ValueError, match="terms_per_example"):
+        bayesian(model).compile("sgd", ["mse", "mse"])
+
+
+def test_sequential_and_nested_sequential():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.Sequential([kl.Dense(2, name="d")], name="in"), kl.Dense(1)])
+    x, _ = data()
+    model(x)
+    bnn = bayesian(model, initial_scale=1e-8)
+    np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    assert bnn.num_bayesian == model.count_params()
+
+
+def test_masks_of_another_model():
+    with pytest.raises(ValueError, match="another model"):
+        bayesian(network(), full(network(inputs=5)))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "TimeDistributed"])
+def test_salient_layer_without_a_twin_is_named(kind):
+    x = keras.Input((5, 3))
+    y = kl.LSTM(2, name="odd")(x) if kind == "LSTM" else kl.TimeDistributed(kl.Dense(2, name="odd"))(x)
+    model = keras.Model(x, kl.Dense(1)(y))
+    with pytest.raises(ValueError, match="odd"):
+        bayesian(model)
+    keys = {k for k in named_weights(model) if k.startswith("dense")}
+    bnn = bayesian(model, full(model, keys=keys))  # not salient: the layer stays as it was
+    inputs = np.ones((2, 5, 3), "float32")
+    with layers.posterior_mean():
+        np.testing.assert_allclose(bnn.network(inputs), model(inputs), atol=1e-6)
+
+
+def test_subclassed_and_unbuilt_models_are_refused():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.d = kl.Dense(1)
+
+        def call(self, x):
+            return self.d(x)
+
+    own = Own()
+    own(np.ones((1, 3), "float32"))
+    with pytest.raises(ValueError, match="subclassed Own"):
+        bayesian(own)
+    with pytest.raises(ValueError, match="built"):
+        bayesian(keras.Sequential([kl.Dense(1)]), {})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("num_samples", 0), ("num_samples", 1.5), ("num_train", 0), ("num_train", True)),
+        *(("estimator", "some"), ("batch_norm", "off"), ("kl_reduction", "max")),
+        *(("beta", -1.0), ("beta", float("nan")), ("initial_scale", 0.0)),
+    ],
+)
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=option):
+        bayesian(network(), **{option: value})
+
+
+# ---- the ELBO ----
+
+
+def elbo_in_numpy(x, y, w, b, rho, mask, eps, weight):
+    """Loss and gradients (w, rho) of a linear model under mean squared error, noise `eps` in every entry."""
+    sigma = np.log1p(np.exp(rho))
+    drawn = w.copy()
+    drawn[mask] += sigma * eps
+    residual = x @ drawn + b - y
+    mu = w[mask]
+    loss = np.mean(residual**2) + weight * np.sum(0.5 * (mu**2 + sigma**2 - 1) - np.log(sigma))
+    grad_w = np.mean(2 * residual[:, None] * x, axis=0)
+    grad_rho = (grad_w[mask] * eps + weight * (sigma - 1 / sigma)) / (1 + np.exp(-rho))
+    grad_b = np.mean(2 * residual)
+    grad_w[mask] += weight * mu
+    return loss, grad_w, grad_rho, grad_b
+
+
+@pytest.mark.parametrize(("estimator", "num_samples"), [("all", 1), ("all", 5), ("split", 4)])
+def test_one_step_against_numpy(monkeypatch, estimator, num_samples):
+    """The KL counts once however many samples are drawn."""
+    monkeypatch.setattr(
+        layers, "standard_normal", lambda n, generator, dtype="float32": keras.ops.full((n,), 0.5, dtype)
+    )
+    x, y = data()
+    model = keras.Sequential([keras.Input((3,)), kl.Dense(1, name="d")])
+    model.set_weights([np.array([[1.0], [-2.0], [0.5]]), np.array([0.3])])
+    mask = np.array([True, False, True])
+    options = {"initial_scale": 0.2, "beta": 0.7, "num_train": 40, "estimator": estimator, "num_samples": num_samples}
+    bnn = bayesian(model, {"d/kernel": mask[:, None]}, **options)
+    bnn.compile(keras.optimizers.SGD(0.1), "mse")
+    dense = bnn.network.get_layer("d")
+    w, rho = np.array([1.0, -2.0, 0.5]), np.log(np.expm1(0.2)) * np.ones(2)
+    loss, grad_w, grad_rho, grad_b = elbo_in_numpy(x, y[:, 0], w, 0.3, rho, mask, 0.5, 0.7 / 40)
+    logs = bnn.train_on_batch(x, y, return_dict=True)
+    np.testing.assert_allclose(logs["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(np.array(dense.kernel)[:, 0], w - 0.1 * grad_w, rtol=1e-5)
+    np.testing.assert_allclose(dense.kernel_posterior_untransformed_scale, rho - 0.1 * grad_rho, rtol=1e-5)
+    np.testing.assert_allclose(dense.bias, [0.3 - 0.1 * grad_b], rtol=1e-5)
+
+
+def test_kl_once_with_five_samples():
+    x, y = data()
+    bnn = bayesian(network(), num_samples=5, initial_scale=1e-6)
+    bnn.compile("sgd", "binary_crossentropy")
+    loss = bnn.compute_loss(x, y, bnn(x, training=True))
+    with layers.posterior_mean():
+        alone = keras.ops.mean(keras.losses.binary_crossentropy(y, bnn.network(x)))
+    np.testing.assert_allclose(loss - alone, bnn.kl_divergence() / 16, rtol=1e-4)
+
+
+def test_sample_weight_and_validation_loss():
+    x, y = data()
+    for estimator in ("all", "split"):
+        bnn = bayesian(network(), num_samples=4, initial_scale=1e-6, estimator=estimator, beta=0.0)
+        bnn.compile("sgd", "binary_crossentropy")
+        weight = np.arange(16, dtype="float32")
+        loss = bnn.compute_loss(x, y, bnn(x, training=True), weight)
+        with layers.posterior_mean():
+            each = np.array(keras.losses.binary_crossentropy(y, bnn.network(x)))
+        np.testing.assert_allclose(loss, np.mean(each * weight), rtol=1e-4)
+        np.testing.assert_allclose(bnn.evaluate(x, y, verbose=0, return_dict=True)["loss"], each.mean(), rtol=1e-4)
+
+
+def conv(activation, channels):
+    x = keras.Input((4, 4, 1))
+    return keras.Model(x, kl.Conv2D(channels, 3, padding="same", activation=activation, name="c")(x))
+
+
+def test_kl_weight_counts_the_terms_of_the_loss():
+    model = conv("sigmoid", 1)
+    bnn = bayesian(model, num_train=10, beta=0.5)
+    bnn.compile("sgd", keras.losses.BinaryCrossentropy())
+    assert float(bnn.kl_weight) == pytest.approx(0.5 / (10 * 16))
+    bnn.beta = 1.0
+    assert float(bnn.kl_weight) == pytest.approx(1 / 160)
+    per_image = bayesian(network("softmax", outputs=7), num_train=10)
+    per_image.compile("sgd", "sparse_categorical_crossentropy")
+    assert float(per_image.kl_weight) == pytest.approx(1 / 10)
+    mean = bayesian(model, num_train=10, beta=0.5, kl_reduction="mean")
+    mean.compile("sgd", "binary_crossentropy")
+    assert float(mean.kl_weight) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "terms"),
+    [
+        ("binary_crossentropy", (None, 14), 14),
+        ("bce", (None, 4, 4, 1), 16),
+        ("mse", (None, 1), 1),
+        (keras.losses.SparseCategoricalCrossentropy(), (None, 4, 4, 3), 16),
+        ("categorical_crossentropy", (None, 4, 4, 3), 16),
+        (keras.losses.CategoricalCrossentropy(), (None, 9), 1),
+        (lambda y, p: 0.0, (None, 9), None),
+    ],
+)
+def test_loss_terms(loss, shape, terms):
+    assert loss_terms(loss, shape) == terms
+
+
+def test_loss_terms_refuses_sums_and_open_sizes():
+    with pytest.raises(ValueError, match="averages"):
+        loss_terms(keras.losses.BinaryCrossentropy(reduction="sum"), (None, 2))
+    with pytest.raises(ValueError, match="open"):
+        loss_terms("binary_crossentropy", (None, None, None, 1))
+
+
+def test_unknown_loss_demands_terms_and_a_mismatch_warns():
+    def own(y, p):
+        return keras.ops.mean((y - p) ** 2, axis=-1)
+
+    with pytest.raises(ValueError, match="terms_per_example"):
+        bayesian(network()).compile("sgd", own)
+    given = bayesian(network(), terms_per_example=2)
+    given.compile("sgd", own)
+    assert float(given.kl_weight) == pytest.approx(1 / 32)
+    own.terms_per_example = lambda shape: 4
+    known = bayesian(network())
+    known.compile("sgd", own)
+    assert float(known.kl_weight) == pytest.approx(1 / 64)
+    with pytest.warns(UserWarning, match="16 times"):
+        bayesian(conv("sigmoid", 1), terms_per_example=1).compile("sgd", "binary_crossentropy")
+
+
+def test_kl_reduction_mean_by_hand():
+    """Each weight's KL is averaged over its entries and not divided by num_train."""
+    model = keras.Sequential([keras.Input((2,)), kl.Dense(1, name="d")])
+    model.set_weights([np.array([[0.5], [1.0]]), np.array([0.0])])
+    bnn = bayesian(model, initial_scale=0.1, kl_reduction="mean", beta=2.0)
+    bnn.compile("sgd", "mse")
+    one = lambda mu: 0.5 * (mu**2 + 0.01 - 1) - np.log(0.1)  # noqa: E731
+    expected = 2.0 * ((one(0.5) + one(1.0)) / 2 + one(0.0))
+    np.testing.assert_allclose(sum(float(v) for v in bnn.losses), expected, rtol=1e-5)
+
+
+# ---- batch norm ----
+
+
+def normed(use_bias=True):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((3,))
+    y = kl.Dense(4, use_bias=use_bias, name="before")(x)
+    y = kl.Activation("relu")(kl.BatchNormalization(name="norm")(y))
+    return keras.Model(x, kl.Dense(1, activation="sigmoid", name="head")(y))
+
+
+def weights_of(model):
+    return full(model, keys={k for k in named_weights(model) if "norm" not in k})
+
+
+def test_batch_norm_traps_are_refused():
+    model = normed()
+    assert biases_before_batch_norm(model) == ["before/bias"]
+    for batch_norm in ("train", "statistics"):
+        with pytest.raises(ValueError, match="before/bias"):
+            bayesian(model, weights_of(model), batch_norm=batch_norm)
+        free = normed(use_bias=False)
+        with pytest.raises(ValueError, match="split"):
+            bayesian(free, weights_of(free), batch_norm=batch_norm, estimator="split")
+        bayesian(free, weights_of(free), batch_norm=batch_norm)
+    bayesian(model, weights_of(model), estimator="split")
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "statistics", "train"])
+def test_what_of_batch_norm_moves(batch_norm):
+    model, (x, y) = normed(use_bias=False), data()
+    bnn = bayesian(model, weights_of(model), batch_norm=batch_norm)
+    bnn.compile(keras.optimizers.SGD(0.5), "binary_crossentropy")
+    norm = bnn.network.get_layer("norm")
+    read = lambda: [np.array(v) for v in (norm.moving_mean, norm.gamma)]  # noqa: E731
+    before = read()
+    bnn.fit(x + 1, y, epochs=2, verbose=0)
+    moved = [not np.array_equal(a, b) for a, b in zip(before, read(), strict=True)]
+    assert moved == {"frozen": [False, False], "statistics": [True, False], "train": [True, True]}[batch_norm]
+    assert model.get_layer("norm").trainable
+
+
+# ---- training ----
+
+
+def test_scales_that_do_not_move_warn():
+    x, y = data(64)
+    bnn = bayesian(network())
+    bnn.compile(keras.optimizers.SGD(1e-6), "binary_crossentropy")
+    with pytest.warns(UserWarning, match="did not learn"):
+        bnn.fit(x, y, batch_size=1, verbose=0)
+    bnn.compile(LocScaleOptimizer(keras.optimizers.SGD(1e-6)), "binary_crossentropy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        bnn.fit(x, y, batch_size=1, verbose=0)
+
+
+def test_loc_scale_optimizer_equals_the_two_alone():
+    def variables():
+        return keras.Variable([1.0, 2.0], name="kernel"), keras.Variable(
+            [3.0], name="kernel_posterior_untransformed_scale"
+        )
+
+    together, alone = variables(), variables()
+    both = LocScaleOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.Adam(0.3))
+    sgd, adam = keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.Adam(0.3)
+    for step in range(3):
+        gradients = [keras.ops.array([1.0, -step]), keras.ops.array([0.5 + step])]
+        both.apply(gradients, together)
+        sgd.apply(gradients[:1], alone[:1])
+        adam.apply(gradients[1:], alone[1:])
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(both.iterations) == 3
+    both.learning_rate = 0.25
+    assert float(both.loc_optimizer.learning_rate) == float(both.learning_rate) == 0.25
+    again = LocScaleOptimizer.from_config(both.get_config())
+    assert float(again.scale_optimizer.learning_rate) == pytest.approx(0.3)
+
+
+def test_beta_schedule():
+    seen = []
+    x, y = data()
+    bnn = bayesian(network(), beta=1.0)
+    bnn.compile("sgd", "binary_crossentropy")
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append((bnn.beta, float(bnn.kl_weight)))
+    )
+    bnn.fit(x, y, epochs=3, callbacks=[BetaSchedule(0.2, 0.01, 3), look], verbose=0)
+    np.testing.assert_allclose([b for b, _ in seen], [0.2, 0.105, 0.01])
+    np.testing.assert_allclose([w * 16 for _, w in seen], [0.2, 0.105, 0.01], rtol=1e-5)
+
+
+def test_fit_logs_nats_per_example():
+    x, y = data()
+    bnn = bayesian(network())
+    bnn.compile(keras.optimizers.SGD(0.0), "binary_crossentropy", metrics=["accuracy"])
+    history = bnn.fit(x, y, validation_data=(x, y), verbose=0).history
+    np.testing.assert_allclose(history["kl"], float(bnn.kl_divergence()) / 16, rtol=1e-5)
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "val_kl"} <= set(history)
+
+
+def test_masks_of_saliency_train():
+    model, (x, y) = network(), data()
+    masks = top_k(saliency(model, (x, y), "binary_crossentropy", verbose=False), 0.3)
+    bnn = bayesian(model, masks)
+    assert bnn.num_bayesian == masks.num_bayesian == round(0.3 * model.count_params())
+    bnn.compile(LocScaleOptimizer(), "binary_crossentropy")
+    losses = bnn.fit(x, y, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+# ---- predictions ----
+
+
+def test_predict_is_the_mean_of_samples():
+    model, (x, _) = network(), data()
+    bnn = bayesian(model, initial_scale=0.5)
+    samples = bnn.predict_samples(x, num_samples=50)
+    assert samples.shape == (50, 16, 1) and samples.min() >= 0 and samples.max() <= 1
+    assert samples.std(axis=0).min() > 1e-3
+    means = np.mean([bnn.predict(x, verbose=0) for _ in range(20)], axis=0)
+    np.testing.assert_allclose(means, samples.mean(axis=0), atol=0.12)
+    assert bnn.predict(x, verbose=0).shape == (16, 1)
+    assert bnn.predict_samples(x, batch_size=4).shape == (5, 16, 1)
+    with pytest.raises(ValueError, match="num_samples"):
+        bnn.predict_samples(x, num_samples=0)
+
+
+@pytest.mark.parametrize(("activation", "outputs"), [("sigmoid", 2), ("softmax", 3)])
+def test_uncertainty_splits_in_two(activation, outputs):
+    x, _ = data()
+    bnn = bayesian(network(activation, outputs=outputs), initial_scale=1.0, num_samples=8)
+    parts = bnn.predict_uncertainty(x)
+    assert parts["mean"].shape == (16, outputs)
+    np.testing.assert_allclose(
+        parts["total_entropy"], parts["expected_entropy"] + parts["mutual_information"], atol=1e-5
+    )
+    np.testing.assert_allclose(parts["total_entropy"], entropy(parts["mean"], activation), atol=1e-5)
+    assert parts["mutual_information"].shape == ((16, 2) if activation == "sigmoid" else (16,))
+    assert (parts["mutual_information"] >= 0).all() and parts["mutual_information"].max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("two", "expected"), [((-40.0, 40.0), (np.log(2), 0, np.log(2))), ((0, 0), (np.log(2),) * 2 + (0,))]
+)
+def test_uncertainty_by_hand(monkeypatch, two, expected):
+    """Samples that say 0 and 1: all epistemic. Samples that both say 0.5: all aleatoric."""
+    calls = iter(two * 20)
+    monkeypatch.setattr(
+        layers, "standard_normal", lambda n, g, dtype="float32": keras.ops.full((n,), next(calls), dtype)
+    )
+    model = keras.Sequential([keras.Input((1,)), kl.Dense(1, "sigmoid", use_bias=False, name="d")])
+    model.set_weights([np.zeros((1, 1))])
+    bnn = bayesian(model, initial_scale=1.0, num_samples=2)
+    parts = bnn.predict_uncertainty(np.ones((1, 1), "float32"))
+    names = ("total_entropy", "expected_entropy", "mutual_information")
+    np.testing.assert_allclose([parts[n].item() for n in names], expected, atol=1e-5)
+    assert parts["mean"].item() == pytest.approx(0.5)
+
+
+def test_regression_has_no_entropy():
+    with pytest.raises(ValueError, match="probabilities"):
+        bayesian(network("linear")).predict_uncertainty(data()[0])
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [("sigmoid", 1), ("softmax", 3)])
+def test_from_logits(kind, outputs):
+    x, _ = data()
+    with pytest.raises(ValueError, match="from_logits"):
+        bayesian(network("linear"), from_logits=True)
+    model = network("linear", outputs=outputs)
+    bnn = bayesian(model, from_logits=True, probabilities=kind, initial_scale=1e-6)
+    np.testing.assert_allclose(
+        getattr(keras.ops, kind)(bnn.predict(x, verbose=0)), getattr(keras.ops, kind)(model(x)), atol=1e-4
+    )
+    samples = bnn.predict_samples(x)
+    np.testing.assert_allclose(samples[0], getattr(keras.ops, kind)(model(x)), atol=1e-4)
+    np.testing.assert_allclose(bnn.predict_uncertainty(x)["mean"], samples[0], atol=1e-4)
+
+
+# ---- saving ----
+
+READ = """
+import sys, numpy as np
+import sbn_tf.partial_bayes
+import keras
+from sbn_tf.layers import posterior_mean
+bnn = keras.models.load_model(sys.argv[1] + "/bnn.keras")
+x = np.load(sys.argv[1] + "/x.npy")
+with posterior_mean():
+    mean = np.array(bnn.network(x))
+state = np.concatenate([np.ravel(v) for v in bnn.optimizer.variables])
+np.savez(sys.argv[1] + "/read.npz", mean=mean, beta=bnn.beta, kl_weight=np.array(bnn.kl_weight),
+         state=state, scales=bnn.scales(), samples=bnn.predict(x, verbose=0))
+"""
+
+
+def test_round_trip_in_a_new_process(tmp_path):
+    model, (x, y) = network(), data()
+    masks = top_k(saliency(model, (x, y), "binary_crossentropy", score="magnitude"), 0.5)
+    bnn = bayesian(model, masks, beta=0.3, num_samples=2)
+    bnn.compile(LocScaleOptimizer(keras.optimizers.Adam(0.01)), "binary_crossentropy")
+    bnn.fit(x, y, epochs=2, verbose=0)
+    bnn.save(tmp_path / "bnn.keras")
+    np.save(tmp_path / "x.npy", x)
+    subprocess.run([sys.executable, "-c", READ, str(tmp_path)], check=True, timeout=120)
+    read = np.load(tmp_path / "read.npz")
+    with layers.posterior_mean():
+        np.testing.assert_allclose(read["mean"], bnn.network(x), rtol=1e-6)
+    state = np.concatenate([np.ravel(v) for v in bnn.optimizer.variables])
+    np.testing.assert_array_equal(read["state"], state)
+    np.testing.assert_array_equal(read["scales"], bnn.scales())
+    assert read["beta"] == 0.3 and read["kl_weight"] == pytest.approx(0.3 / 16)
+    assert read["samples"].shape == (16, 1)
+
+
+def test_loaded_model_trains_on(tmp_path):
+    x, y = data()
+    bnn = bayesian(network(), estimator="split", num_samples=2)
+    bnn.compile(LocScaleOptimizer(), "binary_crossentropy")
+    bnn.fit(x, y, verbose=0)
+    bnn.save(tmp_path / "bnn.keras")
+    again = keras.models.load_model(tmp_path / "bnn.keras")
+    assert isinstance(again, PartialBayes) and again.estimator == "split"
+    first = int(again.optimizer.iterations)
+    again.fit(x, y, verbose=0)
+    assert first == 1 and int(again.optimizer.iterations) == 2
+
+
+def test_stock_weights_load_into_the_network(tmp_path):
+    model, (x, _) = network(), data()
+    model.save_weights(tmp_path / "stock.weights.h5")
+    bnn = bayesian(network(), initial_scale=1e-8)
+    for layer in layers.masked_layers(bnn.network):
+        layer.kernel.assign(keras.ops.zeros_like(layer.kernel))
+    bnn.network.load_weights(tmp_path / "stock.weights.h5")
+    np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
