@@ -136,7 +136,7 @@ def _copy_variables(old_model, new_model):
 #
 # $N$ counts the *terms that the loss averages over* in the whole training set. A loss averaged over images has
 # `num_train` of them; one averaged over pixels too has `num_train * pixels`; over labels, `num_train * labels`.
-# Dividing by `num_train` alone under a mean over 32 x 32 pixels makes the KL 1,024 times too strong, and ruins training.
+# Dividing by `num_train` alone under a mean over 32 x 32 pixels makes the KL 1,024 times too strong: it ruins training.
 # By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is $1 / 1{,}024{,}000$.
 
 

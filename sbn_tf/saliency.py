@@ -36,9 +36,10 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
-import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -146,6 +147,9 @@ def biases_before_batch_norm(model) -> list[str]:
     """
     keys = {id(w.layer): w.key for w in named_weights(model).values() if w.name == "bias"}
     layers, biases = [model, *model._flatten_layers(include_self=False)], []
+    outputs = {
+        id(t) for layer in layers if isinstance(layer, keras.Model) for t in getattr(layer, "outputs", None) or []
+    }
     for layer in layers:
         if not isinstance(layer, keras.layers.BatchNormalization) or not layer.trainable:
             continue
@@ -154,10 +158,14 @@ def biases_before_batch_norm(model) -> list[str]:
                 operation = parent.operation
                 while type(operation).__name__.startswith("Cropping") and len(operation._outbound_nodes) == 1:
                     operation = operation._inbound_nodes[0].parent_nodes[0].operation
-                if len(operation._outbound_nodes) != 1:  # used elsewhere too, where it may have an effect
+                used_elsewhere = {id(t) for n in operation._inbound_nodes for t in n.outputs} & outputs
+                if len(operation._outbound_nodes) != 1 or used_elsewhere:  # where it may have an effect
                     continue
+                rank = len(node.outputs[0].shape)
+                channels = 1 if getattr(operation, "data_format", None) == "channels_first" else rank - 1
                 linear = getattr(getattr(operation, "activation", None), "__name__", "linear") == "linear"
-                if linear and id(operation) in keys and keys[id(operation)] not in biases:
+                known = id(operation) in keys and keys[id(operation)] not in biases
+                if known and linear and layer.axis % rank == channels:
                     biases.append(keys[id(operation)])
     return biases
 
@@ -165,29 +173,28 @@ def biases_before_batch_norm(model) -> list[str]:
 # %% [markdown]
 # ## 2. How salient is a weight?
 #
-# With $g_b$ the gradient of batch $b$'s mean loss at the trained weights:
+# With $g_b$ the gradient of batch $b$'s mean loss at the trained weights, $n_b$ its number of examples and
+# $N = \sum_b n_b$:
 #
 # | score | definition | source |
 # |---|---|---|
-# | `fisher` | $\frac1B \sum_b g_b^2$ | squared batch gradients: the empirical Fisher's diagonal, up to scale |
+# | `fisher` | $\frac1N \sum_b n_b\, g_b^2$ | squared batch gradients: the empirical Fisher's diagonal, up to scale |
 # | `paper` | $\big(\sum_b g_b\big)^2$, network in training mode | the paper's code |
 # | `per_example` | $\frac1N \sum_i g_i^2$ | the empirical Fisher's diagonal (Kirkpatrick et al. 2017) |
 # | `magnitude` | $\lvert w \rvert$ | pruning by size |
-# | `taylor` | $\frac1B \sum_b (w\, g_b)^2$ | Molchanov et al. 2019 |
+# | `taylor` | $\frac1N \sum_b n_b\, (w\, g_b)^2$ | Molchanov et al. 2019, eq. 8 |
 # | `random` | uniform numbers | the control |
 #
-# At a trained optimum $\sum_b g_b \approx 0$ by definition: what is left of it is noise, and so may be the paper's
-# choice. The squares of single batches do not cancel. By hand: batch gradients $+3$ and $-3$ give `fisher` 9 and
-# `paper` 0; $+1$ and $+1$ give 1 and 4. The two scores rank these two weights the other way round.
-#
-# Every batch counts once, also a smaller last one: that is what the sum over batches in the paper's code does.
+# Why the weights $n_b$? A batch of one example has a gradient as noisy as 32 times a batch of 32 in its square. Counted
+# once like the others, a last batch of one would make up more than half of the score of an epoch of 20 batches. The
+# paper's sum counts every batch once, and so does `paper`.
 
 
 # %%
 def saliency(
     model,
-    data,
-    loss,
+    data=None,
+    loss=None,
     *,
     score: str = "fisher",
     batch_statistics: bool | None = None,
@@ -198,30 +205,39 @@ def saliency(
     exclude=None,
     verbose: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Saliency score of every eligible weight entry. Nothing in the model changes.
+    """Saliency score of every eligible weight entry, in one pass over the data. Nothing in the model changes.
+
+    Batch norm's running statistics, the states of dropout and every weight are as before, whatever the mode.
+    "per_example" runs one forward and backward pass for each example: as slow as batches of one.
 
     Args:
         model: built `keras.Model`, at its trained weights.
-        data: iterable of (x, y) or (x, y, sample_weight) batches (a `tf.data.Dataset`), or a pair of arrays.
-        loss: Keras loss or its name, or a callable (y, y_pred) -> loss, averaged.
+        data: iterable of (x, y) or (x, y, sample_weight) batches (a `tf.data.Dataset`, a `PyDataset`, a list), or a
+            tuple of arrays, taken in their order: shuffle what is sorted by class. Unused by "magnitude" and "random".
+        loss: Keras loss or its name, or a callable (y, y_pred) -> loss, whose mean is taken. Regularisers of the
+            model are left out.
         score: one of "fisher", "paper", "per_example", "magnitude", "taylor", "random".
         batch_statistics: network in training mode (batch norm by the batch, dropout on). None: for "paper" alone.
         max_batches: stop after so many batches; None: all.
-        batch_size: of a pair of arrays.
+        batch_size: of a tuple of arrays.
         seed: of "random": the same numbers for the same key.
         include, exclude: patterns on keys, see `eligible_weights`.
         verbose: show a progress bar.
 
     Returns:
-        dict key -> float32 array of the weight's shape, in the order of `eligible_weights`.
+        dict key -> float32 array of the weight's shape, in the order of `eligible_weights`. A weight that the loss does
+        not depend on scores 0, with a UserWarning.
 
     Raises:
-        ValueError: unknown score, unbuilt model, no data, or a loss or gradient that is not finite (the weight named).
+        ValueError: unknown score, unbuilt model, no or endless data, labels that do not fit the outputs, or a loss or
+            gradient that is not finite (the weight and the batch are named).
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.2.
     """
     if score not in SCORES:
         raise ValueError(f"Expected score to be one of {SCORES}. Received: score={score!r}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"Expected max_batches to be 1 or more, or None. Received: max_batches={max_batches!r}")
     weights = eligible_weights(model, include, exclude)
     if score == "magnitude":
         return {k: np.abs(keras.ops.convert_to_numpy(w.variable)).astype("float32") for k, w in weights.items()}
@@ -230,92 +246,210 @@ def saliency(
             k: np.random.default_rng([seed, zlib.crc32(k.encode())]).random(tuple(w.variable.shape), "float32")
             for k, w in weights.items()
         }
-    if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
-        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+    if data is None or loss is None:
+        raise ValueError(f"Expected data and a loss for score={score!r}. Received: data={data!r}, loss={loss!r}")
     training = score == "paper" if batch_statistics is None else batch_statistics
-    state = [v for v in model.variables if not v.trainable]
-    before = [tf.identity(v.value) for v in state]
-    try:
-        totals, num_batches = _accumulate(model, weights, data, loss, score, training, max_batches, verbose)
-    finally:
-        for variable, value in zip(state, before, strict=True):
-            variable.assign(value)
-    return {k: _finish(t.numpy(), score, num_batches) for k, t in zip(weights, totals, strict=True)}
+    gradients = _Gradients(model, weights, loss, training)
+    sums = _Sums(weights, score)
+
+    def step(batch, number):
+        if score != "per_example":
+            sums.add(*gradients(*batch), _num_examples(batch), number)
+            return
+
+        def one(i):
+            sums.add(*gradients(*keras.tree.map_structure(lambda t: t[i][None], batch)), 1, number)
+            return i + 1
+
+        tf.while_loop(lambda i: i < _num_examples(batch), one, [0], parallel_iterations=1)
+
+    compiled = tf.function(step, autograph=False, reduce_retracing=True)
+    batches, total = _batches(data, batch_size, max_batches)
+    num_batches = num_examples = 0
+    for batch in tqdm(batches, total=total, desc="saliency", disable=not verbose):
+        batch = _checked(batch, num_batches)
+        compiled(batch, tf.constant(num_batches))
+        num_batches += 1
+        num_examples += int(_num_examples(batch))
+        if num_batches % 50 == 0:  # a NaN is told early, and yet the device seldom waits for the host
+            sums.check()
+    if not num_batches:
+        raise ValueError("Expected at least one batch of (x, y). Received: no data.")
+    sums.check()
+    if gradients.missing:
+        warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=2)
+    return sums.scores(num_examples)
+
+
+# %% [markdown]
+# The pass has three parts. `_batches` brings data of every kind into one form. `_Gradients` takes the gradients of one
+# batch inside `keras.StatelessScope`: what the layers want to assign (running statistics, a dropout's next seed) stays
+# in the scope, so the model cannot change. `_Sums` adds up on the device.
 
 
 # %%
-def _finish(total, score, count):
-    return (total**2 if score == "paper" else total / count).astype("float32")
+def _batches(data, batch_size, max_batches):
+    """(iterable of batches, their number or None)."""
+    if isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data):
+        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+    if isinstance(data, keras.utils.PyDataset):
+        total, data = data.num_batches, (data[i] for i in itertools.count())
+        max_batches = total if max_batches is None else min(max_batches, total or max_batches)
+    try:
+        total = len(data)
+    except TypeError:  # a generator, an endless dataset, or one that does not know its length
+        total = None
+        endless = isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY
+        if endless and max_batches is None:
+            raise ValueError("Expected data that ends, or max_batches. Received: an endless dataset.") from None
+    if max_batches is None:
+        return data, total
+    return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
 
 
-def _mean_loss(loss):
+def _num_examples(batch):
+    return tf.shape(keras.tree.flatten(batch[0])[0])[0]
+
+
+def _checked(batch, number):
+    """The batch as a tuple of tensors, without a sample weight of None."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise ValueError(
+            f"Expected batches (x, y) or (x, y, sample_weight). Received: {type(batch)} in batch {number}."
+        )
+    batch = keras.tree.map_structure(tf.convert_to_tensor, tuple(part for part in batch if part is not None))
+    sizes = {int(t.shape[0]) for t in keras.tree.flatten(batch)}
+    if len(sizes) != 1:
+        shapes = [tuple(t.shape) for t in keras.tree.flatten(batch)]
+        raise ValueError(f"Expected one label for each example. Received: shapes {shapes} in batch {number}.")
+    return batch
+
+
+# %% [markdown]
+# A mean squared error of labels `(n,)` and outputs `(n, 1)` would be taken over $n \times n$ pairs by broadcasting, and
+# would look fine. Keras's own losses are therefore given labels of the outputs' shape, or none at all.
+
+
+# %%
+class _NamedLoss(keras.losses.Loss):
+    """A Keras loss function under the conventions of `compile`: masks, sample weights, mean."""
+
+    def __init__(self, function, dtype):
+        super().__init__(name=function.__name__, dtype=dtype)
+        self.call = function
+
+
+def _mean_loss(loss, y, y_pred, sample_weight=None):
+    """Mean loss of a batch, a scalar."""
     if isinstance(loss, str | dict):
         loss = keras.losses.get(loss)
+        y = _fitted(getattr(loss, "__name__", type(loss).__name__), y, y_pred)
+        if not isinstance(loss, keras.losses.Loss):
+            loss = _NamedLoss(loss, "float64" if y_pred.dtype == tf.float64 else "float32")
+    elif isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras."):
+        y = _fitted(type(loss).__name__, y, y_pred)
     if isinstance(loss, keras.losses.Loss):
-        return loss
-    return lambda y, y_pred, sample_weight=None: tf.reduce_mean(
-        loss(y, y_pred) if sample_weight is None else loss(y, y_pred) * sample_weight
-    )
+        return tf.reduce_mean(loss(y, y_pred, sample_weight=sample_weight))
+    y_pred = keras.tree.map_structure(lambda t: tf.cast(t, "float32") if t.dtype.size < 4 else t, y_pred)
+    dtype = keras.tree.flatten(y_pred)[0].dtype
+    y = keras.tree.map_structure(lambda t: tf.cast(t, dtype) if t.dtype.is_floating else t, y)
+    values = tf.convert_to_tensor(loss(y, y_pred))
+    if sample_weight is not None:
+        if not values.shape.rank:
+            raise ValueError("Expected a loss for each example where data has sample weights. Received: a scalar loss.")
+        shape = [-1] + [1] * (values.shape.rank - 1)
+        values *= tf.reshape(tf.cast(sample_weight, values.dtype), shape)
+    return tf.reduce_mean(values)
 
 
-def _accumulate(model, weights, data, loss, score, training, max_batches, verbose):
-    """One pass over the data in one compiled step; the sums stay on the device."""
-    loss = _mean_loss(loss)
-    variables = [w.variable.value for w in weights.values()]
-    totals = [tf.Variable(tf.zeros(v.shape, "float32"), trainable=False) for v in variables]
-    missing = []
+def _fitted(name, y, y_pred):
+    """Labels in the shape that Keras's loss of this name needs."""
+    name = name.lower().replace("_", "")
+    if not (tf.is_tensor(y) and tf.is_tensor(y_pred)) or "ctc" in name or "generalized" in name:
+        return y
+    if "sparse" in name:
+        fits = any(y.shape.is_compatible_with(s) for s in (y_pred.shape[:-1], y_pred.shape[:-1] + [1]))
+    else:
+        if y.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
+            y = y[..., None]
+        fits = y.shape.is_compatible_with(y_pred.shape)
+    if not fits:
+        raise ValueError(f"Expected labels that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
+    return y
 
-    def gradients(x, y, sample_weight):
+
+# %%
+class _Gradients:
+    """Loss of one batch and its gradients; the model stays as it is."""
+
+    def __init__(self, model, weights, loss, training):
+        self.model, self.weights, self.loss, self.training = model, weights, loss, training
+        of_weights = {id(v) for v in model.weights}
+        seeds = [v for v in model.variables if id(v) not in of_weights]
+        # Without copies of their own every batch would be dropped out by the same mask.
+        self.seeds = [(v, tf.Variable(v.value, trainable=False)) for v in seeds]
+        self.missing = []
+
+    def __call__(self, x, y, sample_weight=None):
+        variables = [weight.variable.value for weight in self.weights.values()]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            value = loss(y, model(x, training=training), sample_weight)
+            with keras.StatelessScope(self.seeds) as scope:
+                y_pred = self.model(x, training=self.training)
+            value = _mean_loss(self.loss, y, y_pred, sample_weight)
+        for seed, copy in self.seeds:
+            copy.assign(scope.get_current_value(seed))
         found = tape.gradient(value, variables)
-        missing[:] = [k for k, g in zip(weights, found, strict=True) if g is None]
-        return value, [None if g is None else tf.cast(tf.convert_to_tensor(g), "float32") for g in found]
+        self.missing = [key for key, g in zip(self.weights, found, strict=True) if g is None]
+        return value, found
 
-    def add(found):
-        for total, variable, g in zip(totals, variables, found, strict=True):
-            if g is not None and score == "taylor":
-                g = g * tf.cast(variable, "float32")
-            if g is not None:
-                total.assign_add(g if score == "paper" else g**2)
 
-    @tf.function(reduce_retracing=True)
-    def step(x, y, sample_weight=None):
-        if score == "per_example":
-            value = tf.zeros(())
-            for i in tf.range(tf.shape(keras.tree.flatten(x)[0])[0]):
-                one = keras.tree.map_structure(
-                    lambda t, i=i: None if t is None else t[i : i + 1], (x, y, sample_weight)
-                )
-                each, found = gradients(*one)
-                add(found)
-                value += tf.cast(each, "float32")
-        else:
-            value, found = gradients(x, y, sample_weight)
-            add(found)
-        return value
+class _Sums:
+    """Sums of gradients, or of their squares, over batches; in float32 on the device."""
 
-    count = 0
-    try:
-        total = len(data) if max_batches is None else max_batches
-    except TypeError:  # a generator, or a dataset that does not know its length
-        total = None
-    for number, batch in enumerate(tqdm(data, total=total, desc="saliency", disable=not verbose)):
-        if max_batches is not None and number >= max_batches:
-            break
-        value = float(step(*batch))
-        if not np.isfinite(value):
-            raise ValueError(f"Expected a finite loss. Received: {value} in batch {number}. Check inputs and weights.")
-        count += int(keras.tree.flatten(batch[0])[0].shape[0]) if score == "per_example" else 1
-    if not count:
-        raise ValueError("Expected at least one batch of (x, y). Received: no data.")
-    for key, sums in zip(weights, totals, strict=True):
-        if not np.isfinite(sums.numpy()).all():
-            raise ValueError(f"Gradients of {key!r} are not finite. Check the loss at the trained weights.")
-    if missing:
-        warnings.warn(f"The loss does not depend on {missing[:5]}: their score is 0.", stacklevel=3)
-    return totals, count
+    def __init__(self, weights, score):
+        self.weights, self.score = weights, score
+        self.sums = [tf.Variable(tf.zeros(w.variable.shape), trainable=False) for w in weights.values()]
+        # Of the loss and of each weight: the first batch in which it was not finite.
+        self.first_bad = tf.Variable(tf.fill([1 + len(weights)], -1), trainable=False)
+
+    def add(self, loss, gradients, num_examples, number):
+        finite = [tf.math.is_finite(tf.cast(loss, "float32"))]
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            if gradient is None:
+                finite.append(tf.constant(True))
+                continue
+            sparse = isinstance(gradient, tf.IndexedSlices)  # of an embedding: the rows that were looked up
+            if sparse:
+                rows, places = tf.unique(gradient.indices)
+                gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
+            gradient = tf.cast(gradient, "float32")
+            if self.score != "paper":
+                gradient = tf.square(gradient) * tf.cast(num_examples, "float32")
+            total.scatter_add(tf.IndexedSlices(gradient, rows)) if sparse else total.assign_add(gradient)
+            finite.append(tf.math.is_finite(tf.reduce_sum(gradient)))
+        new = (self.first_bad < 0) & ~tf.stack(finite)
+        self.first_bad.assign(tf.where(new, number, self.first_bad))
+
+    def check(self):
+        bad = self.first_bad.numpy()
+        if (bad < 0).all():
+            return
+        number = bad[bad >= 0].min()
+        if bad[0] == number:
+            raise ValueError(f"Expected a finite loss. Received: NaN or infinity in batch {number}. Check the inputs.")
+        keys = [key for key, b in zip(self.weights, bad[1:], strict=True) if b == number]
+        raise ValueError(f"Gradients of {keys[:3]} are not finite in batch {number}. Check the loss there.")
+
+    def scores(self, num_examples):
+        scores = {key: total.numpy() for key, total in zip(self.weights, self.sums, strict=True)}
+        if self.score == "paper":
+            return {key: total**2 for key, total in scores.items()}
+        scores = {key: total / np.float32(num_examples) for key, total in scores.items()}
+        if self.score == "taylor":
+            loc = {key: keras.ops.convert_to_numpy(w.variable).astype("float32") for key, w in self.weights.items()}
+            return {key: loc[key] ** 2 * value for key, value in scores.items()}
+        return scores
 
 
 # %% tags=["active-ipynb"]
@@ -381,18 +515,22 @@ class Masks(Mapping):
     @property
     def r_bayes(self) -> float:
         """Fraction of the entries that is Bayesian, 0..1."""
-        return self.num_bayesian / self.num_weights
+        return self.num_bayesian / max(self.num_weights, 1)
 
     def save(self, path) -> None:
         """Write an npz, whole or not at all."""
         path = os.fspath(path)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".npz")
+        # Not tempfile: its files are readable by their owner alone, and masks are shared.
+        temporary = f"{path}.{os.getpid()}.tmp"
         try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, **self._masks)
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+                for key, mask in self.items():  # as np.savez does, which a weight called "file" would break
+                    with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                        np.lib.format.write_array(file, mask, allow_pickle=False)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
             raise
 
     @classmethod
@@ -425,6 +563,8 @@ class Masks(Mapping):
         for key, m in self.items():
             shape = "x".join(map(str, m.shape))
             lines.append(f"{key:<36}{shape:>20}{m.size:>12,}{m.sum():>10,}{m.mean():>11.1%}{m.sum() / chosen:>9.1%}")
+        total, found = self.num_weights, self.num_bayesian
+        lines.append(f"{'all':<36}{'':>20}{total:>12,}{found:>10,}{self.r_bayes:>11.1%}{found / chosen:>9.1%}")
         return "\n".join(lines)
 
 
