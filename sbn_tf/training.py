@@ -50,6 +50,7 @@ class Recipe:
         batch_size: images a step.
         optimizer: "sgd" or "adam", of the locs in both steps.
         learning_rate, momentum, weight_decay: its settings; momentum for "sgd" only.
+        bayes_learning_rate: of the locs in step 3; None: as in step 1. A third keeps step 1's optimum from being shaken.
         decay: "none" or "cosine" (to 0 over the step's epochs).
         scale_optimizer, scale_learning_rate: of the untransformed scales in step 3.
         class_weights: "none", or "paper": negatives/positives per label; 10 for the foreground where there are raters.
@@ -68,6 +69,7 @@ class Recipe:
     batch_size: int = 50
     optimizer: str = "sgd"
     learning_rate: float = 0.01
+    bayes_learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float | None = None
     decay: str = "none"
@@ -116,6 +118,7 @@ RECIPES = {
         batch_size=20,
         optimizer="adam",
         learning_rate=3e-3,
+        bayes_learning_rate=1e-3,
         decay="cosine",
         scale_optimizer="adam",
         estimator="split",
@@ -395,7 +398,8 @@ def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=
     )
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
     scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
-    model.compile(LocScaleOptimizer(_optimizer(recipe, steps), scales), loss_for(recipe, data))
+    gentle = dataclasses.replace(recipe, learning_rate=recipe.bayes_learning_rate or recipe.learning_rate)
+    model.compile(LocScaleOptimizer(_optimizer(gentle, steps), scales), loss_for(recipe, data))
     schedule = BetaSchedule(recipe.beta_start, recipe.beta_stop, recipe.bayes_epochs)
     masks_path = folder / "masks.npz"
     masks_path.parent.mkdir(parents=True, exist_ok=True)
