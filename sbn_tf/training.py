@@ -50,7 +50,7 @@ class Recipe:
         batch_size: images a step.
         optimizer: "sgd" or "adam", of the locs in both steps.
         learning_rate, momentum, weight_decay: its settings; momentum for "sgd" only.
-        bayes_learning_rate: of the locs in step 3; None: as in step 1. A third keeps step 1's optimum from being shaken.
+        bayes_learning_rate: of the locs in step 3; None: as in step 1. Gentle: step 1 must not be shaken.
         decay: "none" or "cosine" (to 0 over the step's epochs).
         scale_optimizer, scale_learning_rate: of the untransformed scales in step 3.
         class_weights: "none", or "paper": negatives/positives per label; 10 for the foreground where there are raters.
