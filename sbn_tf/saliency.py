@@ -293,8 +293,9 @@ def _batches(data, batch_size, max_batches):
     if isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data):
         data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
     if isinstance(data, keras.utils.PyDataset):
-        total, data = data.num_batches, (data[i] for i in itertools.count())
-        max_batches = total if max_batches is None else min(max_batches, total or max_batches)
+        total = data.num_batches  # None: endless
+        max_batches = min(max_batches or total, total or max_batches)
+        data = map(data.__getitem__, itertools.count())
     try:
         total = len(data)
     except TypeError:  # a generator, an endless dataset, or one that does not know its length
@@ -368,7 +369,7 @@ def _fitted(name, y, y_pred):
     if not (tf.is_tensor(y) and tf.is_tensor(y_pred)) or "ctc" in name or "generalized" in name:
         return y
     if "sparse" in name:
-        fits = any(y.shape.is_compatible_with(s) for s in (y_pred.shape[:-1], y_pred.shape[:-1] + [1]))
+        fits = any(y.shape.is_compatible_with(s) for s in (y_pred.shape[:-1], [*y_pred.shape[:-1], 1]))
     else:
         if y.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
             y = y[..., None]

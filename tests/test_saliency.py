@@ -34,11 +34,13 @@ def batches(x, y, size):
 
 
 def from_gradients(score, per_batch, per_example, w):
+    """The definitions, on batches of 4, 4 and a smaller last one: each weighs as many examples as it has."""
+    sizes = [min(BATCH, len(per_example) - i) for i in range(0, len(per_example), BATCH)]
     return {
-        "fisher": np.mean(per_batch**2, 0),
+        "fisher": np.average(per_batch**2, axis=0, weights=sizes),
         "paper": np.sum(per_batch, 0) ** 2,
         "per_example": np.mean(per_example**2, 0),
-        "taylor": np.mean((w * per_batch) ** 2, 0),
+        "taylor": np.average((w * per_batch) ** 2, axis=0, weights=sizes),
     }[score]
 
 
@@ -105,6 +107,84 @@ def test_keras_losses_and_sample_weights():
         doubled = [(*b, np.full(5, 2, "float32")) for b in batches(x, y, 5)]
         got = saliency(model, doubled, loss, verbose=False)
         np.testing.assert_allclose(got["out/kernel"], 4 * want["out/kernel"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["mse", keras.losses.MeanSquaredError(), lambda a, b: (a - b) ** 2])
+def test_sample_weights_belong_to_their_examples(loss):
+    model, x, y = linear("float32")
+    x, y, chosen = x.astype("float32"), y.astype("float32"), np.arange(len(x)) % 2
+    got = saliency(model, (x, y, chosen.astype("float32")), loss, batch_size=len(x), verbose=False)
+    half = saliency(model, (x[chosen == 1], y[chosen == 1]), loss, batch_size=len(x), verbose=False)
+    np.testing.assert_allclose(got["out/kernel"], half["out/kernel"] / 4, rtol=1e-4)
+
+
+def test_a_loss_that_hides_the_examples_takes_no_sample_weights():
+    model, x, y = linear()
+    with pytest.raises(ValueError, match="Received: a scalar loss"):
+        saliency(model, (x, y, np.ones(len(x))), squared, verbose=False)
+
+
+@pytest.mark.parametrize("loss", ["mse", "binary_crossentropy", keras.losses.MeanSquaredError()])
+def test_labels_are_fitted_to_the_outputs_and_never_broadcast(loss):
+    model, x, y = linear("float32")
+    flat = saliency(model, (x, y[:, 0]), loss, verbose=False)
+    np.testing.assert_array_equal(flat["out/kernel"], saliency(model, (x, y), loss, verbose=False)["out/kernel"])
+    with pytest.raises(ValueError, match=r"fit the outputs \(\d+, 1\). Received: labels \(\d+, 3\)"):
+        saliency(model, (x, x), loss, verbose=False)
+
+
+def test_class_labels():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "softmax", name="out")])
+    _, x, _ = linear("float32")
+    y = np.arange(len(x)) % 4
+    want = saliency(model, (x, np.eye(4)[y]), "categorical_crossentropy", verbose=False)["out/kernel"]
+    for labels in (y, y[:, None]):
+        for loss in ("sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy()):
+            got = saliency(model, (x, labels), loss, verbose=False)["out/kernel"]
+            np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_embedding_sums_a_row_before_it_is_squared():
+    model = keras.Sequential(
+        [keras.Input((2,), dtype="int32"), keras.layers.Embedding(5, 1, name="emb"), keras.layers.Flatten()]
+    )
+    x, y = np.array([[1, 1], [1, 3]]), np.zeros((2, 2), "float32")
+    each = np.array([[0, 2, 0, 0, 0], [0, 1, 0, 1, 0]])  # gradients of the two examples
+    for score, want in (("fisher", each.mean(0) ** 2), ("per_example", (each**2).mean(0))):
+        found = saliency(model, (x, y), lambda a, b: tf.reduce_sum(b, 1), score=score, verbose=False)
+        np.testing.assert_allclose(found["emb/embeddings"][:, 0], want)
+
+
+def test_mixed_precision_scores_are_float32_and_near():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 4)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+    found = []
+    for policy in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        stack = [keras.layers.Dense(8, "tanh", dtype=policy, name="a"), keras.layers.Dense(1, dtype=policy, name="b")]
+        model = keras.Sequential([keras.Input((4,)), *stack])
+        found.append(saliency(model, (x, y), lambda a, b: (a - b) ** 2, verbose=False)["a/kernel"])
+    assert found[1].dtype == np.float32
+    np.testing.assert_allclose(found[1], found[0], rtol=0.1, atol=0.02 * found[0].max())
+
+
+def test_keras_data_of_every_kind():
+    model, x, y = linear()
+
+    class Pairs(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return x[index * 5 : index * 5 + 5], y[index * 5 : index * 5 + 5]
+
+    want = saliency(model, (x, y), squared, batch_size=5, verbose=False)["out/kernel"]
+    generator = (batch for batch in batches(x, y, 5))
+    for data in (Pairs(), generator, tuple(batches(x, y, 5)), [[*batch, None] for batch in batches(x, y, 5)]):
+        np.testing.assert_allclose(saliency(model, data, squared, verbose=False)["out/kernel"], want, rtol=1e-6)
+    one = saliency(model, Pairs(), squared, max_batches=1, verbose=False)["out/kernel"]
+    np.testing.assert_allclose(one, saliency(model, (x[:5], y[:5]), squared, verbose=False)["out/kernel"], rtol=1e-6)
 
 
 def test_data_of_unknown_length_and_max_batches():
@@ -184,6 +264,11 @@ def test_masks_round_trip_and_corrupt_file(tmp_path):
     assert Masks.load(tmp_path / "m.npz") == masks
     assert list(tmp_path.iterdir()) == [tmp_path / "m.npz"]
     assert "m/a/kernel" in masks.table()
+    assert masks.table().splitlines()[-1].split() == ["all", "9", "4", "44.4%", "100.0%"]
+    other = Masks({"file": np.ones(2, bool)})  # a name that np.savez keeps for itself
+    other.save(tmp_path / "m.npz")
+    assert Masks.load(tmp_path / "m.npz") == other
+    masks.save(tmp_path / "m.npz")
     whole = (tmp_path / "m.npz").read_bytes()
     np.save(tmp_path / "array.npy", np.ones(2))
     np.savez(tmp_path / "floats.npz", w=np.ones(2))
@@ -265,6 +350,7 @@ def test_every_variable_unchanged():
             layers.Dense(4),
             layers.BatchNormalization(),
             layers.Dropout(0.5, seed=1),
+            layers.SpectralNormalization(layers.Dense(3)),
             layers.Dense(1),
         ]
     )
@@ -279,6 +365,17 @@ def test_every_variable_unchanged():
         saliency(model, (x * np.nan, y), "mse", score="paper", verbose=False)
     for variable, value in zip(model.variables, before, strict=True):
         assert np.array_equal(variable.numpy(), value), variable.path
+
+
+def test_every_batch_is_dropped_out_by_a_mask_of_its_own():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(1, name="out")])
+    x, y = np.ones((1, 64), "float32"), np.zeros((1, 1), "float32")
+    once, twice = (
+        saliency(model, [(x, y)] * n, lambda a, b: b, batch_statistics=True, score="paper", verbose=False)["out/kernel"]
+        for n in (1, 2)
+    )
+    assert set(np.unique(once)) == {0, 4}  # an input that is kept is doubled
+    assert {0, 4, 16} == set(np.unique(twice))
 
 
 def test_biases_before_batch_norm():
@@ -301,11 +398,14 @@ def test_biases_before_batch_norm():
     assert found(conv(), layers.ZeroPadding2D(1), bn()) == []
     assert found(conv(), layers.Dropout(0.5), bn()) == []
     assert found(conv(), bn(trainable=False)) == []
+    assert found(conv(), bn(axis=1)) == []  # the mean of a row is not the bias of a channel
     inner = keras.Sequential([keras.Input((8, 8, 2)), conv(), bn()], name="inner")
     assert found(inner) == ["inner/conv/bias"]
     inputs = keras.Input((3,))
     hidden = layers.Dense(3, name="used_twice")(inputs)
     assert biases_before_batch_norm(keras.Model(inputs, layers.Add()([bn()(hidden), hidden]))) == []
+    hidden = layers.Dense(3, name="an_output")(inputs)
+    assert biases_before_batch_norm(keras.Model(inputs, [bn()(hidden), hidden])) == []
 
 
 def test_bias_before_batch_norm_has_no_gradient():
@@ -343,12 +443,24 @@ def test_saliency_errors():
     for score in ("fisher", "per_example"):
         with pytest.raises(ValueError, match="no data"):
             saliency(model, [], squared, score=score, verbose=False)
+    for data, message in (
+        ([x], r"\(x, y, sample_weight\)\. Received: .*ndarray.* in batch 0"),
+        ([(x, y), (x, y[:3])], r"one label for each example.*\(10, 3\), \(3, 1\).*in batch 1"),
+        (tf.data.Dataset.from_tensor_slices((x, y)).batch(5).repeat(), "endless dataset"),
+        (None, "Expected data and a loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            saliency(model, data, squared, verbose=False)
+    with pytest.raises(ValueError, match="max_batches=0"):
+        saliency(model, (x, y), squared, max_batches=0)
     with pytest.raises(ValueError, match="built model"):
         saliency(keras.Sequential([keras.layers.Dense(1)]), (x, y), squared)
     with pytest.raises(ValueError, match=r"finite loss.*batch 1"):
         saliency(model, [(x, y), (x * np.nan, y)], squared, verbose=False)
-    with pytest.raises(ValueError, match="'out/kernel' are not finite"):
-        saliency(model, (x * 0, y), lambda a, b: tf.reduce_sum(tf.sqrt(b * 0)), verbose=False)
+    with pytest.raises(ValueError, match=r"'out/kernel', 'out/bias'\] are not finite in batch 1"):
+        # The root of the last batch's zeros is finite and its slope is not.
+        data = [(x, y), (x, y * 0)]
+        saliency(model, data, lambda a, b: tf.reduce_sum(tf.sqrt(b * b * a * a)), verbose=False)
 
 
 def test_masks_of_another_model():
