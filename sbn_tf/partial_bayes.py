@@ -770,7 +770,7 @@ class BetaSchedule(keras.callbacks.Callback):
 
 # %% [markdown]
 # The scales left their initial 0.01: the data allow these weights far more freedom than the guess did. The KL falls as
-# they grow towards the prior, and stops where the loss of the data would rise more than the KL falls.
+# they grow towards the prior's 1; the loss of the data holds them back.
 #
 # ### Where is the model unsure, and why?
 
