@@ -35,6 +35,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -99,7 +100,8 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
                 raise error.__context__ from None
             raise
 
-    copy = keras.models.clone_model(model, clone_function=twin, recursive=True)
+    with _uncompiled(model):
+        copy = keras.models.clone_model(model, clone_function=twin, recursive=True)
     stuck = [names[i] for i in wanted if i not in twins]
     if stuck:
         raise ValueError(
@@ -111,6 +113,19 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
 
 
 # %%
+@contextlib.contextmanager
+def _uncompiled(model):
+    """Within it no part of `model` counts as compiled: Keras would compile the copy too, with slots of its own."""
+    compiled = [m for m in (model, *model._flatten_layers(include_self=False)) if getattr(m, "compiled", False)]
+    for part in compiled:
+        part.compiled = False
+    try:
+        yield
+    finally:
+        for part in compiled:
+            part.compiled = True
+
+
 def _layer_seed(seed, position):
     return None if seed is None else int(np.random.default_rng([seed, position]).integers(2**31))
 

@@ -36,6 +36,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
 import os
 import warnings
@@ -517,6 +518,14 @@ class Masks(Mapping):
     def r_bayes(self) -> float:
         """Fraction of the entries that is Bayesian, 0..1."""
         return self.num_bayesian / max(self.num_weights, 1)
+
+    def digest(self) -> str:
+        """Ten hexadecimal digits that stand for the chosen entries: other masks, other digits."""
+        found = hashlib.blake2b(digest_size=5)
+        for key, mask in self.items():
+            found.update(f"{key}{mask.shape}".encode())
+            found.update(np.packbits(mask).tobytes())
+        return found.hexdigest()
 
     def save(self, path) -> None:
         """Write an npz, whole or not at all."""

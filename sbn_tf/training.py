@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import subprocess
-import tempfile
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,14 +216,19 @@ class StopAtNaN(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Remember the first weights."""
-        self.stopped = False
+        self.stopped, self.nan_in_epoch = False, None
         self._remember()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Know which epoch this is."""
+        self._epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
         """Check the loss of this batch."""
         if self.stopped or np.isfinite((logs or {}).get("loss", 0.0)):
             return
         self.stopped = self.model.stop_training = True
+        self.nan_in_epoch = self._epoch
         for variable, value in zip(_state(self.model), self._good, strict=True):
             variable.assign(value)
         warnings.warn(
@@ -263,7 +268,7 @@ class Checkpoint(keras.callbacks.Callback):
             with np.load(self.path, allow_pickle=False) as file:
                 values = [file[f"v{i}"] for i in range(len(variables))]
                 epochs, self.history = int(file["epochs"]), json.loads(str(file["history"]))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"Checkpoint {self.path} does not fit or is corrupt ({error}). Delete it.") from None
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
@@ -294,7 +299,8 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
         verbose: Keras's.
 
     Returns:
-        dict of lists: the history of all epochs, resumed ones included.
+        dict of lists: the history of all epochs, resumed ones included; `nan_in_epoch` where a loss that was not finite
+        stopped it.
     """
     guard = StopAtNaN()
     checkpoint = Checkpoint(Path(folder) / "checkpoint.npz", guard)
@@ -308,8 +314,11 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
             epochs=epochs,
             validation_data=None if val is None else val.batches(batch_size),
             callbacks=[guard, *callbacks, checkpoint],
+            shuffle=False,  # the stream does
             verbose=verbose,
         )
+        if guard.stopped:
+            checkpoint.history["nan_in_epoch"] = [guard.nan_in_epoch]
     return checkpoint.history
 
 
@@ -340,9 +349,8 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
     settings = {f: getattr(recipe, f) for f in (*fields, "class_weights", "augment")}
     settings |= {"network": network, **_data_settings(data, limit), "seed": seed}
     folder = run_folder(runs, data.card.name, "deterministic", seed, settings)
-    path = folder / "model.keras"
-    if path.exists():
-        return Run(keras.models.load_model(path), json.loads((folder / "history.json").read_text()), folder)
+    if (folder / "model.keras").exists():
+        return _finished(folder)
     keras.utils.set_random_seed(seed)
     model = models.build(network, data.input_shape, data.num_outputs, seed=seed)
     steps = recipe.epochs * data.train.steps(recipe.batch_size)
@@ -354,33 +362,25 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
 def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=False) -> Masks:
     """Step 2: masks of the top `r_bayes` of the weights; the scores are kept beside step 1 for every r_bayes."""
     path = step1.folder / f"saliency_{recipe.score}.npz"
-    exclude = biases_before_batch_norm(step1.model) if recipe.batch_norm != "frozen" else None
     if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            scores = {key: file[key] for key in file.files}
+        scores = _read_arrays(path)
     else:
-        scores = saliency(
-            step1.model,
-            data.train.batches(recipe.batch_size, seed=0),
-            loss_for(recipe, data),
-            score=recipe.score,
-            exclude=exclude or None,
-            verbose=verbose,
-        )
+        stream = data.train.batches(recipe.batch_size, seed=0)
+        scores = saliency(step1.model, stream, loss_for(recipe, data), score=recipe.score, verbose=verbose)
         _atomically(path, lambda file: np.savez(file, **scores))
+    if recipe.batch_norm != "frozen":
+        idle = biases_before_batch_norm(step1.model)
+        scores = {key: values for key, values in scores.items() if key not in idle}
     return top_k(scores, r_bayes)
 
 
 def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=None, limit=None, verbose=0) -> Run:
     """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished."""
-    settings = {**dataclasses.asdict(recipe), "step1": step1.folder.name, "num_bayesian": masks.num_bayesian}
+    settings = {**dataclasses.asdict(recipe), "step1": step1.folder.name, "masks": masks.digest()}
     settings |= {**_data_settings(data, limit), "seed": seed}
     folder = run_folder(runs, data.card.name, f"partial_r{masks.r_bayes:.4g}", seed, settings)
-    path = folder / "model.keras"
-    if path.exists():
-        return Run(
-            keras.models.load_model(path), json.loads((folder / "history.json").read_text()), folder, masks=masks
-        )
+    if (folder / "model.keras").exists():
+        return _finished(folder, masks)
     keras.utils.set_random_seed(seed)
     rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=seed) if recipe.initial_scale is None else None
     model = to_partial_bayes(
@@ -437,7 +437,8 @@ def write_json(path, content: dict) -> None:
 
 def _data_settings(data, limit):
     parts = (data.train, data.val, data.test)
-    return {"input_shape": list(data.input_shape), "sizes": [p.num_examples for p in parts], "limit": limit}
+    sizes = [p.num_examples for p in parts]
+    return {"input_shape": list(data.input_shape), "sizes": sizes, "limit": limit, "data": data.digest()}
 
 
 def _optimizer(recipe, steps):
@@ -473,15 +474,38 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
     return history
 
 
+def _finished(folder, masks=None):
+    """The run that `_fit_and_save` left in `folder`."""
+    history = json.loads((folder / "history.json").read_text())
+    if "nan_in_epoch" in history:
+        warnings.warn(
+            f"This run stopped at a loss that is not finite, in epoch {history['nan_in_epoch'][0]}: its weights are "
+            f"those of the epoch before. To train again, lower the learning rate, or delete {folder}.",
+            stacklevel=3,
+        )
+    return Run(keras.models.load_model(folder / "model.keras"), history, folder, masks)
+
+
+def _read_arrays(path):
+    """Arrays of an npz file that an earlier step wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"Expected a whole npz file. Received: {path} ({error}). Delete it: it is made anew."
+        ) from None
+
+
 def _atomically(path, write):
     """Call `write(file)` on a temporary file and put it in place only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not tempfile's: only their owner may read those
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise

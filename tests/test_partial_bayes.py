@@ -522,6 +522,25 @@ def test_loaded_model_trains_on(tmp_path):
     assert first == 1 and int(again.optimizer.iterations) == 2
 
 
+def test_the_copy_of_a_compiled_model_holds_no_optimiser(tmp_path):
+    def loss(y, y_pred):  # known here alone: a compiled copy would have to look it up by its name
+        return keras.ops.mean((y - y_pred) ** 2)
+
+    model, (x, y) = network(), data()
+    optimizer = keras.optimizers.Adam(0.01)
+    model.compile(optimizer, loss)
+    model.fit(x, y, verbose=0)
+    bnn = bayesian(model, num_samples=1)
+    assert not bnn.network.compiled and getattr(bnn.network, "optimizer", None) is None
+    assert model.compiled and model.optimizer is optimizer
+    bnn.compile("adam", "binary_crossentropy")
+    bnn.fit(x, y, verbose=0)
+    bnn.save(tmp_path / "bnn.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras.models.load_model(tmp_path / "bnn.keras")
+
+
 def test_stock_weights_load_into_the_network(tmp_path):
     model, (x, _) = network(), data()
     model.save_weights(tmp_path / "stock.weights.h5")

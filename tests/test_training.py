@@ -1,5 +1,6 @@
 """Recipes and runs: published settings, the weighted loss against TensorFlow's, resumption after a kill, NaN."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -108,7 +109,8 @@ def test_nan_loss_stops_and_keeps_the_last_good_weights(data, tmp_path):
     model.compile(keras.optimizers.SGD(1e30), "mse")
     before = [w.copy() for w in model.get_weights()]
     with pytest.warns(UserWarning, match="training stopped"):
-        training.fit(model, data.train, None, epochs=3, batch_size=8, seed=0, folder=tmp_path)
+        history = training.fit(model, data.train, None, epochs=3, batch_size=8, seed=0, folder=tmp_path)
+    assert history["nan_in_epoch"] == [0]
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not (tmp_path / "checkpoint.npz").exists()
@@ -126,6 +128,54 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
         np.testing.assert_array_equal(a, b)
     assert training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path).history == step1.history
     assert json.loads((first.folder / "config.json").read_text())["recipe"]["num_samples"] == 2
+
+
+def test_a_run_that_met_nan_says_so_again_when_it_is_loaded(data, tmp_path):
+    recipe = training.recipe_for("quick", data.card, epochs=2, optimizer="sgd", learning_rate=1e30)
+    with pytest.warns(UserWarning, match="training stopped"):
+        first = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    with pytest.warns(UserWarning, match="stopped at a loss that is not finite"):
+        again = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    for a, b in zip(first.model.weights, again.model.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(b).all()
+
+
+def test_other_data_or_other_masks_are_another_run(data, tmp_path):
+    recipe = training.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, num_samples=1)
+    step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    other = datasets.load("phantom_lesion", size=16, limit=24, seed=1)  # as many images, of the same size
+    assert training.deterministic_run(other, recipe, network="unet_small", runs=tmp_path).folder != step1.folder
+    counts = []
+    for score in ("magnitude", "random"):  # as many entries, elsewhere
+        masks = top_k(saliency(step1.model, None, None, score=score), 0.05)
+        run = training.partial_run(step1, masks, data, recipe, runs=tmp_path)
+        assert run.model.num_bayesian == masks.num_bayesian
+        counts.append((masks.num_bayesian, run.folder))
+    assert counts[0][0] == counts[1][0] and counts[0][1] != counts[1][1]
+
+
+def test_corrupt_scores_are_named(data, tmp_path):
+    recipe = training.recipe_for("quick", data.card, epochs=1)
+    step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    masks = training.masks_run(step1, data, recipe, 0.05)
+    path = step1.folder / "saliency_fisher.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"saliency_fisher.npz .*Delete it"):
+        training.masks_run(step1, data, recipe, 0.05)
+    path.unlink()
+    assert training.masks_run(step1, data, recipe, 0.05) == masks
+
+
+def test_biases_before_a_batch_norm_in_training_mode_are_left_out_of_the_masks_only_there(data, tmp_path):
+    layers = [keras.layers.Conv2D(4, 3, padding="same", name="first"), keras.layers.BatchNormalization()]
+    layers += [keras.layers.Conv2D(1, 1, activation="sigmoid", name="last")]
+    step1 = training.Run(keras.Sequential([keras.Input(data.input_shape), *layers]), {}, tmp_path)
+    recipe = training.recipe_for("quick", data.card)
+    frozen = training.masks_run(step1, data, recipe, 1.0)
+    train = training.masks_run(step1, data, dataclasses.replace(recipe, batch_norm="train"), 1.0)
+    assert set(frozen) - set(train) == {"first/bias"}
 
 
 def test_each_optimiser_updates_its_own(data):

@@ -1,5 +1,6 @@
 """The contract of every dataset: a `Card` that describes it, three `Split`s in memory, a `Data` of them."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -270,6 +271,7 @@ class Data:
     test: Split
     mean: np.ndarray | None = None
     sd: np.ndarray | None = None
+    _digest: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         parts = (self.train, self.val, self.test)
@@ -303,6 +305,18 @@ class Data:
     def num_outputs(self) -> int:
         """Logits the network needs: one per label, or one per pixel (1) for masks."""
         return self.train.targets.shape[1] if self.card.task == MULTI_LABEL else 1
+
+    def digest(self) -> str:
+        """Ten hexadecimal digits that stand for all images, targets and constants: other data, other digits."""
+        if self._digest is None:
+            found = hashlib.blake2b(digest_size=5)
+            for part in (self.train, self.val, self.test):
+                arrays = (part.images, part.targets, part.rater_valid, self.mean, self.sd)
+                for array in (a for a in arrays if a is not None):
+                    found.update(f"{array.dtype.str}{array.shape}".encode())
+                    found.update(np.ascontiguousarray(array).data)
+            self._digest = found.hexdigest()
+        return self._digest
 
     def pos_weight(self) -> np.ndarray:
         """Per label, negatives / positives in the training split: the paper's class weights. `(L,)` float32.
