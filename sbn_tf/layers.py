@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import zlib
 
 import keras
 import numpy as np
@@ -67,6 +68,7 @@ __all__ = [
     "masked_layers",
     "partial_class",
     "posterior_mean",
+    "posterior_sample",
 ]
 
 # %% [markdown]
@@ -149,11 +151,14 @@ def prior_config(prior) -> dict:
         prior: None for N(0, 1); a scalar `tfd` distribution whose parameters are numbers; or such a description.
 
     Raises:
-        ValueError: a prior of another kind, or one with no registered KL from a normal distribution.
+        ValueError: a prior of another kind, or one with no registered or no finite KL from a normal distribution.
     """
     if prior is None:
         return dict(DEFAULT_PRIOR)
-    if not isinstance(prior, dict):
+    if isinstance(prior, dict):
+        if set(prior) != {"class_name", "config"}:
+            raise ValueError(f"Expected a prior as {DEFAULT_PRIOR}. Received: prior={prior}")
+    else:
         if not hasattr(prior, "parameters"):
             raise ValueError(
                 "Expected prior to be None or a scalar tfd distribution such as tfd.Normal(0., 0.5). "
@@ -167,11 +172,14 @@ def prior_config(prior) -> dict:
         prior = {"class_name": type(prior).__name__.lstrip("_"), "config": config}
     if prior != DEFAULT_PRIOR:
         try:
-            kl_normal(np.zeros(1, "float32"), np.ones(1, "float32"), prior)
-        except NotImplementedError:
+            nats = float(kl_normal(np.zeros(1, "float32"), np.ones(1, "float32"), prior)[0])
+        except (NotImplementedError, AttributeError):
             raise ValueError(
-                f"Expected a prior with a KL from tfd.Normal registered in TFP. Received: {prior['class_name']}"
+                "Expected a prior with a KL from tfd.Normal registered in TFP: tfd.Normal(loc, scale). "
+                f"Received: {prior['class_name']}"
             ) from None
+        if not np.isfinite(nats):
+            raise ValueError(f"Expected a prior with a finite loc and a scale > 0. Received: {prior}")
     return prior
 
 
@@ -206,11 +214,27 @@ def make_prior(prior: dict, dtype="float32"):
 # call's draw; *outside* it answers with the loc. So one mixin serves every layer with its stock signature, dtype policy
 # and config, and nothing that reads `layer.kernel` (Keras's own saving, for one) ever stores a random draw.
 #
+# A layer that is called twice draws twice. Where a layer is shared within one network that is not *one* network drawn
+# from the posterior: `posterior_sample()` keeps each weight's first draw, so every use sees the same weight.
 # `posterior_mean()` switches the noise off: within it each weight is its loc.
 
 # %%
 _draws: contextvars.ContextVar[dict] = contextvars.ContextVar("sbn_tf_draws", default={})  # noqa: B039
 _at_mean: contextvars.ContextVar[bool] = contextvars.ContextVar("sbn_tf_at_mean", default=False)
+_kept: contextvars.ContextVar[dict | None] = contextvars.ContextVar("sbn_tf_kept", default=None)
+
+
+@contextlib.contextmanager
+def posterior_sample():
+    """Within this context each masked weight is drawn once: a layer used twice has the same weight both times.
+
+    Outside it every call draws anew. In a loop that TensorFlow itself traces (`tf.while_loop`) the draw is the loop's.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 @contextlib.contextmanager
@@ -228,7 +252,11 @@ def posterior_mean():
 
 
 def _seam(name: str, stock):
-    """Property that answers with this call's draw inside the layer's `call`, with the loc outside."""
+    """Property that answers with this call's draw inside the layer's `call`, with the loc outside.
+
+    Most stock layers keep the loc in a plain attribute, which Keras sets in `build`. Where the stock class has a
+    property of that name (`kernel` of Dense and of the convolutions), that property goes on answering for the loc.
+    """
     stored = f"_{name}_loc"
 
     def read(self):
@@ -263,7 +291,7 @@ class _KL:
 
 
 class _Box:
-    """Holds a value out of sight of Keras's tracking (a variable that another object owns)."""
+    """Holds a value out of sight of Keras's tracking: another object's variable or model, or a plain dict."""
 
     def __init__(self, value):
         self.value = value
@@ -279,6 +307,29 @@ class _Box:
 
 
 # %%
+def _check_scale(scale, dtype):
+    tiny = float(np.finfo(dtype).tiny)
+    if not (np.isfinite(scale) and scale > tiny):
+        raise ValueError(f"Expected a finite initial_scale > {tiny:.1e}. Received: initial_scale={scale}")
+
+
+def _check_kl_weight(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value < np.inf:
+        raise ValueError(f"Expected a finite number kl_weight >= 0, or a keras.Variable. Received: kl_weight={value!r}")
+
+
+def _graph():
+    """The TensorFlow graph that is being traced, None where there is none."""
+    if keras.backend.backend() != "tensorflow" or tf.executing_eagerly():
+        return None
+    return id(tf.compat.v1.get_default_graph())
+
+
+def _stock_class(cls):
+    """The stock Keras class that a masked class is made of: `class Dense(MaskedGaussian, keras.layers.Dense)`."""
+    return cls.__mro__[2]
+
+
 class MaskedGaussian:
     """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
 
@@ -289,15 +340,18 @@ class MaskedGaussian:
             or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
         mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
         initial_scale: standard deviation at which each posterior starts, in the weight's unit. > 0.
-        untransformed_scale_initializer: a Keras initializer for the untransformed scales instead.
-        prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal.
-        kl_weight: factor of the KL in the loss, a number or a `keras.Variable` (a schedule). Required where
-            any entry is Bayesian: 1 / num_train for a loss averaged over images.
+        untransformed_scale_initializer: a Keras initializer for the untransformed scales instead; a seeded one draws
+            anew for each weight.
+        prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal: in TFP 0.25 these
+            are `tfd.Normal`s of any loc and scale.
+        kl_weight: factor of the KL in the loss, >= 0. A number is fixed when the model is compiled; to change it
+            later, pass a `keras.Variable`. Required where any entry is Bayesian: 1 / num_train for a loss averaged
+            over images. A frozen scale (`trainable=False`) charges no KL, as with every Keras regularizer.
         kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
         seed: int; fixes the mask chosen at random and the noise.
 
     Raises:
-        ValueError: a count, mask, scale or reduction that does not fit, or a missing `kl_weight`.
+        ValueError: a count, mask, scale, reduction or `kl_weight` that does not fit, or a missing `kl_weight`.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3; Blundell et al. (2015), equations 3 and 8.
     """
@@ -306,20 +360,21 @@ class MaskedGaussian:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        stock = _stock_class(cls)
         for name in cls.__dict__.get("posterior_weights", ()):
-            setattr(cls, name, _seam(name, getattr(cls.__mro__[2], name, None)))
+            setattr(cls, name, _seam(name, getattr(stock, name, None)))
             setattr(cls, f"{name}_mask", property(lambda self, n=name: self.mask(n)))
             setattr(cls, f"{name}_posterior", property(lambda self, n=name: self.posterior.get(n)))
             setattr(cls, f"{name}_posterior_scale", property(lambda self, n=name: self.scale(n)))
         if cls.__dict__.get("posterior_weights"):
-            stock = list(inspect.signature(cls.__mro__[2].__init__).parameters.values())[1:]
+            theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
             ours = [
                 p
                 for p in inspect.signature(MaskedGaussian.__init__).parameters.values()
                 if p.kind is inspect.Parameter.KEYWORD_ONLY
             ]
-            end = [p for p in stock if p.kind is inspect.Parameter.VAR_KEYWORD]
-            cls.__signature__ = inspect.Signature([*(p for p in stock if p not in end), *ours, *end])
+            end = [p for p in theirs if p.kind is inspect.Parameter.VAR_KEYWORD]
+            cls.__signature__ = inspect.Signature([*(p for p in theirs if p not in end), *ours, *end])
 
     def __init__(
         self,
@@ -337,13 +392,14 @@ class MaskedGaussian:
         super().__init__(*args, **kwargs)
         self._masks = _Box(self._by_weight(mask, "mask"))
         counts = self._by_weight(num_bayesian, "num_bayesian") or {}
-        if any(v != int(v) or v < 0 for v in counts.values()):
+        if any(not np.isfinite(v) or v != int(v) or v < 0 for v in counts.values()):
             raise ValueError(f"Expected whole counts num_bayesian >= 0. Received: num_bayesian={num_bayesian}")
         self.num_bayesian = {k: int(v) for k, v in counts.items()}
         if self._masks.value:
+            if any(self.num_bayesian.values()):
+                raise ValueError(f"Expected num_bayesian or mask. Received: both, num_bayesian={num_bayesian}")
             self.num_bayesian = {k: int(np.sum(v)) for k, v in self._masks.value.items()}
-        if not (np.isfinite(initial_scale) and initial_scale > 0):
-            raise ValueError(f"Expected a finite initial_scale > 0. Received: initial_scale={initial_scale}")
+        _check_scale(initial_scale, self._posterior_dtype())
         if kl_reduction not in ("sum", "mean"):
             raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}')
         if kl_weight is None and any(self.num_bayesian.values()):
@@ -354,7 +410,8 @@ class MaskedGaussian:
         self.initial_scale = float(initial_scale)
         self.untransformed_scale_initializer = keras.initializers.get(untransformed_scale_initializer)
         self.prior = prior_config(prior)
-        self._kl_weight = _Box(0.0 if kl_weight is None else kl_weight)
+        self._kl_weight = _Box(None)
+        self.kl_weight = 0.0 if kl_weight is None else kl_weight
         self.kl_reduction = kl_reduction
         self.seed = seed
 
@@ -370,7 +427,7 @@ class MaskedGaussian:
         names = [] if _at_mean.get() else self._bayesian_names()
         if not names:
             return super().call(inputs)
-        drawn = {(id(self), name): self._draw(name) for name in names}
+        drawn = {(id(self), name): self._kept_draw(name) for name in names}
         token = _draws.set({**_draws.get(), **drawn})
         try:
             return super().call(inputs)
@@ -398,6 +455,8 @@ class MaskedGaussian:
 
     def __setattr__(self, name, value):
         if name == "kl_weight":  # another object's variable: out of sight of Keras's tracking
+            if not isinstance(value, keras.Variable):
+                _check_kl_weight(value)
             self._kl_weight.value = value
         else:
             super().__setattr__(name, value)
@@ -415,7 +474,7 @@ class MaskedGaussian:
     def kl_divergence(self):
         """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
         terms = [kl_normal(self._masked_loc(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
-        return sum((ops.sum(t) for t in terms), ops.zeros(()))
+        return sum((ops.sum(t) for t in terms), ops.zeros((), self._posterior_dtype()))
 
     def mask(self, name: str) -> np.ndarray:
         """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
@@ -437,8 +496,12 @@ class MaskedGaussian:
             raise ValueError(f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it).")
         masks = self._by_weight(mask, "mask")
         self._check_masks(masks)
-        if any(np.any(m) for m in masks.values()) and not any(self.num_bayesian.values()) and self.kl_weight == 0.0:
-            raise ValueError(f"Layer '{self.name}' has no kl_weight. Set layer.kl_weight = 1/num_train first.")
+        first = not any(self.num_bayesian.values())
+        if first and any(np.any(m) for m in masks.values()) and float(ops.convert_to_numpy(self.kl_weight)) == 0.0:
+            raise ValueError(
+                f"Layer '{self.name}' becomes Bayesian with a kl_weight of 0, which charges no KL. Set "
+                "layer.kl_weight = 1/num_train first."
+            )
         self._tracker.unlock()
         for name in self._bayesian_names():
             for suffix in ("index", "untransformed_scale"):
@@ -478,12 +541,16 @@ class MaskedGaussian:
             posterior[name].assign(store[name])
 
     def enable_lora(self, *args, **kwargs):
-        """Refused: a layer holds a posterior or LoRA factors, not both."""
-        raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
+        """Refused with Bayesian entries: a layer holds a posterior or LoRA factors, not both."""
+        if self._bayesian_names():
+            raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
+        super().enable_lora(*args, **kwargs)
 
     def quantize(self, *args, **kwargs):
-        """Refused: a posterior needs its floating-point loc."""
-        raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
+        """Refused with Bayesian entries: a posterior needs its floating-point loc."""
+        if self._bayesian_names():
+            raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
+        super().quantize(*args, **kwargs)
 
     # ---- below: how it is done ----
 
@@ -523,6 +590,16 @@ class MaskedGaussian:
 
     def _masked_scale(self, name):
         return ops.softplus(ops.convert_to_tensor(getattr(self, f"{name}_posterior_untransformed_scale")))
+
+    def _kept_draw(self, name):
+        """This call's draw: a new one, or under `posterior_sample` the one that is kept."""
+        kept = _kept.get()
+        if kept is None:
+            return self._draw(name)
+        key = (id(self), name, _graph())  # a tensor made within a traced loop is unknown outside it
+        if key not in kept:
+            kept[key] = self._draw(name)
+        return kept[key]
 
     def _draw(self, name):
         loc = ops.convert_to_tensor(self._loc(name))
@@ -569,8 +646,7 @@ class MaskedGaussian:
                 name=f"{name}_posterior_untransformed_scale",
                 shape=(k,),
                 dtype=self._posterior_dtype(),
-                initializer=self.untransformed_scale_initializer
-                or keras.initializers.Constant(softplus_inverse(self.initial_scale)),
+                initializer=self._scale_initializer(name),
                 regularizer=_KL(self, name),
                 autocast=False,
             )
@@ -578,6 +654,17 @@ class MaskedGaussian:
         if self._bayesian_names() and not hasattr(self, "_noise_seed"):
             self._noise_seed = keras.random.SeedGenerator(self.seed)
         self._masks.value = None
+
+    def _scale_initializer(self, name):
+        """Initializer of one weight's untransformed scales. Keras's seeded ones repeat, so each weight has its seed."""
+        if self.untransformed_scale_initializer is None:
+            return keras.initializers.Constant(softplus_inverse(self.initial_scale))
+        config = self.untransformed_scale_initializer.get_config()
+        if isinstance(config.get("seed"), int):
+            where = zlib.crc32(f"{self.name}/{name}".encode())
+            own = [config["seed"], self.seed or 0, where]
+            config["seed"] = int(np.random.default_rng(own).integers(2**31))
+        return type(self.untransformed_scale_initializer).from_config(config)
 
     def _posterior_variables(self):
         names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in ("index", "untransformed_scale")]
@@ -690,11 +777,11 @@ _CLASSES = (
     ),
     *(DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D),
 )
-_PARTIAL = {cls.__mro__[2]: cls for cls in _CLASSES}
+_PARTIAL = {_stock_class(cls): cls for cls in _CLASSES} | {cls: cls for cls in _CLASSES}
 
 
 def partial_class(layer) -> type | None:
-    """The masked class that stands for a stock layer (or for its class); None if there is none."""
+    """The masked class that stands for a stock or masked layer (or for its class); None if there is none."""
     return _PARTIAL.get(layer if isinstance(layer, type) else type(layer))
 
 
@@ -806,7 +893,8 @@ def masked_layers(model) -> list:
 # ## Summary
 #
 # - A masked weight is its stock variable (the loc) with `k` positions and `k` scales beside it; the rest stays a point.
-# - Each call draws once; outside `call`, and in every saved file, the weight is its loc.
+# - Each call draws once, each *network* once within `posterior_sample()`; outside `call`, and in every saved file, the
+#   weight is its loc.
 # - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
 # - With no Bayesian entry each layer is its stock Keras layer, bit for bit; with all of them it needs no index.
 #

@@ -19,7 +19,7 @@
 # `keras.Model` that trains on the ELBO and predicts with several posterior samples.**
 #
 # - *You will see*: the conversion, the ELBO and why its KL must be divided, five samples becoming one prediction,
-#   and the four traps that ruin training, each with its guard.
+#   and the five traps that ruin training, each with its guard.
 # - *You need*: the lessons on layers and on saliency.
 # - *Runs in*: about a minute (CPU).
 
@@ -39,11 +39,12 @@ import contextlib
 import math
 import warnings
 
+import h5py
 import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.layers import MaskedGaussian, _Box, masked_layers, partial_class
+from sbn_tf.layers import MaskedGaussian, _at_mean, _Box, masked_layers, partial_class, posterior_sample
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights
 
 __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "to_partial_bayes"]
@@ -67,10 +68,16 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
         seed: int; each masked layer derives its own noise seed from it.
 
     Raises:
-        ValueError: another kind of model, masks of another model, or masked weights in a layer without a twin.
+        ValueError: another kind of model, masks of another model, masked weights in a layer without a twin, or a model
+            that is Bayesian already.
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
+    if isinstance(model, PartialBayes) or masked_layers(model):
+        raise ValueError(
+            f"Expected a deterministic network. Received: '{model.name}', which has Bayesian entries already. Convert "
+            "the network that it was made of, or change a layer's entries by layer.set_mask."
+        )
     if not (isinstance(model, keras.Sequential) or hasattr(model, "_functional") or _is_functional(model)):
         raise ValueError(
             f"Expected a Functional or Sequential model. Received: the subclassed {type(model).__name__} "
@@ -134,13 +141,18 @@ def _is_functional(model) -> bool:
     return type(model).__name__ == "Functional" or hasattr(model, "_nodes_by_depth")
 
 
+def _own_variables(layer) -> list:
+    """A layer's own variables as its stock class has them: without a posterior's."""
+    if isinstance(layer, MaskedGaussian):
+        return layer._stock_variables()
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
 def _copy_variables(old_model, new_model):
     """Every variable's value, and whether it trains, from one model to its copy."""
     old_layers, new_layers = ([m, *m._flatten_layers(include_self=False)] for m in (old_model, new_model))
     for old, new in zip(old_layers, new_layers, strict=True):
-        ours = new._stock_variables() if isinstance(new, MaskedGaussian) else None
-        theirs = old._trainable_variables + old._non_trainable_variables
-        for a, b in zip(theirs, ours or new._trainable_variables + new._non_trainable_variables, strict=True):
+        for a, b in zip(_own_variables(old), _own_variables(new), strict=True):
             b.assign(a)
             if not a.trainable and b.trainable:
                 b.trainable = False
@@ -171,6 +183,9 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
         loss: a Keras loss, its name, or any object that has `terms_per_example(output_shape)`.
         output_shape: shape of the network's output, (batch, ...).
 
+    With these terms and beta = 1 the objective is the ELBO where the loss is a negative log-likelihood: the
+    cross-entropies are; a mean squared error is one of variance 1/2, a focal loss is none.
+
     Raises:
         ValueError: a loss that sums over the batch, or a size left open in the output's shape.
     """
@@ -186,7 +201,8 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
     if name in _PER_ELEMENT:
         averaged = output_shape[1:]
     elif name in _PER_POSITION:
-        averaged = output_shape[1:-1]
+        classes = getattr(loss, "axis", -1) % len(output_shape)
+        averaged = [size for axis, size in enumerate(output_shape) if axis not in (0, classes)]
     else:
         return None
     if None in averaged:
@@ -217,7 +233,16 @@ class PartialBayes(keras.Model):
     """A network with masked Gaussian weights, trained on the ELBO, predicting with posterior samples.
 
     Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
-    Keras's own. `fit` logs `kl`: the KL in nats per training example.
+    Keras's own. `fit` logs `kl`: the KL in nats per training example. In each sample every weight is drawn once, those
+    of shared layers too. `optimizer` weight decay leaves the untransformed scales alone.
+
+    What comes out, in float32 (float64 of a float64 network), for a network of probabilities and for one of logits:
+
+    | | probabilities | `from_logits=True` |
+    |---|---|---|
+    | `predict`, `evaluate`, `bnn(x)` | mean probability | logit of the mean probability |
+    | `predict_samples` | probability of each sample | probability of each sample |
+    | `predict_uncertainty` | mean probability, nats | mean probability, nats |
 
     Input shape: the network's. Output shape: the network's (the mean over samples), `{"samples": [...]}` in training.
 
@@ -242,18 +267,22 @@ class PartialBayes(keras.Model):
         super().__init__(**kwargs)
         _check_count("num_train", num_train)
         _check_count("num_samples", num_samples)
+        if terms_per_example is not None:
+            _check_count("terms_per_example", terms_per_example)
         _check_choice("estimator", estimator, ("all", "split"))
         _check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
         _check_choice("kl_reduction", kl_reduction, ("sum", "mean"))
         self.network = network
-        self.num_train, self.num_samples = int(num_train), int(num_samples)
+        self.num_train, self._num_samples = int(num_train), int(num_samples)
         self.kl_reduction, self.terms_per_example = kl_reduction, terms_per_example
         self.estimator, self.batch_norm, self.from_logits = estimator, batch_norm, from_logits
         self.probabilities = _output_kind(network) if probabilities == "auto" else probabilities
+        for kind in self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]:
+            _check_choice("probabilities", kind, ("sigmoid", "softmax", None))
         if from_logits and self.probabilities not in ("sigmoid", "softmax"):
             raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
-        self._beta, self._terms = _Box(None), _Box(terms_per_example or 1)
-        self._samplers = _Box({})
+        self._beta, self._terms = _Box(None), _Box(terms_per_example)  # terms: None until the loss is known
+        self._samplers = _Box({})  # models that hold this one
         self.kl_weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
         for layer in masked_layers(network):
             layer.kl_weight = self.kl_weight
@@ -267,6 +296,8 @@ class PartialBayes(keras.Model):
         if loss is not None and self.kl_reduction == "sum":
             self._settle_terms(loss)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        self._samplers.value.clear()  # they were traced with the masks of then
+        self._spare_scales_weight_decay()
 
     def compile_from_config(self, config):
         """Compile again after loading, optimiser state included."""
@@ -277,21 +308,32 @@ class PartialBayes(keras.Model):
     def call(self, inputs, training=None):
         """Posterior predictive mean of `num_samples` draws; in training `{"samples": [one output a draw]}`."""
         if not training:
-            return self._predictive_mean([self.network(inputs, training=False) for _ in range(self.num_samples)])
-        parts = [inputs] * self.num_samples
-        if self.estimator == "split":
-            parts = [keras.tree.map_structure(lambda x, s=s: x[s :: self.num_samples], inputs) for s in self._draws()]
-        return {"samples": [self.network(part, training=True) for part in parts]}
+            return self._predictive_mean([self._one_draw(inputs, False) for _ in range(self.num_samples)])
+        if self._get_call_context().entry_layer is not self:
+            raise ValueError(
+                f"'{self.name}' cannot be trained as a part of another model, which would see one of its samples only. "
+                "Build that model of the trained network and convert it whole."
+            )
+        if self.estimator == "all":
+            return {"samples": [self._one_draw(inputs, True) for _ in range(self.num_samples)]}
+        return {"samples": [self._one_draw(self._part(inputs, s), True) for s in range(self.num_samples)]}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean of the samples' losses, plus the KL and the network's other losses, once."""
+        """Mean of the samples' losses and of what they added by `add_loss`, plus the KL and the regularizers, once."""
+        if self._compile_loss is None:
+            raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
         if not _is_samples(y_pred):
             return super().compute_loss(x, y, y_pred, sample_weight)
-        if self.estimator == "split":
-            return super().compute_loss(x, *self._one_batch(y, y_pred, sample_weight))
         samples = y_pred["samples"]
-        data = sum(self._compile_loss(y, sample, sample_weight) for sample in samples) / len(samples)
-        return data + sum(self._aggregate_additional_loss(loss) for loss in self.losses)
+        if self.estimator == "split":
+            data = self._compile_loss(*self._one_batch(y, y_pred, sample_weight))
+        else:
+            data = sum(self._compile_loss(y, sample, sample_weight) for sample in samples) / len(samples)
+        once = self._get_regularization_losses()
+        each = self.losses[: len(self.losses) - len(once)]  # of activity regularizers and add_loss: one a sample
+        added = [self._aggregate_additional_loss(loss) for loss in once]
+        added += [self._aggregate_additional_loss(loss) / len(samples) for loss in each]
+        return data + sum(ops.cast(loss, data.dtype) for loss in added)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Metrics of the predictive mean, and the KL in nats per training example."""
@@ -304,9 +346,10 @@ class PartialBayes(keras.Model):
 
     def fit(self, *args, **kwargs):
         """`keras.Model.fit`; warns when, after 50 steps or more, the posterior scales have not moved."""
-        before, first = self.scales(), int(self.optimizer.iterations) if self.optimizer else 0
+        self._refuse_posterior_mean()
+        before, first = self.scales(), self._num_steps()
         history = super().fit(*args, **kwargs)
-        after, steps = self.scales(), int(self.optimizer.iterations) - first
+        after, steps = self.scales(), self._num_steps() - first
         change = float(np.median(np.abs(np.log(after / before)))) if len(before) else math.inf
         if steps >= 50 and change < 1e-3:
             warnings.warn(
@@ -315,6 +358,40 @@ class PartialBayes(keras.Model):
                 stacklevel=2,
             )
         return history
+
+    def evaluate(self, *args, **kwargs):
+        """`keras.Model.evaluate` of the posterior predictive mean."""
+        self._refuse_posterior_mean()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """`keras.Model.predict`: the posterior predictive mean."""
+        self._refuse_posterior_mean()
+        return super().predict(*args, **kwargs)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """`keras.Model.export`: the predictive mean of `num_samples` draws a call."""
+        if input_signature is None:
+            shapes = keras.tree.map_structure(lambda t: keras.InputSpec(t.dtype, t.shape, name=t.name), self._inputs())
+            input_signature = [shapes]
+        super().export(filepath, format, verbose, input_signature, **kwargs)
+
+    def load_weights(self, filepath, **kwargs):
+        """`keras.Model.load_weights`; the file of a deterministic network of these layers gives the locs."""
+        if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
+            return self.network.load_weights(filepath, **kwargs)
+        return super().load_weights(filepath, **kwargs)
+
+    def set_weights(self, weights):
+        """`keras.Model.set_weights`; beta stays what it is."""
+        super().set_weights(weights)
+        self._apply_beta()
+
+    def save_own_variables(self, store):
+        """Nothing: the weight of the KL follows from beta and is no state."""
+
+    def load_own_variables(self, store):
+        """Nothing, see `save_own_variables`."""
 
     def get_config(self):
         """Arguments of the model, the network included."""
@@ -330,17 +407,49 @@ class PartialBayes(keras.Model):
             "batch_norm": self.batch_norm,
             "probabilities": self.probabilities,
             "from_logits": self.from_logits,
+            "settled_terms": self._terms.value,
+            "frozen_weights": [k for k, w in named_weights(self.network).items() if _is_frozen_alone(w)],
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Model from its config."""
         network = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
-        return cls(**{**config, "network": network})
+        frozen, terms = (config.get(key) for key in ("frozen_weights", "settled_terms"))
+        weights = named_weights(network)
+        for key in frozen or ():
+            weights[key].variable.trainable = False
+        known = {k: v for k, v in config.items() if k not in ("frozen_weights", "settled_terms")}
+        model = cls(**{**known, "network": network})
+        model._terms.value = terms
+        model._apply_beta()
+        return model
 
     def build(self, input_shape=None):
         """Nothing to do: the network is built."""
         self.built = True
+
+    @property
+    def trainable(self) -> bool:
+        """Whether anything trains. Batch norm stays as `batch_norm` says."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        if hasattr(self, "batch_norm"):
+            self._settle_batch_norm()
+
+    @property
+    def num_samples(self) -> int:
+        """Posterior draws in each step and prediction. Setting it traces the compiled functions anew."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, value):
+        _check_count("num_samples", value)
+        self._num_samples = int(value)
+        self.train_function = self.test_function = self.predict_function = None
 
     @property
     def beta(self) -> float:
@@ -361,7 +470,8 @@ class PartialBayes(keras.Model):
 
     def kl_divergence(self):
         """KL of the whole posterior from its prior, in nats: a scalar."""
-        return sum((layer.kl_divergence() for layer in masked_layers(self.network)), ops.zeros(()))
+        terms = [layer.kl_divergence() for layer in masked_layers(self.network)]
+        return sum(terms[1:], terms[0]) if terms else ops.zeros(())
 
     def scales(self) -> np.ndarray:
         """Posterior standard deviations of all Bayesian entries, layer by layer: (k,)."""
@@ -374,6 +484,7 @@ class PartialBayes(keras.Model):
 
         Each batch draws anew: the samples of two images from different batches share no weights.
         """
+        self._refuse_posterior_mean()
         outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
         return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
 
@@ -384,10 +495,12 @@ class PartialBayes(keras.Model):
             dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
             `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
             Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
+            Several outputs: such a dict for each, in the network's structure.
 
         Raises:
             ValueError: outputs that are not probabilities.
         """
+        self._refuse_posterior_mean()
         kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
         if not all(kind in ("sigmoid", "softmax") for kind in kinds):
             raise ValueError(
@@ -399,13 +512,41 @@ class PartialBayes(keras.Model):
     # ---- below: how it is done ----
 
     def _apply_beta(self):
-        terms = 1.0 if self.kl_reduction == "mean" else self.num_train * self._terms.value
+        terms = 1.0 if self.kl_reduction == "mean" else self.num_train * (self._terms.value or 1)
         self.kl_weight.assign(self.beta / terms)
 
-    def _draws(self):
-        return range(self.num_samples)
+    def _one_draw(self, inputs, training):
+        """The network's output for one draw of its weights."""
+        with posterior_sample():
+            return self.network(inputs, training=training)
+
+    def _part(self, inputs, sample):
+        """The share of a batch that one sample sees under "split": every `num_samples`-th example."""
+        return keras.tree.map_structure(lambda t: t[sample :: self.num_samples], inputs)
+
+    def _inputs(self):
+        return getattr(self.network, "_inputs_struct", self.network.inputs[0])
+
+    def _num_steps(self):
+        return int(ops.convert_to_numpy(self.optimizer.iterations)) if self.optimizer else 0
+
+    def _refuse_posterior_mean(self):
+        if _at_mean.get():
+            raise ValueError(
+                "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
+                "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
+            )
+
+    def _spare_scales_weight_decay(self):
+        """Decay would pull an untransformed scale to 0, a scale to 0.69: away from the data and from the prior."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if getattr(optimizer, "weight_decay", None) and not optimizer.built:
+            spared = {optimizer._var_key(v) for v in self.trainable_variables if _is_scale(v)}
+            optimizer._exclude_from_weight_decay = spared | getattr(optimizer, "_exclude_from_weight_decay", set())
 
     def _as_probabilities(self, outputs):
+        """Outputs as probabilities, not in half precision: its entropies would be NaN."""
+        outputs = keras.tree.map_structure(_at_least_float32, outputs)
         if not self.from_logits:
             return outputs
         link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
@@ -413,29 +554,33 @@ class PartialBayes(keras.Model):
 
     def _predictive_mean(self, samples):
         """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
-        samples = [self._as_probabilities(sample) for sample in samples]
-        mean = keras.tree.map_structure(lambda *s: sum(s) / len(s), *samples)
+        samples = [keras.tree.map_structure(_at_least_float32, sample) for sample in samples]
         if not self.from_logits:
-            return mean
-        tiny = keras.config.epsilon()
-        if self.probabilities == "softmax":
-            return keras.tree.map_structure(lambda p: ops.log(ops.maximum(p, tiny)), mean)
-        clip = lambda p: ops.clip(p, tiny, 1 - tiny)  # noqa: E731
-        return keras.tree.map_structure(lambda p: ops.log(clip(p)) - ops.log1p(-clip(p)), mean)
+            return keras.tree.map_structure(lambda *s: sum(s) / len(s), *samples)
+
+        def log_mean(*logs):  # of exponentials: stable however sure the samples are
+            return ops.logsumexp(ops.stack(logs), axis=0) - math.log(len(logs))
+
+        def logit(*z):
+            return log_mean(*map(ops.log_sigmoid, z)) - log_mean(*(ops.log_sigmoid(-x) for x in z))
+
+        def log_softmax(*z):
+            return log_mean(*map(ops.log_softmax, z))
+
+        return keras.tree.map_structure(logit if self.probabilities == "sigmoid" else log_softmax, *samples)
 
     def _one_batch(self, y, y_pred, sample_weight):
         """The split estimator's parts as one batch again, targets in the same order."""
 
         def reorder(t):
-            return ops.concatenate([t[s :: self.num_samples] for s in self._draws()], axis=0)
+            return ops.concatenate([self._part(t, s) for s in range(self.num_samples)], axis=0)
 
         outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis=0), *y_pred["samples"])
         y = keras.tree.map_structure(reorder, y)
         return y, outputs, None if sample_weight is None else keras.tree.map_structure(reorder, sample_weight)
 
     def _settle_terms(self, loss):
-        outputs = keras.tree.flatten(self.network.outputs)
-        terms = loss_terms(loss, tuple(outputs[0].shape)) if len(outputs) == 1 else None
+        terms = self._terms_of(loss)
         if terms is None and self.terms_per_example is None:
             raise ValueError(
                 "How many terms of one example does this loss average over? Pass terms_per_example= to "
@@ -450,10 +595,24 @@ class PartialBayes(keras.Model):
         self._terms.value = self.terms_per_example or terms
         self._apply_beta()
 
+    def _terms_of(self, loss):
+        """Terms of one example that the loss averages over; None where it is unknown or differs between outputs."""
+        outputs = keras.tree.flatten(self.network.outputs)
+        if isinstance(loss, dict) and "class_name" not in loss:
+            structure = getattr(self.network, "_outputs_struct", None)
+            keys = sorted(structure) if isinstance(structure, dict) else self.network.output_names
+            losses = [loss.get(key) for key in keys]
+        else:
+            losses = list(loss) if isinstance(loss, list | tuple) else [loss] * len(outputs)
+        if len(losses) != len(outputs):
+            return None  # Keras says what is wrong
+        known = {loss_terms(one, tuple(out.shape)) for one, out in zip(losses, outputs, strict=True) if one is not None}
+        return known.pop() if len(known) == 1 else None
+
     def _settle_batch_norm(self):
         for layer in self.network._flatten_layers(include_self=False):
             if isinstance(layer, keras.layers.BatchNormalization):
-                if self.batch_norm == "frozen":
+                if self.batch_norm == "frozen":  # Keras then runs it in inference mode
                     layer.trainable = False
                 elif self.batch_norm == "statistics":
                     for variable in (layer.gamma, layer.beta):
@@ -504,25 +663,30 @@ class _Sampler(keras.Model):
         self.built = True
 
     def call(self, inputs):
-        model = self._model.value
-        draws = (model._as_probabilities(model.network(inputs, training=False)) for _ in range(self._num_samples))
+        draws = (self._draw(inputs) for _ in range(self._num_samples))
         if self._kind == "samples":
             return keras.tree.map_structure(lambda *s: ops.stack(s, axis=1), *draws)
-        kinds = model.probabilities
         mean, aleatoric = None, None
         for outputs in draws:  # running sums: no (samples, batch, ...) array
-            flat = keras.tree.flatten(outputs)
-            each = kinds if isinstance(kinds, list) else [kinds] * len(flat)
-            nats = [entropy(p, kind) for p, kind in zip(flat, each, strict=True)]
-            mean = flat if mean is None else [a + b for a, b in zip(mean, flat, strict=True)]
+            p, nats = keras.tree.flatten(outputs), self._entropies(outputs)
+            mean = p if mean is None else [a + b for a, b in zip(mean, p, strict=True)]
             aleatoric = nats if aleatoric is None else [a + b for a, b in zip(aleatoric, nats, strict=True)]
-        results = []
-        for total, nats, kind in zip(mean, aleatoric, each, strict=True):
-            p, expected = total / self._num_samples, nats / self._num_samples
-            whole = entropy(p, kind)
-            parts = {"mean": p, "total_entropy": whole, "expected_entropy": expected}
-            results.append({**parts, "mutual_information": ops.maximum(whole - expected, 0.0)})
-        return results[0] if len(results) == 1 else results
+        mean = [p / self._num_samples for p in mean]
+        whole, expected = self._entropies(mean), [nats / self._num_samples for nats in aleatoric]
+        results = [
+            {"mean": p, "total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
+            for p, h, e in zip(mean, whole, expected, strict=True)
+        ]
+        return results[0] if len(results) == 1 else keras.tree.pack_sequence_as(outputs, results)
+
+    def _draw(self, inputs):
+        model = self._model.value
+        return model._as_probabilities(model._one_draw(inputs, False))
+
+    def _entropies(self, outputs):
+        outputs, kinds = keras.tree.flatten(outputs), self._model.value.probabilities
+        kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
+        return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
 
 
 # %% tags=["active-ipynb"]
@@ -533,7 +697,7 @@ class _Sampler(keras.Model):
 # assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
-# ## 5. From masks to model, past four traps
+# ## 5. From masks to model, past five traps
 #
 # | trap | what happens | guard |
 # |---|---|---|
@@ -541,6 +705,7 @@ class _Sampler(keras.Model):
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
 # | batch norm in training mode under `"split"` | its statistics see 1/S of the batch | refused |
 # | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
+# | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
 
 # %%
@@ -626,6 +791,7 @@ def to_partial_bayes(
         probabilities=probabilities,
         from_logits=from_logits,
         name=f"partial_{model.name}",
+        dtype=model.dtype_policy,
     )
 
 
@@ -645,15 +811,43 @@ def _is_samples(y_pred):
 
 
 def _output_kind(network):
-    """ "sigmoid", "softmax" or None for each output, by the activation of the layer that made it."""
-    kinds = []
-    for output in keras.tree.flatten(network.outputs):
-        operation = output._keras_history.operation
-        while isinstance(operation, keras.Model):  # a nested model's output is made inside it
-            operation = keras.tree.flatten(operation.outputs)[0]._keras_history.operation
-        name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
-        kinds.append(name if name in ("sigmoid", "softmax") else None)
+    """The kind of each output ("sigmoid", "softmax" or None), by the activation of the layer that made it."""
+    kinds = [_kind_of(output) for output in keras.tree.flatten(network.outputs)]
     return kinds[0] if len(set(kinds)) == 1 else kinds
+
+
+def _kind_of(output):
+    history = output._keras_history
+    while isinstance(history.operation, keras.Model):  # a nested model's output is made inside it
+        history = keras.tree.flatten(history.operation.outputs)[history.tensor_index]._keras_history
+    operation = history.operation
+    if isinstance(operation, keras.layers.Softmax) and operation.axis not in (-1, len(output.shape) - 1):
+        return None
+    name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
+    return name if name in ("sigmoid", "softmax") else None
+
+
+def _at_least_float32(x):
+    half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
+    return ops.cast(x, "float32") if half else x
+
+
+def _is_scale(variable):
+    return variable.name.endswith("posterior_untransformed_scale")
+
+
+def _is_frozen_alone(weight):
+    """Frozen by itself (`variable.trainable = False`), which no layer's config tells."""
+    own = any(v is weight.variable for v in weight.layer._trainable_variables)
+    return own and weight.layer.trainable and not weight.variable.trainable
+
+
+def _is_of_network(path, network):
+    """Whether a weights file is of a network such as this; else it is of a `PartialBayes`, which wraps one."""
+    with h5py.File(path, "r") as file:
+        children = list(file["layers"].values()) if "layers" in file else []
+        wraps = len(children) == 1 and "layers" in children[0]
+        return not (wraps and len(children[0]["layers"]) == len(network.layers))
 
 
 # %% [markdown]
@@ -668,13 +862,22 @@ def _output_kind(network):
 class LocScaleOptimizer(keras.optimizers.Optimizer):
     """One optimiser for the locs (and everything else), another for the untransformed scales.
 
+    Clipping, weight decay and moving averages are settings of the two, not of this one.
+
     Args:
         loc_optimizer: Keras optimiser or its name; `learning_rate` and Keras's schedules act on it.
         scale_optimizer: Keras optimiser of the scales; default `Adam(0.01)`.
+
+    Raises:
+        ValueError: one optimiser given for both.
     """
 
-    def __init__(self, loc_optimizer="adam", scale_optimizer=None, name="loc_scale", **kwargs):
+    def __init__(self, loc_optimizer="adam", scale_optimizer=None, name="loc_scale"):
         super().__init__(learning_rate=0.0, name=name)
+        if loc_optimizer is scale_optimizer and not isinstance(loc_optimizer, str):
+            raise ValueError(
+                "Expected two optimisers. Received: one for both. Make one each: they hold their own state."
+            )
         self.loc_optimizer = keras.optimizers.get(loc_optimizer)
         self.scale_optimizer = keras.optimizers.get(scale_optimizer or keras.optimizers.Adam(0.01))
 
@@ -694,6 +897,19 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
         for optimizer, chosen in self._shares(variables):
             optimizer.apply([gradients[id(v)] for v in chosen], chosen)
         self._iterations.assign_add(1)
+
+    def finalize_variable_values(self, var_list):
+        """At the end of `fit`: moving averages, where an optimiser keeps them, become the weights."""
+        for optimizer, chosen in self._shares(var_list):
+            optimizer.finalize_variable_values(chosen)
+
+    def save_own_variables(self, store):
+        """The step count; each of the two saves its own."""
+        store["iterations"] = self._iterations.numpy()
+
+    def load_own_variables(self, store):
+        """The step count; each of the two loads its own."""
+        self._iterations.assign(store["iterations"])
 
     def get_config(self):
         """Both optimisers' configs."""
@@ -720,8 +936,8 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
         self.loc_optimizer.learning_rate = value
 
     def _shares(self, variables):
-        scales = [v for v in variables if v.name.endswith("posterior_untransformed_scale")]
-        locs = [v for v in variables if not v.name.endswith("posterior_untransformed_scale")]
+        scales = [v for v in variables if _is_scale(v)]
+        locs = [v for v in variables if not _is_scale(v)]
         return [(o, vs) for o, vs in ((self.loc_optimizer, locs), (self.scale_optimizer, scales)) if vs]
 
 
@@ -740,10 +956,22 @@ class BetaSchedule(keras.callbacks.Callback):
         super().__init__()
         self.start, self.stop, self.epochs = start, stop, epochs
 
+    def on_train_begin(self, logs=None):
+        """Refuse a model without a beta."""
+        if not isinstance(self.model, PartialBayes):
+            raise ValueError(
+                f"Expected a PartialBayes, which has a beta. Received: {type(self.model).__name__}. For layers by hand "
+                "give them kl_weight=keras.Variable(...) and assign to it."
+            )
+
     def on_epoch_begin(self, epoch, logs=None):
         """Set beta for this epoch."""
-        done = min(epoch / max(self.epochs - 1, 1), 1.0)
-        self.model.beta = self.start + (self.stop - self.start) * done
+        self.model.beta = self.at(epoch)
+
+    def at(self, epoch: int) -> float:
+        """Beta in an epoch, counted from 0."""
+        done = 1.0 if self.epochs <= 1 else min(epoch / (self.epochs - 1), 1.0)
+        return self.start * (1.0 - done) + self.stop * done
 
 
 # %% [markdown]

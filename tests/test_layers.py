@@ -130,7 +130,7 @@ def test_partial_class(kind):
     assert layers.partial_class(stock) is getattr(layers, kind)
     assert layers.partial_class(stock(**KINDS[kind][0])) is getattr(layers, kind)
     assert layers.partial_class(keras.layers.LayerNormalization) is None
-    assert layers.partial_class(getattr(layers, kind)) is None
+    assert layers.partial_class(getattr(layers, kind)) is getattr(layers, kind)
 
 
 # ---- which entries ----
@@ -161,7 +161,8 @@ def test_draws_differ_only_at_the_given_mask(kind):
 
 
 def test_mask_holds_where_the_scale_underflows():
-    layer = dense(num_bayesian=5, initial_scale=1e-60)
+    layer = dense(num_bayesian=5)
+    layer.kernel_posterior_untransformed_scale.assign(np.full(5, -200.0))
     assert layer.mask("kernel").sum() == 5
 
 
@@ -445,7 +446,7 @@ def test_set_mask_of_a_stock_like_layer(tmp_path):
     with pytest.raises(ValueError, match="before set_mask"):
         layer.set_mask(np.ones((4, 3), bool))
     layer.build((None, 4))
-    with pytest.raises(ValueError, match="has no kl_weight"):
+    with pytest.raises(ValueError, match="with a kl_weight of 0"):
         layer.set_mask(np.ones((4, 3), bool))
     layer.kl_weight = 0.1
     layer.set_mask(np.eye(4, 3, dtype=bool))
@@ -472,9 +473,18 @@ def test_set_mask_of_a_stock_like_layer(tmp_path):
         ({"num_bayesian": {"bias": 1}, "kl_weight": 1, "use_bias": False}, r"no weight `bias`"),
         ({"mask": np.ones((4, 3)), "kl_weight": 1}, r"boolean mask of shape \(4, 3\).*Received: float64"),
         ({"mask": np.ones((3, 4), bool), "kl_weight": 1}, r"Received: bool of shape \(3, 4\)"),
-        ({"initial_scale": 0.0}, r"initial_scale > 0. Received: initial_scale=0.0"),
+        ({"initial_scale": 0.0}, r"initial_scale > 1.2e-38. Received: initial_scale=0.0"),
+        ({"initial_scale": 1e-45}, r"Received: initial_scale=1e-45"),
         ({"initial_scale": float("nan")}, r"initial_scale=nan"),
         ({"kl_reduction": "max"}, r"Received: kl_reduction='max'"),
+        ({"kl_weight": -1.0}, r"kl_weight >= 0.* Received: kl_weight=-1.0"),
+        ({"kl_weight": float("nan")}, r"Received: kl_weight=nan"),
+        ({"kl_weight": "1"}, r"Received: kl_weight='1'"),
+        ({"num_bayesian": float("nan"), "kl_weight": 1}, r"whole counts"),
+        ({"num_bayesian": 1, "mask": np.ones((4, 3), bool), "kl_weight": 1}, r"num_bayesian or mask. Received: both"),
+        ({"prior": tfd.Normal(0.0, -1.0)}, r"scale > 0"),
+        ({"prior": {"class_name": "Gaussian", "config": {}}}, r"tfd.Normal\(loc, scale\). Received: Gaussian"),
+        ({"prior": {"class_name": "Normal"}}, r"Expected a prior as"),
     ],
 )
 def test_errors_say_what_was_expected_and_received(arguments, message):
@@ -488,6 +498,37 @@ def test_lora_and_quantization_are_refused():
         layer.enable_lora(2)
     with pytest.raises(ValueError, match="cannot be quantized"):
         layer.quantize("int8")
+
+
+def test_lora_of_a_layer_of_points_is_keras_s():
+    layer = dense()
+    layer.enable_lora(1)
+    assert layer(np.ones((2, 4), "float32")).shape == (2, 3)
+
+
+def test_one_draw_within_posterior_sample():
+    layer, x = dense(num_bayesian={"kernel": 12, "bias": 3}, initial_scale=1.0), np.ones((2, 4), "float32")
+    assert not np.array_equal(layer(x), layer(x))
+    with layers.posterior_sample():
+        first = layer(x)
+        np.testing.assert_array_equal(first, layer(x))
+    with layers.posterior_sample():
+        assert not np.array_equal(first, layer(x))
+
+
+def test_a_shared_draw_in_a_traced_loop():
+    layer, x = dense(num_bayesian=12, initial_scale=1.0), tf.ones((2, 4))
+
+    @tf.function
+    def calls():
+        with layers.posterior_sample():
+            first = layer(x)
+            loop = tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, layer(x)), (0, first))[1]
+            return first, loop, layer(x)
+
+    first, loop, last = calls()
+    np.testing.assert_array_equal(first, last)
+    assert loop.shape == first.shape
 
 
 def test_a_weight_is_not_read_before_build():

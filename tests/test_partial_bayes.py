@@ -7,7 +7,9 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as kl
+from scipy import special, stats
 
 from sbn_tf import layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, entropy, loss_terms, to_partial_bayes
@@ -41,6 +43,52 @@ def numbers(model):
 
 
 # ---- conversion ----
+
+
+def test_a_shared_layer_is_drawn_once_a_sample():
+    x = keras.Input((3,))
+    shared = kl.Dense(2, name="shared")
+    model = keras.Model(x, shared(x) - shared(x))  # 0 for every weight
+    bnn = bayesian(model, initial_scale=1.0, beta=0.0, terms_per_example=1)
+    np.testing.assert_array_equal(bnn.predict(data()[0], verbose=0), 0)
+    np.testing.assert_array_equal(bnn.predict_samples(data()[0]), 0)
+    bnn.compile("sgd", "mse", jit_compile=True)
+    assert bnn.train_on_batch(data()[0], np.zeros((16, 2)))[0] == 0
+    with pytest.raises(ValueError, match="posterior_mean"), layers.posterior_mean():
+        bnn.predict(data()[0], verbose=0)
+
+
+def test_samples_differ_from_each_other():
+    bnn = bayesian(network(), initial_scale=1.0)
+    samples = bnn.predict_samples(data()[0], num_samples=5)
+    assert len(np.unique(samples[:, 0, 0])) == 5
+
+
+def test_a_bayesian_model_is_not_converted_again():
+    bnn = bayesian(network(), full(network(), keys=["head/kernel"]))
+    for model in (bnn, bnn.network):
+        with pytest.raises(ValueError, match="has Bayesian entries already"):
+            bayesian(model, full(network(), keys=["hidden/kernel"]))
+
+
+def test_as_a_part_of_another_model_it_predicts_and_refuses_to_train():
+    model, (x, y) = network(), data()
+    bnn = bayesian(model, initial_scale=1e-8)
+    whole = keras.Sequential([keras.Input((3,)), bnn])
+    np.testing.assert_allclose(whole.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    whole.compile("sgd", "binary_crossentropy")
+    with pytest.raises(ValueError, match="cannot be trained as a part"):
+        whole.fit(x, y, verbose=0)
+
+
+def test_scales_of_the_papers_initializer_differ_between_weights():
+    rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=0)
+    bnn = bayesian(network(inputs=50), untransformed_scale_initializer=rho)
+    values = np.log(np.expm1(bnn.scales().astype("float64")))
+    assert len(np.unique(values)) == len(values) == 209
+    assert stats.kstest(values, stats.norm(-3, 1).cdf).pvalue > 0.01
+    again = bayesian(network(inputs=50), untransformed_scale_initializer=rho)
+    np.testing.assert_array_equal(bnn.scales(), again.scales())
 
 
 def test_zero_masks_equal_the_original():
@@ -93,9 +141,24 @@ def test_nested_shared_many_inputs_and_outputs():
 
 def test_many_outputs_demand_terms():
     x = keras.Input((3,))
-    model = keras.Model(x, [kl.Dense(1)(x), kl.Dense(1)(x)])
+    model = keras.Model(x, [kl.Dense(1, name="a")(x), kl.Dense(2, name="b")(x)])
     with pytest.raises(ValueError, match="terms_per_example"):
         bayesian(model).compile("sgd", ["mse", "mse"])
+
+
+@pytest.mark.parametrize("loss", ["mse", ["mse", "mse"], {"a": "mse", "b": "mse"}, {"a": "mse"}])
+def test_outputs_that_average_over_as_many_terms_need_none(loss):
+    x = keras.Input((3,))
+    bnn = bayesian(keras.Model(x, [kl.Dense(2, name="a")(x), kl.Dense(2, name="b")(x)]))
+    bnn.compile("sgd", loss)
+    assert float(bnn.kl_weight) == pytest.approx(1 / 32)
+
+
+@pytest.mark.parametrize("loss", [["binary_crossentropy"], {"head": "binary_crossentropy"}])
+def test_a_loss_in_a_list_or_dict_is_the_loss(loss):
+    bnn = bayesian(network())
+    bnn.compile("sgd", loss)
+    assert float(bnn.kl_weight) == pytest.approx(1 / 16)
 
 
 def test_sequential_and_nested_sequential():
@@ -337,6 +400,44 @@ def test_what_of_batch_norm_moves(batch_norm):
 # ---- training ----
 
 
+def test_frozen_batch_norm_stays_frozen_when_the_model_is_thawed():
+    x = keras.Input((3,))
+    model = keras.Model(x, kl.Dense(1, name="head")(kl.BatchNormalization()(x)))
+    for kind in ("frozen", "statistics"):
+        bnn = bayesian(model, full(model, keys=["head/kernel"]), batch_norm=kind)
+        before = [v.path for v in bnn.trainable_variables]
+        bnn.trainable = False
+        assert not bnn.trainable_variables
+        bnn.trainable = True
+        assert [v.path for v in bnn.trainable_variables] == before
+
+
+def test_two_replicas_train_as_one():
+    code = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, numpy as np
+from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf.saliency import saliency, top_k
+x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+
+def losses(strategy):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, name="d")])
+        masks = top_k(saliency(model, None, None, score="magnitude"), 0.5)
+        bnn = to_partial_bayes(model, masks, num_train=8, initial_scale=1e-6, num_samples=2, seed=0)
+        bnn.compile("sgd", "mse", jit_compile=False)
+    return bnn.fit(x, x[:, :1], batch_size=8, epochs=3, shuffle=False, verbose=0).history["loss"]
+
+one, two = losses(tf.distribute.get_strategy()), losses(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+np.testing.assert_allclose(one, two, rtol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_scales_that_do_not_move_warn():
     x, y = data(64)
     bnn = bayesian(network())
@@ -372,6 +473,43 @@ def test_loc_scale_optimizer_equals_the_two_alone():
     assert float(again.scale_optimizer.learning_rate) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("both", [keras.optimizers.SGD(0.1), keras.optimizers.Adam()])
+def test_one_optimiser_for_both_is_refused(both):
+    with pytest.raises(ValueError, match="Expected two optimisers"):
+        LocScaleOptimizer(both, both)
+    with pytest.raises(TypeError):
+        LocScaleOptimizer("adam", learning_rate=0.1)
+
+
+def test_moving_averages_become_the_weights_at_the_end_of_fit():
+    x, y = data()
+    bnn = bayesian(network())
+    bnn.compile(LocScaleOptimizer(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)), "binary_crossentropy")
+    bnn.fit(x, y, batch_size=4, verbose=0)
+    averages = [v for v in bnn.optimizer.variables if "average" in v.path]
+    locs = [v for v in bnn.trainable_variables if "untransformed" not in v.name]
+    for average, loc in zip(averages, locs, strict=True):
+        np.testing.assert_array_equal(average, loc)
+
+
+def test_weight_decay_leaves_the_scales_alone():
+    bnn = bayesian(network(), beta=0.0)
+    bnn.compile(keras.optimizers.SGD(0.1, weight_decay=0.5), "binary_crossentropy")
+    before, locs = bnn.scales(), np.array(bnn.network.get_layer("head").kernel)
+    zero = [np.zeros(v.shape, "float32") for v in bnn.trainable_variables]
+    bnn.optimizer.apply([keras.ops.convert_to_tensor(g) for g in zero], bnn.trainable_variables)
+    np.testing.assert_array_equal(bnn.scales(), before)
+    np.testing.assert_allclose(bnn.network.get_layer("head").kernel, locs * (1 - 0.1 * 0.5), rtol=1e-5)
+
+
+def test_beta_schedule_needs_a_beta():
+    model, (x, y) = network(), data()
+    model.compile("sgd", "binary_crossentropy")
+    with pytest.raises(ValueError, match="PartialBayes"):
+        model.fit(x, y, callbacks=[BetaSchedule(1, 0, 2)], verbose=0)
+    assert BetaSchedule(0.2, 0.01, 1).at(0) == 0.01
+
+
 def test_beta_schedule():
     seen = []
     x, y = data()
@@ -405,6 +543,93 @@ def test_masks_of_saliency_train():
 
 
 # ---- predictions ----
+
+
+def test_losses_of_calls_are_averaged_over_the_samples():
+    x = keras.Input((3,))
+    plain = keras.Model(x, kl.Dense(2, activity_regularizer="l2", kernel_regularizer="l2", name="d")(x))
+    bnn = bayesian(plain, initial_scale=1e-8, beta=0.0, num_samples=4)
+    for model in (plain, bnn):
+        model.compile("sgd", "mse")
+    inputs, targets = data()[0], np.zeros((16, 2))
+    expected = plain.evaluate(inputs, targets, verbose=0)
+    assert bnn.train_on_batch(inputs, targets)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["all", "split"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_other_precisions_train_and_predict(policy, estimator):
+    with_policy, (x, y) = keras.config.dtype_policy(), data()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = network()
+    finally:
+        keras.config.set_dtype_policy(with_policy)
+    model.get_layer("head").bias.assign([20.0])  # sure: 1 - p underflows in half precision
+    bnn = bayesian(model, estimator=estimator, num_samples=2)
+    bnn.compile("sgd", "binary_crossentropy")
+    assert np.isfinite(bnn.fit(x, y, verbose=0).history["loss"]).all()
+    wide = "float64" if policy == "float64" else "float32"
+    for part in bnn.predict_uncertainty(x).values():
+        assert part.dtype == wide and np.isfinite(part).all()
+    assert type(bnn.optimizer).__name__ == ("LossScaleOptimizer" if policy == "mixed_float16" else "SGD")
+
+
+def test_sure_logits_stay_finite_and_right():
+    model, (x, _) = network(activation=None), data()
+    model.get_layer("head").bias.assign([40.0])
+    bnn = bayesian(model, from_logits=True, probabilities="sigmoid", initial_scale=1e-8)
+    np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_mean_logit_against_scipy():
+    bnn = bayesian(network(activation=None), from_logits=True, probabilities="sigmoid")
+    logits = np.random.default_rng(0).normal(size=(3, 16, 1)).astype("float32")
+    expected = special.logit(special.expit(logits.astype("float64")).mean(axis=0))
+    np.testing.assert_allclose(bnn._predictive_mean(list(logits)), expected, atol=1e-5)
+
+
+def test_dict_outputs_keep_their_names():
+    x = keras.Input((3,))
+    z = kl.Dense(3, name="d")(x)
+    model = keras.Model(x, {"b": kl.Softmax()(z), "a": kl.Activation("sigmoid")(z)})
+    bnn = bayesian(model, terms_per_example=1)
+    found = bnn.predict_uncertainty(data()[0])
+    assert found["a"]["total_entropy"].shape == (16, 3) and found["b"]["total_entropy"].shape == (16,)
+    assert set(bnn.predict(data()[0], verbose=0)) == {"a", "b"}
+
+
+def test_the_kind_of_each_head_of_a_nested_model():
+    x, z = keras.Input((3,)), keras.Input((3,))
+    heads = [kl.Dense(2, "sigmoid", name="s")(z), kl.Dense(3, "softmax", name="c")(z)]
+    bnn = bayesian(keras.Model(x, keras.Model(z, heads, name="heads")(x)), terms_per_example=1)
+    assert bnn.probabilities == ["sigmoid", "softmax"]
+
+
+def test_a_softmax_over_another_axis_has_no_entropy_here():
+    x = keras.Input((3,))
+    z = kl.Reshape((3, 4))(kl.Dense(12, name="d")(x))
+    bnn = bayesian(keras.Model(x, kl.Softmax(axis=1)(z)), terms_per_example=1)
+    assert bnn.probabilities is None
+
+
+def test_more_samples_after_a_prediction_are_more_samples():
+    x, _ = data()
+    bnn = bayesian(network(), initial_scale=1.0, num_samples=1)
+    few = np.std([bnn.predict(x, verbose=0) for _ in range(20)], axis=0).mean()
+    bnn.num_samples = 100
+    many = np.std([bnn.predict(x, verbose=0) for _ in range(20)], axis=0).mean()
+    assert many < few / 5  # a tenth, within the error of 20 draws
+
+
+def test_points_again_after_set_mask():
+    x, _ = data()
+    bnn = bayesian(network(), initial_scale=1.0)
+    assert bnn.predict_samples(x).std(axis=0).max() > 0
+    for layer in layers.masked_layers(bnn.network):
+        layer.set_mask({"kernel": np.zeros(layer.kernel.shape, bool)})
+    bnn.compile("sgd", "binary_crossentropy")
+    assert np.ptp(bnn.predict_samples(x), axis=0).max() == 0
 
 
 def test_predict_is_the_mean_of_samples():
@@ -520,6 +745,55 @@ def test_loaded_model_trains_on(tmp_path):
     first = int(again.optimizer.iterations)
     again.fit(x, y, verbose=0)
     assert first == 1 and int(again.optimizer.iterations) == 2
+
+
+def test_frozen_weights_stay_frozen_after_loading(tmp_path):
+    model, (x, y) = network(), data()
+    model.get_layer("hidden").kernel.trainable = False
+    bnn = bayesian(model, full(network(), keys=["head/kernel"]))
+    bnn.compile("adam", "binary_crossentropy")
+    bnn.fit(x, y, verbose=0)
+    bnn.save(tmp_path / "bnn.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = keras.models.load_model(tmp_path / "bnn.keras")
+    assert [v.path for v in again.trainable_variables] == [v.path for v in bnn.trainable_variables]
+    for a, b in zip(bnn.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_beta_is_no_state_of_a_weights_file(tmp_path):
+    x, y = data()
+    first, second = bayesian(network(), beta=0.01), bayesian(network(), beta=1.0)
+    for bnn in (first, second):
+        bnn.compile("sgd", "binary_crossentropy")
+    first.save_weights(tmp_path / "a.weights.h5")
+    second.load_weights(tmp_path / "a.weights.h5")
+    assert second.beta == 1.0 and float(second.kl_weight) == pytest.approx(1 / 16)
+    stop = keras.callbacks.EarlyStopping("kl", patience=0, mode="max", restore_best_weights=True)
+    second.fit(x, y, epochs=3, verbose=0, callbacks=[BetaSchedule(0.5, 0.1, 3), stop])
+    assert float(second.kl_weight) == pytest.approx(second.beta / 16)
+    second.save(tmp_path / "b.keras")
+    again = keras.models.load_model(tmp_path / "b.keras", compile=False)
+    assert float(again.kl_weight) == float(second.kl_weight)
+
+
+def test_a_stock_checkpoint_loads_into_the_whole_model(tmp_path):
+    model, (x, _) = network(), data()
+    model.save_weights(tmp_path / "stock.weights.h5")
+    model.load_weights(tmp_path / "stock.weights.h5")
+    bnn = bayesian(network(), initial_scale=1e-8)
+    bnn.network.get_layer("head").kernel.assign(np.zeros((4, 1)))
+    bnn.load_weights(tmp_path / "stock.weights.h5")
+    np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+
+
+def test_exported_model_serves_the_predictive_mean(tmp_path):
+    model, (x, _) = network(), data()
+    bnn = bayesian(model, initial_scale=1e-8)
+    bnn.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), atol=1e-6)
 
 
 def test_the_copy_of_a_compiled_model_holds_no_optimiser(tmp_path):
