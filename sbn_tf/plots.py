@@ -106,34 +106,41 @@ def plot_masks_by_layer(ax: Axes, names: list[str], num_bayesian: list[int], num
     return _plain(ax)
 
 
-def plot_scores(ax: Axes, scores: np.ndarray, threshold: float) -> Axes:
-    """Histogram of log10 of the saliency, with the threshold above which weights are Bayesian.
+def plot_scores(ax: Axes, scores: np.ndarray, chosen: np.ndarray) -> Axes:
+    """Histogram of log10 of the saliency, and which weights are Bayesian.
 
     Args:
         ax: where to draw.
         scores: any shape, non-negative. Zeros have no logarithm: they are counted in the legend.
-        threshold: the smallest selected score.
+        chosen: bool, of the same shape: which of them are Bayesian (a threshold would take all equal scores).
 
     Returns:
         `ax`.
+
+    Raises:
+        ValueError: `chosen` of another type or shape.
     """
-    scores = np.asarray(scores, "float64").ravel()
+    chosen = np.asarray(chosen)
+    if chosen.dtype != bool or chosen.shape != np.shape(scores):
+        raise ValueError(f"Expected chosen, bool {np.shape(scores)}. Received: {chosen.dtype} {chosen.shape}")
+    scores, chosen = np.asarray(scores, "float64").ravel(), chosen.ravel()
+    threshold = scores[chosen].min() if chosen.any() else 0.0
     positive = scores[scores > 0]
     if positive.size:
         logs = np.log10(positive)
         bins = np.linspace(logs.min(), logs.max() + 1e-9, 61)
         counts, _, _ = ax.hist(logs, bins, color=GREY)
-        ax.hist(logs[positive >= threshold], bins, color=BLUE)
-    num_selected, num_zero = int((scores >= threshold).sum()), int((scores == 0).sum())
+        ax.hist(logs[chosen[scores > 0]], bins, color=BLUE)
+    num_selected, num_zero = int(chosen.sum()), int((scores[~chosen] == 0).sum())
     handles = [
         Patch(color=BLUE, label=f"Bayesian: {num_selected:,} ({num_selected / max(scores.size, 1):.2%})"),
         Patch(color=GREY, label=f"the others: {scores.size - num_selected:,}"),
     ]
     if num_zero:
-        handles.append(Patch(color="none", label=f"of them exactly zero: {num_zero:,}"))
+        handles.append(Patch(color="none", label=f"of the others exactly zero: {num_zero:,}"))
     if threshold > 0:
         ax.axvline(np.log10(threshold), color=ORANGE, linestyle="--")
-        handles.append(Line2D([], [], color=ORANGE, linestyle="--", label=f"threshold: {threshold:.2g}"))
+        handles.append(Line2D([], [], color=ORANGE, linestyle="--", label=f"smallest chosen: {threshold:.2g}"))
     ax.set_yscale("log")
     if positive.size:
         ax.set_ylim(0.7, 2 * counts.max() ** 1.6)  # room for the legend

@@ -54,6 +54,7 @@ __all__ = [
     "Masks",
     "Weight",
     "biases_before_batch_norm",
+    "check_r_bayes",
     "eligible_weights",
     "named_weights",
     "overlap",
@@ -591,8 +592,7 @@ def top_k(scores: Mapping, r_bayes: float, *, scope: str = "global") -> Masks:
     Raises:
         ValueError: `r_bayes` outside [0, 1] or not a number, empty or non-finite scores, unknown scope.
     """
-    if isinstance(r_bayes, bool) or not isinstance(r_bayes, int | float | np.number) or not 0 <= r_bayes <= 1:
-        raise ValueError(f"Expected r_bayes to be a fraction in [0, 1]. Received: r_bayes={r_bayes!r}")
+    check_r_bayes(r_bayes)
     if scope not in ("global", "layer"):
         raise ValueError(f'Expected scope "global" or "layer". Received: scope={scope!r}')
     if not scores or not all(np.size(s) for s in scores.values()):
@@ -612,6 +612,12 @@ def top_k(scores: Mapping, r_bayes: float, *, scope: str = "global") -> Masks:
         counts[order[: k - counts.sum()]] += 1
         parts = [_largest(np.ravel(s), c) for s, c in zip(scores.values(), counts, strict=True)]
     return Masks({key: p.reshape(np.shape(s)) for (key, s), p in zip(scores.items(), parts, strict=True)})
+
+
+def check_r_bayes(r_bayes) -> None:
+    """Raise a ValueError unless `r_bayes` is a fraction in [0, 1]: long work asks first."""
+    if isinstance(r_bayes, bool) or not isinstance(r_bayes, int | float | np.number) or not 0 <= r_bayes <= 1:
+        raise ValueError(f"Expected r_bayes to be a fraction in [0, 1]. Received: r_bayes={r_bayes!r}")
 
 
 def _largest(values, k):

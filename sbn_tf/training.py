@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import subprocess
 import warnings
@@ -34,11 +35,18 @@ __all__ = [
     "WeightedBinaryCrossentropy",
     "deterministic_run",
     "fit",
+    "loss_for",
     "masks_run",
+    "network_for",
+    "normalisation_for",
     "partial_run",
     "recipe_for",
+    "scores_run",
     "write_json",
 ]
+
+
+FORMAT = 2  # of a run's files: raised when what they hold changes its meaning, so that old runs are not taken for new
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Recipe:
         kl_reduction: "sum" (the ELBO) or "mean" (the paper's code).
         initial_scale: where every scale starts; None: the paper's untransformed scales, N(-3, 1).
         batch_norm: "frozen", "statistics" or "train" in step 3.
+
+    Raises:
+        ValueError: a setting that is not of its kind or out of its range.
     """
 
     name: str
@@ -86,12 +97,54 @@ class Recipe:
     initial_scale: float | None = 0.01
     batch_norm: str = "frozen"
 
+    def __post_init__(self):
+        for field in ("epochs", "bayes_epochs", "batch_size", "num_samples"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Expected {field}, an integer >= 1. Received: {field}={value!r}")
+        for field in ("learning_rate", "scale_learning_rate"):
+            _check_number(field, getattr(self, field), above=0.0)
+        for field in ("bayes_learning_rate", "initial_scale"):
+            if getattr(self, field) is not None:
+                _check_number(field, getattr(self, field), above=0.0)
+        for field in ("momentum", "beta_start", "beta_stop"):
+            _check_number(field, getattr(self, field), least=0.0)
+        if self.weight_decay is not None:
+            _check_number("weight_decay", self.weight_decay, least=0.0)
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"Expected {field} among {known}. Received: {field}={getattr(self, field)!r}")
+
+
+_CHOICES = {
+    "optimizer": ("sgd", "adam"),
+    "scale_optimizer": ("sgd", "adam"),
+    "decay": ("none", "cosine"),
+    "class_weights": ("none", "paper"),
+    "augment": (None, "flips_and_quarter_turns"),
+    "score": ("fisher", "paper", "per_example", "magnitude", "taylor", "random"),
+    "estimator": ("all", "split"),
+    "kl_reduction": ("sum", "mean"),
+    "batch_norm": ("frozen", "statistics", "train"),
+}
+
+
+def _check_number(field, value, *, above=-np.inf, least=-np.inf):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    if not number or value <= above or value < least:
+        bound = f"> {above:g}" if np.isfinite(above) else f">= {least:g}"
+        raise ValueError(f"Expected a finite number {field} {bound}. Received: {field}={value!r}")
+
 
 # The paper's section 3 as stated. Where it is silent the submitted code decides.
 # Differs from the paper: the KL is averaged over each weight's entries, as in its code: summed and not divided by the
 # training set's size, as the text reads, it is thousands of times the data term.
 # Differs from the paper: batch norm's running statistics go on from step 1; the code restarts them.
 # Differs from the paper: biases right before a batch norm stay points; there they have no effect.
+# Differs from the paper: images keep the dataset's default size, for two CPU cores; its sizes are 224 (LIDC: 128).
+# Differs from the paper: one sigmoid output for a mask, where its U-Nets have two softmax outputs; the weighted loss is
+# divided by the number of pixels, where PyTorch's weighted mean divides by the sum of their weights.
+# Differs from the paper: the saliency pass sees images without the random flips of training.
 _PAPER = Recipe(
     name="paper",
     weight_decay=1e-5,
@@ -135,10 +188,10 @@ def recipe_for(name: str, card, **changes) -> Recipe:
         name: one of `RECIPES`.
         card: the dataset's card; segmentation takes batches of 10 and beta from 0.2 to 0.01 under the paper's recipes,
             ISIC its flips and quarter turns.
-        changes: fields to replace; None leaves a field as it is.
+        changes: fields to replace; None leaves a field as it is (to set None: `dataclasses.replace`).
 
     Raises:
-        ValueError: an unknown name or field.
+        ValueError: an unknown name or field, or a value out of range.
     """
     if name not in RECIPES:
         raise ValueError(f"Expected a recipe among {sorted(RECIPES)}. Received: recipe={name!r}")
@@ -154,12 +207,30 @@ def recipe_for(name: str, card, **changes) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
+def network_for(name: str, card) -> str:
+    """The network that goes with a recipe's name: small ones for "quick", the paper's own for its recipes."""
+    if name.startswith("paper"):
+        if card.task != "segmentation":
+            return "resnet18_paper"
+        return "unet_paper_lidc" if card.num_raters > 1 else "unet_paper_isic"
+    return f"{card.network}_small" if name == "quick" else card.network
+
+
+def normalisation_for(name: str, card) -> str:
+    """How images are normalised: under the paper's recipes by its constants, where it has some."""
+    return "paper" if name.startswith("paper") and card.paper_normalisation is not None else "train"
+
+
 @keras.saving.register_keras_serializable(package="sbn_tf")
 class WeightedBinaryCrossentropy(keras.losses.Loss):
     """`-(pos_weight * y * log p + (1 - y) * log(1 - p))`, averaged over everything; PyTorch's `pos_weight`.
 
     Args:
         pos_weight: a number, or one for each output: (labels,).
+
+    Raises:
+        ValueError: weights that are not finite and > 0, or in a call labels of another shape than the outputs', or
+            another number of weights than outputs.
     """
 
     def __init__(self, pos_weight=1.0, name="weighted_bce", reduction="sum_over_batch_size"):
@@ -170,6 +241,17 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         """Weighted cross-entropy of probabilities `y_pred`, averaged over the last axis."""
+        if len(y_true.shape) != len(y_pred.shape) or any(
+            a != b for a, b in zip(y_true.shape, y_pred.shape, strict=True) if None not in (a, b)
+        ):
+            raise ValueError(
+                f"Expected labels of the outputs' shape {tuple(y_pred.shape)}. Received: {tuple(y_true.shape)}"
+            )
+        if self.pos_weight.ndim and self.pos_weight.shape != (y_pred.shape[-1],):
+            raise ValueError(
+                f"Expected one pos_weight, or {y_pred.shape[-1]}: one for each output. "
+                f"Received: shape {self.pos_weight.shape}"
+            )
         y_true = ops.cast(y_true, y_pred.dtype)
         positive = ops.binary_crossentropy(ops.ones_like(y_pred), y_pred)
         negative = ops.binary_crossentropy(ops.zeros_like(y_pred), y_pred)
@@ -212,12 +294,20 @@ def _state(model) -> list:
 
 
 class StopAtNaN(keras.callbacks.Callback):
-    """Stops training when the loss is NaN or infinite, and puts back the weights of the last good epoch."""
+    """Stops training that diverges, and puts back all that training changes as of the last good epoch.
+
+    An epoch is good when its losses (validation included) and weights are finite, and so is the loss of the first batch
+    after it: a loss is taken before its update, so only the next one tells what the update did.
+
+    Attributes:
+        stopped: whether training was stopped.
+        nan_in_epoch: the epoch, counted from 0, that was not good; None where all were.
+    """
 
     def on_train_begin(self, logs=None):
         """Remember the first weights."""
-        self.stopped, self.nan_in_epoch = False, None
-        self._remember()
+        self.stopped, self.nan_in_epoch, self._epoch = False, None, 0
+        self._good = self._newest = self._values()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Know which epoch this is."""
@@ -225,25 +315,44 @@ class StopAtNaN(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Check the loss of this batch."""
-        if self.stopped or np.isfinite((logs or {}).get("loss", 0.0)):
+        if self.stopped:
             return
-        self.stopped = self.model.stop_training = True
-        self.nan_in_epoch = self._epoch
-        for variable, value in zip(_state(self.model), self._good, strict=True):
-            variable.assign(value)
-        warnings.warn(
-            f"The loss became {logs['loss']} in batch {batch}: training stopped, the weights of the last good epoch "
-            "are kept. Lower the learning rate, or look at the data.",
-            stacklevel=2,
-        )
+        if np.isfinite((logs or {}).get("loss", 0.0)):
+            self._good = self._newest
+        else:
+            # The first batch is bad: the update that ruined it was the last epoch's.
+            first = batch == 0 and self._good is not self._newest
+            self._stop(self._epoch - 1 if first else self._epoch, f"the loss became {logs['loss']}")
 
     def on_epoch_end(self, epoch, logs=None):
-        """Remember this epoch's weights."""
-        if not self.stopped:
-            self._remember()
+        """Remember this epoch's weights, if they are finite."""
+        if self.stopped:
+            return
+        losses = {key: value for key, value in (logs or {}).items() if key in ("loss", "val_loss")}
+        values = self._values()
+        bad = [key for key, value in losses.items() if not np.isfinite(value)]
+        if bad or not all(np.isfinite(value).all() for value in values):
+            self._stop(epoch, f"{bad[0]} became {losses[bad[0]]}" if bad else "a weight became NaN or infinite")
+        else:
+            self._newest = values
 
-    def _remember(self):
-        self._good = [np.array(ops.convert_to_numpy(v)) for v in _state(self.model)]
+    def _stop(self, epoch, why):
+        self.stopped = self.model.stop_training = True
+        self.nan_in_epoch = epoch
+        for variable, value in zip(self._variables(), self._good, strict=True):
+            variable.assign(value)
+        warnings.warn(
+            f"In epoch {epoch + 1} {why}: training stopped, the weights of the last good epoch are kept. Lower the "
+            "learning rate, or look at the data.",
+            stacklevel=3,
+        )
+
+    def _variables(self):
+        self.model.optimizer.build(self.model.trainable_variables)
+        return [*_state(self.model), *self.model.optimizer.variables]
+
+    def _values(self):
+        return [np.array(ops.convert_to_numpy(v)) for v in self._variables()]
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -257,21 +366,33 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, path, guard: StopAtNaN | None = None):
         super().__init__()
         self.path, self.guard, self.history = Path(path), guard, {}
+        self.ended = False
 
     def resume(self, model) -> int:
-        """Load the last written epoch into a compiled model; return how many epochs are done (0: none)."""
+        """Load the last written epoch into a compiled model; return how many epochs are done (0: none).
+
+        Raises:
+            ValueError: a file that is corrupt, or of another model or optimiser.
+        """
         if not self.path.exists():
             return 0
         model.optimizer.build(model.trainable_variables)
         variables = [*_state(model), *model.optimizer.variables]
+        arrays = _read_arrays(self.path)
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                values = [file[f"v{i}"] for i in range(len(variables))]
-                epochs, self.history = int(file["epochs"]), json.loads(str(file["history"]))
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"Checkpoint {self.path} does not fit or is corrupt ({error}). Delete it.") from None
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
+            epochs, history = int(arrays.pop("epochs")), json.loads(str(arrays.pop("history")))
+            ended = bool(arrays.pop("ended"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"Expected a checkpoint. Received: {self.path} ({error}). Delete it.") from None
+        found = [arrays[f"v{i}"].shape for i in range(len(arrays)) if f"v{i}" in arrays]
+        if found != [tuple(v.shape) for v in variables]:
+            raise ValueError(
+                f"Expected a checkpoint of this model and optimiser, {len(variables)} variables. Received: "
+                f"{self.path}, {len(arrays)} variables, or other shapes. Delete it, or train in another folder."
+            )
+        for i, variable in enumerate(variables):
+            variable.assign(arrays[f"v{i}"])
+        self.history, self.ended = history, ended
         return epochs
 
     def on_epoch_end(self, epoch, logs=None):
@@ -280,9 +401,22 @@ class Checkpoint(keras.callbacks.Callback):
             return
         for key, value in (logs or {}).items():
             self.history.setdefault(key, []).append(float(value))
+        self._write(epoch + 1)
+
+    def on_train_end(self, logs=None):
+        """Say in the file that training was ended on purpose; go back to the last good epoch after a NaN."""
+        if self.guard is not None and self.guard.stopped:
+            epochs = self.guard.nan_in_epoch
+            self.history = {key: values[:epochs] for key, values in self.history.items()} if epochs else {}
+            self._write(epochs) if epochs else self.path.unlink(missing_ok=True)
+        elif self.model.stop_training:
+            self.ended = True
+            self._write(max(map(len, self.history.values()), default=0))
+
+    def _write(self, epochs):
         variables = [*_state(self.model), *self.model.optimizer.variables]
         arrays = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
-        extra = {"epochs": epoch + 1, "history": json.dumps(self.history)}
+        extra = {"epochs": epochs, "history": json.dumps(self.history), "ended": self.ended}
         _atomically(self.path, lambda file: np.savez(file, **arrays, **extra))
 
 
@@ -301,18 +435,29 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
     Returns:
         dict of lists: the history of all epochs, resumed ones included; `nan_in_epoch` where a loss that was not finite
         stopped it.
+
+    Raises:
+        ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for.
     """
     guard = StopAtNaN()
     checkpoint = Checkpoint(Path(folder) / "checkpoint.npz", guard)
     Path(folder).mkdir(parents=True, exist_ok=True)
     done = checkpoint.resume(model)
-    if done < epochs:
+    if done > epochs:
+        raise ValueError(
+            f"Expected epochs >= {done}, which {checkpoint.path} has already. Received: epochs={epochs}. Ask for more, "
+            "or delete it."
+        )
+    for callback in callbacks:
+        if isinstance(callback, BetaSchedule) and done:
+            model.beta = callback.at(done - 1)
+    if done < epochs and not checkpoint.ended:
         model.fit(
             train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
             steps_per_epoch=train.steps(batch_size),
             initial_epoch=done,
             epochs=epochs,
-            validation_data=None if val is None else val.batches(batch_size),
+            validation_data=None if val is None else _val_batches(val, batch_size),
             callbacks=[guard, *callbacks, checkpoint],
             shuffle=False,  # the stream does
             verbose=verbose,
@@ -320,6 +465,15 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
         if guard.stopped:
             checkpoint.history["nan_in_epoch"] = [guard.nan_in_epoch]
     return checkpoint.history
+
+
+def _val_batches(val, batch_size):
+    """The stream for the validation loss: of several raters the mean mask.
+
+    Cross-entropy is linear in the target, so this is the mean of the raters' losses, as in training; against their
+    majority a network that is too sure would win.
+    """
+    return val.batches(batch_size, rater="mean" if val.num_raters > 1 else None)
 
 
 @dataclass
@@ -343,7 +497,11 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         limit: named in the settings only (the data were loaded with it).
         verbose: Keras's.
+
+    Raises:
+        ValueError: a seed that is not an integer >= 0, an unknown network, or files of an earlier run that are corrupt.
     """
+    seed = _check_seed(seed)
     network = network or data.card.network
     fields = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay")
     settings = {f: getattr(recipe, f) for f in (*fields, "class_weights", "augment")}
@@ -355,13 +513,22 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
     model = models.build(network, data.input_shape, data.num_outputs, seed=seed)
     steps = recipe.epochs * data.train.steps(recipe.batch_size)
     model.compile(_optimizer(recipe, steps), loss_for(recipe, data))
-    history = _fit_and_save(model, data, recipe, recipe.epochs, seed, folder, settings, verbose=verbose)
-    return Run(model, history, folder)
+    _fit_and_save(model, data, recipe, recipe.epochs, seed, folder, settings, verbose=verbose)
+    return _finished(folder)
 
 
 def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=False) -> Masks:
-    """Step 2: masks of the top `r_bayes` of the weights; the scores are kept beside step 1 for every r_bayes."""
-    path = step1.folder / f"saliency_{recipe.score}.npz"
+    """Step 2: masks of the top `r_bayes` of the weights, by `scores_run`."""
+    return top_k(scores_run(step1, data, recipe, verbose=verbose), r_bayes)
+
+
+def scores_run(step1: Run, data, recipe: Recipe, *, verbose=False) -> dict[str, np.ndarray]:
+    """The recipe's saliency score of every weight that may be Bayesian, kept beside step 1 for every r_bayes.
+
+    Left out are biases right before a batch norm that step 3 runs in training mode: they have no effect there.
+    """
+    settings = {"score": recipe.score, "batch_size": recipe.batch_size, "class_weights": recipe.class_weights}
+    path = step1.folder / f"saliency_{recipe.score}_{_digest({**settings, **_data_settings(data, None)})}.npz"
     if path.exists():
         scores = _read_arrays(path)
     else:
@@ -371,14 +538,18 @@ def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=False
     if recipe.batch_norm != "frozen":
         idle = biases_before_batch_norm(step1.model)
         scores = {key: values for key, values in scores.items() if key not in idle}
-    return top_k(scores, r_bayes)
+    return scores
 
 
 def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=None, limit=None, verbose=0) -> Run:
-    """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished."""
+    """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished.
+
+    What comes back is read from the file, also after training: the noise that follows is the same either way.
+    """
+    seed = _check_seed(seed)
     settings = {**dataclasses.asdict(recipe), "step1": step1.folder.name, "masks": masks.digest()}
     settings |= {**_data_settings(data, limit), "seed": seed}
-    folder = run_folder(runs, data.card.name, f"partial_r{masks.r_bayes:.4g}", seed, settings)
+    folder = run_folder(runs, data.card.name, f"partial_r{masks.r_bayes:.2g}", seed, settings)
     if (folder / "model.keras").exists():
         return _finished(folder, masks)
     keras.utils.set_random_seed(seed)
@@ -391,23 +562,25 @@ def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=
         beta=recipe.beta_start,
         kl_reduction=recipe.kl_reduction,
         estimator=recipe.estimator,
-        initial_scale=recipe.initial_scale or 0.01,
+        initial_scale=0.01 if recipe.initial_scale is None else recipe.initial_scale,
         untransformed_scale_initializer=rho,
         batch_norm=recipe.batch_norm,
         seed=seed,
     )
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
     scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
-    gentle = dataclasses.replace(recipe, learning_rate=recipe.bayes_learning_rate or recipe.learning_rate)
+    gentle = recipe
+    if recipe.bayes_learning_rate is not None:
+        gentle = dataclasses.replace(recipe, learning_rate=recipe.bayes_learning_rate)
     model.compile(LocScaleOptimizer(_optimizer(gentle, steps), scales), loss_for(recipe, data))
     schedule = BetaSchedule(recipe.beta_start, recipe.beta_stop, recipe.bayes_epochs)
     masks_path = folder / "masks.npz"
     masks_path.parent.mkdir(parents=True, exist_ok=True)
     masks.save(masks_path)
-    history = _fit_and_save(
+    _fit_and_save(
         model, data, recipe, recipe.bayes_epochs, seed, folder, settings, callbacks=[schedule], verbose=verbose
     )
-    return Run(model, history, folder, masks=masks)
+    return _finished(folder, masks)
 
 
 def run_folder(runs, dataset: str, method: str, seed: int, settings: dict) -> Path:
@@ -416,8 +589,18 @@ def run_folder(runs, dataset: str, method: str, seed: int, settings: dict) -> Pa
         here = Path.cwd()
         roots = [p for p in (here, *here.parents) if (p / "pyproject.toml").exists() and (p / "sbn_tf").is_dir()]
         runs = (roots[0] if roots else here) / "runs"
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    return Path(runs) / dataset / method / f"seed{seed}" / digest
+    return Path(runs) / dataset / method / f"seed{seed}" / _digest(settings)
+
+
+def _digest(settings) -> str:
+    settings = {**settings, "format": FORMAT, "dtype": keras.config.dtype_policy().name}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _check_seed(seed) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or operator.index(seed) < 0:
+        raise ValueError(f"Expected seed, an integer >= 0. Received: seed={seed!r}")
+    return operator.index(seed)
 
 
 def write_json(path, content: dict) -> None:
@@ -429,10 +612,25 @@ def write_json(path, content: dict) -> None:
 
     versions = {"sbn_tf": sbn_tf.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
     versions["tensorflow_probability"] = tfp.__version__
-    where = Path(sbn_tf.__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
-    text = json.dumps({**content, "versions": versions, "commit": found.stdout.strip() or None}, indent=1)
+    text = json.dumps({**content, "versions": versions, "commit": _commit()}, indent=1)
     _atomically(path, lambda file: file.write(text.encode()))
+
+
+def _commit() -> str | None:
+    """This package's commit, "-dirty" where files have changed since; None outside its own repository."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=package, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _data_settings(data, limit):
@@ -467,23 +665,34 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
     )
     write_json(folder / "config.json", {"settings": settings, "recipe": dataclasses.asdict(recipe)})
     _atomically(folder / "history.json", lambda file: file.write(json.dumps(history).encode()))
-    temporary = folder / "saving.keras"
-    model.save(temporary)
-    os.replace(temporary, folder / "model.keras")
+    temporary = folder / f"saving{os.getpid()}.keras"
+    try:
+        model.save(temporary)
+        os.replace(temporary, folder / "model.keras")
+    finally:
+        temporary.unlink(missing_ok=True)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
-    return history
 
 
 def _finished(folder, masks=None):
     """The run that `_fit_and_save` left in `folder`."""
-    history = json.loads((folder / "history.json").read_text())
+    try:
+        if not zipfile.is_zipfile(folder / "model.keras"):
+            raise ValueError("model.keras is cut short")
+        history = json.loads((folder / "history.json").read_text())
+        model = keras.models.load_model(folder / "model.keras")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected a whole run in {folder}. Received: {reason}. Delete it: it is made anew."
+        ) from error
     if "nan_in_epoch" in history:
         warnings.warn(
-            f"This run stopped at a loss that is not finite, in epoch {history['nan_in_epoch'][0]}: its weights are "
-            f"those of the epoch before. To train again, lower the learning rate, or delete {folder}.",
+            f"This run diverged in epoch {history['nan_in_epoch'][0] + 1}: its weights are those of the epoch before. "
+            f"To train again, lower the learning rate, or delete {folder}.",
             stacklevel=3,
         )
-    return Run(keras.models.load_model(folder / "model.keras"), history, folder, masks)
+    return Run(model, history, folder, masks)
 
 
 def _read_arrays(path):

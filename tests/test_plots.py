@@ -19,8 +19,8 @@ INTO_AXES = {
     "history of nothing": lambda ax: plots.plot_history({}, ["loss"], ax),
     "masks": lambda ax: plots.plot_masks_by_layer(ax, ["conv", "dense", "head"], [9, 0, 1], [9, 100, 1000]),
     "no mask": lambda ax: plots.plot_masks_by_layer(ax, ["conv"], [0], [9]),
-    "scores": lambda ax: plots.plot_scores(ax, SCORES.reshape(10, 20), 0.5),
-    "scores of zero": lambda ax: plots.plot_scores(ax, np.zeros(5), 0.0),
+    "scores": lambda ax: plots.plot_scores(ax, SCORES.reshape(10, 20), SCORES.reshape(10, 20) > 0.5),
+    "scores of zero": lambda ax: plots.plot_scores(ax, np.zeros(5), np.arange(5) < 2),
     "scales": lambda ax: plots.plot_scales(ax, SCORES + 0.01, SCORES + 0.02),
     "equal scales": lambda ax: plots.plot_scales(ax, np.full(4, 0.01), np.full(4, 0.01)),
     "reliability": lambda ax: plots.plot_reliability(ax, SCORES.reshape(20, 10), SCORES.reshape(20, 10) > 0.5),
@@ -118,9 +118,19 @@ def test_layers_run_from_input_at_the_top():
 
 
 def test_scores_legend_counts_the_selected():
-    ax = plots.plot_scores(plt.figure().add_subplot(), np.array([0, 1e-3, 1e-2, 1e-1]), 1e-2)
+    scores = np.array([0, 1e-3, 1e-2, 1e-1])
+    ax = plots.plot_scores(plt.figure().add_subplot(), scores, scores >= 1e-2)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts[0] == "Bayesian: 2 (50.00%)" and "exactly zero: 1" in texts[2]
+
+
+def test_scores_legend_counts_the_selected_among_equals():
+    chosen = np.array([True, False, False, True, False])  # two of five equal scores
+    ax = plots.plot_scores(plt.figure().add_subplot(), np.ones(5), chosen)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[:2] == ["Bayesian: 2 (40.00%)", "the others: 3"]
+    with pytest.raises(ValueError, match="Expected chosen, bool"):
+        plots.plot_scores(ax, np.ones(5), 0.5)
 
 
 def test_reliability_agrees_with_the_metric():

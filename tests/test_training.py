@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from sbn_tf import datasets, training
-from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
 
@@ -53,6 +53,48 @@ def test_weighted_cross_entropy_is_tensorflows(pos_weight):
     assert loss.terms_per_example((None, 8, 8, 1)) == 64
     with pytest.raises(ValueError, match="pos_weight > 0"):
         training.WeightedBinaryCrossentropy(-1.0)
+
+
+def test_labels_that_would_be_broadcast_are_refused():
+    loss = training.WeightedBinaryCrossentropy(2.0)
+    with pytest.raises(ValueError, match=r"outputs' shape \(4, 1\). Received: \(4,\)"):
+        loss(np.ones(4, "float32"), np.full((4, 1), 0.5, "float32"))
+    with pytest.raises(ValueError, match="one pos_weight, or 1"):
+        training.WeightedBinaryCrossentropy(np.ones(14))(np.ones((4, 1), "float32"), np.full((4, 1), 0.5, "float32"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"bayes_epochs": -1},
+        {"epochs": 1.5},
+        {"batch_size": "20"},
+        {"num_samples": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 0.0},
+        {"initial_scale": 0.0},
+        {"bayes_learning_rate": 0.0},
+        {"weight_decay": -1e-5},
+        {"beta_start": -0.1},
+        {"class_weights": "papr"},
+        {"optimizer": "lion"},
+        {"augment": "flip"},
+        {"score": "fischer"},
+    ],
+)
+def test_a_recipe_out_of_range_is_refused_at_once(change):
+    with pytest.raises(ValueError, match=f"Expected .*{next(iter(change))}"):
+        training.recipe_for("quick", datasets.card("lidc"), **change)
+
+
+def test_the_papers_recipes_take_its_networks_and_constants():
+    chest, lidc, isic = (datasets.card(name) for name in ("nih_chest", "lidc", "isic2018"))
+    found = [training.network_for("paper", card) for card in (chest, lidc, isic)]
+    assert found == ["resnet18_paper", "unet_paper_lidc", "unet_paper_isic"]
+    assert training.network_for("quick", chest) == "resnet18_small"
+    assert [training.normalisation_for("paper", card) for card in (chest, lidc)] == ["paper", "train"]
+    assert training.normalisation_for("quick", chest) == "train"
 
 
 SCRIPT = """
@@ -100,20 +142,112 @@ def test_corrupt_checkpoint_is_named(data, tmp_path):
     model = keras.Sequential([keras.Input(data.input_shape), keras.layers.Conv2D(1, 3, padding="same")])
     model.compile("sgd", "mse")
     (tmp_path / "checkpoint.npz").write_bytes(b"PK\x03\x04 not whole")
-    with pytest.raises(ValueError, match=r"Checkpoint .* corrupt"):
+    with pytest.raises(ValueError, match=r"whole npz file. Received: .*checkpoint.npz .*Delete it"):
         training.fit(model, data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path)
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_weights(data, tmp_path):
+def linear(data, learning_rate, **options):
     model = keras.Sequential([keras.Input(data.input_shape), keras.layers.Conv2D(1, 3, padding="same")])
-    model.compile(keras.optimizers.SGD(1e30), "mse")
+    model.compile(keras.optimizers.SGD(learning_rate, **options), "mse")
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [8, 24])  # 24: one batch an epoch, told by the next epoch's alone
+@pytest.mark.parametrize("validated", [False, True])
+def test_nan_loss_stops_and_keeps_the_last_good_weights(data, tmp_path, batch_size, validated):
+    model = linear(data, 1e30, momentum=0.9)
     before = [w.copy() for w in model.get_weights()]
     with pytest.warns(UserWarning, match="training stopped"):
-        history = training.fit(model, data.train, None, epochs=3, batch_size=8, seed=0, folder=tmp_path)
-    assert history["nan_in_epoch"] == [0]
+        history = training.fit(
+            model,
+            data.train,
+            data.val if validated else None,
+            epochs=3,
+            batch_size=batch_size,
+            seed=0,
+            folder=tmp_path,
+        )
+    assert history == {"nan_in_epoch": [0]}
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert all(np.isfinite(v).all() for v in model.optimizer.variables)
     assert not (tmp_path / "checkpoint.npz").exists()
+
+
+def test_nan_in_a_later_epoch_goes_back_to_the_good_one(data, tmp_path):
+    class Spoil(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 1e-3 if epoch < 2 else 1e30
+
+    options = {"batch_size": 8, "seed": 0}
+    good, model = linear(data, 1e-3), linear(data, 1e-3)
+    model.set_weights(good.get_weights())
+    training.fit(good, data.train, None, epochs=2, folder=tmp_path / "good", **options)
+    with pytest.warns(UserWarning, match="In epoch 3"):
+        history = training.fit(
+            model, data.train, None, epochs=5, folder=tmp_path / "bad", callbacks=[Spoil()], **options
+        )
+    assert history["nan_in_epoch"] == [2] and len(history["loss"]) == 2
+    for a, b in zip(good.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with np.load(tmp_path / "bad" / "checkpoint.npz") as file:
+        assert int(file["epochs"]) == 2
+
+
+def test_a_learning_rate_of_nan_in_the_last_batch_is_seen(data, tmp_path):
+    model = linear(data, float("nan"))
+    with pytest.warns(UserWarning, match="a weight became NaN"):
+        training.fit(model, data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def test_checkpoints_of_others_are_refused(data, tmp_path):
+    options = {"batch_size": 8, "seed": 0, "folder": tmp_path}
+    training.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=2, **options)
+    with pytest.raises(ValueError, match="of this model and optimiser"):
+        training.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
+    with pytest.raises(ValueError, match="Expected epochs >= 2"):
+        training.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=1, **options)
+
+
+def test_training_that_was_ended_on_purpose_stays_ended(data, tmp_path):
+    model = linear(data, 1e-3)
+    options = {"epochs": 9, "batch_size": 8, "seed": 0, "folder": tmp_path}
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e3)
+    first = training.fit(model, data.train, None, callbacks=[stop], **options)
+    again = linear(data, 1e-3)
+    assert training.fit(again, data.train, None, callbacks=[stop], **options) == first
+    for a, b in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_beta_after_resuming_is_the_schedule_s(data, tmp_path):
+    def run(epochs):
+        keras.utils.set_random_seed(0)
+        model = linear(data, 1e-3)
+        bnn = to_partial_bayes(model, top_k(saliency(model, None, None, score="magnitude"), 0.5), num_train=24, seed=0)
+        bnn.compile("sgd", "mse")
+        schedule = BetaSchedule(0.2, 0.01, 2)
+        training.fit(bnn, data.train, None, epochs=epochs, batch_size=8, seed=0, folder=tmp_path, callbacks=[schedule])
+        return bnn.beta
+
+    assert run(2) == run(2) == 0.01
+
+
+def test_the_validation_loss_of_several_raters_is_the_mean_of_theirs(tmp_path):
+    data = datasets.load("phantom_nodule", size=16, limit=12)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input(data.input_shape), keras.layers.Conv2D(1, 3, padding="same", activation="sigmoid")]
+    )
+    loss = training.WeightedBinaryCrossentropy(10.0)
+    model.compile(keras.optimizers.SGD(1e-9), loss)
+    history = training.fit(model, data.train, data.val, epochs=1, batch_size=12, seed=0, folder=tmp_path)
+    images = model.predict(data.val.normalised(), verbose=0)
+    raters = range(data.val.num_raters)
+    assert data.val.rater_valid.all()
+    expected = np.mean([float(loss(data.val.targets[..., r : r + 1].astype("float32"), images)) for r in raters])
+    assert history["val_loss"][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
@@ -124,6 +258,8 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
     again = training.partial_run(step1, masks, data, recipe, runs=tmp_path)
     assert masks.num_bayesian == round(0.05 * masks.num_weights) == first.model.num_bayesian
     assert again.history == first.history and again.folder == first.folder
+    images = data.test.normalised()
+    np.testing.assert_array_equal(first.model.predict_samples(images), again.model.predict_samples(images))
     for a, b in zip(first.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(a, b)
     assert training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path).history == step1.history
@@ -134,7 +270,7 @@ def test_a_run_that_met_nan_says_so_again_when_it_is_loaded(data, tmp_path):
     recipe = training.recipe_for("quick", data.card, epochs=2, optimizer="sgd", learning_rate=1e30)
     with pytest.warns(UserWarning, match="training stopped"):
         first = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
-    with pytest.warns(UserWarning, match="stopped at a loss that is not finite"):
+    with pytest.warns(UserWarning, match="This run diverged in epoch 1"):
         again = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     for a, b in zip(first.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -155,14 +291,54 @@ def test_other_data_or_other_masks_are_another_run(data, tmp_path):
     assert counts[0][0] == counts[1][0] and counts[0][1] != counts[1][1]
 
 
+def test_scores_are_of_the_data_and_batches_they_were_made_from(data, tmp_path):
+    recipe = training.recipe_for("quick", data.card, epochs=1)
+    step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    other = datasets.load("phantom_lesion", size=16, limit=24, seed=1)
+    first = training.masks_run(step1, data, recipe, 0.05)
+    assert training.masks_run(step1, other, recipe, 0.05) != first
+    assert training.masks_run(step1, data, dataclasses.replace(recipe, batch_size=2), 0.05) != first
+    assert training.masks_run(step1, data, recipe, 0.05) == first
+
+
+def test_changed_labels_are_other_data(data, tmp_path):
+    recipe = training.recipe_for("quick", data.card, epochs=1)
+    changed = datasets.load("phantom_lesion", size=16, limit=24)
+    first = training.deterministic_run(changed, recipe, network="unet_small", runs=tmp_path)
+    changed.train.targets[:] = 0
+    assert training.deterministic_run(changed, recipe, network="unet_small", runs=tmp_path).folder != first.folder
+
+
+@pytest.mark.parametrize("name", ["model.keras", "history.json"])
+def test_a_finished_run_that_is_corrupt_is_named(data, tmp_path, name):
+    recipe = training.recipe_for("quick", data.card, epochs=1)
+    folder = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path).folder
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"Expected a whole run in .*Delete it"):
+        training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, -1, True])
+def test_seeds_that_are_none(data, tmp_path, seed):
+    with pytest.raises(ValueError, match="Expected seed, an integer >= 0"):
+        training.deterministic_run(data, training.recipe_for("quick", data.card), seed=seed, runs=tmp_path)
+
+
+def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    training.write_json(tmp_path / "a.json", {"x": np.int64(1).item()})
+    assert json.loads((tmp_path / "a.json").read_text())["commit"] is None
+
+
 def test_corrupt_scores_are_named(data, tmp_path):
     recipe = training.recipe_for("quick", data.card, epochs=1)
     step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     masks = training.masks_run(step1, data, recipe, 0.05)
-    path = step1.folder / "saliency_fisher.npz"
+    (path,) = step1.folder.glob("saliency_fisher_*.npz")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"saliency_fisher.npz .*Delete it"):
+    with pytest.raises(ValueError, match=r"saliency_fisher_.*Delete it"):
         training.masks_run(step1, data, recipe, 0.05)
     path.unlink()
     assert training.masks_run(step1, data, recipe, 0.05) == masks

@@ -262,7 +262,7 @@ class Data:
             pixel mean and standard deviation of the training split, per channel.
 
     Raises:
-        ValueError: a patient in two splits, or splits of different shapes.
+        ValueError: a patient or image in two splits, groups or ids of some splits only, or splits of different shapes.
     """
 
     card: Card
@@ -271,7 +271,6 @@ class Data:
     test: Split
     mean: np.ndarray | None = None
     sd: np.ndarray | None = None
-    _digest: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         parts = (self.train, self.val, self.test)
@@ -287,14 +286,19 @@ class Data:
             part.mean, part.sd = self.mean, self.sd
 
     def _check_disjoint(self, first, second):
-        if first.groups is None or second.groups is None:
-            return
-        both = np.intersect1d(first.groups, second.groups)
-        if len(both):
-            raise ValueError(
-                f"Expected every patient of {self.card.name!r} in one split. "
-                f"Received: {len(both)} in both {first.name} and {second.name}, as {both[0]}"
-            )
+        for what, key in (("patient", "groups"), ("image", "ids")):
+            ours, theirs = getattr(first, key), getattr(second, key)
+            if (ours is None) != (theirs is None):
+                raise ValueError(
+                    f"Expected {key} of every split of {self.card.name!r} or of none. Received: {key} of "
+                    f"{(second if ours is None else first).name} and none of {(first if ours is None else second).name}"
+                )
+            both = [] if ours is None else np.intersect1d(ours, theirs)
+            if len(both):
+                raise ValueError(
+                    f"Expected every {what} of {self.card.name!r} in one split. "
+                    f"Received: {len(both)} in both {first.name} and {second.name}, as {both[0]}"
+                )
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -308,15 +312,13 @@ class Data:
 
     def digest(self) -> str:
         """Ten hexadecimal digits that stand for all images, targets and constants: other data, other digits."""
-        if self._digest is None:
-            found = hashlib.blake2b(digest_size=5)
-            for part in (self.train, self.val, self.test):
-                arrays = (part.images, part.targets, part.rater_valid, self.mean, self.sd)
-                for array in (a for a in arrays if a is not None):
-                    found.update(f"{array.dtype.str}{array.shape}".encode())
-                    found.update(np.ascontiguousarray(array).data)
-            self._digest = found.hexdigest()
-        return self._digest
+        found = hashlib.blake2b(digest_size=5)
+        for part in (self.train, self.val, self.test):
+            arrays = (part.images, part.targets, part.rater_valid, self.mean, self.sd)
+            for array in (a for a in arrays if a is not None):
+                found.update(f"{array.dtype.str}{array.shape}".encode())
+                found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def pos_weight(self) -> np.ndarray:
         """Per label, negatives / positives in the training split: the paper's class weights. `(L,)` float32.

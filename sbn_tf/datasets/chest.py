@@ -79,6 +79,8 @@ NIH_CHEST = Card(
 def load_nih_chest(root, size, seed):
     """The NIH subset: three splits, images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
     folder, name = NIH_CHEST.files[0].split("/")
+    if size != 64:
+        logger.warning("nih_chest: images are resized from 64 to %d pixels", size)
     path = files.find(NIH_CHEST, root, [Path(folder) / name, Path(name)])
     return read_chest_npz(path, size)
 

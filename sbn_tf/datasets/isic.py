@@ -1,5 +1,6 @@
 """ISIC 2018 Task 1: dermoscopic images, each with a mask of the lesion, in the challenge's folders."""
 
+import collections
 import csv
 import logging
 from pathlib import Path
@@ -73,7 +74,17 @@ def _split(folder, seed):
         return {"train": list(training.values())} | {
             part: list(_pairs(folder, OFFICIAL[part]).values()) for part in ("val", "test")
         }
+    official = [OFFICIAL[p] for p in ("val", "test") if (folder / IMAGES.format(OFFICIAL[p])).exists()]
+    if official:
+        logger.warning(
+            "isic2018: the %s folder is not used: without the other one there is no official split", *official
+        )
     pairs = list(training.values())
+    if len(pairs) < 10:
+        raise ValueError(
+            f"Expected 10 training images or more for a random 80/10/10 split, or a split.csv. Received: {len(pairs)} in "
+            f"{folder}"
+        )
     order = np.random.default_rng([seed, 18]).permutation(len(pairs))
     tenth = len(pairs) // 10
     index = {"train": order[2 * tenth :], "val": order[:tenth], "test": order[tenth : 2 * tenth]}
@@ -93,6 +104,11 @@ def _split_from_csv(path, training):
     if not rows or not {"image_id", "split"} <= set(rows[0]):
         raise ValueError(f"Expected columns image_id and split in {path}. Received: {list(rows[0]) if rows else []}")
     part_of = {row["image_id"]: row["split"] for row in rows}
+    if len(part_of) < len(rows):
+        seen = collections.Counter(row["image_id"] for row in rows)
+        raise ValueError(
+            f"Expected one row for each image in {path}. Received: {seen.most_common(1)[0][0]} twice or more"
+        )
     strange = sorted(set(part_of.values()) - set(OFFICIAL), key=str)
     if strange:
         raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
