@@ -384,13 +384,13 @@ def write_lidc(root, **changes):
     return path
 
 
-def write_isic(root, n=20, width=40, height=30):
+def write_isic(root, n=20, width=40, height=30, first=0):
     images = root / "ISIC2018_Task1-2_Training_Input"
     masks = root / "ISIC2018_Task1_Training_GroundTruth"
     images.mkdir(parents=True)
     masks.mkdir()
     rng = np.random.default_rng(0)
-    for k in range(n):
+    for k in range(first, first + n):
         tint = rng.integers(60, 250, 3)
         pixels = np.full((height, width, 3), tint, "uint8")
         mask = np.zeros((height, width), "uint8")
@@ -470,9 +470,14 @@ def test_isic_obeys_split_csv_and_official_parts(tmp_path, caplog):
     (folder / "split.csv").write_text("image_id,split\n" + rows + "ISIC_0000099,val\n")
     with pytest.raises(ValueError, match="ISIC_0000099"):
         datasets.load("isic2018", root=tmp_path, size=8)
+    (folder / "split.csv").write_text("image_id,split\n" + rows + "ISIC_0000001,test\n")
+    with pytest.raises(ValueError, match=r"one row for each image .*Received: ISIC_0000001 twice"):
+        datasets.load("isic2018", root=tmp_path, size=8)
     (folder / "split.csv").unlink()
-    for part in ("Validation", "Test"):
-        write_isic(tmp_path / part, n=3)
+    with pytest.raises(ValueError, match=r"10 training images or more for a random split.*Received: 6"):
+        datasets.load("isic2018", root=tmp_path, size=8)
+    for part, first in (("Validation", 10), ("Test", 20)):
+        write_isic(tmp_path / part, n=3, first=first)
         for name in ("ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth"):
             (tmp_path / part / name.format("Training")).rename(folder / name.format(part))
     data = datasets.load("isic2018", root=tmp_path, size=8)
@@ -643,6 +648,18 @@ def test_split_refuses_what_it_cannot_hold():
         Split("train", SEGMENTATION, images, masks, rater_valid=np.array([[True], [False]]))
     with pytest.raises(ValueError, match="Expected 2 groups"):
         Split("train", SEGMENTATION, images, masks, groups=np.arange(3))
+
+
+def test_an_image_in_two_splits_is_refused():
+    def split(name, ids, groups=None):
+        images, labels = np.random.default_rng(0).random((2, 8, 8, 1), "float32"), np.zeros((2, 14), "uint8")
+        return Split(name, MULTI_LABEL, images, labels, ids=ids, groups=groups)
+
+    card = datasets.card("nih_chest")
+    with pytest.raises(ValueError, match=r"every image .*Received: 1 in both train and test, as b"):
+        Data(card, split("train", ["a", "b"]), split("val", ["c", "d"]), split("test", ["b", "e"]))
+    with pytest.raises(ValueError, match="groups of every split"):
+        Data(card, split("train", None, [1, 2]), split("val", None), split("test", None))
 
 
 def test_labels_are_chestmnist_s():

@@ -82,7 +82,7 @@ def _split(folder, seed):
     pairs = list(training.values())
     if len(pairs) < 10:
         raise ValueError(
-            f"Expected 10 training images or more for a random 80/10/10 split, or a split.csv. Received: {len(pairs)} in "
+            f"Expected 10 training images or more for a random split, or a split.csv. Received: {len(pairs)} in "
             f"{folder}"
         )
     order = np.random.default_rng([seed, 18]).permutation(len(pairs))
