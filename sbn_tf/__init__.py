@@ -1,3 +1,10 @@
-"""sbn_tf: sparse (partial) Bayesian networks in Keras."""
+"""sbn_tf: sparse (partial) Bayesian networks in Keras.
 
+Importing it registers its layers, models, losses and optimisers with Keras: `.keras` files load without
+`custom_objects`.
+"""
+
+from sbn_tf import layers, partial_bayes, recipes, saliency
+
+__all__ = ["layers", "partial_bayes", "recipes", "saliency"]
 __version__ = "0.1.0"

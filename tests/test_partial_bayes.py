@@ -702,7 +702,7 @@ def test_from_logits(kind, outputs):
 
 READ = """
 import sys, numpy as np
-import sbn_tf.partial_bayes
+import sbn_tf
 import keras
 from sbn_tf.layers import posterior_mean
 bnn = keras.models.load_model(sys.argv[1] + "/bnn.keras")

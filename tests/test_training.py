@@ -1,4 +1,4 @@
-"""Recipes and runs: published settings, the weighted loss against TensorFlow's, resumption after a kill, NaN."""
+"""Runs: resumption after a kill, divergence, and what each is keyed by."""
 
 import dataclasses
 import json
@@ -9,9 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from sbn_tf import datasets, training
+from sbn_tf import datasets, recipes, training
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -19,82 +18,6 @@ from sbn_tf.saliency import saliency, top_k
 @pytest.fixture(scope="module")
 def data():
     return datasets.load("phantom_lesion", size=16, limit=24)
-
-
-def test_the_papers_recipe_is_section_3():
-    chest = training.recipe_for("paper", datasets.card("chestmnist"))
-    assert (chest.epochs, chest.bayes_epochs, chest.batch_size) == (50, 50, 50)
-    assert (chest.optimizer, chest.learning_rate, chest.weight_decay, chest.momentum) == ("sgd", 0.01, 1e-5, 0.0)
-    assert (chest.beta_start, chest.beta_stop, chest.num_samples) == (0.01, 0.01, 5)
-    lesions = training.recipe_for("paper", datasets.card("isic2018"))
-    assert (lesions.batch_size, lesions.beta_start, lesions.beta_stop) == (10, 0.2, 0.01)
-    assert lesions.augment == "flips_and_quarter_turns" and lesions.class_weights == "none"
-    coded = training.recipe_for("paper_as_coded", datasets.card("lidc"))
-    assert (coded.score, coded.momentum, coded.weight_decay) == ("paper", 0.9, None)
-
-
-def test_unknown_recipe_and_field():
-    with pytest.raises(ValueError, match="Expected a recipe among"):
-        training.recipe_for("best", datasets.card("lidc"))
-    with pytest.raises(ValueError, match="Unknown recipe fields"):
-        training.recipe_for("quick", datasets.card("lidc"), epoch=3)
-
-
-@pytest.mark.parametrize("pos_weight", [1.0, 10.0, [1.0, 4.0, 9.0]])
-def test_weighted_cross_entropy_is_tensorflows(pos_weight):
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(5, 3)).astype("float32")
-    labels = random.integers(0, 2, size=(5, 3)).astype("float32")
-    expected = tf.nn.weighted_cross_entropy_with_logits(labels, logits, np.float32(pos_weight))
-    loss = training.WeightedBinaryCrossentropy(pos_weight)
-    assert float(loss(labels, tf.sigmoid(logits))) == pytest.approx(float(tf.reduce_mean(expected)), rel=1e-5)
-    again = training.WeightedBinaryCrossentropy.from_config(loss.get_config())
-    assert float(again(labels, tf.sigmoid(logits))) == float(loss(labels, tf.sigmoid(logits)))
-    assert loss.terms_per_example((None, 8, 8, 1)) == 64
-    with pytest.raises(ValueError, match="pos_weight > 0"):
-        training.WeightedBinaryCrossentropy(-1.0)
-
-
-def test_labels_that_would_be_broadcast_are_refused():
-    loss = training.WeightedBinaryCrossentropy(2.0)
-    with pytest.raises(ValueError, match=r"outputs' shape \(4, 1\). Received: \(4,\)"):
-        loss(np.ones(4, "float32"), np.full((4, 1), 0.5, "float32"))
-    with pytest.raises(ValueError, match="one pos_weight, or 1"):
-        training.WeightedBinaryCrossentropy(np.ones(14))(np.ones((4, 1), "float32"), np.full((4, 1), 0.5, "float32"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0},
-        {"bayes_epochs": -1},
-        {"epochs": 1.5},
-        {"batch_size": "20"},
-        {"num_samples": 0},
-        {"learning_rate": float("nan")},
-        {"learning_rate": 0.0},
-        {"initial_scale": 0.0},
-        {"bayes_learning_rate": 0.0},
-        {"weight_decay": -1e-5},
-        {"beta_start": -0.1},
-        {"class_weights": "papr"},
-        {"optimizer": "lion"},
-        {"augment": "flip"},
-        {"score": "fischer"},
-    ],
-)
-def test_a_recipe_out_of_range_is_refused_at_once(change):
-    with pytest.raises(ValueError, match=f"Expected .*{next(iter(change))}"):
-        training.recipe_for("quick", datasets.card("lidc"), **change)
-
-
-def test_the_papers_recipes_take_its_networks_and_constants():
-    chest, lidc, isic = (datasets.card(name) for name in ("nih_chest", "lidc", "isic2018"))
-    found = [training.network_for("paper", card) for card in (chest, lidc, isic)]
-    assert found == ["resnet18_paper", "unet_paper_lidc", "unet_paper_isic"]
-    assert training.network_for("quick", chest) == "resnet18_small"
-    assert [training.normalisation_for("paper", card) for card in (chest, lidc)] == ["paper", "train"]
-    assert training.normalisation_for("quick", chest) == "train"
 
 
 SCRIPT = """
@@ -240,7 +163,7 @@ def test_the_validation_loss_of_several_raters_is_the_mean_of_theirs(tmp_path):
     model = keras.Sequential(
         [keras.Input(data.input_shape), keras.layers.Conv2D(1, 3, padding="same", activation="sigmoid")]
     )
-    loss = training.WeightedBinaryCrossentropy(10.0)
+    loss = recipes.WeightedBinaryCrossentropy(10.0)
     model.compile(keras.optimizers.SGD(1e-9), loss)
     history = training.fit(model, data.train, data.val, epochs=1, batch_size=12, seed=0, folder=tmp_path)
     images = model.predict(data.val.normalised(), verbose=0)
@@ -251,7 +174,7 @@ def test_the_validation_loss_of_several_raters_is_the_mean_of_theirs(tmp_path):
 
 
 def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, num_samples=2)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, num_samples=2)
     step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     masks = training.masks_run(step1, data, recipe, 0.05)
     first = training.partial_run(step1, masks, data, recipe, runs=tmp_path)
@@ -267,7 +190,7 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
 
 
 def test_a_run_that_met_nan_says_so_again_when_it_is_loaded(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=2, optimizer="sgd", learning_rate=1e30)
+    recipe = recipes.recipe_for("quick", data.card, epochs=2, optimizer="sgd", learning_rate=1e30)
     with pytest.warns(UserWarning, match="training stopped"):
         first = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     with pytest.warns(UserWarning, match="This run diverged in epoch 1"):
@@ -278,7 +201,7 @@ def test_a_run_that_met_nan_says_so_again_when_it_is_loaded(data, tmp_path):
 
 
 def test_other_data_or_other_masks_are_another_run(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, num_samples=1)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, num_samples=1)
     step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     other = datasets.load("phantom_lesion", size=16, limit=24, seed=1)  # as many images, of the same size
     assert training.deterministic_run(other, recipe, network="unet_small", runs=tmp_path).folder != step1.folder
@@ -292,7 +215,7 @@ def test_other_data_or_other_masks_are_another_run(data, tmp_path):
 
 
 def test_scores_are_of_the_data_and_batches_they_were_made_from(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=1)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1)
     step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     other = datasets.load("phantom_lesion", size=16, limit=24, seed=1)
     first = training.masks_run(step1, data, recipe, 0.05)
@@ -302,7 +225,7 @@ def test_scores_are_of_the_data_and_batches_they_were_made_from(data, tmp_path):
 
 
 def test_changed_labels_are_other_data(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=1)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1)
     changed = datasets.load("phantom_lesion", size=16, limit=24)
     first = training.deterministic_run(changed, recipe, network="unet_small", runs=tmp_path)
     changed.train.targets[:] = 0
@@ -311,7 +234,7 @@ def test_changed_labels_are_other_data(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.keras", "history.json"])
 def test_a_finished_run_that_is_corrupt_is_named(data, tmp_path, name):
-    recipe = training.recipe_for("quick", data.card, epochs=1)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1)
     folder = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path).folder
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
@@ -322,7 +245,7 @@ def test_a_finished_run_that_is_corrupt_is_named(data, tmp_path, name):
 @pytest.mark.parametrize("seed", ["1", 1.0, -1, True])
 def test_seeds_that_are_none(data, tmp_path, seed):
     with pytest.raises(ValueError, match="Expected seed, an integer >= 0"):
-        training.deterministic_run(data, training.recipe_for("quick", data.card), seed=seed, runs=tmp_path)
+        training.deterministic_run(data, recipes.recipe_for("quick", data.card), seed=seed, runs=tmp_path)
 
 
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
@@ -332,7 +255,7 @@ def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
 
 
 def test_corrupt_scores_are_named(data, tmp_path):
-    recipe = training.recipe_for("quick", data.card, epochs=1)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1)
     step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
     masks = training.masks_run(step1, data, recipe, 0.05)
     (path,) = step1.folder.glob("saliency_fisher_*.npz")
@@ -348,7 +271,7 @@ def test_biases_before_a_batch_norm_in_training_mode_are_left_out_of_the_masks_o
     layers = [keras.layers.Conv2D(4, 3, padding="same", name="first"), keras.layers.BatchNormalization()]
     layers += [keras.layers.Conv2D(1, 1, activation="sigmoid", name="last")]
     step1 = training.Run(keras.Sequential([keras.Input(data.input_shape), *layers]), {}, tmp_path)
-    recipe = training.recipe_for("quick", data.card)
+    recipe = recipes.recipe_for("quick", data.card)
     frozen = training.masks_run(step1, data, recipe, 1.0)
     train = training.masks_run(step1, data, dataclasses.replace(recipe, batch_norm="train"), 1.0)
     assert set(frozen) - set(train) == {"first/bias"}

@@ -237,7 +237,7 @@ class Split:
         Raises:
             ValueError: an option that is unknown, out of range, or random without a seed.
         """
-        from . import stream  # TensorFlow is loaded here, not by `import sbn_tf.datasets`
+        from . import stream
 
         return stream.batches(
             self,
