@@ -25,9 +25,7 @@
 
 # %% tags=["active-ipynb"]
 # import os
-# import warnings
 #
-# warnings.filterwarnings("ignore", message="IProgress")  # tqdm's bar is text where ipywidgets are missing
 # os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
 
 # %%

@@ -25,9 +25,7 @@
 
 # %% tags=["active-ipynb"]
 # import os
-# import warnings
 #
-# warnings.filterwarnings("ignore", message="IProgress")  # tqdm's bar is text where ipywidgets are missing
 # os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
 
 # %%
@@ -48,7 +46,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 __all__ = [
     "Masks",
@@ -268,7 +266,7 @@ def saliency(
     compiled = tf.function(step, autograph=False, reduce_retracing=True)
     batches, total = _batches(data, batch_size, max_batches)
     num_batches = num_examples = 0
-    for batch in tqdm(batches, total=total, desc="saliency", disable=not verbose):
+    for batch in tqdm(batches, total=total, desc="saliency", mininterval=2.0, disable=not verbose):
         batch = _checked(batch, num_batches)
         compiled(batch, tf.constant(num_batches))
         num_batches += 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from keras import ops
+from tqdm import tqdm
 
 from sbn_tf import models
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
@@ -177,7 +178,35 @@ class Checkpoint(keras.callbacks.Callback):
         _atomically(self.path, lambda file: np.savez(file, **arrays, **extra))
 
 
-def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, augment=None, callbacks=(), verbose=0):
+class _Progress(keras.callbacks.Callback):
+    """One bar for all batches of all epochs, with the remaining time and the last losses."""
+
+    def __init__(self, name, steps, epochs, done):
+        super().__init__()
+        # Refreshed seldom: an executed notebook keeps every line.
+        self.bar = tqdm(desc=name, total=steps * epochs, initial=steps * done, unit="batch", mininterval=2.0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update()
+
+    def on_epoch_end(self, epoch, logs=None):
+        losses = {key: f"{value:.4g}" for key, value in (logs or {}).items() if key in ("loss", "val_loss")}
+        self.bar.set_postfix({"epoch": epoch + 1, **losses}, refresh=False)
+
+
+def fit(
+    model,
+    train,
+    val,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    folder,
+    augment: str | None = None,
+    callbacks=(),
+    verbose: bool = True,
+) -> dict[str, list]:
     """`model.fit` over a `datasets.Split`, interruptible: called again it goes on to the same weights.
 
     Args:
@@ -187,7 +216,7 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
         batch_size, seed, augment: of the stream.
         folder: where the checkpoint lies.
         callbacks: more Keras callbacks.
-        verbose: Keras's.
+        verbose: show a progress bar.
 
     Returns:
         dict of lists: the history of all epochs, resumed ones included; `nan_in_epoch` where a loss that was not finite
@@ -209,16 +238,21 @@ def fit(model, train, val, *, epochs: int, batch_size: int, seed: int, folder, a
         if isinstance(callback, BetaSchedule) and done:
             model.beta = callback.at(done - 1)
     if done < epochs and not checkpoint.ended:
-        model.fit(
-            train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
-            steps_per_epoch=train.steps(batch_size),
-            initial_epoch=done,
-            epochs=epochs,
-            validation_data=None if val is None else _val_batches(val, batch_size),
-            callbacks=[guard, *callbacks, checkpoint],
-            shuffle=False,  # the stream does
-            verbose=verbose,
-        )
+        progress = [_Progress(model.name, train.steps(batch_size), epochs, done)] if verbose else []
+        try:
+            model.fit(
+                train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
+                steps_per_epoch=train.steps(batch_size),
+                initial_epoch=done,
+                epochs=epochs,
+                validation_data=None if val is None else _val_batches(val, batch_size),
+                callbacks=[guard, *callbacks, *progress, checkpoint],
+                shuffle=False,  # the stream does
+                verbose=0,
+            )
+        finally:
+            for shown in progress:
+                shown.bar.close()
         if guard.stopped:
             checkpoint.history["nan_in_epoch"] = [guard.nan_in_epoch]
     return checkpoint.history
@@ -243,7 +277,7 @@ class Run:
     masks: Masks | None = None
 
 
-def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, limit=None, verbose=0) -> Run:
+def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, limit=None, verbose=True) -> Run:
     """Step 1: train the deterministic network, or load it where it is finished.
 
     Args:
@@ -253,7 +287,7 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
         network: a name of `models.NETWORKS`; None: the dataset's.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         limit: named in the settings only (the data were loaded with it).
-        verbose: Keras's.
+        verbose: show a progress bar.
 
     Raises:
         ValueError: a seed that is not an integer >= 0, an unknown network, or files of an earlier run that are corrupt.
@@ -274,12 +308,12 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
     return _finished(folder)
 
 
-def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=False) -> Masks:
+def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=True) -> Masks:
     """Step 2: masks of the top `r_bayes` of the weights, by `scores_run`."""
     return top_k(scores_run(step1, data, recipe, verbose=verbose), r_bayes)
 
 
-def scores_run(step1: Run, data, recipe: Recipe, *, verbose=False) -> dict[str, np.ndarray]:
+def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, np.ndarray]:
     """The recipe's saliency score of every weight that may be Bayesian, kept beside step 1 for every r_bayes.
 
     Left out are biases right before a batch norm that step 3 runs in training mode: they have no effect there.
@@ -298,7 +332,7 @@ def scores_run(step1: Run, data, recipe: Recipe, *, verbose=False) -> dict[str, 
     return scores
 
 
-def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=None, limit=None, verbose=0) -> Run:
+def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=None, limit=None, verbose=True) -> Run:
     """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished.
 
     What comes back is read from the file, also after training: the noise that follows is the same either way.
@@ -407,7 +441,7 @@ def _optimizer(recipe, steps):
     )
 
 
-def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks=(), verbose=0):
+def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks=(), verbose=True):
     history = fit(
         model,
         data.train,

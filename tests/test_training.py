@@ -144,6 +144,16 @@ def test_training_that_was_ended_on_purpose_stays_ended(data, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_bar_counts_batches_of_all_epochs_and_can_be_left_out(data, tmp_path, capsys):
+    options = {"batch_size": 8, "seed": 0, "folder": tmp_path}
+    training.fit(linear(data, 1e-3), data.train, None, epochs=2, **options)
+    assert "6/6" in capsys.readouterr().err
+    training.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
+    assert "9/9" in capsys.readouterr().err
+    training.fit(linear(data, 1e-3), data.train, None, epochs=4, verbose=False, **options)
+    assert "/12" not in capsys.readouterr().err
+
+
 def test_beta_after_resuming_is_the_schedule_s(data, tmp_path):
     def run(epochs):
         keras.utils.set_random_seed(0)
