@@ -20,6 +20,8 @@
 #
 # - *You will see*: the sparse posterior of one weight, the reparameterization trick, the KL term and its scale,
 #   and Dense, Conv, Embedding and other stock Keras layers that hold such weights.
+# - *Words*: an entry with a distribution is *Bayesian*, one that stays a number is a *point*; `r_bayes` is the share of
+#   a network's entries that is Bayesian. *Nats* are units of entropy and KL with the natural logarithm: 1 bit is 0.69.
 # - *You need*: Keras layers, the normal distribution.
 # - *Runs in*: 30 seconds (CPU).
 
@@ -77,7 +79,8 @@ __all__ = [
 # A trained weight $w \in \mathbb{R}^n$ and a mask of $k$ entries. The paper (Abboud et al. 2024, section 2.3) lets
 # $w_i \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with
 # $\sigma = \log(1 + e^{\rho})$. In the terms of TensorFlow Probability: `loc` is $\mu$, `scale` is $\sigma$,
-# `untransformed_scale` is $\rho$. A draw is
+# `untransformed_scale` is $\rho$. Its draw is written as a function of $\mu$, $\rho$ and noise that depends on neither,
+# so the loss of a draw has gradients with respect to both (the *reparameterization trick*, Kingma and Welling 2014):
 #
 # $$ w = \mu + \mathrm{scatter}\big(\text{index},\ \mathrm{softplus}(\rho) \odot \epsilon\big),
 # \qquad \epsilon \sim \mathcal{N}(0, I_k). $$
@@ -132,10 +135,12 @@ def standard_normal(size: int, seed_generator, dtype: str = "float32"):
 # %% [markdown]
 # ## 3. How far is the posterior from the prior?
 #
-# The ELBO charges $\beta \cdot \mathrm{KL}(q \,\|\, p)$ for the masked entries alone: a point mass has no KL here
-# (the paper, section 2.3). TensorFlow Probability computes it. For $q = \mathcal{N}(\mu, \sigma^2)$ and the default
-# prior $p = \mathcal{N}(0, 1)$ the closed form is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry; it
-# stands in where the Keras backend is not TensorFlow.
+# Fitting the data alone would drive every scale to 0. The *evidence lower bound* (ELBO) that is maximised instead takes
+# from the expected log-likelihood the price $\mathrm{KL}(q \,\|\, p)$: how many nats the posterior $q$ says more than
+# the prior $p$ did. So a scale shrinks only where the data pay for it, and grows where they do not care. The price is
+# charged for the masked entries alone: a point has no KL here (the paper, section 2.3). TensorFlow Probability computes
+# it. For $q = \mathcal{N}(\mu, \sigma^2)$ and the default prior $p = \mathcal{N}(0, 1)$ the closed form is
+# $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry; it stands in where the Keras backend is not TensorFlow.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 
@@ -210,9 +215,11 @@ def make_prior(prior: dict, dtype="float32"):
 # %% [markdown]
 # ## 4. How does a stock layer come to hold such a weight?
 #
-# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property answers with this
-# call's draw; *outside* it answers with the loc. So one mixin serves every layer with its stock signature, dtype policy
-# and config, and nothing that reads `layer.kernel` (Keras's own saving, for one) ever stores a random draw.
+# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property answers with this call's
+# draw; *outside* it answers with the loc. A draw is a dense tensor of the weight's shape, made and dropped within the
+# call: what costs `k` is parameters, optimiser slots, noise and KL, not the arithmetic of the layer. So one mixin
+# serves every layer with its stock signature, dtype policy and config, and nothing that reads `layer.kernel` (Keras's
+# own saving, for one) ever stores a random draw.
 #
 # A layer that is called twice draws twice. Where a layer is shared within one network that is not *one* network drawn
 # from the posterior: `posterior_sample()` keeps each weight's first draw, so every use sees the same weight.
@@ -299,6 +306,8 @@ class _Box:
 
 # %% [markdown]
 # ## 5. The mixin
+#
+# The longest cell of this lesson; at a first reading look at `Args`, `call` and `kl_divergence`, and go on.
 #
 # Which entries are Bayesian is settled at `build`, or later by `set_mask`. The KL hangs on the scale variable as its
 # *regularizer*: Keras evaluates it once a step however often the layer is called, so five posterior samples do not
@@ -393,7 +402,10 @@ class MaskedGaussian:
         self._masks = _Box(self._by_weight(mask, "mask"))
         counts = self._by_weight(num_bayesian, "num_bayesian") or {}
         if any(not np.isfinite(v) or v != int(v) or v < 0 for v in counts.values()):
-            raise ValueError(f"Expected whole counts num_bayesian >= 0. Received: num_bayesian={num_bayesian}")
+            raise ValueError(
+                "Expected whole counts num_bayesian >= 0 (for a share of n entries: round(share * n)). "
+                f"Received: num_bayesian={num_bayesian}"
+            )
         self.num_bayesian = {k: int(v) for k, v in counts.items()}
         if self._masks.value:
             if any(self.num_bayesian.values()):
@@ -877,8 +889,9 @@ def masked_layers(model) -> list:
 # print("the loss fell:", history.history["loss"][-1] < history.history["loss"][0])
 
 # %% [markdown]
-# Each call is one draw of the network, so a few calls show how sure it is. `posterior_mean()` gives the answer of the
-# trained weights themselves.
+# Each call is one draw of the network, and so is `model.predict`: call it a few times, and the mean of the
+# probabilities is the prediction, their spread says how sure it is. (The lesson on partial Bayes has a model that does
+# this for you.) `posterior_mean()` gives the answer of the trained weights themselves.
 
 # %% tags=["active-ipynb"]
 # logits = np.stack([model(x) for _ in range(20)])  # (samples, batch, 1)

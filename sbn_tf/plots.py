@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from sbn_tf.metrics import majority_mask, uncertainty
 
@@ -85,9 +85,9 @@ def plot_masks_by_layer(ax: Axes, names: list[str], num_bayesian: list[int], num
     num_bayesian, num_weights = np.asarray(num_bayesian), np.asarray(num_weights)
     fractions = num_bayesian / np.maximum(num_weights, 1)
     positive = fractions[fractions > 0]
-    left = 10 ** np.floor(np.log10(positive.min()) - 0.3) if positive.size else 1e-3
-    rows = np.arange(len(names))
     total = num_bayesian.sum() / max(num_weights.sum(), 1)
+    left = 10 ** np.floor(np.log10(min(positive.min(), total)) - 0.5) if positive.size else 1e-3
+    rows = np.arange(len(names))
     ax.barh(rows, np.where(fractions > 0, fractions, np.nan) - left, left=left, color=BLUE, height=0.7)
     for row, fraction in enumerate(fractions):
         text = f" {num_bayesian[row]:,} of {num_weights[row]:,}"
@@ -178,7 +178,10 @@ def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
         else:
             ax.hist(scales, bins, color=colour, alpha=0.75, label=label)
     ax.set_xscale("log")
-    ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.minorticks_off()
+    ax.set_ylim(top=1.5 * ax.get_ylim()[1])  # room for the legend
     ax.set_xlabel("posterior scale (standard deviation of a weight)")
     ax.set_ylabel("Bayesian weights")
     ax.legend(frameon=False, fontsize="small")
@@ -413,7 +416,8 @@ def format_table(rows: dict[str, dict], keys: list[str], digits: int = 3) -> str
     Args:
         rows: row name -> metrics, as `metrics.evaluate` gives.
         keys: the columns, in order. A key that a row lacks (undefined there) is shown as "-".
-        digits: after the decimal point; integers and text are shown as they are.
+        digits: after the decimal point; a number that this would show as 0 keeps two significant ones; integers and
+            text are shown as they are.
 
     Returns:
         The table, without a final line break.
@@ -422,7 +426,9 @@ def format_table(rows: dict[str, dict], keys: list[str], digits: int = 3) -> str
     def text(value):
         if value is None:
             return "-"
-        return f"{value:.{digits}f}" if isinstance(value, float | np.floating) else str(value)
+        if not isinstance(value, float | np.floating):
+            return str(value)
+        return f"{value:.1e}" if 1e-9 < abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
 
     table = [["", *keys], *([name, *(text(row.get(key)) for key in keys)] for name, row in rows.items())]
     widths = [max(3, *(len(line[column]) for line in table)) for column in range(len(keys) + 1)]

@@ -156,3 +156,8 @@ def test_table():
         ]
     )
     assert plots.format_table({}, ["dice"]).count("\n") == 1
+
+
+def test_table_shows_no_small_number_as_zero():
+    table = plots.format_table({"a": {"x": 8.9e-5, "y": 0.0, "z": 6e-4}}, ["x", "y", "z"])
+    assert "| 8.9e-05 | 0.000 | 0.001 |" in table
