@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from sbn_tf.metrics import majority_mask, uncertainty
 
@@ -101,7 +101,7 @@ def plot_masks_by_layer(ax: Axes, names: list[str], num_bayesian: list[int], num
     ax.set_xticks([tick for tick in ax.get_xticks() if left <= tick <= 1])
     ax.minorticks_off()
     ax.set_yticks(rows, names, fontsize="small")
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.5, -0.5)  # also where the first layer has no bar
     ax.set_xlabel(f"Bayesian fraction of the layer's weights (dashed: whole network, {total:.3g})")
     return _plain(ax)
 
@@ -178,8 +178,8 @@ def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
         else:
             ax.hist(scales, bins, color=colour, alpha=0.75, label=label)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks = np.logspace(low - margin, high + margin, 6)[1:-1]
+    ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_ylim(top=1.5 * ax.get_ylim()[1])  # room for the legend
     ax.set_xlabel("posterior scale (standard deviation of a weight)")
