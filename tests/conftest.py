@@ -11,3 +11,11 @@ import pytest
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def array_cache(tmp_path_factory):
+    """Decoded images go to a folder of this run, not to the checkout's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SBN_TF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,4 +1,4 @@
-"""Datasets behind one contract: `load(name)` gives a `Data` of three `Split`s in memory, with its `Card`.
+"""Datasets behind one contract: `load(name)` gives a `Data` of three `Split`s, with its `Card`.
 
     from sbn_tf import datasets
 
@@ -6,8 +6,9 @@
     data = datasets.load("phantom_lesion")
     model.fit(data.train.batches(50, seed=0))
 
-The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. For research,
-not for clinical use.
+The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. What is slow to decode
+goes to an array cache once, and what does not fit in memory is read from there batch by batch. For research, not
+for clinical use.
 """
 
 import inspect
@@ -22,7 +23,11 @@ __all__ = ["MULTI_LABEL", "SEGMENTATION", "Card", "Data", "Split", "card", "load
 MIN_SIZE = 8
 NORMALISATIONS = ("train", "paper")
 
-# name: (card, reader). A reader takes (root, size, seed[, limit]) and its own options by keyword.
+# Splits of which images and targets take more are left on the disk.
+MEMORY_BYTES = 512 * 2**20
+
+# name: (card, reader). A reader takes (root, size, seed[, limit][, cache]) and its own options by keyword, and gives
+# `Parts`.
 _REGISTRY = {
     "phantom_chest": (phantoms.PHANTOM_CHEST, phantoms.load_phantom_chest),
     "phantom_lesion": (phantoms.PHANTOM_LESION, phantoms.load_phantom_lesion),
@@ -55,9 +60,11 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     normalisation: str = "train",
+    cache=None,
+    in_memory: bool | None = None,
     **options,
 ) -> Data:
-    """Load a dataset, or make it, into memory.
+    """Load a dataset, or make it.
 
     Args:
         name: one of `names()`.
@@ -72,8 +79,11 @@ def load(
             the data's seed: keep it while the seed of training varies.
         normalisation: "train": the training split's pixel mean and standard deviation, per channel
             (after `limit`); "paper": the paper's constants, where it has them (chest).
-        **options: of one dataset: `raters` ("all" or "drew") of lidc, `crop` of isic2018, `verify` of
-            chestmnist, `num_train`, `num_val`, `num_test` of the phantoms.
+        cache: folder of the array cache. Default: SBN_TF_CACHE, else `data/cache` of a checkout, else
+            `~/.cache/sbn_tf`.
+        in_memory: hold images and targets in memory, or read them from the array cache as they are needed
+            (datasets that are cached). Default: in memory up to 512 MiB. Batches are the same either way.
+        **options: of one dataset; an unknown one is refused with the list of those it has.
 
     Returns:
         `Data`.
@@ -81,6 +91,7 @@ def load(
     Raises:
         ValueError: an argument out of range, an unknown name or option, or a file that is not as expected.
         FileNotFoundError: the data are not there; says where to get them and where to put them.
+        OSError: the cache's folder cannot be written to, or the disk is full; nothing is lost or half written.
     """
     info, reader = _registered(name)
     size = info.default_size if size is None else size
@@ -95,15 +106,17 @@ def load(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
-    if "limit" in arguments:
-        options["limit"] = limit
-    splits = reader(root, size, seed, **options)
+    options |= {key: value for key, value in (("limit", limit), ("cache", cache)) if key in arguments}
+    parts = reader(root, size, seed, **options)
+    splits = parts[:3]
     if limit is not None:
         splits = [
             s if s.num_examples <= limit else s.subset(first_in_seeded_order(s.num_examples, limit, seed))
             for s in splits
         ]
-    return Data(info, *splits, *moments)
+    if in_memory or (in_memory is None and sum(s.nbytes for s in splits) <= MEMORY_BYTES):
+        splits = [s.in_memory() for s in splits]
+    return Data(info, *splits, *moments, leak=parts.leak)
 
 
 def _registered(name):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from . import files
-from .base import MULTI_LABEL, Card, Split
+from .base import MULTI_LABEL, Card, Parts, Split
 
 __all__ = ["CHESTMNIST", "LABELS", "NIH_CHEST", "load_chestmnist", "load_nih_chest"]
 
@@ -137,4 +137,4 @@ def read_chest_npz(path, size, side=None):
                 ids=arrays.get(f"{part}_names"),
             )
         )
-    return splits
+    return Parts(*splits)

@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from . import files
-from .base import SEGMENTATION, Card, Split, first_in_seeded_order
+from .base import SEGMENTATION, Card, Parts, Split, first_in_seeded_order
+from .decoding import FITS, decoded
 
 __all__ = ["ISIC2018", "load_isic2018"]
 
@@ -33,12 +32,13 @@ ISIC2018 = Card(
     files=("isic2018_task1", IMAGES.format("Training"), MASKS.format("Training")),
     default_size=64,
     network="unet",
-    notes="Splits: split.csv where present; else the official Validation and Test folders; else a seeded "
-    "80/10/10. Patients are not known. The paper: 224 pixels, 2,594 / 100 / 1,000 images.",
+    splits="split.csv where present; else the official 2,594 / 100 / 1,000, where the Validation and Test folders "
+    "are there; else a seeded 80/10/10 of the training images",
+    notes="Patients are not known, so they may be in two splits. The paper: 224 pixels, the official split.",
 )
 
 
-def load_isic2018(root, size, seed, limit=None, *, crop=True):
+def load_isic2018(root, size, seed, limit=None, cache=None, *, fit="crop"):
     """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
 
     Args:
@@ -46,24 +46,32 @@ def load_isic2018(root, size, seed, limit=None, *, crop=True):
         size: side in pixels after resizing (images bilinear and antialiased, masks nearest).
         seed: of the 80/10/10 split, where there is no other, and of the subset that `limit` takes.
         limit: at most that many images of each split are decoded.
-        crop: cut the centre square first, as the paper does; False squeezes the whole image.
+        cache: see `load`.
+        fit: how an image becomes a square: "crop" cuts the centre square out, as the paper does; "pad" keeps
+            the whole image and its aspect and fills the rest with black, no lesion; "stretch" keeps the whole
+            image and not its aspect.
     """
+    if fit not in FITS:
+        raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
     official = Path(IMAGES.format("Training"))
     folder = files.find(ISIC2018, root, [Path("isic2018_task1") / official, official]).parent
     pairs = _split(folder, seed)
+    if limit is not None:
+        pairs = {
+            part: [names[k] for k in first_in_seeded_order(len(names), limit, seed)] for part, names in pairs.items()
+        }
+    every = sorted({pair for names in pairs.values() for pair in names})  # whatever the split: it may change
+    arrays = decoded("isic2018", every, size, fit, 3, cache)
+    row = {pair: k for k, pair in enumerate(every)}
     splits = []
-    for name, names in pairs.items():
-        if limit is not None:
-            names = [names[k] for k in first_in_seeded_order(len(names), limit, seed)]
+    for part, names in pairs.items():
         if not names:
-            raise ValueError(f"Expected images of split {name!r} in {folder}. Received: none.")
-        images = np.empty((len(names), size, size, 3), "uint8")
-        masks = np.empty((len(names), size, size, 1), "uint8")
-        for k, (image, mask) in enumerate(tqdm(names, desc=f"isic2018 {name}", unit="image", leave=False)):
-            images[k], masks[k, ..., 0] = _decode(image, mask, size, crop)
+            raise ValueError(f"Expected images of split {part!r} in {folder}. Received: none.")
+        rows = np.array([row[pair] for pair in names])
         ids = np.array([image.stem for image, _ in names])
-        splits.append(Split(name=name, task=SEGMENTATION, images=images, targets=masks, ids=ids))
-    return splits
+        images, masks = (arrays[key].select(rows) for key in ("images", "masks"))
+        splits.append(Split(name=part, task=SEGMENTATION, images=images, targets=masks, ids=ids))
+    return Parts(*splits)
 
 
 def _split(folder, seed):
@@ -135,6 +143,12 @@ def _pairs(folder, part):
             f"Expected ISIC_*.jpg in {images}. Received: none.\nGet {images.name} from {ISIC2018.source}."
         )
     there = {p.name for p in masks.glob("*_segmentation.png")}
+    strange = sorted(there - {mask.name for _, mask in pairs.values()})
+    if strange:
+        raise FileNotFoundError(
+            f"Expected an image for every mask in {masks}. Received: {len(strange)} mask(s) without one, "
+            f"as {strange[0]}.\nAdd the images to {images} or remove the masks."
+        )
     without = [stem for stem, (_, mask) in pairs.items() if mask.name not in there]
     if without:
         raise FileNotFoundError(
@@ -142,40 +156,3 @@ def _pairs(folder, part):
             "without one.\nAdd the masks or remove the images."
         )
     return pairs
-
-
-def _decode(image_path, mask_path, size, crop):
-    try:
-        with Image.open(image_path) as image:
-            whole = image.size
-            image.draft("RGB", (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
-            box = _square(image.size) if crop else None
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise _corrupt(image_path) from error
-    try:
-        with Image.open(mask_path) as mask:
-            if mask.size != whole:
-                raise ValueError(
-                    f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
-                    f"Received: {mask.size[0]} x {mask.size[1]} in {mask_path}"
-                )
-            box = _square(mask.size) if crop else None
-            marks = np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST, box=box))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise _corrupt(mask_path) from error
-    strange = marks[(marks != 0) & (marks != 255)]
-    if strange.size:
-        raise ValueError(f"Expected a mask of 0 and 255. Received: a value of {strange[0]} in {mask_path}")
-    return pixels, marks // 255
-
-
-def _corrupt(path):
-    return ValueError(f"Expected a whole image file. Received: {path}, which is truncated or corrupt.\nGet it again.")
-
-
-def _square(size):
-    width, height = size
-    side = min(size)
-    left, top = (width - side) / 2, (height - side) / 2
-    return (left, top, left + side, top + side)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from . import files
-from .base import SEGMENTATION, Card, Split
+from .base import SEGMENTATION, Card, Parts, Split
 
 __all__ = ["LIDC", "centre", "load_lidc"]
 
@@ -77,7 +77,7 @@ def load_lidc(root, size, seed, *, raters="all"):
                 rater_valid=drew[index] if raters == "drew" else None,
             )
         )
-    return splits
+    return Parts(*splits)
 
 
 def centre(images, size):

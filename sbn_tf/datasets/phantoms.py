@@ -9,7 +9,7 @@ Coordinates run from 0 to 1 over the image, so the same seed gives the same scen
 import numpy as np
 from scipy.special import ndtr
 
-from .base import MULTI_LABEL, SEGMENTATION, Card, Split
+from .base import MULTI_LABEL, SEGMENTATION, Card, Parts, Split
 from .chest import LABELS
 
 __all__ = [
@@ -119,7 +119,7 @@ def _three_splits(make, tag, size, seed, num_train, num_val, num_test):
                 truth_probs=truth_probs.astype("float32"),
             )
         )
-    return splits
+    return Parts(*splits)
 
 
 # ---- radiographs

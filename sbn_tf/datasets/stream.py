@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from .base import MULTI_LABEL
+from .arrays import DiskArray
+from .base import SEGMENTATION
 
 __all__ = ["AUGMENTATIONS", "RATERS", "batches"]
 
@@ -14,10 +15,11 @@ RATERS = ("random", "majority", "mean")
 def batches(split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=None, rater=None, drop_remainder=False):
     """The stream that `Split.batches` documents."""
     rater = _check(split, batch_size, seed, initial_epoch, epochs, augment, rater)
-    with tf.device("CPU:0"):  # tf.data reads from host memory; an eager tensor would go to the GPU
-        images = tf.constant(split.images)
-        targets, order_of_raters, num_valid = _targets(split, rater)
-    mean, sd = tf.constant(split.mean), tf.constant(split.sd)
+    read_images, read_targets = _reader(split.images), _reader(split.targets)
+    with tf.device("CPU:0"):
+        valid = None if split.task != SEGMENTATION else tf.constant(split.rater_valid)
+        mean, sd = tf.constant(split.mean), tf.constant(split.sd)
+    scale = 255.0 if split.images.dtype == np.uint8 else 1.0
     num_examples = split.num_examples
 
     def one_epoch(epoch):
@@ -29,18 +31,16 @@ def batches(split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=
             draws = tf.random.stateless_uniform((num_examples, 4), draw_seed, alg="philox")
 
         def one_batch(index):
-            x, y = tf.gather(images, index), tf.gather(targets, index)
-            if rater == "random":
-                chosen = _choose_rater(order_of_raters, num_valid, draws, index)
-                y = tf.gather(y, chosen, axis=3, batch_dims=1)[..., None]
+            x, y = read_images(index), read_targets(index)
+            if split.task == SEGMENTATION:
+                y = _one_mask(
+                    y, tf.gather(valid, index), rater, None if draws is None else tf.gather(draws, index)[:, 3]
+                )
             if augment is not None:
                 flips = tf.gather(draws, index)[:, :3] < 0.5
                 x = flip_and_turn(x, flips)
-                y = y if split.task == MULTI_LABEL else flip_and_turn(y, flips)
-            x = tf.cast(x, "float32")
-            if images.dtype == tf.uint8:
-                x = x / 255.0
-            return (x - mean) / sd, tf.cast(y, "float32")
+                y = flip_and_turn(y, flips) if split.task == SEGMENTATION else y
+            return (tf.cast(x, "float32") / scale - mean) / sd, tf.cast(y, "float32")
 
         stream = tf.data.Dataset.from_tensor_slices(order).batch(batch_size, drop_remainder=drop_remainder)
         return stream.map(one_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -48,6 +48,33 @@ def batches(split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=
     steps = split.steps(batch_size, drop_remainder) * (epochs - initial_epoch)
     stream = tf.data.Dataset.range(initial_epoch, epochs).flat_map(one_epoch)
     return stream.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(tf.data.AUTOTUNE)
+
+
+def _reader(array):
+    """A function of TensorFlow from row numbers to rows: of a tensor, or of files for a `DiskArray`."""
+    if isinstance(array, DiskArray):
+
+        def read(index):
+            rows = tf.numpy_function(lambda k: array[k], [index], array.dtype, stateful=False)
+            return tf.ensure_shape(rows, (None, *array.shape[1:]))
+
+        return read
+    with tf.device("CPU:0"):  # tf.data reads from host memory; an eager tensor would go to the GPU
+        tensor = tf.constant(array)
+    return lambda index: tf.gather(tensor, index)
+
+
+def _one_mask(masks, valid, rater, draw):
+    """Of `(B, H, W, R)` masks the one to learn from, `(B, H, W, 1)`."""
+    count = tf.reduce_sum(tf.cast(valid, "float32"), axis=1)
+    if rater == "random":
+        place = tf.minimum(tf.floor(draw * count), count - 1)  # the product can round up to the count
+        order = tf.cumsum(tf.cast(valid, "float32"), axis=1, exclusive=True)
+        chosen = tf.argmax(tf.cast(valid & (order == place[:, None]), "int32"), axis=1)
+        return tf.gather(masks, chosen, axis=3, batch_dims=1)[..., None]
+    marks = tf.cast(masks, "float32") * tf.cast(valid, "float32")[:, None, None, :]
+    share = tf.reduce_sum(marks, axis=3, keepdims=True) / count[:, None, None, None]
+    return share if rater == "mean" else tf.cast(share >= 0.5, "float32")
 
 
 def flip_and_turn(images, flips):
@@ -70,25 +97,6 @@ def _epoch_seeds(seed, epoch):
     return pair[0], pair[1]
 
 
-def _choose_rater(order_of_raters, num_valid, draws, index):
-    valid = tf.gather(num_valid, index)
-    place = tf.cast(tf.gather(draws, index)[:, 3] * tf.cast(valid, "float32"), "int32")
-    place = tf.minimum(place, valid - 1)  # the product can round up to `valid`
-    return tf.gather(tf.gather(order_of_raters, index), place, batch_dims=1)
-
-
-def _targets(split, rater):
-    if split.task == MULTI_LABEL:
-        return tf.constant(split.targets), None, None
-    if rater == "majority":
-        return tf.constant(split.majority()), None, None
-    if rater == "mean":
-        return tf.constant(split.mean_mask()), None, None
-    valid_first = np.argsort(~split.rater_valid, axis=1, kind="stable").astype("int32")
-    num_valid = split.rater_valid.sum(axis=1).astype("int32")
-    return tf.constant(split.targets), tf.constant(valid_first), tf.constant(num_valid)
-
-
 def _check(split, batch_size, seed, initial_epoch, epochs, augment, rater):
     split.steps(batch_size)  # raises for batch_size < 1
     if not 0 <= initial_epoch < epochs:
@@ -103,7 +111,7 @@ def _check(split, batch_size, seed, initial_epoch, epochs, augment, rater):
         raise ValueError(f"Expected square images for quarter turns. Received: images {split.images.shape}")
     if augment is not None and seed is None:
         raise ValueError(f"Expected a seed: augment={augment!r} is random. Received: seed=None")
-    if split.task == MULTI_LABEL:
+    if split.task != SEGMENTATION:
         if rater is not None:
             raise ValueError(f"Expected rater=None for labels: only masks have raters. Received: rater={rater!r}")
         return None

@@ -1,0 +1,209 @@
+"""Arrays that stay on disk: rows of a `.npy` file, read when they are asked for and checked as they are read."""
+
+import itertools
+import os
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums"]
+
+
+def row_crc32(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of the bytes of each row, `(N,)` uint32."""
+    rows = np.ascontiguousarray(rows)
+    if not rows.size:
+        return np.full(len(rows), zlib.crc32(b""), "uint32")
+    views = rows.reshape(len(rows), -1).view("uint8")
+    return np.fromiter((zlib.crc32(row) for row in views), "uint32", len(rows))
+
+
+def row_sums(images: np.ndarray) -> np.ndarray:
+    """Sum and sum of squares of each image's channels, `(N, C, 2)` float64; exact for uint8."""
+    flat = images.reshape(len(images), -1, images.shape[-1])
+    if images.dtype == np.uint8:
+        parts = (flat.sum(1, dtype="uint64"), np.square(flat, dtype="uint16").sum(1, dtype="uint64"))
+    else:
+        parts = (flat.sum(1, dtype="float64"), np.square(flat, dtype="float64").sum(1))
+    return np.stack(parts, -1).astype("float64")
+
+
+class DiskArray:
+    """Rows of a `.npy` file as an array of that shape and dtype, of which only what is indexed is in memory.
+
+    `images[3]`, `images[10:20]` and `images[[5, 2]]` read just those rows into an ordinary array; `select`
+    gives other rows without reading any; `np.asarray(images)` reads all. Each row that is read is compared
+    with its CRC-32: a flipped bit is an error, never an image.
+
+    Reads are plain file reads, not a memory map: pages of a map count as memory of the process (an epoch of
+    ChestMNIST at 224 pixels would show as 4 GB), and a file cut short under a map kills it.
+
+    Args:
+        path: `.npy` file in C order.
+        rows: `(N,)` integers, which of its rows, in which order; None: all.
+        crc32: `(rows of the file,)` uint32, of `row_crc32`; None: not checked.
+        sums: `(rows of the file, C, 2)`, of `row_sums`; None: not known.
+
+    Raises:
+        ValueError: a file that is not a whole `.npy` array; in reading, rows that are cut short or changed.
+    """
+
+    def __init__(self, path, rows=None, crc32=None, sums=None):
+        self.path, self._rows, self._crc32, self._sums = Path(path), rows, crc32, sums
+        self.dtype, whole, self._offset = _read_header(self.path)
+        if rows is not None and len(rows) and not (rows.min() >= 0 and rows.max() < whole[0]):
+            raise IndexError(f"Expected rows of 0 to {whole[0] - 1} in {path}. Received: {rows.min()} to {rows.max()}")
+        self.shape = (whole[0] if rows is None else len(rows), *whole[1:])
+        self._row_bytes = int(np.prod(whole[1:])) * self.dtype.itemsize
+        self._local = threading.local()  # a file position for each thread
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: int(np.prod(self.shape)))
+    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __repr__(self):
+        return f"DiskArray(shape={self.shape}, dtype={self.dtype}, path={str(self.path)!r})"
+
+    def __reduce__(self):  # a copy or a pickle names the file; it does not hold it
+        return type(self), (self.path, self._rows, self._crc32, self._sums)
+
+    def __getitem__(self, key):
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if first is None or first is Ellipsis:
+            return self[:][key]
+        index = np.arange(len(self))[first]
+        found = self._read(np.atleast_1d(index))
+        found = found[0] if np.ndim(index) == 0 else found
+        return found[(*[slice(None)] * np.ndim(index), *rest)] if rest else found
+
+    def __iter__(self):
+        return (self[k] for k in range(len(self)))
+
+    def __array__(self, dtype=None, copy=None):
+        if copy is False:
+            raise ValueError("Expected copy=None or True: a DiskArray has to be read. Received: copy=False")
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+    def select(self, index) -> "DiskArray":
+        """The rows of `index` (integers, a slice or a bool per row), not read yet."""
+        rows = np.arange(len(self)) if self._rows is None else self._rows
+        return DiskArray(self.path, rows[index], self._crc32, self._sums)
+
+    def crc32(self) -> np.ndarray:
+        """CRC-32 of each row, `(N,)` uint32; without reading, where they are known."""
+        if self._crc32 is not None:
+            return self._crc32 if self._rows is None else self._crc32[self._rows]
+        return np.concatenate([row_crc32(part) for part in self.pieces()])
+
+    def sums(self) -> np.ndarray:
+        """`row_sums` of the images; without reading, where they are known."""
+        if self._sums is not None:
+            return self._sums if self._rows is None else self._sums[self._rows]
+        return np.concatenate([row_sums(part) for part in self.pieces()])
+
+    def pieces(self, num_bytes: int = 2**24):
+        """All rows in order, as arrays of about `num_bytes`."""
+        step = max(1, num_bytes // max(self._row_bytes, 1))
+        return (self[start : start + step] for start in range(0, len(self), step))
+
+    def _read(self, index):
+        rows = index if self._rows is None else self._rows[index]
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        if not out.size:
+            return out
+        file = getattr(self._local, "file", None)
+        if file is None:
+            file = self._local.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its thread
+        view = memoryview(out.reshape(len(rows), -1).view("uint8")).cast("B")
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # runs of rows that follow one another
+        for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
+            file.seek(self._offset + int(rows[start]) * self._row_bytes)
+            part = view[start * self._row_bytes : stop * self._row_bytes]
+            while len(part):
+                count = file.readinto(part)
+                if not count:
+                    raise self._damaged(f"it ends before row {rows[stop - 1]}")
+                part = part[count:]
+        if self._crc32 is not None:
+            wrong = rows[row_crc32(out) != self._crc32[rows]]
+            if len(wrong):
+                raise self._damaged(f"row {wrong[0]} is not what was written")
+        return out
+
+    def _damaged(self, why):
+        return ValueError(
+            f"Expected {self.path} as it was written. Received: {why}.\n"
+            f"Delete the folder {self.path.parent}: it is made anew from the source."
+        )
+
+
+def _read_header(path):
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, fortran_order, dtype = read(file)
+            offset = file.tell()
+        expected = offset + int(np.prod(shape)) * dtype.itemsize
+        if fortran_order or dtype.hasobject or not shape:
+            raise ValueError(f"{dtype}, shape {shape}, fortran_order={fortran_order}")
+        if os.path.getsize(path) != expected:
+            raise ValueError(f"{os.path.getsize(path)} bytes, not {expected}")
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(
+            f"Expected a whole .npy file of plain numbers in C order. Received: {path} ({error}).\n"
+            "It is truncated, corrupt or missing: delete its folder, and it is made anew."
+        ) from error
+    return dtype, shape, offset
+
+
+class NpyWriter:
+    """A `.npy` file that grows by rows; whatever its length, `np.load` reads it once it is closed.
+
+    Args:
+        path: the file; it is continued where it is there.
+        row_shape, dtype: of one row.
+        rows: how many of its rows to keep; those behind are cut off.
+    """
+
+    def __init__(self, path, row_shape, dtype, rows=0):
+        self.row_shape, self.dtype, self.rows = tuple(row_shape), np.dtype(dtype), rows
+        self._file = open(path, "r+b" if Path(path).exists() else "w+b")  # noqa: SIM115 - closed by close()
+        self._write_header(0)
+        self._offset = self._file.tell()
+        self._file.truncate(self._offset + rows * int(np.prod(row_shape)) * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, rows):
+        """Write rows behind the others; raises ValueError where their shape or dtype is another."""
+        if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
+            raise ValueError(f"Expected rows {self.row_shape} {self.dtype}. Received: {rows.shape[1:]} {rows.dtype}")
+        self._file.write(np.ascontiguousarray(rows).data.cast("B") if rows.size else b"")
+        self.rows += len(rows)
+
+    def flush(self):
+        """Have what is written on the disk, also if the power goes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self, finish=False):
+        """Close the file; `finish` writes its length into its header first."""
+        try:
+            if finish:
+                self._file.seek(0)
+                self._write_header(self.rows)
+                if self._file.tell() != self._offset:  # numpy leaves room for 21 digits
+                    raise ValueError(f"Expected a header of {self._offset} bytes. Received: {self._file.tell()}")
+                self.flush()
+        finally:
+            self._file.close()
+
+    def _write_header(self, rows):
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (rows, *self.row_shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -1,0 +1,226 @@
+"""The array cache: what is slow to decode is decoded once, to files that are read row by row.
+
+A cache is a folder of `.npy` files of equal length and a `manifest.json`. It is named by a hash of its source
+and settings, so another file, size or crop makes another one; it is built under a lock in a folder beside it,
+goes on where it was interrupted, and gets its name when it is whole. It can be deleted at any time.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import filelock
+import numpy as np
+from tqdm import tqdm
+
+from .arrays import DiskArray, NpyWriter, row_crc32, row_sums
+
+__all__ = ["cache_folder", "cached", "fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raised when what a cache holds changes its meaning
+FLUSH_SECONDS = 5.0  # work that a power cut can cost
+CRC32, SUMS = "_crc32", "_sums"
+
+
+def cache_folder(cache=None) -> Path:
+    """Where caches go: `cache`; else SBN_TF_CACHE; else `data/cache` of the checkout; else `~/.cache/sbn_tf`."""
+    if cache is not None or os.environ.get("SBN_TF_CACHE"):
+        return Path(cache or os.environ["SBN_TF_CACHE"]).expanduser()
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / "pyproject.toml").exists():
+        return checkout / "data" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "sbn_tf"
+
+
+def fingerprint(paths: Iterable[Path]) -> list:
+    """Name, size and time of change of each file: other contents, another fingerprint."""
+    found = []
+    for path in paths:
+        status = os.stat(path)
+        found.append([str(path), status.st_size, status.st_mtime_ns])
+    return found
+
+
+def cached(
+    name: str,
+    source,
+    arrays: dict[str, tuple[tuple[int, ...], str]],
+    produce: Callable[[int], Iterable[dict[str, np.ndarray]]],
+    *,
+    total: int | None = None,
+    images: tuple[str, ...] = ("images",),
+    cache=None,
+    unit: str = "image",
+) -> dict[str, DiskArray]:
+    """The arrays of a cache; it is built first where it is not there, and rebuilt where it is damaged.
+
+    Args:
+        name: how the folder's name begins.
+        source: JSON-able; all that decides the contents.
+        arrays: name -> (shape of a row, dtype).
+        produce: `produce(start)` yields pieces, name -> rows, from row `start` on, the same on every call.
+        total: number of rows, for the progress bar and the check of free space; None: not known before.
+        images: arrays `(N, H, W, C)` whose sums are kept, for their mean and standard deviation.
+        cache: see `cache_folder`.
+        unit: of the progress bar.
+
+    Returns:
+        name -> `DiskArray`.
+
+    Raises:
+        OSError: a folder that cannot be written to, or a full disk. What was written stays, and is gone on with.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, source, arrays], sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_folder(cache) / f"{name}-{digest}"
+    found = _open(folder, arrays, images)
+    if found is not None:
+        return found
+    with _writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.warning("%s: another process builds %s; waiting for it", name, folder)
+            lock.acquire()
+    try:
+        found = _open(folder, arrays, images)  # another process may have built it
+        if found is None:
+            _build(folder, source, arrays, produce, total, images, unit)
+            found = _open(folder, arrays, images)
+        return found
+    finally:
+        lock.release()
+
+
+def _columns(arrays, images):
+    """All arrays of a cache: those asked for, and the CRC-32 and sums of each of their rows."""
+    columns = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
+    columns |= {name + CRC32: ((), np.dtype("uint32")) for name in arrays}
+    return columns | {name + SUMS: ((arrays[name][0][-1], 2), np.dtype("float64")) for name in images}
+
+
+def _open(folder, arrays, images):
+    """The arrays of a finished cache; None where there is none, or not a whole one."""
+    if not folder.is_dir():
+        return None
+    try:
+        rows = json.loads((folder / "manifest.json").read_text("utf-8"))["rows"]
+        side = {}
+        for name in [n + CRC32 for n in arrays] + [n + SUMS for n in images]:
+            side[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
+        found = {
+            name: DiskArray(folder / f"{name}.npy", None, side[name + CRC32], side.get(name + SUMS)) for name in arrays
+        }
+        wrong = [name for name, values in (found | side).items() if len(values) != rows]
+        if wrong:
+            raise ValueError(f"{wrong[0]} has not {rows} rows")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        logger.warning("the array cache %s is damaged (%s); it is made anew", folder, str(error).splitlines()[0])
+        return None
+    return found
+
+
+def _build(folder, source, arrays, produce, total, images, unit):
+    partial = folder.with_name(folder.name + ".partial")
+    columns = _columns(arrays, images)
+    writers = {}
+    try:
+        with _writable(folder):
+            partial.mkdir(exist_ok=True)
+            start = _resumable_rows(partial)
+            if total is not None:
+                row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in columns.values())
+                needed, free = (total - start) * row_bytes, shutil.disk_usage(partial).free
+                if needed > free:
+                    raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+            for name, (shape, dtype) in columns.items():
+                writers[name] = NpyWriter(partial / f"{name}.npy", shape, dtype, start)
+        rows = _append_all(folder, writers, arrays, images, produce, start, total, unit)
+        with _writable(folder):
+            for writer in writers.values():
+                writer.close(finish=True)
+            _write_json(partial / "manifest.json", {"rows": rows, "format": FORMAT, "source": source})
+            (partial / "progress.json").unlink()
+            if folder.exists():  # damaged
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+    finally:
+        for writer in writers.values():
+            with contextlib.suppress(OSError):  # the reason is on its way already
+                writer.close()
+
+
+def _append_all(folder, writers, arrays, images, produce, start, total, unit):
+    partial, rows, last = folder.with_name(folder.name + ".partial"), start, time.monotonic()
+    bar = tqdm(desc=f"caching {folder.name}", initial=start, total=total, unit=unit, mininterval=1.0, leave=False)
+    try:
+        for piece in produce(start):
+            sides = {name + CRC32: row_crc32(piece[name]) for name in arrays}
+            sides |= {name + SUMS: row_sums(piece[name]) for name in images}
+            with _writable(folder):
+                for name, values in (piece | sides).items():
+                    writers[name].append(values)
+                rows += len(piece[next(iter(arrays))])
+                if time.monotonic() - last > FLUSH_SECONDS:
+                    _keep(partial, writers, rows)
+                    last = time.monotonic()
+            bar.update(rows - bar.n)
+        if total is not None and rows != total:
+            raise ValueError(f"Expected {total} {unit}s for {folder.name}. Received: {rows}")
+    finally:  # interrupted, a broken source, a full disk: the next call goes on from here
+        bar.close()
+        with contextlib.suppress(OSError):
+            _keep(partial, writers, rows)
+    return rows
+
+
+def _keep(partial, writers, rows):
+    for writer in writers.values():
+        writer.flush()
+    _write_json(partial / "progress.json", {"rows": rows})
+
+
+def _resumable_rows(partial):
+    """Rows that were on the disk when `progress.json` was written; 0 where it cannot be read."""
+    try:
+        rows = json.loads((partial / "progress.json").read_text("utf-8"))["rows"]
+        return rows if isinstance(rows, int) and rows >= 0 else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _write_json(path, content):
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _writable(folder):
+    """Says in an OSError's message what was expected of the cache's folder, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            expected, received = f"room for the array cache {folder}", f"a full disk ({reason})"
+            advice = (
+                "Free some, or set SBN_TF_CACHE (or cache=) to another disk; what is written is kept and gone on with."
+            )
+        else:
+            expected, received = "a folder for the array cache that can be written to", f"{folder.parent} ({reason})"
+            advice = "Set SBN_TF_CACHE (or cache=) to another folder."
+        raise OSError(error.errno, f"Expected {expected}. Received: {received}.\n{advice}") from error
