@@ -1,5 +1,6 @@
 """Arrays that stay on disk: rows of a `.npy` file, read when they are asked for and checked as they are read."""
 
+import io
 import itertools
 import os
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums"]
+__all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums", "stored_rows"]
 
 
 def row_crc32(rows: np.ndarray) -> np.ndarray:
@@ -162,8 +163,32 @@ def _read_header(path):
     return dtype, shape, offset
 
 
+def stored_rows(path, row_shape, dtype) -> np.ndarray:
+    """The whole rows of a file that an `NpyWriter` has not finished, mapped; none where it is not there."""
+    dtype = np.dtype(dtype)
+    header = _header(0, row_shape, dtype)
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(header)) == header:
+                row_bytes = max(1, int(np.prod(row_shape)) * dtype.itemsize)
+                count = (os.path.getsize(path) - len(header)) // row_bytes
+                if count:
+                    return np.memmap(path, dtype, "r", len(header), (count, *row_shape))
+    except OSError:
+        pass
+    return np.empty((0, *row_shape), dtype)
+
+
+def _header(rows, row_shape, dtype):
+    """A `.npy` header; numpy leaves room in it for any number of rows."""
+    file = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, *row_shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
 class NpyWriter:
-    """A `.npy` file that grows by rows; whatever its length, `np.load` reads it once it is closed.
+    """A `.npy` file that grows by rows; whatever its length, `np.load` reads it once it is finished.
 
     Args:
         path: the file; it is continued where it is there.
@@ -174,9 +199,9 @@ class NpyWriter:
     def __init__(self, path, row_shape, dtype, rows=0):
         self.row_shape, self.dtype, self.rows = tuple(row_shape), np.dtype(dtype), rows
         self._file = open(path, "r+b" if Path(path).exists() else "w+b")  # noqa: SIM115 - closed by close()
-        self._write_header(0)
-        self._offset = self._file.tell()
-        self._file.truncate(self._offset + rows * int(np.prod(row_shape)) * self.dtype.itemsize)
+        header = _header(0, self.row_shape, self.dtype)
+        self._file.write(header)
+        self._file.truncate(len(header) + rows * int(np.prod(row_shape)) * self.dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
 
     def append(self, rows):
@@ -186,24 +211,13 @@ class NpyWriter:
         self._file.write(np.ascontiguousarray(rows).data.cast("B") if rows.size else b"")
         self.rows += len(rows)
 
-    def flush(self):
-        """Have what is written on the disk, also if the power goes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def close(self, finish=False):
-        """Close the file; `finish` writes its length into its header first."""
+        """Close the file; `finish` writes its length into its header, and has it all on the disk, first."""
         try:
-            if finish:
+            if finish and not self._file.closed:
                 self._file.seek(0)
-                self._write_header(self.rows)
-                if self._file.tell() != self._offset:  # numpy leaves room for 21 digits
-                    raise ValueError(f"Expected a header of {self._offset} bytes. Received: {self._file.tell()}")
-                self.flush()
+                self._file.write(_header(self.rows, self.row_shape, self.dtype))
+                self._file.flush()
+                os.fsync(self._file.fileno())
         finally:
             self._file.close()
-
-    def _write_header(self, rows):
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (rows, *self.row_shape)}
-        np.lib.format.write_array_header_1_0(self._file, header)

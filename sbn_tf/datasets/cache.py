@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,15 +19,15 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from .arrays import DiskArray, NpyWriter, row_crc32, row_sums
+from .arrays import DiskArray, NpyWriter, row_crc32, row_sums, stored_rows
 
 __all__ = ["cache_folder", "cached", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raised when what a cache holds changes its meaning
-FLUSH_SECONDS = 5.0  # work that a power cut can cost
 CRC32, SUMS = "_crc32", "_sums"
+CHUNK = 64  # rows checked at a time
 
 
 def cache_folder(cache=None) -> Path:
@@ -81,7 +80,7 @@ def cached(
     """
     digest = hashlib.sha256(json.dumps([FORMAT, source, arrays], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder(cache) / f"{name}-{digest}"
-    found = _open(folder, arrays, images)
+    found = _open(folder, arrays, images, tell=False)
     if found is not None:
         return found
     with _writable(folder):
@@ -109,7 +108,7 @@ def _columns(arrays, images):
     return columns | {name + SUMS: ((arrays[name][0][-1], 2), np.dtype("float64")) for name in images}
 
 
-def _open(folder, arrays, images):
+def _open(folder, arrays, images, tell=True):
     """The arrays of a finished cache; None where there is none, or not a whole one."""
     if not folder.is_dir():
         return None
@@ -125,7 +124,8 @@ def _open(folder, arrays, images):
         if wrong:
             raise ValueError(f"{wrong[0]} has not {rows} rows")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        logger.warning("the array cache %s is damaged (%s); it is made anew", folder, str(error).splitlines()[0])
+        if tell:
+            logger.warning("the array cache %s is damaged (%s); it is made anew", folder, str(error).splitlines()[0])
         return None
     return found
 
@@ -137,7 +137,7 @@ def _build(folder, source, arrays, produce, total, images, unit):
     try:
         with _writable(folder):
             partial.mkdir(exist_ok=True)
-            start = _resumable_rows(partial)
+            start = _resumable_rows(partial, columns, arrays, images)
             if total is not None:
                 row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in columns.values())
                 needed, free = (total - start) * row_bytes, shutil.disk_usage(partial).free
@@ -150,18 +150,17 @@ def _build(folder, source, arrays, produce, total, images, unit):
             for writer in writers.values():
                 writer.close(finish=True)
             _write_json(partial / "manifest.json", {"rows": rows, "format": FORMAT, "source": source})
-            (partial / "progress.json").unlink()
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
             os.replace(partial, folder)
-    finally:
+    finally:  # interrupted, a broken source, a full disk: the next call goes on from what is written
         for writer in writers.values():
             with contextlib.suppress(OSError):  # the reason is on its way already
                 writer.close()
 
 
 def _append_all(folder, writers, arrays, images, produce, start, total, unit):
-    partial, rows, last = folder.with_name(folder.name + ".partial"), start, time.monotonic()
+    rows = start
     bar = tqdm(desc=f"caching {folder.name}", initial=start, total=total, unit=unit, mininterval=1.0, leave=False)
     try:
         for piece in produce(start):
@@ -170,33 +169,32 @@ def _append_all(folder, writers, arrays, images, produce, start, total, unit):
             with _writable(folder):
                 for name, values in (piece | sides).items():
                     writers[name].append(values)
-                rows += len(piece[next(iter(arrays))])
-                if time.monotonic() - last > FLUSH_SECONDS:
-                    _keep(partial, writers, rows)
-                    last = time.monotonic()
+            rows += len(piece[next(iter(arrays))])
             bar.update(rows - bar.n)
         if total is not None and rows != total:
             raise ValueError(f"Expected {total} {unit}s for {folder.name}. Received: {rows}")
-    finally:  # interrupted, a broken source, a full disk: the next call goes on from here
+    finally:
         bar.close()
-        with contextlib.suppress(OSError):
-            _keep(partial, writers, rows)
     return rows
 
 
-def _keep(partial, writers, rows):
-    for writer in writers.values():
-        writer.flush()
-    _write_json(partial / "progress.json", {"rows": rows})
+def _resumable_rows(partial, columns, arrays, images):
+    """How many rows an interrupted build left: those that are whole, and that their CRC-32 and sums confirm.
 
-
-def _resumable_rows(partial):
-    """Rows that were on the disk when `progress.json` was written; 0 where it cannot be read."""
-    try:
-        rows = json.loads((partial / "progress.json").read_text("utf-8"))["rows"]
-        return rows if isinstance(rows, int) and rows >= 0 else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    So nothing need be forced to the disk in between, and what a power cut spoilt is found and made anew.
+    """
+    stored = {name: stored_rows(partial / f"{name}.npy", *column) for name, column in columns.items()}
+    count = min(map(len, stored.values()))
+    for start in range(0, count, CHUNK):
+        part = slice(start, min(start + CHUNK, count))
+        good = np.ones(part.stop - start, bool)
+        for name in arrays:
+            good &= row_crc32(stored[name][part]) == stored[name + CRC32][part]
+        for name in images:
+            good &= (row_sums(stored[name][part]) == stored[name + SUMS][part]).all(axis=(1, 2))
+        if not good.all():
+            return start + int(np.argmin(good))
+    return count
 
 
 def _write_json(path, content):
