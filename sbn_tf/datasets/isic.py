@@ -60,13 +60,14 @@ def load_isic2018(root, size, seed, limit=None, cache=None, *, fit="crop"):
         pairs = {
             part: [names[k] for k in first_in_seeded_order(len(names), limit, seed)] for part, names in pairs.items()
         }
+    for part, names in pairs.items():
+        if not names:
+            raise ValueError(f"Expected images of split {part!r} in {folder}. Received: none. Check split.csv.")
     every = sorted({pair for names in pairs.values() for pair in names})  # whatever the split: it may change
     arrays = decoded("isic2018", every, size, fit, 3, cache)
     row = {pair: k for k, pair in enumerate(every)}
     splits = []
     for part, names in pairs.items():
-        if not names:
-            raise ValueError(f"Expected images of split {part!r} in {folder}. Received: none.")
         rows = np.array([row[pair] for pair in names])
         ids = np.array([image.stem for image, _ in names])
         images, masks = (arrays[key].select(rows) for key in ("images", "masks"))
