@@ -161,3 +161,101 @@ def test_table():
 def test_table_shows_no_small_number_as_zero():
     table = plots.format_table({"a": {"x": 8.9e-5, "y": 0.0, "z": 6e-4}}, ["x", "y", "z"])
     assert "| 8.9e-05 | 0.000 | 0.001 |" in table
+
+
+# ---- the wall
+
+
+def outlines(ax):
+    """Colour -> vertices of each outline of an axes."""
+    return {
+        matplotlib.colors.to_hex(found.get_edgecolor()[0]): found.get_paths()[0].vertices for found in ax.collections
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [28, 224])
+def test_wall_has_a_panel_for_each_image_and_one_scale_for_all(channels, side):
+    images = np.zeros((5, side, side, channels), "uint8")
+    images[1] = 51
+    axes = plots.plot_wall(images, columns=3)
+    assert axes.shape == (2, 3) and [ax.axison for ax in axes.flat] == [True] * 5 + [False]
+    shown = axes[0, 1].images[0]
+    assert shown.get_array().shape == ((side, side) if channels == 1 else (side, side, 3))
+    np.testing.assert_allclose(shown.get_array(), 0.2)  # 51 of 255, though it is the largest there is
+    assert shown.get_clim() == (0, 1)
+    wide = plots.plot_wall(np.linspace(-1, 3, 8).reshape(2, 2, 2, 1))
+    np.testing.assert_allclose(wide[0, 1].images[0].get_array().max(), 1)
+    np.testing.assert_allclose(wide[0, 0].images[0].get_array().max(), 3 / 7)
+
+
+def test_wall_outlines_the_masks_of_valid_raters_in_their_colours():
+    masks = np.zeros((2, 8, 8, 3), "uint8")
+    masks[0, 2:5, 3:6, 0] = 1
+    masks[0, :4, :4, 1] = 1  # touches the border
+    masks[1, ..., 2] = 1
+    axes = plots.plot_wall(np.zeros((2, 8, 8, 1)), masks, rater_valid=[[1, 1, 0], [1, 0, 0]])
+    found = outlines(axes[0, 0])
+    assert set(found) == set(plots.RATERS[:2])
+    np.testing.assert_allclose(found[plots.RATERS[0]].min(0), [2.5, 1.5])  # column, row: half a pixel outside
+    np.testing.assert_allclose(found[plots.RATERS[0]].max(0), [5.5, 4.5])
+    np.testing.assert_allclose(found[plots.RATERS[1]].min(0), [-0.5, -0.5])
+    assert outlines(axes[0, 1]) == {}  # an empty mask, and two that are not valid
+    assert [text.get_text() for text in axes[0, 0].figure.legends[0].get_texts()] == ["rater 1", "rater 2", "rater 3"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "class_names", "texts"),
+    [
+        ([[1, 0, 1], [0, 0, 0]], list("abc"), ["a, c", "none"]),
+        ([[0, 1], [1, 0]], None, ["1", "0"]),
+        ([2, 0], list("abc"), ["c", "a"]),
+        ([[1], [0]], ["tumour"], ["tumour", "none"]),
+        ([[1], [0]], ["healthy", "tumour"], ["tumour", "healthy"]),
+        ([[1], [0]], ["x" * 15 + " " + "y" * 15], ["x" * 15 + "\n" + "y" * 15, "none"]),
+    ],
+)
+def test_wall_names_labels_below(targets, class_names, texts):
+    axes = plots.plot_wall(np.zeros((2, 4, 4, 1)), np.array(targets), class_names=class_names)
+    assert [ax.get_xlabel() for ax in axes.flat] == texts
+
+
+@pytest.mark.parametrize("targets", [np.ones((9, 14)), np.ones((9, 20, 20, 4)), np.ones((9, 20, 20))])
+@pytest.mark.parametrize("columns", [1, 8])
+def test_wall_clips_no_text(targets, columns):
+    names = [f"finding with a long name {k}" for k in range(14)]
+    axes = plots.plot_wall(np.zeros((9, 20, 20, 1)), targets, class_names=names, columns=columns)
+    figure = axes[0, 0].figure
+    figure.canvas.draw()
+    texts = [ax.xaxis.label for ax in axes.flat] + [text for legend in figure.legends for text in legend.get_texts()]
+    for text in texts:
+        if text.get_text():
+            box = text.get_window_extent()
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+    for ax in axes.flat[:9]:  # the images keep their size
+        assert ax.get_window_extent().width > 0.8 * 1.3 * figure.dpi
+
+
+def test_wall_draws_into_the_figure_it_is_given():
+    figure = plt.figure(layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axes = plots.plot_wall(np.zeros((3, 4, 4, 3)), np.ones((3, 4, 4)), figure=left)
+    assert list(left.axes) == list(axes.flat) and not right.axes
+    assert plt.get_fignums() == [figure.number]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": np.zeros((4, 8, 8))}, "Expected images"),
+        ({"images": np.zeros((0, 8, 8, 1))}, "Expected images"),
+        ({"targets": np.zeros((3, 5))}, "Expected targets"),
+        ({"targets": np.zeros((2, 8, 4))}, "Expected targets"),
+        ({"targets": np.ones((2, 3)), "class_names": ["a"]}, "Expected 3 class names"),
+        ({"targets": np.ones((2, 8, 8, 2)), "rater_valid": [True, True]}, "Expected rater_valid"),
+        ({"columns": 0}, "Expected columns"),
+    ],
+)
+def test_wall_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_wall(**({"images": np.zeros((2, 8, 8, 1))} | options))

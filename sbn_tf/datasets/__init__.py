@@ -15,10 +15,26 @@ import inspect
 
 import numpy as np
 
-from . import chest, isic, lidc, phantoms
+from . import chest, folder, isic, lidc, lidc_patches, medmnist, phantoms
 from .base import MULTI_LABEL, SEGMENTATION, Card, Data, Split, first_in_seeded_order
+from .check import check
+from .download import download
+from .tensors import from_arrays, from_tf_data
 
-__all__ = ["MULTI_LABEL", "SEGMENTATION", "Card", "Data", "Split", "card", "load", "names"]
+__all__ = [
+    "MULTI_LABEL",
+    "SEGMENTATION",
+    "Card",
+    "Data",
+    "Split",
+    "card",
+    "check",
+    "download",
+    "from_arrays",
+    "from_tf_data",
+    "load",
+    "names",
+]
 
 MIN_SIZE = 8
 NORMALISATIONS = ("train", "paper")
@@ -33,19 +49,19 @@ _REGISTRY = {
     "phantom_lesion": (phantoms.PHANTOM_LESION, phantoms.load_phantom_lesion),
     "phantom_nodule": (phantoms.PHANTOM_NODULE, phantoms.load_phantom_nodule),
     "nih_chest": (chest.NIH_CHEST, chest.load_nih_chest),
-    "chestmnist": (chest.CHESTMNIST, chest.load_chestmnist),
     "isic2018": (isic.ISIC2018, isic.load_isic2018),
     "lidc": (lidc.LIDC, lidc.load_lidc),
+    "lidc_patches": (lidc_patches.LIDC_PATCHES, lidc_patches.load_lidc_patches),
 }
 
 
 def names() -> tuple[str, ...]:
     """Names that `load` and `card` take."""
-    return tuple(_REGISTRY)
+    return (*_REGISTRY, *medmnist.NAMES)
 
 
 def card(name: str) -> Card:
-    """The card of a dataset; reads no file.
+    """The card of a dataset; reads no file, save for a folder of your own: its images.csv and the images' headers.
 
     Raises:
         ValueError: an unknown name.
@@ -67,12 +83,12 @@ def load(
     """Load a dataset, or make it.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or the path of a folder of your own images (see `folder`).
         root: folder that holds the data. Default: SBN_TF_DATA, else `data/` of the working directory,
             else `data/` beside the package. Phantoms need none.
         size: side of the square images in pixels, 8 or more. Default: the card's.
             Photographs and radiographs are resized (antialiased; masks: nearest), LIDC is cropped or padded
-            about its centre at native pixels, phantoms are drawn at that size.
+            about its centre (at native pixels, or lidc's `spacing`), phantoms are drawn at that size.
         limit: at most that many images of each split: the first of a seeded order, kept in file order.
             The same seed gives the same images, a smaller limit a subset of them. Patients stay apart.
         seed: integer >= 0: of `limit`, of a phantom, and of a split that has to be drawn (isic2018). It is
@@ -83,7 +99,9 @@ def load(
             `~/.cache/sbn_tf`.
         in_memory: hold images and targets in memory, or read them from the array cache as they are needed
             (datasets that are cached). Default: in memory up to 512 MiB. Batches are the same either way.
-        **options: of one dataset; an unknown one is refused with the list of those it has.
+        **options: of one dataset; an unknown one is refused with the list of those it has. MedMNIST: `download`,
+            `verify`; isic2018 and folders: `fit`; lidc: `split`, `fold`, `spacing`, `window`, `raters`; lidc_patches:
+            `split`, `fold`, `raters`; phantoms: `num_train`, `num_val`, `num_test`.
 
     Returns:
         `Data`.
@@ -120,8 +138,15 @@ def load(
 
 
 def _registered(name):
+    if name in medmnist.NAMES:
+        return medmnist.registered(name)
     if name not in _REGISTRY:
-        raise ValueError(f"Expected a dataset among {', '.join(_REGISTRY)}. Received: name={name!r}")
+        if folder.is_folder(name):
+            return folder.folder_dataset(name)
+        raise ValueError(
+            f"Expected a dataset among {', '.join(names())}. Received: name={name!r}.\n"
+            "For images of your own give the path of a folder with an images.csv (see help(sbn_tf.datasets.folder))."
+        )
     return _REGISTRY[name]
 
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import threading
+import tokenize
 import zlib
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def _read_header(path):
             raise ValueError(f"{dtype}, shape {shape}, fortran_order={fortran_order}")
         if os.path.getsize(path) != expected:
             raise ValueError(f"{os.path.getsize(path)} bytes, not {expected}")
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(
             f"Expected a whole .npy file of plain numbers in C order. Received: {path} ({error}).\n"
             "It is truncated, corrupt or missing: delete its folder, and it is made anew."

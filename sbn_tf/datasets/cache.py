@@ -6,7 +6,6 @@ goes on where it was interrupted, and gets its name when it is whole. It can be 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -19,6 +18,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
+from . import files
 from .arrays import DiskArray, NpyWriter, row_crc32, row_sums, stored_rows
 
 __all__ = ["cache_folder", "cached", "fingerprint"]
@@ -55,7 +55,7 @@ def cached(
     arrays: dict[str, tuple[tuple[int, ...], str]],
     produce: Callable[[int], Iterable[dict[str, np.ndarray]]],
     *,
-    total: int | None = None,
+    total: int | Callable[[], int] | None = None,
     images: tuple[str, ...] = ("images",),
     cache=None,
     unit: str = "image",
@@ -67,7 +67,8 @@ def cached(
         source: JSON-able; all that decides the contents.
         arrays: name -> (shape of a row, dtype).
         produce: `produce(start)` yields pieces, name -> rows, from row `start` on, the same on every call.
-        total: number of rows, for the progress bar and the check of free space; None: not known before.
+        total: number of rows, for the progress bar and the check of free space, or a function that finds it, called
+            only before a build; None: not known before.
         images: arrays `(N, H, W, C)` whose sums are kept, for their mean and standard deviation.
         cache: see `cache_folder`.
         unit: of the progress bar.
@@ -133,6 +134,7 @@ def _open(folder, arrays, images, tell=True):
 def _build(folder, source, arrays, produce, total, images, unit):
     partial = folder.with_name(folder.name + ".partial")
     columns = _columns(arrays, images)
+    total = total() if callable(total) else total
     writers = {}
     try:
         with _writable(folder):
@@ -140,9 +142,7 @@ def _build(folder, source, arrays, produce, total, images, unit):
             start = _resumable_rows(partial, columns, arrays, images)
             if total is not None:
                 row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in columns.values())
-                needed, free = (total - start) * row_bytes, shutil.disk_usage(partial).free
-                if needed > free:
-                    raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+                files.check_room(partial, (total - start) * row_bytes)
             for name, (shape, dtype) in columns.items():
                 writers[name] = NpyWriter(partial / f"{name}.npy", shape, dtype, start)
         rows = _append_all(folder, writers, arrays, images, produce, start, total, unit)
@@ -161,7 +161,8 @@ def _build(folder, source, arrays, produce, total, images, unit):
 
 def _append_all(folder, writers, arrays, images, produce, start, total, unit):
     rows = start
-    bar = tqdm(desc=f"caching {folder.name}", initial=start, total=total, unit=unit, mininterval=1.0, leave=False)
+    options = {"unit": unit, "mininterval": 1.0, "leave": False, "delay": 1.0}
+    bar = tqdm(desc=f"caching {folder.name}", initial=start, total=total, **options)
     try:
         for piece in produce(start):
             sides = {name + CRC32: row_crc32(piece[name]) for name in arrays}
@@ -206,19 +207,6 @@ def _write_json(path, content):
     os.replace(temporary, path)
 
 
-@contextlib.contextmanager
 def _writable(folder):
-    """Says in an OSError's message what was expected of the cache's folder, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            expected, received = f"room for the array cache {folder}", f"a full disk ({reason})"
-            advice = (
-                "Free some, or set SBN_TF_CACHE (or cache=) to another disk; what is written is kept and gone on with."
-            )
-        else:
-            expected, received = "a folder for the array cache that can be written to", f"{folder.parent} ({reason})"
-            advice = "Set SBN_TF_CACHE (or cache=) to another folder."
-        raise OSError(error.errno, f"Expected {expected}. Received: {received}.\n{advice}") from error
+    kept = "what is written is kept and gone on with"
+    return files.writable(f"the array cache {folder.name}", folder.parent, kept, "SBN_TF_CACHE (or cache=)")

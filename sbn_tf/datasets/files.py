@@ -1,15 +1,16 @@
-"""Finding and reading files: data roots, npz archives, square resizing. Errors say what to do."""
+"""Finding and writing files: data roots, checks, square resizing. Errors say what to do."""
 
+import contextlib
+import errno
 import hashlib
 import os
-import zipfile
-import zlib
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["check_binary", "find", "md5", "read_npz", "resize_images", "roots"]
+__all__ = ["check_binary", "check_room", "find", "md5", "resize_images", "roots", "writable"]
 
 
 def roots(root=None):
@@ -45,42 +46,34 @@ def md5(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def read_npz(path, keys, optional=()):
-    """Arrays of an npz archive, by key; pickled objects are refused.
+@contextlib.contextmanager
+def writable(what: str, folder, kept: str, instead: str):
+    """Says in an OSError's message what was expected, in two lines: room, or a folder that can be written to.
 
     Args:
-        path: the file.
-        keys: {key: number of axes} that must be there, None for any number.
-        optional: keys that are read where they are there.
-
-    Raises:
-        ValueError: the file is truncated, corrupt, holds objects, or lacks a key or an axis.
+        what: is written.
+        folder: to which.
+        kept: what becomes of what is written already, should the disk be full.
+        instead: how to name another folder.
     """
-    arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("a single array, not an archive")
-            missing = [key for key in keys if key not in archive.files]
-            if not missing:
-                arrays = {k: archive[k] for k in archive.files if k in keys or k in optional}
-            found = archive.files
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"Expected a whole npz file of plain arrays. Received: {path} ({reason}).\n"
-            "It is truncated, corrupt or not what it says: get it again."
-        ) from error
-    if missing:
-        raise ValueError(f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}")
-    for key, axes in keys.items():
-        if axes is not None and arrays[key].ndim != axes:
-            raise ValueError(f"Expected {key} with {axes} axes in {path}. Received: shape {arrays[key].shape}")
-        if not len(arrays[key]):
-            raise ValueError(f"Expected a {key} that is not empty in {path}. Received: shape {arrays[key].shape}")
-        if arrays[key].dtype.kind == "f" and not np.isfinite(arrays[key]).all():
-            raise ValueError(f"Expected finite numbers in {key} of {path}. Received: NaN or infinity.")
-    return arrays
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            expected, received = f"room for {what}", f"a full disk ({reason})"
+            advice = f"Free some, or set {instead} to another disk; {kept}."
+        else:
+            expected, received = f"a folder for {what} that can be written to", f"{folder} ({reason})"
+            advice = f"Set {instead} to another folder."
+        raise OSError(error.errno, f"Expected {expected}. Received: {received}.\n{advice}") from error
+
+
+def check_room(folder, needed: int):
+    """Raises an OSError of a full disk if `needed` bytes are more than are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
 def check_binary(values, what):

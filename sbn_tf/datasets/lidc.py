@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
-from . import files
+from . import files, npz
 from .base import SEGMENTATION, Card, Parts, Split
 
-__all__ = ["LIDC", "centre", "load_lidc"]
+__all__ = ["LIDC", "centre", "check_fold", "check_window", "load_lidc", "resample", "split_by_group"]
 
 WINDOW = (-1000.0, 400.0)  # Hounsfield units: air to soft tissue, the customary lung window
 RATERS = ("all", "drew")
+SPLITS = ("file", "patient")
+FOLDS = 4
 
 LIDC = Card(
     name="lidc",
@@ -26,58 +29,176 @@ LIDC = Card(
     files=("lidc_idri/lidc_idri_maxslice_71.npz",),
     default_size=64,
     network="unet",
-    notes="Split by patient. Native in-plane pixels of 0.46 to 0.98 mm; 0..1 is -1000 to 400 HU. Not the "
-    "customary 15,096 patches: numbers are not comparable with results on those. Mask slot k is not the "
+    splits="by patient: the file's 1,260 / 319 / 493 nodules, or split='patient': 4 folds",
+    notes="Native in-plane pixels of 0.46 to 0.98 mm, or spacing= mm; 0..1 is -1000 to 400 HU. Not the "
+    "customary 15,096 patches (lidc_patches): numbers are not comparable with results on those. Mask slot k is not the "
     "same radiologist in two scans. An empty mask is a radiologist who outlined nothing.",
 )
 
 
-def load_lidc(root, size, seed, *, raters="all"):
+def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WINDOW, raters="all"):
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients.
 
     Args:
         root: see `load`.
-        size: side of the centre crop in native pixels; more than 71 pads with air and empty mask.
-        seed: unused, the split is in the file.
+        size: side of the centre crop in pixels; what lies outside of the file's 71 native pixels is air and empty mask.
+        seed: of the assignment of patients to folds, with `split="patient"`.
+        split: "file": by patient, as the file says; "patient": a quarter of the patients is tested, a tenth of
+            the others validates.
+        fold: 0 to 3: which quarter is tested; 0 with `split="file"`.
+        spacing: side of a pixel in mm, the same for all: patches are resampled about their centre, images linearly,
+            masks to the nearest pixel. None: native pixels, 0.46 to 0.98 mm.
+        window: (low, high) in Hounsfield units, which become 0 and 1; values beyond are cut off.
         raters: "all": all four masks count, an empty one says that a rater outlined nothing (customary
             with LIDC); "drew": only raters who marked a pixel on this slice count in `rater_valid`.
     """
+    if split not in SPLITS:
+        raise ValueError(f"Expected split one of {SPLITS}. Received: split={split!r}")
+    check_fold(fold)
+    if split == "file" and fold != 0:
+        raise ValueError(f"Expected split='patient' for a fold: the file has one split. Received: fold={fold}")
     if raters not in RATERS:
         raise ValueError(f"Expected raters one of {RATERS}. Received: raters={raters!r}")
+    low, high = check_window(window)
+    if spacing is not None:
+        check_spacing(spacing)
     folder, name = LIDC.files[0].split("/")
     path = files.find(LIDC, root, [Path(folder) / name, Path(name)])
-    arrays = files.read_npz(path, {"image": 3, "masks": 4, "patient_id": 1, "split": 1}, ["nodule_id"])
-    image, masks, patients, part = (arrays[key] for key in ("image", "masks", "patient_id", "split"))
-    n, height, width = image.shape
-    if masks.shape != (n, 4, height, width) or len(patients) != n or len(part) != n:
-        raise ValueError(
-            f"Expected image (N, H, W), masks (N, 4, H, W), patient_id and split (N,) in {path}. "
-            f"Received: {image.shape}, {masks.shape}, {patients.shape}, {part.shape}"
-        )
-    strange = sorted(set(part.tolist()) - {"train", "val", "test"})
-    if strange:
-        raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
+    keys = {"image": 3, "masks": 4, "patient_id": 1}
+    keys |= {"split": 1} if split == "file" else {}
+    keys |= {"pixel_spacing": 1} if spacing is not None else {}
+    arrays = npz.read_npz(path, keys, ["nodule_id"])
+    _check_shapes(arrays, path)
+    image, masks, patients = (arrays[key] for key in ("image", "masks", "patient_id"))
+    index = split_by_group(patients, fold, seed) if split == "patient" else _split_of_file(arrays["split"], path)
     masks = files.check_binary(masks, f"masks of {path}").transpose(0, 2, 3, 1)  # (N, H, W, 4)
     drew = masks.any(axis=(1, 2))  # before the crop: who drew outside it drew all the same
-    low, high = WINDOW
-    image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")[..., None]
+    if spacing is not None:
+        image, masks = _resampled(image, masks, arrays["pixel_spacing"], size, spacing, low, path)
+    image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")
+    image = image if image.ndim == 4 else image[..., None]
     image, masks = centre(image, size), centre(masks, size)
     nodules = arrays.get("nodule_id")
     splits = []
     for name in ("train", "val", "test"):
-        index = np.flatnonzero(part == name)
+        rows = index[name]
         splits.append(
             Split(
                 name=name,
                 task=SEGMENTATION,
-                images=image[index],
-                targets=np.ascontiguousarray(masks[index]),
-                groups=patients[index],
-                ids=None if nodules is None else nodules[index],
-                rater_valid=drew[index] if raters == "drew" else None,
+                images=image[rows],
+                targets=np.ascontiguousarray(masks[rows]),
+                groups=patients[rows],
+                ids=None if nodules is None else nodules[rows],
+                rater_valid=drew[rows] if raters == "drew" else None,
             )
         )
     return Parts(*splits)
+
+
+def _check_shapes(arrays, path):
+    n, height, width = arrays["image"].shape
+    expected = {"image": (n, height, width), "masks": (n, 4, height, width)}
+    expected |= {key: (n,) for key in arrays if key not in expected}
+    if any(arrays[key].shape != shape for key, shape in expected.items()):
+        raise ValueError(
+            f"Expected image (N, H, W), masks (N, 4, H, W) and {', '.join(list(expected)[2:])} (N,) in {path}. "
+            f"Received: {', '.join(str(arrays[key].shape) for key in expected)}"
+        )
+
+
+def _split_of_file(part, path):
+    strange = sorted(set(part.tolist()) - {"train", "val", "test"})
+    if strange:
+        raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
+    return {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
+
+
+def check_fold(fold):
+    """Raises a ValueError for a fold that is none of 0 to 3."""
+    if isinstance(fold, bool) or not hasattr(fold, "__index__") or not 0 <= fold < FOLDS:
+        raise ValueError(f"Expected fold 0 to {FOLDS - 1}. Received: fold={fold!r}")
+
+
+def check_spacing(spacing):
+    """Raises a ValueError for a spacing that is no positive number."""
+    if isinstance(spacing, bool) or not np.isscalar(spacing) or isinstance(spacing, str) or not 0 < spacing < np.inf:
+        raise ValueError(f"Expected spacing > 0 in mm. Received: spacing={spacing!r}")
+
+
+def check_window(window) -> tuple[float, float]:
+    """(low, high) as floats; a ValueError where they are no such pair."""
+    try:
+        low, high = (float(value) for value in window)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"Expected window (low, high) in Hounsfield units, low < high. Received: window={window!r}")
+    return low, high
+
+
+def split_by_group(groups, fold: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows of train, val and test such that no group is in two of them.
+
+    A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The same
+    for the same seed and groups, whatever the order of the rows.
+
+    Args:
+        groups: `(N,)`, the patient of each row.
+        fold: 0 to 3.
+        seed: of the assignment.
+    """
+    names = np.unique(groups)
+    if len(names) < FOLDS:
+        raise ValueError(f"Expected {FOLDS} patients or more for {FOLDS} folds. Received: {len(names)}")
+    order = np.random.default_rng([seed, 1018]).permutation(len(names))
+    quarters = np.array_split(names[order], FOLDS)
+    others = np.concatenate(quarters[fold + 1 :] + quarters[:fold])
+    num_val = max(1, round(len(others) / 10))
+    parts = {"train": others[num_val:], "val": others[:num_val], "test": quarters[fold]}
+    return {part: np.flatnonzero(np.isin(groups, chosen)) for part, chosen in parts.items()}
+
+
+def _resampled(images, masks, native, size, spacing, air, path):
+    """Images `(N, H, W)` and masks `(N, H, W, R)` at one spacing, `(N, size, size, 1)` and `(N, size, size, R)`."""
+    if not (native > 0).all():
+        bad = int(np.flatnonzero(~(native > 0))[0])
+        raise ValueError(f"Expected pixel_spacing > 0 in {path}. Received: {native[bad]} for nodule {bad}")
+    out_images = np.empty((len(images), size, size, 1), "float32")
+    out_masks = np.zeros((len(images), size, size, masks.shape[-1]), "uint8")
+    for k, scale in enumerate((spacing / native.astype("float64")).round(6)):  # 0.7 of a float32 is 0.7
+        out_images[k, ..., 0] = resample(images[k].astype("float32"), size, scale, order=1, outside=air)
+        for r in np.flatnonzero(masks[k].any(axis=(0, 1))):
+            out_masks[k, ..., r] = resample(masks[k, ..., r], size, scale, order=0)
+    return out_images, out_masks
+
+
+def resample(image, size: int, scale: float, middle=None, order: int = 1, outside: float = 0.0) -> np.ndarray:
+    """A square of `size` pixels, each `scale` pixels of `image` wide, about its middle; a scale of 1 crops or pads.
+
+    Args:
+        image: `(H, W)`.
+        size: side in pixels.
+        scale: wanted spacing / native spacing.
+        middle: (row, column) of the image that the square is about. Default: the pixel in the middle, which comes
+            to lie where `centre` puts it.
+        order: 1: linear; 0: nearest pixel.
+        outside: what lies beyond the image.
+    """
+    if middle is None:
+        middle = [side // 2 for side in image.shape]
+        target = np.array(
+            [
+                m - (side - size) // 2 if side > size else m + (size - side) // 2
+                for m, side in zip(middle, image.shape, strict=True)
+            ]
+        )
+    else:
+        target = np.full(2, (size - 1) / 2)
+    offset = np.asarray(middle) - scale * target
+    return ndimage.affine_transform(
+        image, np.diag([scale, scale]), offset, (size, size), order=order, mode="constant", cval=outside
+    )
 
 
 def centre(images, size):

@@ -1,0 +1,469 @@
+"""Your own images: a folder with an `images.csv` is a dataset.
+
+    my_data/
+      images.csv         one row an image
+      images/            the files: png, jpg, tif or bmp, 8 bits a channel, grey or RGB
+      masks/             for segmentation alone
+
+Columns of images.csv, with commas between them, in UTF-8:
+
+    image                file name below images/
+    split                optional: train, val or test. Without it 80/10/10 are drawn, by patient where these are known.
+    patient              optional: any name; all images of a patient have to be in one split
+
+and one of
+
+    mask                 file name below masks/: segmentation, of 0 and 1 or 0 and 255
+    mask_1 .. mask_R     the same by R raters; an empty cell where that rater's mask is missing
+    label                a class name: multi-class; binary where there are two, of which 1 is the last in the alphabet
+    grade                0, 1, .. K-1: ordinal
+    any other columns    0 or 1, one column for each label: multi-label; binary where there is one
+
+`datasets.load("path/to/my_data")` and `datasets.card("path/to/my_data")` take it like the name of a dataset.
+"""
+
+import csv
+import functools
+import logging
+import os
+import re
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from .base import (
+    BINARY,
+    EXCLUSIVE,
+    MULTI_CLASS,
+    MULTI_LABEL,
+    ORDINAL,
+    SEGMENTATION,
+    Card,
+    Parts,
+    Split,
+    first_in_seeded_order,
+)
+from .decoding import FITS, decoded
+
+__all__ = ["folder_dataset", "is_folder"]
+
+logger = logging.getLogger(__name__)
+
+CSV, IMAGES, MASKS = "images.csv", "images", "masks"
+SPLITS = ("train", "val", "test")
+KNOWN = ("image", "split", "patient", "mask", "label", "grade")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+IGNORED = ("thumbs.db", "desktop.ini")
+GREY = ("1", "L", "LA")
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+ORIENTATION = 274  # the EXIF tag
+
+
+def is_folder(name) -> bool:
+    """Whether the name of a dataset means a folder: it has a path separator, or an images.csv is in it."""
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
+    return bool(text) and ("/" in text or os.sep in text or not isinstance(name, str) or (Path(text) / CSV).is_file())
+
+
+def folder_dataset(name):
+    """Card and reader of a folder, as the registry has them; the csv and the files' headers are read for it.
+
+    Raises:
+        FileNotFoundError: the folder, its images.csv or a file that it names is not there.
+        ValueError: an images.csv that is not as the module's docstring says, or a file that no row names.
+    """
+    table = _read_table(Path(name).expanduser())
+    return table.card(), functools.partial(_load, table)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What an images.csv says, a row for each image."""
+
+    folder: Path
+    images: list[str]
+    task: str
+    classes: tuple[str, ...]
+    targets: np.ndarray | None
+    masks: list[tuple[str | None, ...]] | None
+    splits: list[str] | None
+    patients: np.ndarray | None
+    channels: int
+    note: str
+
+    def card(self):
+        from . import names  # the registry: it imports this module
+
+        base = self.folder.resolve().name
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", base).strip("_") or "folder"
+        raters = 1 if self.masks is None else len(self.masks[0])
+        counts, splits = None, "80/10/10, drawn by the seed"
+        if self.splits is not None:
+            counts, splits = tuple(self.splits.count(part) for part in SPLITS), "the column split of images.csv"
+        elif self.patients is not None:
+            splits += ", whole patients"
+        return Card(
+            name=f"{name}_folder" if name in names() else name,
+            title=f"{len(self.images):,} images of the folder {base}",
+            task=self.task,
+            classes=self.classes,
+            channels=self.channels,
+            num_raters=raters,
+            licence="yours",
+            citation="none",
+            source=f"the folder {base}",
+            files=(CSV, IMAGES) if self.masks is None else (CSV, IMAGES, MASKS),
+            default_size=64,
+            network="unet" if self.task == SEGMENTATION else "resnet18",
+            counts=counts,
+            splits=splits,
+            notes=self.note,
+        )
+
+
+def _load(table, root, size, seed, limit=None, cache=None, *, fit="crop"):
+    """Three splits of a folder; `fit` as for isic2018. `root` is not used: the name is the folder."""
+    if fit not in FITS:
+        raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
+    rows_of = _drawn(table, seed) if table.splits is None else _named(table)
+    _check_classes(table, rows_of)
+    if limit is not None:
+        rows_of = {part: rows[first_in_seeded_order(len(rows), limit, seed)] for part, rows in rows_of.items()}
+    every = np.sort(np.concatenate(list(rows_of.values())))
+    pairs = []
+    for row in every:
+        masks = () if table.masks is None else table.masks[row]
+        files = [table.folder / IMAGES / table.images[row]]
+        pairs.append((*files, *(None if mask is None else table.folder / MASKS / mask for mask in masks)))
+    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache)
+    ids, splits = np.array(table.images), []
+    for part, rows in rows_of.items():
+        places = np.searchsorted(every, rows)
+        valid = None
+        if table.masks is not None:
+            valid = np.array([[mask is not None for mask in table.masks[row]] for row in rows])
+        splits.append(
+            Split(
+                name=part,
+                task=table.task,
+                images=arrays["images"].select(places),
+                targets=table.targets[rows] if table.masks is None else arrays["masks"].select(places),
+                groups=None if table.patients is None else table.patients[rows],
+                ids=ids[rows],
+                rater_valid=valid,
+            )
+        )
+    return Parts(*splits)
+
+
+# ---- the csv
+
+
+def _read_table(folder):
+    path = folder / CSV
+    if not path.is_file():
+        received = f"no {CSV} in it" if folder.is_dir() else f"no such folder (from {Path.cwd()})"
+        raise FileNotFoundError(
+            f"Expected a folder with an {CSV}. Received: {folder}, {received}.\n"
+            "Write one with a row for each image: image,split,label, or with mask for segmentation."
+        )
+    header, rows = _read_csv(path)
+    column = {name: [row[k] for row in rows] for k, name in enumerate(header)}
+    images = [_inside(name, "image", path) for name in column["image"]]
+    _check_unique(images, "row for each image", path)
+    task, classes, targets, masks, note = _targets(column, path)
+    splits, patients = column.get("split"), column.get("patient")
+    if splits is not None:
+        _check_splits(splits, path)
+    if patients is not None:
+        if "" in patients:
+            raise _wrong(path, "a patient in every row, or no column patient", f"none for {_row_of(patients, '')}")
+        patients = np.array(patients)
+        _check_patients(splits, patients, path)
+    _check_files(folder / IMAGES, images, "image")
+    if masks is not None:
+        _check_files(folder / MASKS, [mask for row in masks for mask in row if mask is not None], "mask")
+    elif (folder / MASKS).exists():
+        raise _wrong(path, f"a column mask, as there is a folder {MASKS}", f"columns {', '.join(header)}")
+    channels = 1 if all([_is_grey(folder / IMAGES / image) for image in images]) else 3
+    return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, note)
+
+
+def _read_csv(path):
+    """Header and rows, each cell without blanks around it; blank lines are left out."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Expected {path} in UTF-8. Received: byte {error.object[error.start]:#04x} at {error.start}.\n"
+            "Save it again as 'CSV UTF-8'."
+        ) from error
+    except csv.Error as error:
+        raise ValueError(
+            f"Expected a table with commas in {path}. Received: {error}.\nSave it again as CSV."
+        ) from error
+    lines = [(number, row) for number, row in lines if any(row)]
+    if not lines:
+        raise ValueError(f"Expected a header and a row for each image in {path}. Received: an empty file.")
+    header = lines[0][1]
+    separators = [s for s in (";", "\t", "|") if s in header[0]]
+    if separators and len(header) == 1:
+        raise ValueError(
+            f"Expected commas between the columns of {path}. Received: {separators[0]!r}.\n"
+            "Save it again with the comma as separator."
+        )
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice or "" in header:
+        raise _wrong(path, "columns each with a name of its own", f"{twice[0]!r} twice" if twice else "one without")
+    for name in header:
+        if name not in KNOWN and name.lower() in KNOWN:
+            raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name))
+    if "image" not in header:
+        raise _wrong(path, "a column image", f"columns {', '.join(header)}")
+    if len(lines) == 1:
+        raise ValueError(f"Expected a row for each image in {path}. Received: a header alone.")
+    for number, row in lines[1:]:
+        if len(row) != len(header):
+            raise ValueError(
+                f"Expected {len(header)} cells in line {number} of {path}. Received: {len(row)}.\n"
+                'Put a cell that holds a comma in quotes: "a, b".'
+            )
+    return header, [row for _, row in lines[1:]]
+
+
+def _targets(column, path):
+    """Task, classes, targets `(N, L)` uint8 or None, masks or None, and a note for the card."""
+    others = [name for name in column if name not in ("image", "split", "patient")]
+    named = [name for name in others if name.lower().startswith("mask")]
+    raters = ["mask"] if named == ["mask"] else [f"mask_{k + 1}" for k in range(len(named))]
+    if named and set(named) != set(raters):
+        raise _wrong(path, "the columns mask, or mask_1, mask_2, ... without a gap", f"columns {', '.join(named)}")
+    single = [name for name in ("label", "grade") if name in others]
+    kinds = bool(named) + len(single) + bool(set(others) - set(named) - set(single))
+    if kinds > 1:
+        expected = "either mask columns, or label, or grade, or columns of 0 and 1"
+        raise _wrong(path, expected, f"columns {', '.join(others)}")
+    if kinds == 0:
+        raise _wrong(path, "mask columns, or label, or grade, or columns of 0 and 1", f"columns {', '.join(column)}")
+    if named:
+        return SEGMENTATION, ("foreground",), None, _masks(column, raters, path), ""
+    if single == ["label"]:
+        return _labels(column["label"], path)
+    if single == ["grade"]:
+        return _grades(column["grade"], path)
+    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 where a cell was empty once
+    for name in others:
+        for row, cell in enumerate(column[name]):
+            if cell not in values:
+                raise ValueError(
+                    f"Expected 0 or 1 in column {name!r} of {path}. "
+                    f"Received: {cell!r} in row {row + 1} below the header.\n"
+                    f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
+                )
+    targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
+    return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""
+
+
+def _masks(column, raters, path):
+    rows = []
+    for row, cells in enumerate(zip(*(column[name] for name in raters), strict=True)):
+        if not any(cells):
+            raise _wrong(path, "one mask or more in each row", f"none in row {row + 1} below the header")
+        rows.append(tuple(_inside(cell, "mask", path) if cell else None for cell in cells))
+    _check_unique([mask for row in rows for mask in row if mask is not None], "cell for each mask", path)
+    return rows
+
+
+def _labels(cells, path):
+    for row, cell in enumerate(cells):
+        if cell == "" or cell.lower() == "nan":
+            raise _wrong(path, "a class name in each cell of label", f"{cell!r} in row {row + 1} below the header")
+    classes = sorted(set(cells))
+    alike = [name for name, count in Counter(map(str.lower, classes)).items() if count > 1]
+    if alike:
+        pair = [name for name in classes if name.lower() == alike[0]]
+        raise _wrong(path, "one spelling of each class", f"{pair[0]!r} and {pair[1]!r}")
+    if len(classes) < 2:
+        raise _wrong(path, "two classes or more in column label", f"{classes[0]!r} alone")
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    number = {name: k for k, name in enumerate(classes)}
+    numbers = np.array([number[cell] for cell in cells])
+    if len(classes) == 2:
+        note = f"1 is {classes[1]!r}, 0 is {classes[0]!r}."
+        return BINARY, (classes[1],), numbers[:, None].astype("uint8"), None, note
+    return MULTI_CLASS, tuple(classes), np.eye(len(classes), dtype="uint8")[numbers], None, ""
+
+
+def _grades(cells, path):
+    for row, cell in enumerate(cells):
+        if not re.fullmatch(r"[0-9]{1,4}(\.0)?", cell):
+            raise _wrong(
+                path, "a grade 0, 1, 2, ... in each cell of grade", f"{cell!r} in row {row + 1} below the header"
+            )
+    numbers = np.array([int(float(cell)) for cell in cells])
+    count = int(numbers.max()) + 1
+    absent = sorted(set(range(count)) - set(numbers.tolist()))
+    if count < 2 or 2 * len(absent) > count:
+        raise _wrong(path, "grades from 0 to K-1 in column grade", f"{sorted(set(numbers.tolist()))[:5]} alone")
+    if absent:
+        logger.warning("%s: no image is of grade %s", path, ", ".join(map(str, absent)))
+    return ORDINAL, tuple(map(str, range(count))), np.eye(count, dtype="uint8")[numbers], None, ""
+
+
+def _inside(name, what, path):
+    """The file's name with single slashes; it has to lie below its folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
+        raise ValueError(
+            f"Expected the name of a file below the folder {what}s/ in column {what} of {path}. Received: {name!r}.\n"
+            "Write it with / and without .. or a drive, as in a/b.png."
+        )
+    return str(PurePosixPath(name))
+
+
+def _check_unique(names, what, path):
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise _wrong(path, f"one {what}", f"{name} in {count} of them")
+
+
+def _check_splits(splits, path):
+    for row, part in enumerate(splits):
+        if part not in SPLITS:
+            raise _wrong(path, "split train, val or test", f"{part!r} in row {row + 1} below the header")
+    for part in SPLITS:
+        if part not in splits:
+            raise _wrong(path, "images of train, val and test", f"none of {part}")
+
+
+def _check_patients(splits, patients, path):
+    first = {}
+    for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
+        if first.setdefault(patient, part) != part:
+            received = f"{patient!r} in {first[patient]} and {part}"
+            raise _wrong(path, "all images of a patient in one split", received)
+
+
+def _row_of(cells, cell):
+    return f"row {cells.index(cell) + 1} below the header"
+
+
+def _wrong(path, expected, received):
+    return ValueError(f"Expected {expected} in {path}. Received: {received}.\nSee help(sbn_tf.datasets.folder).")
+
+
+# ---- the files
+
+
+def _check_files(folder, names, what):
+    """Every row has its file and every file its row; hidden files are left alone."""
+    there = set()
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(place).relative_to(folder)
+        there |= {
+            (relative / file).as_posix() for file in files if not file.startswith(".") and file.lower() not in IGNORED
+        }
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise FileNotFoundError(
+            f"Expected the {what}s that {CSV} names in {folder}. "
+            f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
+            f"Put them there (small and capital letters count), or remove their rows."
+        )
+    strange = sorted(there - set(names))
+    if strange:
+        raise ValueError(
+            f"Expected a row of {CSV} for every file in {folder}. Received: {len(strange)} without one, as "
+            f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
+        )
+
+
+def _is_grey(path):
+    """Whether an image file is grey, by its header; a file that would not be read as it looks is refused."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            mode = image.mode
+            # A camera's JPEG may hold its preview too: Pillow calls that MPO.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"Expected a png, jpg, tif or bmp image. Received: {path}, which is another, truncated or corrupt.\n"
+            "Get it again or convert it."
+        ) from error
+    if mode in DEEP:
+        raise ValueError(
+            f"Expected an image of 8 bits a channel. Received: mode {mode!r} in {path}.\n"
+            "Window it to 0..255 and save it again."
+        )
+    if frames > 1:
+        raise ValueError(f"Expected one image in a file. Received: {frames} in {path}.\nSave each as its own file.")
+    if turned not in (0, 1):
+        raise ValueError(
+            f"Expected an image that is stored upright. Received: EXIF orientation {turned} in {path}.\n"
+            "Turn it (PIL.ImageOps.exif_transpose) and save it again, and its masks likewise."
+        )
+    return mode in GREY
+
+
+# ---- the splits
+
+
+def _named(table):
+    splits = np.array(table.splits)
+    return {part: np.flatnonzero(splits == part) for part in SPLITS}
+
+
+def _drawn(table, seed):
+    """80/10/10 by patient where these are known, else by image; a warning says so."""
+    n, rng = len(table.images), np.random.default_rng([seed, 80])
+    by = "image" if table.patients is None else "patient"
+    units, unit_of = np.unique(np.arange(n) if table.patients is None else table.patients, return_inverse=True)
+    if len(units) < 10:
+        raise ValueError(
+            f"Expected a column split, or 10 {by}s or more to draw one from, in {table.folder / CSV}. "
+            f"Received: {len(units)}.\nAdd a column split: train, val or test."
+        )
+    sizes, left = np.bincount(unit_of), rng.permutation(len(units)).tolist()
+    part_of = np.full(len(units), "train")
+    for part in ("val", "test"):
+        count = 0
+        for unit in left.copy():  # a patient of very many images stays in training
+            if count < n // 10 and count + sizes[unit] <= max(n // 8, 1):
+                part_of[unit] = part
+                count += sizes[unit]
+                left.remove(unit)
+        if not count:
+            unit = min(left, key=lambda unit: sizes[unit])
+            part_of[unit] = part
+            left.remove(unit)
+    rows_of = {part: np.flatnonzero(part_of[unit_of] == part) for part in SPLITS}
+    logger.warning(
+        "%s has no column split: made a random split by %s, %s images, with seed %d",
+        table.folder / CSV,
+        by,
+        " / ".join(str(len(rows)) for rows in rows_of.values()),
+        seed,
+    )
+    return rows_of
+
+
+def _check_classes(table, rows_of):
+    """A class that a split lacks is allowed, and a warning says so."""
+    if table.masks is not None:
+        return
+    for part, rows in rows_of.items():
+        counts = table.targets[rows].sum(0, dtype="int64")
+        absent = [name for name, count in zip(table.classes, counts, strict=True) if count == 0]
+        if table.task not in EXCLUSIVE:
+            absent += [f"not {n}" for n, count in zip(table.classes, counts, strict=True) if count == len(rows)]
+        if absent:
+            logger.warning("%s: split %s has no image of %s", table.folder / CSV, part, ", ".join(absent))

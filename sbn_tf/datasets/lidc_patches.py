@@ -1,0 +1,337 @@
+"""LIDC-IDRI's customary 15,096 patches of 128 x 128 at 0.5 mm, each with the masks of four radiologists."""
+
+import csv
+import functools
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+
+from . import cache as array_cache
+from . import files, npz
+from .base import SEGMENTATION, Card, Parts, Split
+from .lidc import FOLDS, RATERS, centre, check_fold, split_by_group
+from .safe_pickle import SafePickle
+
+__all__ = ["LIDC_PATCHES", "load_lidc_patches"]
+
+NUM_RATERS = 4
+SPLITS = ("patient", "paper")
+WIDTHS = {"key": 128, "series_uid": 64, "patient_id": 64}  # letters
+CHUNK = 32  # patches at a time: what an interruption can cost
+PICKLES, NPZ = (".pickle", ".pkl"), (".npz",)
+PATIENTS = "series_patients.csv"
+
+LIDC_PATCHES = Card(
+    name="lidc_patches",
+    title="LIDC-IDRI: 15,096 patches, every slice of every nodule, masks of 4 radiologists",
+    task=SEGMENTATION,
+    classes=("nodule",),
+    channels=1,
+    num_raters=NUM_RATERS,
+    licence="CC BY 3.0 (TCIA)",
+    citation="Armato III, S. G., et al. (2015). Data From LIDC-IDRI. The Cancer Imaging Archive, "
+    "doi:10.7937/K9/TCIA.2015.LO9QL9SX; Kohl, S., et al. (2018). arXiv:1806.05034 (the patches).",
+    source="https://github.com/stefanknegt/Probabilistic-Unet-Pytorch (data_lidc.pickle), or make it from the DICOM "
+    "images: help(sbn_tf.datasets.lidc_dicom)",
+    files=("lidc_patches/*.pickle", "lidc_idri/*.pickle", "data_lidc.pickle", "lidc_patches/*.npz"),
+    default_size=128,
+    network="unet",
+    splits="4 folds by patient, or by series where the patient is not known; split='paper': by patch, as in the "
+    "paper's code",
+    notes="0.5 mm a pixel. The customary file has 15,096 patches and names no patients: a series counts as one; 8 of "
+    "LIDC's 1,010 patients have two, which series_patients.csv (columns series_uid, patient_id) beside it can tell. "
+    "Mask slot k is not the same radiologist in two scans. An empty mask is a radiologist who outlined nothing; "
+    "fewer than 4 masks: a missing rater. Numbers are not comparable with those on lidc.",
+)
+
+
+def load_lidc_patches(root, size, seed, cache=None, *, split="patient", fold=0, raters="all"):
+    """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients or series.
+
+    The files are converted to the array cache once. Pickles are read as data (see `safe_pickle`): no code in them runs.
+
+    Args:
+        root, cache: see `load`.
+        size: side in pixels of 0.5 mm: another one than the patches' crops or pads with air about the centre.
+        seed: of the assignment of patients to folds.
+        split: "patient": a quarter of the patients is tested, a tenth of the others validates. "paper": the file is
+            cut in its order, a quarter of the patches is tested, the last tenth of the others validates; a patient is
+            then in two splits, and test scores are too good.
+        fold: 0 to 3: which quarter is tested.
+        raters: "all": an empty mask says that a rater outlined nothing (customary with LIDC); "drew": only raters
+            who marked a pixel of the patch count in `rater_valid`. A mask that is missing never counts.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Expected split one of {SPLITS}. Received: split={split!r}")
+    if raters not in RATERS:
+        raise ValueError(f"Expected raters one of {RATERS}. Received: raters={raters!r}")
+    check_fold(fold)
+    paths = _find(root)
+    arrays = _converted(paths, size, cache)
+    keys, series, patients, drew, valid = (
+        np.asarray(arrays[name]) for name in ("key", "series_uid", "patient_id", "drew", "rater_valid")
+    )
+    groups = _groups(paths[0].parent / PATIENTS, series, patients)
+    if raters == "drew":
+        valid = drew
+        if not valid.any(axis=1).all():
+            bad = int(np.flatnonzero(~valid.any(axis=1))[0])
+            raise ValueError(
+                f"Expected a mask that is not empty in every patch for raters='drew'. Received: none in patch "
+                f"{str(keys[bad])!r}.\nUse raters='all'."
+            )
+    index = split_by_group(groups, fold, seed) if split == "patient" else _split_in_order(len(keys), fold)
+    leak = ""
+    if split == "paper":
+        tested, known = np.unique(groups[index["test"]]), np.unique(groups[index["train"]])
+        both = len(np.intersect1d(tested, known))
+        leak = (
+            f"split='paper' cuts the file by patch: {both} of the {len(tested)} patients or series of test are in "
+            "train too, so test scores are too good"
+        )
+    parts = [
+        Split(
+            name=part,
+            task=SEGMENTATION,
+            images=arrays["images"].select(rows),
+            targets=arrays["masks"].select(rows),
+            groups=groups[rows],
+            ids=keys[rows],
+            rater_valid=valid[rows],
+        )
+        for part, rows in index.items()
+    ]
+    return Parts(*parts, leak=leak)
+
+
+def _split_in_order(num_patches, fold):
+    """The k-th quarter in the file's order is tested, the last tenth of the others validates."""
+    quarters = np.array_split(np.arange(num_patches), FOLDS)
+    rest = np.concatenate(quarters[:fold] + quarters[fold + 1 :])
+    num_val = len(rest) // 10
+    if not num_val or not len(quarters[fold]):
+        raise ValueError(f"Expected 14 patches or more to be divided. Received: {num_patches}")
+    return {"train": rest[:-num_val], "val": rest[-num_val:], "test": quarters[fold]}
+
+
+def _groups(path, series, patients):
+    """The patient of each patch: as the file says, else as a csv says, else its series stands for it."""
+    if (patients != "").all() or not path.exists():
+        return np.where(patients != "", patients, series)
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"series_uid", "patient_id"} <= set(rows[0]):
+        raise ValueError(
+            f"Expected columns series_uid and patient_id in {path}. Received: {list(rows[0]) if rows else []}"
+        )
+    patient_of = {}
+    for row in rows:
+        uid, patient = row["series_uid"], row["patient_id"]
+        if not uid or not patient or patient_of.setdefault(uid, patient) != patient:
+            raise ValueError(f"Expected one patient_id for each series_uid in {path}. Received: {uid!r}, {patient!r}")
+    missing = sorted(set(series.tolist()) - set(patient_of))
+    if missing:
+        raise ValueError(
+            f"Expected every series in {path}. Received: none for {len(missing)}, as {missing[0]}.\n"
+            "Add them, or remove the file: each series then counts as a patient."
+        )
+    return np.array([patient_of[uid] for uid in series.tolist()])
+
+
+# ---- finding and converting
+
+
+def _find(root):
+    """The files of one place under a data root, of one kind, sorted by name."""
+    places = [("lidc_patches", PICKLES + NPZ), ("lidc_idri", PICKLES)]
+    for folder in files.roots(root):
+        for name, suffixes in places:
+            found = sorted(p for p in (folder / name).glob("*") if p.suffix in suffixes and p.is_file())
+            kinds = sorted({p.suffix if p.suffix in NPZ else PICKLES[0] for p in found})
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"Expected pickles or npz files in {folder / name}. Received: both, as {found[0].name} and "
+                    f"{found[-1].name}.\nLeave those to be read and move the others elsewhere."
+                )
+            if found:
+                return [p.resolve() for p in found]
+        if (folder / "data_lidc.pickle").is_file():
+            return [(folder / "data_lidc.pickle").resolve()]
+    return [files.find(LIDC_PATCHES, root, [Path(name) for name in LIDC_PATCHES.files])]  # raises
+
+
+def _converted(paths, size, cache):
+    """All patches in the array cache, in the order of the files."""
+    layout = {
+        "images": ((size, size, 1), "float32"),
+        "masks": ((size, size, NUM_RATERS), "uint8"),
+        "rater_valid": ((NUM_RATERS,), "bool"),
+        "drew": ((NUM_RATERS,), "bool"),
+    } | {name: ((), f"<U{width}") for name, width in WIDTHS.items()}
+
+    # Read only where there is no cache yet.
+    opened = functools.cache(lambda: (_open_npz if paths[0].suffix in NPZ else _open_pickles)(paths))
+
+    def produce(start):
+        piece = []
+        for patch in opened()[1](start):
+            piece.append(_row(*patch, size))
+            if len(piece) == CHUNK:
+                yield _stacked(piece, layout)
+                piece = []
+        if piece:
+            yield _stacked(piece, layout)
+
+    source = {"files": array_cache.fingerprint(paths), "size": size}
+    options = {"total": lambda: opened()[0], "cache": cache, "unit": "patch"}
+    return array_cache.cached(f"lidc_patches-{size}px", source, layout, produce, **options)
+
+
+def _stacked(piece, layout):
+    return {name: np.stack([row[name] for row in piece]).astype(layout[name][1]) for name in layout}
+
+
+def _row(path, names, image, masks, size):
+    """One row of the cache from a patch; its values are checked here, its shapes were before."""
+    if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
+        low, high = (float(f(image)) for f in (np.min, np.max))
+        raise _wrong(path, names["key"], "an image of numbers in 0..1", f"{low:g} to {high:g}")
+    stacked = np.zeros((*image.shape, NUM_RATERS), "uint8")
+    for k, mask in enumerate(masks):
+        strange = mask[(mask != 0) & (mask != 1)]
+        if strange.size:
+            raise _wrong(path, names["key"], "masks of 0 and 1", f"a value of {strange[0]:g} in mask {k}")
+        stacked[..., k] = mask
+    # Before the crop: who drew outside it drew all the same.
+    row = {"drew": stacked.any(axis=(0, 1)), "rater_valid": np.arange(NUM_RATERS) < len(masks)}
+    row["images"] = centre(image.astype("float32")[None, ..., None], size)[0]
+    row["masks"] = centre(stacked[None], size)[0]
+    return row | names
+
+
+def _wrong(path, key, expected, received):
+    return ValueError(
+        f"Expected {expected} in patch {key!r} of {path}. Received: {received}.\n"
+        "Mend that patch, or get the file again."
+    )
+
+
+def _check_names(path, names, seen):
+    """Names are text that fits the cache; a key is there once in all files."""
+    key = names["key"]
+    for name, value in names.items():
+        least = 0 if name == "patient_id" else 1
+        if not isinstance(value, str) or not least <= len(value) <= WIDTHS[name] or "\0" in value:
+            shown = repr(value[:80]) if isinstance(value, str | bytes) else type(value).__name__
+            raise _wrong(path, str(key)[:80], f"a {name} of {least} to {WIDTHS[name]} letters", shown)
+    if key in seen:
+        raise _wrong(path, key, "each key once in all files", f"it is in {seen[key]} too")
+    seen[key] = path
+
+
+# ---- pickles
+
+
+def _open_pickles(paths):
+    """How many patches there are, all of the right shape, and a function that yields (path, names, image, masks)."""
+    pickles = [SafePickle(path) for path in paths]
+    seen, shape = {}, None
+    for pickle in pickles:
+        if not len(pickle):
+            raise ValueError(f"Expected a dict of patches in {pickle.path}. Received: an empty one.\nGet it again.")
+        for key in pickle:
+            shape = _check_patch(pickle.path, key, pickle.peek(key), shape, seen)
+
+    def patches(start):
+        places = ((one, key) for one in pickles for key in one)
+        for one, key in itertools.islice(places, start, None):
+            patch = one[key]
+            names = {"key": key, "series_uid": patch["series_uid"], "patient_id": ""}
+            yield one.path, names, patch["image"], patch["masks"]
+
+    return len(seen), patches
+
+
+def _check_patch(path, key, patch, shape, seen):
+    """The shape that this patch has and all others must have."""
+    shown = key if isinstance(key, str) else str(key)
+    if not isinstance(patch, dict):
+        raise _wrong(path, shown, "a dict of image, masks and series_uid", f"a {type(patch).__name__}")
+    missing = [name for name in ("image", "masks", "series_uid") if name not in patch]
+    if missing:
+        raise _wrong(path, shown, "image, masks and series_uid", f"no {missing[0]}")
+    _check_names(path, {"key": key, "series_uid": patch["series_uid"]}, seen)
+    image, masks = patch["image"], patch["masks"]
+    if len(getattr(image, "shape", ())) != 2 or image.dtype.kind not in "fiu" or 0 in image.shape:
+        raise _wrong(path, key, "an image (H, W) of numbers", _form(image))
+    if shape is not None and image.shape != shape:
+        raise _wrong(path, key, f"an image {shape} like the others", _form(image))
+    if not isinstance(masks, list | tuple) or not 1 <= len(masks) <= NUM_RATERS:
+        received = f"{len(masks)} masks" if isinstance(masks, list | tuple) else f"a {type(masks).__name__}"
+        raise _wrong(path, key, f"a list of 1 to {NUM_RATERS} masks", received)
+    for k, mask in enumerate(masks):
+        if getattr(mask, "shape", None) != image.shape or mask.dtype.kind not in "bfiu":
+            raise _wrong(path, key, f"masks {image.shape} of 0 and 1", f"{_form(mask)} as mask {k}")
+    return image.shape
+
+
+def _form(value):
+    return f"{value.shape} {value.dtype}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
+# ---- npz files, as lidc_dicom writes them
+
+
+def _open_npz(paths):
+    """As `_open_pickles`; images and masks are read row by row, never a whole array of them."""
+    seen, shape, tables = {}, None, []
+    for path in paths:
+        with npz.whole(path) as archive:
+            forms = {}
+            for key in ("image", "masks", *WIDTHS):
+                with npz.member(archive, key) as (_, forms[key]):
+                    pass
+            shape = _check_forms(forms, path, shape)
+            table = {name: npz.read_array(archive, name).tolist() for name in WIDTHS}
+        for values in zip(*table.values(), strict=True):
+            _check_names(path, dict(zip(table, values, strict=True)), seen)
+        tables.append(table)
+
+    def patches(start):
+        for path, table in zip(paths, tables, strict=True):
+            with npz.whole(path) as archive:
+                rows = zip(*table.values(), _rows(archive, "image"), _rows(archive, "masks"), strict=True)
+                for *values, image, masks in rows:  # those before are read too: an archive's CRC is of all its bytes
+                    if start <= 0:
+                        yield path, dict(zip(table, values, strict=True)), image, masks
+                    start -= 1
+
+    return len(seen), patches
+
+
+def _check_forms(forms, path, expected):
+    """The shape of an image, which is that of the files before."""
+    side = forms["image"][0][1:]
+    n = forms["image"][0][0] if forms["image"][0] else 0
+    rows = {"image": (side, "fu"), "masks": ((NUM_RATERS, *side), "bu")} | {name: ((), "U") for name in WIDTHS}
+    for key, (row, kinds) in rows.items():
+        found, fortran_order, dtype = forms[key]
+        if found != (n, *row) or len(side) != 2 or dtype.kind not in kinds or fortran_order or not n:
+            raise ValueError(
+                f"Expected image (N, H, W), masks (N, {NUM_RATERS}, H, W) and {', '.join(WIDTHS)} (N,) in {path}. "
+                f"Received: {key} {found} {dtype}{', Fortran order' if fortran_order else ''}.\nMake it anew."
+            )
+    if expected not in (None, side):
+        raise ValueError(
+            f"Expected images {expected} like in the other files. Received: {side} in {path}.\n"
+            "Make all of one size, or move the others elsewhere."
+        )
+    return side
+
+
+def _rows(archive, key):
+    with npz.member(archive, key) as (file, ((n, *row), _, dtype)):
+        for _ in range(n):
+            yield np.frombuffer(npz.read_exactly(file, math.prod(row) * dtype.itemsize, key), dtype).reshape(row)

@@ -1,0 +1,312 @@
+"""The twelve 2-D sets of MedMNIST in their official npz files, converted to the array cache piece by piece.
+
+What is known of them (labels, counts, md5, addresses) is in `medmnist.json`; where the package medmnist is installed,
+its own table comes first, read without importing it.
+"""
+
+import ast
+import collections
+import functools
+import importlib.util
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from . import cache as array_cache
+from . import files, npz
+from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, Card, Parts, Split
+from .download import fetch
+
+__all__ = ["NAMES", "SIZES", "load_npz", "official_file", "registered"]
+
+logger = logging.getLogger(__name__)
+
+NAMES = (
+    "pathmnist",
+    "chestmnist",
+    "dermamnist",
+    "octmnist",
+    "pneumoniamnist",
+    "retinamnist",
+    "breastmnist",
+    "bloodmnist",
+    "tissuemnist",
+    "organamnist",
+    "organcmnist",
+    "organsmnist",
+)
+SIZES = (28, 64, 128, 224)
+PARTS = ("train", "val", "test")
+SOURCE = "https://zenodo.org/records/10519652"
+MEDMNIST_V2 = "Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41"
+CHEST_NORMALISATION = (0.498, 0.247)  # the paper's
+TASK_OF = {
+    "multi-class": MULTI_CLASS,
+    "binary-class": BINARY,
+    "multi-label, binary-class": MULTI_LABEL,
+    "ordinal-regression": ORDINAL,
+}
+PIECE_BYTES = 2**22  # of decompressed images held at a time
+
+# ---- cards
+
+
+def registered(name):
+    """(card, reader) of one of `NAMES`; the reader takes `(root, size, seed, cache=None, *, verify, download)`."""
+    card = _cards()[name]
+    return card, functools.partial(_load, card)
+
+
+def official_file(name: str, size: int) -> tuple[str, str, str]:
+    """File name, address and md5 of the smallest official file of at least `size` pixels."""
+    side = _sides(_cards()[name], size)[0]
+    entry = _table()[name]
+    return _file_name(name, side), entry[f"url{_suffix(side)}"], entry[f"MD5{_suffix(side)}"]
+
+
+@functools.cache
+def _cards():
+    return {name: _card(name, entry) for name, entry in _table().items()}
+
+
+@functools.cache
+def _table():
+    """{name: what is known of it}: our own words, and the facts of an installed medmnist or of the built-in table."""
+    built_in = _built_in_table()
+    try:
+        installed = _installed_info()
+        if installed is None:
+            return built_in
+        table = {name: built_in[name] | installed[name] for name in NAMES}
+        for name, entry in table.items():
+            _card(name, entry)
+    except Exception as error:  # whatever another version of that file holds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("medmnist: the table of the installed package cannot be read (%s); using our own", reason)
+        return built_in
+    return table
+
+
+def _built_in_table():
+    return json.loads(Path(__file__).with_name("medmnist.json").read_text("utf-8"))
+
+
+def _installed_info():
+    """INFO of an installed medmnist, None without one. To import it is to import torch and to make a folder."""
+    found = importlib.util.find_spec("medmnist")
+    if found is None:
+        return None
+    tree = ast.parse(Path(found.origin).with_name("info.py").read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["INFO"]:
+            return ast.literal_eval(node.value)
+    raise KeyError("INFO")
+
+
+def _card(name, entry):
+    task = TASK_OF[entry["task"]]
+    classes = tuple(entry["label"][str(k)] for k in range(len(entry["label"])))
+    notes = entry["notes"]
+    if task == BINARY:  # one output, the probability of 1
+        notes = f"1 is {classes[1]!r}, 0 is {classes[0]!r}. {notes}".strip()
+        classes = classes[1:]
+    sides = [side for side in SIZES if f"MD5{_suffix(side)}" in entry and entry[f"url{_suffix(side)}"]]
+    return Card(
+        name=name,
+        title=entry["title"],
+        task=task,
+        classes=classes,
+        channels=entry["n_channels"],
+        num_raters=1,
+        licence=f"{entry['license']} (MedMNIST v2)",
+        citation=f"{MEDMNIST_V2}; {entry['citation']}",
+        source=f"{SOURCE} (MedMNIST)",
+        files=tuple(_file_name(name, side) for side in sides),
+        default_size=64 if 64 in sides else sides[0],
+        network="resnet18",
+        counts=tuple(entry["n_samples"][part] for part in PARTS),
+        splits="official",
+        notes=notes,
+        paper_normalisation=CHEST_NORMALISATION if name == "chestmnist" else None,
+        checksums=tuple((_file_name(name, side), entry[f"MD5{_suffix(side)}"]) for side in sides),
+    )
+
+
+def _suffix(side):
+    return "" if side == 28 else f"_{side}"
+
+
+def _file_name(name, side):
+    return f"{name}{_suffix(side)}.npz"
+
+
+def _sides(card, size):
+    """Sides of the official files of at least `size` pixels, smallest first."""
+    sides = [side for side in SIZES if _file_name(card.name, side) in card.files]
+    if size > sides[-1]:
+        raise ValueError(f"Expected size <= {sides[-1]}, the largest official file. Received: size={size}")
+    return [side for side in sides if side >= size]
+
+
+# ---- readers
+
+
+def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
+    """A set of MedMNIST: the smallest official file of at least `size` pixels, resized down if it is larger.
+
+    Args:
+        card: of the set.
+        root, size, cache: see `load`.
+        seed: unused, the split is official.
+        verify: compare the file's md5 with the official one first (seconds).
+        download: get the smallest official file of at least `size` pixels where it is not there.
+    """
+    sides = _sides(card, size)[: 1 if download else None]
+    places = [p for s in sides for p in (Path(_file_name(card.name, s)), Path(card.name) / _file_name(card.name, s))]
+    try:
+        path = files.find(replace(card, source=f"{card.source} or by download=True"), root, places)
+    except FileNotFoundError:
+        if not download:
+            raise
+        name, url, md5 = official_file(card.name, size)
+        path = fetch(url, files.roots(root)[0] / name, md5, card.source)
+    side = next(s for s in sides if _file_name(card.name, s) == path.name)
+    if side != size:
+        logger.warning("%s: %s is resized from %d to %d pixels", card.name, path.name, side, size)
+    if verify:
+        official, found = dict(card.checksums)[path.name], files.md5(path)
+        if found != official:
+            raise ValueError(
+                f"Expected md5 {official} for {path}. Received: {found}.\n"
+                "It is not the official file, or it was cut short: get it again."
+            )
+    return load_npz(card, path, size, side, cache)
+
+
+def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -> Parts:
+    """Three splits from an npz with MedMNIST's keys, images through the array cache; never holds a whole array of them.
+
+    Args:
+        card: its task, classes and channels are what the file must have; its name names the cache.
+        path: npz, compressed or not. For train, val and test: `*_images` `(N, S, S)`, or `(N, S, S, 3)` in colour,
+            uint8 in C order; `*_labels` integers, `(N, L)` of 0 and 1 for "multi-label", else `(N, 1)`, a class;
+            `*_patients` and `*_names` `(N,)` become groups and ids where they are there.
+        size: side in pixels that images are resized to (bilinear, antialiased).
+        side: S, where the file's name says it; None: whatever it is.
+        cache: see `load`.
+
+    Raises:
+        ValueError: a file that is truncated, corrupt or not as described; nothing of it is written to the cache.
+    """
+    path = Path(path).resolve()  # one cache, however the path was written
+    headers, arrays = _inspect(path)
+    _check_images(headers, card, side, path)
+    counts = [shape[0] for shape, _, _ in headers.values()]
+    known = []  # targets, groups and ids of each split
+    for part, n in zip(PARTS, counts, strict=True):
+        extras = [_names(arrays, f"{part}_{key}", n, path) for key in ("patients", "names")]
+        known.append((_targets(arrays, part, n, card, path), *extras))
+
+    def produce(start):
+        if start == 0:  # read it all first: rows of an array that turns out corrupt at its end are not to be kept
+            collections.deque(_pieces(path, sum(counts)), maxlen=0)
+        for images in _pieces(path, start):
+            yield {"images": files.resize_images(images.reshape(*images.shape[:3], card.channels), size)}
+
+    source = {"files": array_cache.fingerprint([path]), "size": size}
+    layout = {"images": ((size, size, card.channels), "uint8")}
+    name = f"{card.name}-{size}px"
+    images = array_cache.cached(name, source, layout, produce, total=sum(counts), cache=cache)["images"]
+    splits, first = [], 0
+    for part, n, (targets, groups, ids) in zip(PARTS, counts, known, strict=True):
+        rows = images.select(slice(first, first + n))
+        splits.append(Split(part, card.task, rows, targets, groups=groups, ids=ids))
+        first += n
+    return Parts(*splits)
+
+
+# ---- the npz, piece by piece
+
+
+def _inspect(path):
+    """{part: (shape, fortran_order, dtype)} of the images, from their headers, and {key: array} of the small arrays."""
+    wanted = [f"{part}_{key}" for part in PARTS for key in ("images", "labels")]
+    headers, arrays = {}, {}
+    with npz.whole(path) as archive:
+        found = [name.removesuffix(".npy") for name in archive.namelist()]
+        missing = [key for key in wanted if key not in found]
+        for part in PARTS if not missing else ():
+            with npz.member(archive, f"{part}_images") as (_, header):
+                headers[part] = header
+            for key in (f"{part}_labels", f"{part}_patients", f"{part}_names"):
+                if key in found:
+                    arrays[key] = npz.read_array(archive, key)
+    if missing:
+        raise ValueError(f"Expected the arrays {sorted(wanted)} in {path}. Received: {found}, without {missing}")
+    return headers, arrays
+
+
+def _pieces(path, start):
+    """Images of train, then val, then test, from row `start` on, some MB at a time.
+
+    The rows before are decompressed too: an array's CRC-32, which zipfile checks at its end, is that of all its bytes.
+    """
+    with npz.whole(path) as archive:
+        for part in PARTS:
+            with npz.member(archive, f"{part}_images") as (file, (shape, _, _)):
+                row_bytes = math.prod(shape[1:])
+                step = max(1, PIECE_BYTES // row_bytes)
+                for first in range(0, shape[0], step):
+                    count = min(step, shape[0] - first)
+                    rows = np.frombuffer(npz.read_exactly(file, count * row_bytes, f"{part}_images"), "uint8")
+                    skip = min(start, count)
+                    start -= skip
+                    if skip < count:
+                        yield rows.reshape(count, *shape[1:])[skip:]
+
+
+def _check_images(headers, card, side, path):
+    for part, (shape, fortran_order, dtype) in headers.items():
+        side = side or (shape[1] if len(shape) > 1 else 0)
+        row = (side, side) if card.channels == 1 else (side, side, card.channels)
+        if shape[1:] != row or dtype != np.uint8 or fortran_order:
+            order = ", Fortran order" if fortran_order else ""
+            raise ValueError(
+                f"Expected {part}_images (N, {', '.join(map(str, row))}) uint8 in C order in {path}. "
+                f"Received: shape {shape}, {dtype}{order}.\nIt is not a file of {card.name}, or one of another size."
+            )
+        if 0 in shape:
+            raise ValueError(f"Expected {part}_images that are not empty in {path}. Received: shape {shape}")
+
+
+def _targets(arrays, part, num_images, card, path):
+    """Labels of the file as `(N, L)` uint8 targets of 0 and 1: one-hot where one class excludes the others."""
+    key, labels = f"{part}_labels", arrays[f"{part}_labels"]
+    columns = len(card.classes) if card.task == MULTI_LABEL else 1
+    if labels.shape != (num_images, columns) or labels.dtype.kind not in "bui":
+        raise ValueError(
+            f"Expected {key} ({num_images}, {columns}), integers, in {path}. "
+            f"Received: shape {labels.shape}, {labels.dtype}"
+        )
+    top = 1 if card.task in (MULTI_LABEL, BINARY) else len(card.classes) - 1
+    wrong = np.argwhere((labels < 0) | (labels > top))
+    if len(wrong):
+        image, column = wrong[0]
+        raise ValueError(
+            f"Expected 0 to {top} in {key} of {path}. Received: {labels[image, column]} for image {image}, "
+            f"column {column}; {len(wrong)} such value(s).\nMend the labels, or get the file again."
+        )
+    if card.task in (MULTI_LABEL, BINARY):
+        return labels.astype("uint8")
+    return np.eye(len(card.classes), dtype="uint8")[labels[:, 0].astype("int64")]
+
+
+def _names(arrays, key, num_images, path):
+    values = arrays.get(key)
+    if values is not None and values.shape != (num_images,):
+        raise ValueError(f"Expected {key} ({num_images},) in {path}. Received: shape {values.shape}")
+    return values
