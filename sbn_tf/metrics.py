@@ -5,12 +5,18 @@ gives one sample), `evaluate` gives every metric.
 
 task            probs                                                targets
 "multi-label"   (samples, batch, labels)                             (batch, labels), 0 or 1
+"binary"        (samples, batch, 1)                                  (batch, 1), 0 or 1
+"multi-class"   (samples, batch, classes), sum 1                     (batch, classes), one-hot
+"ordinal"       the same, classes in order                           the same
 "segmentation"  (samples, batch, height, width) or (..., width, 1)   (batch, height, width, raters), 0 or 1
+
+"binary" is "multi-label" with one label. Classes that exclude one another ("multi-class", "ordinal") are one
+event an image.
 
 Functions that take `mean_probs` score the posterior predictive mean, the mean over samples: that is the
 prediction. Functions that take `probs` need the samples. Entropies and log scores are in nats. A
 segmentation target is a rater drawn at random: a score against it is its mean over the valid raters of the
-image.
+image; masks may be a `DiskArray`, which is read in pieces.
 
 Everything here is plain numpy in float64; scikit-learn is imported where it is used.
 """
@@ -18,6 +24,9 @@ Everything here is plain numpy in float64; scikit-learn is imported where it is 
 from collections.abc import Iterator
 
 import numpy as np
+
+from sbn_tf.datasets.arrays import DiskArray
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 
 __all__ = [
     "TASKS",
@@ -44,12 +53,12 @@ __all__ = [
     "uncertainty",
 ]
 
-TASKS = ("multi-label", "segmentation")
-
 # A log score is infinite for one certain and wrong prediction; clipped here, that costs 16.1 nats.
 LOG_CLIP = 1e-7
 # Segmentation is computed some images at a time, so memory does not grow with the test set.
 CHUNK_VALUES = 2**22
+# Float32 probabilities of classes sum to 1 within a tenth of this; those in half precision within five of its steps.
+SUM_TOLERANCE = 1e-4
 
 
 # ---------------------------------------------------------------------------
@@ -147,24 +156,26 @@ def binary_entropy(probs) -> np.ndarray:
     return entr(probs) + entr(1 - probs)
 
 
-def uncertainty(probs) -> dict[str, np.ndarray]:
-    """Split the predictive entropy of every label or pixel into two parts.
+def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
+    """Split the predictive entropy of every label or pixel, or of an image's classes, into two parts.
 
     `entropy = expected_entropy + mutual_information`: total, aleatoric (the samples are each unsure),
     epistemic (the samples disagree). With one sample the last is 0.
 
     Args:
-        probs: (samples, ...), probabilities of 1.
+        probs: (samples, ...), probabilities of 1, or of the classes on the last axis.
+        task: one of `TASKS`; under "multi-class" and "ordinal" entropies are over the last axis, 0 to
+            ln(classes).
 
     Returns:
-        "mean_probs", "entropy", "expected_entropy", "mutual_information", each (...) float64, the last three
-        in nats.
+        "mean_probs", (...) float64; "entropy", "expected_entropy", "mutual_information" in nats, of the same
+        shape, or without the last axis where that holds classes.
 
     Reference: Depeweg et al. 2018, "Decomposition of Uncertainty in Bayesian Deep Learning", equation 5.
     """
-    probs = _float64(probs)
+    probs, entropy = _float64(probs), _class_entropy if task in EXCLUSIVE else binary_entropy
     mean_probs = probs.mean(0)
-    total, expected = binary_entropy(mean_probs), binary_entropy(probs).mean(0)
+    total, expected = entropy(mean_probs), entropy(probs).mean(0)
     return {
         "mean_probs": mean_probs,
         "entropy": total,
@@ -240,7 +251,7 @@ def generalised_energy_distance(probs, masks, rater_valid=None) -> np.ndarray:
 
     Reference: Kohl et al. 2018, "A Probabilistic U-Net", equation 5; Szekely and Rizzo 2013.
     """
-    return _energy_distance(*_check(probs, masks, "segmentation", rater_valid))
+    return _energy_distance(*_check(probs, masks, SEGMENTATION, rater_valid))
 
 
 # ---------------------------------------------------------------------------
@@ -281,7 +292,7 @@ def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
     return float(np.square(probs - _float64(targets)).mean())
 
 
-def paper_entropy(probs, task: str = "multi-label") -> float:
+def paper_entropy(probs, task: str = MULTI_LABEL) -> float:
     """Entropy of the mean prediction; for labels the sum over them of `-p ln p` *without* the 1 - p term.
 
     For labels it measures mostly how far the probabilities are from both 0 and 1 on the low side: p = 1/e,
@@ -294,7 +305,7 @@ def paper_entropy(probs, task: str = "multi-label") -> float:
     """
     from scipy.special import entr
 
-    if task == "segmentation":
+    if task == SEGMENTATION:
         return float(binary_entropy(_float64(probs).mean(0)).mean())
     return float(entr(_float64(probs).mean(0)).sum(-1).mean())
 
@@ -355,11 +366,19 @@ def evaluate(
 ) -> dict[str, float | dict[str, str]]:
     """Every metric of a method's probabilities, as plain floats ready for JSON.
 
-    Both tasks: "nll", "brier", "ece" (15 bins, pooled), "entropy", "expected_entropy", "mutual_information"
-    (nats per label or pixel), "brier_skill" (`1 - brier / brier of train_prevalence`).
+    All tasks: "nll", "brier", "ece" (15 bins, pooled), "entropy", "expected_entropy", "mutual_information"
+    (nats per label, pixel or classified image), "brier_skill" (`1 - brier / brier of train_prevalence`).
 
-    Multi-label: "auc" and "average_precision" (means over the labels that occur as both 0 and 1),
-    "auc_num_labels" (how many these are), "accuracy", and "paper_accuracy", "paper_brier", "paper_entropy".
+    Multi-label and binary: "auc" and "average_precision" (means over the labels that occur as both 0 and 1),
+    "auc_num_labels" (how many these are), "accuracy"; multi-label also "paper_accuracy", "paper_brier",
+    "paper_entropy".
+
+    Multi-class and ordinal: the same keys, but of one event an image. "auc" and "average_precision" are means
+    over the classes, each against the rest, as in MedMNIST's evaluator, and "auc_num_labels" counts classes;
+    "accuracy" is that of the most probable class; "nll" is `-ln p` of the true class; "brier" the sum over
+    classes of `(p - y)^2`, 0 to 2; "ece" is of the most probable class's probability against its being right
+    (Guo et al. 2017). Ordinal also: "mean_absolute_error" of the most probable grade, in grades, and
+    "quadratic_kappa", its agreement with the truth beyond chance (Cohen 1968, quadratic weights).
 
     Segmentation: "dice" and "iou" (the mean prediction cut at 0.5 against the majority mask, mean over
     images, an image with both empty counts as 1); nll, brier and ece against a random valid rater, so with
@@ -371,9 +390,9 @@ def evaluate(
 
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):
-            probabilities of 1.
-        targets: (batch, labels), or (batch, height, width, raters): 0 or 1.
-        task: "multi-label" or "segmentation".
+            probabilities of 1; of classes they sum to 1, but for rounding, and are scaled to do so exactly.
+        targets: (batch, labels), or (batch, height, width, raters): 0 or 1; one-hot for classes.
+        task: one of `TASKS`.
         rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all
             are.
         train_prevalence: training frequency of 1 (see `prevalence`): a number, (labels,) or (height, width).
@@ -383,13 +402,15 @@ def evaluate(
         does.
 
     Raises:
-        ValueError: probabilities outside 0..1 or NaN, targets other than 0 and 1, shapes that do not fit,
-        an empty
-            batch, an image without a valid rater, an unknown task.
+        ValueError: probabilities outside 0..1 or NaN or, of classes, that do not sum to 1, targets other than 0
+            and 1 or not one-hot, shapes that do not fit, an empty batch, an image without a valid rater, an
+            unknown task.
     """
     probs, targets, valid = _check(probs, targets, task, rater_valid)
-    if task == "multi-label":
-        return _evaluate_multi_label(probs, targets, train_prevalence)
+    if task in EXCLUSIVE:
+        return _evaluate_classes(probs, targets, task, train_prevalence)
+    if task != SEGMENTATION:
+        return _evaluate_labels(probs, targets, task, train_prevalence)
     return _evaluate_segmentation(probs, targets, valid, train_prevalence)
 
 
@@ -409,16 +430,16 @@ def per_image(probs, masks, rater_valid=None) -> dict[str, np.ndarray]:
     Raises:
         ValueError: as `evaluate`.
     """
-    probs, masks, valid = _check(probs, masks, "segmentation", rater_valid)
+    probs, masks, valid = _check(probs, masks, SEGMENTATION, rater_valid)
     parts = [_score_images(*chunk) for chunk in _chunks(probs, masks, valid)]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
-    """Frequency of 1 in the targets: of each label, (labels,), or of each pixel, (height, width).
+    """Frequency of 1 in the targets: of each label or class, (labels,), or of each pixel, (height, width).
 
     Args:
-        task: "multi-label" or "segmentation".
+        task: one of `TASKS`.
         targets: (batch, labels), or (batch, height, width, raters): 0 or 1.
         rater_valid: (batch, raters) bool; None if all are. Each image counts once, however many its raters.
 
@@ -426,7 +447,7 @@ def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
         float64 in 0..1, of shape (labels,) or (height, width).
     """
     targets = _check_targets(targets, task)
-    if task == "multi-label":
+    if task != SEGMENTATION:
         return targets.mean(0, dtype="float64")
     valid = _check_valid(rater_valid, targets)
     total = np.zeros(targets.shape[1:3])
@@ -447,42 +468,36 @@ def trivial(
     """Rows of predictors that never look at an image, scored by the same `evaluate`.
 
     Args:
-        task: "multi-label" or "segmentation".
+        task: one of `TASKS`.
         train_targets: (batch, labels), or (batch, height, width, raters): what the prevalence is taken from.
         test_targets: the same, what is predicted.
         rater_valid: of the test targets, as in `evaluate`.
         train_rater_valid: of the training targets.
 
     Returns:
-        "all_negative" (labels) or "all_background" (masks): probability 0 everywhere; "prevalence": the
-        training frequency of each label, or the mean training mask of each pixel. Each a row of `evaluate`.
+        "all_negative" (labels) or "all_background" (masks): probability 0 everywhere; "most_frequent"
+        (classes): probability 1 of the most frequent training class; "prevalence": the training frequency of
+        each label or class, or the mean training mask of each pixel. Each a row of `evaluate`.
     """
     test_targets = _check_targets(test_targets, task)
     frequency = prevalence(task, train_targets, train_rater_valid)
-    shape = (1, *test_targets.shape[: 2 if task == "multi-label" else 3])
-    zero = "all_negative" if task == "multi-label" else "all_background"
+    shape = (1, *test_targets.shape[: 3 if task == SEGMENTATION else 2])
+    if task in EXCLUSIVE:
+        constant, values = "most_frequent", np.eye(len(frequency))[frequency.argmax()]
+    else:
+        constant, values = "all_background" if task == SEGMENTATION else "all_negative", 0.0
     options = {"rater_valid": rater_valid, "train_prevalence": frequency}
     return {
         name: evaluate(_broadcast(values, shape, "train_targets"), test_targets, task, **options)
-        for name, values in ((zero, 0.0), ("prevalence", frequency))
+        for name, values in ((constant, values), ("prevalence", frequency))
     }
 
 
-def _evaluate_multi_label(probs, labels, train_prevalence):
+def _evaluate_labels(probs, labels, task, train_prevalence):
     probs, labels = np.minimum(_float64(probs), 1), _float64(labels)
     parts = uncertainty(probs)
     mean_probs = parts.pop("mean_probs")
-    result, undefined = {}, {}
-    auc = auc_per_label(mean_probs, labels)
-    defined = ~np.isnan(auc)
-    result["auc_num_labels"] = float(defined.sum())
-    if defined.any():
-        result["auc"] = float(auc[defined].mean())
-        result["average_precision"] = float(
-            average_precision_per_label(mean_probs[:, defined], labels[:, defined]).mean()
-        )
-    else:
-        undefined["auc"] = undefined["average_precision"] = "no label occurs as both 0 and 1"
+    result, undefined = _ranking(mean_probs, labels)
     result["accuracy"] = accuracy(mean_probs, labels)
     result["nll"] = nll(mean_probs, labels)
     result["brier"] = brier(mean_probs, labels)
@@ -492,9 +507,36 @@ def _evaluate_multi_label(probs, labels, train_prevalence):
     _add_skill(result, undefined, reference)
     result["ece"] = ece(mean_probs, labels)
     result |= {key: float(value.mean()) for key, value in parts.items()}
-    result["paper_accuracy"] = paper_accuracy(probs, labels)
-    result["paper_brier"] = paper_brier(probs, labels)
-    result["paper_entropy"] = paper_entropy(probs)
+    if task == MULTI_LABEL:
+        result["paper_accuracy"] = paper_accuracy(probs, labels)
+        result["paper_brier"] = paper_brier(probs, labels)
+        result["paper_entropy"] = paper_entropy(probs)
+    return {**result, "undefined": undefined}
+
+
+def _evaluate_classes(probs, targets, task, train_prevalence):
+    probs, targets = _float64(probs), _float64(targets)
+    parts = uncertainty(probs / probs.sum(-1, keepdims=True), task)
+    mean_probs = parts.pop("mean_probs")
+    result, undefined = _ranking(mean_probs, targets)
+    predicted, true = mean_probs.argmax(-1), targets.argmax(-1)
+    result["accuracy"] = float((predicted == true).mean())
+    result["nll"] = float(-np.log(np.maximum(mean_probs[targets == 1], LOG_CLIP)).mean())
+    result["brier"] = _class_brier(mean_probs, targets)
+    reference = None
+    if train_prevalence is not None:
+        reference = _class_brier(_broadcast(train_prevalence, targets.shape, "train_prevalence"), targets)
+    _add_skill(result, undefined, reference)
+    result["ece"] = ece(mean_probs.max(-1), predicted == true)
+    result |= {key: float(value.mean()) for key, value in parts.items()}
+    if task == ORDINAL:
+        result["mean_absolute_error"] = float(np.abs(predicted - true).mean())
+        # In closed form: squared distances of the pairs over those of all pairs, the classes of chance.
+        by_chance = predicted.var() + true.var() + (predicted.mean() - true.mean()) ** 2
+        if by_chance > 0:
+            result["quadratic_kappa"] = float(1 - np.square(predicted - true).mean() / by_chance)
+        else:
+            undefined["quadratic_kappa"] = "every grade, predicted and true, is the same one"
     return {**result, "undefined": undefined}
 
 
@@ -573,11 +615,11 @@ def _score_images(probs, masks, valid):
 
 def _check(probs, targets, task, rater_valid):
     targets, probs = _check_targets(targets, task), np.asarray(probs)
-    if task == "multi-label" and rater_valid is not None:
-        raise ValueError("Expected rater_valid=None, as multi-label targets have no raters. Received: an array")
-    if task == "segmentation":
+    if task != SEGMENTATION and rater_valid is not None:
+        raise ValueError(f"Expected rater_valid=None, as {task} targets have no raters. Received: an array")
+    if task == SEGMENTATION:
         probs = _drop_channel(probs)
-    batch_shape = targets.shape if task == "multi-label" else targets.shape[:-1]
+    batch_shape = targets.shape[:-1] if task == SEGMENTATION else targets.shape
     if probs.ndim != 1 + len(batch_shape) or probs.shape[1:] != batch_shape or probs.shape[0] == 0:
         raise ValueError(
             f"Expected probs of shape (samples, {', '.join(map(str, batch_shape))}), as the targets. "
@@ -589,19 +631,38 @@ def _check(probs, targets, task, rater_valid):
         raise ValueError(
             f"Expected probabilities in 0..1 (not logits), none of them NaN. Received: min={low}, max={high}"
         )
-    valid = None if task == "multi-label" else _check_valid(rater_valid, targets)
+    if task in EXCLUSIVE:
+        sums = probs.sum(-1, dtype="float64")
+        tolerance = max(SUM_TOLERANCE, 5 * float(np.finfo(np.result_type(probs, np.float16)).eps))
+        if np.abs(sums - 1).max() > tolerance:
+            raise ValueError(
+                f"Expected probabilities that sum to 1 over the classes ({task}; a softmax's, not sigmoids). "
+                f"Received: sums from {sums.min():.6g} to {sums.max():.6g}"
+            )
+    valid = _check_valid(rater_valid, targets) if task == SEGMENTATION else None
     return probs, targets, valid
+
+
+_TARGETS = {BINARY: "(batch, 1)", SEGMENTATION: "(batch, height, width, raters)"}
+_TARGETS |= dict.fromkeys(EXCLUSIVE, "(batch, classes), one-hot")
 
 
 def _check_targets(targets, task):
     if task not in TASKS:
         raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
-    targets = np.asarray(targets)
-    shape = "(batch, labels)" if task == "multi-label" else "(batch, height, width, raters)"
-    if targets.ndim != (2 if task == "multi-label" else 4) or targets.size == 0:
+    if task != SEGMENTATION or not isinstance(targets, DiskArray):
+        targets = np.asarray(targets)
+    shape = _TARGETS.get(task, "(batch, labels)")
+    fits = targets.ndim == (4 if task == SEGMENTATION else 2) and targets.size > 0
+    if not fits or (task == BINARY and targets.shape[1] != 1):
         raise ValueError(f"Expected targets of shape {shape}, not empty. Received: shape {targets.shape}")
-    if targets.dtype != bool and not ((targets == 0) | (targets == 1)).all():
-        raise ValueError(f"Expected targets to be 0 or 1. Received: values from {targets.min()} to {targets.max()}")
+    for start in range(0, len(targets), 256):
+        part = targets[start : start + 256]
+        if part.dtype != bool and not ((part == 0) | (part == 1)).all():
+            raise ValueError(f"Expected targets to be 0 or 1. Received: values from {part.min()} to {part.max()}")
+    if task in EXCLUSIVE and (targets.sum(1) != 1).any():
+        bad = int(np.argmax(targets.sum(1) != 1))
+        raise ValueError(f"Expected one class per image, one-hot ({task}). Received: {targets[bad]} for image {bad}")
     return targets
 
 
@@ -659,6 +720,16 @@ def _rater_mean(masks, valid):
     return np.einsum("bhwr,br->bhw", _float64(masks), _float64(valid)) / valid.sum(1)[:, None, None]
 
 
+def _class_entropy(probs):
+    from scipy.special import entr
+
+    return entr(probs).sum(-1)
+
+
+def _class_brier(mean_probs, targets):
+    return float(np.square(mean_probs - targets).sum(-1).mean())
+
+
 def _nll(probs, targets):
     probs = np.clip(probs, LOG_CLIP, 1 - LOG_CLIP)
     return -(targets * np.log(probs) + (1 - targets) * np.log1p(-probs))
@@ -667,6 +738,20 @@ def _nll(probs, targets):
 def _soft_brier(probs, soft):
     # The mean over raters of (p - y)^2, of which y (1 - y) is the raters' own variance.
     return np.square(probs - soft) + soft * (1 - soft)
+
+
+def _ranking(mean_probs, labels):
+    """Ranking scores of each label or class against the rest, as means; with the reasons where there is none."""
+    auc = auc_per_label(mean_probs, labels)
+    defined = ~np.isnan(auc)
+    result, undefined = {"auc_num_labels": float(defined.sum())}, {}
+    if defined.any():
+        result["auc"] = float(auc[defined].mean())
+        precision = average_precision_per_label(mean_probs[:, defined], labels[:, defined])
+        result["average_precision"] = float(precision.mean())
+    else:
+        undefined["auc"] = undefined["average_precision"] = "no label occurs as both 0 and 1"
+    return result, undefined
 
 
 def _add_skill(result, undefined, reference):

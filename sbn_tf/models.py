@@ -274,6 +274,7 @@ def unet_paper(
     dataset: str,
     input_shape: tuple[int | None, int | None, int] | None = None,
     num_outputs: int = 1,
+    activation: str | None = None,
     seed: int | None = None,
     name: str | None = None,
 ) -> keras.Model:
@@ -290,8 +291,8 @@ def unet_paper(
     Args:
         dataset: "lidc" (widths 32-64-128-192, 128 x 128 x 1) or "isic" (32-64-128-256-366, 224 x 224 x 3).
         input_shape: None for the paper's; else (height, width, channels), sides divisible by 8 or 16.
-        num_outputs: 1: sigmoid, the probability of foreground; 2 or more: softmax over the channels,
-            background first.
+        num_outputs: 1: the probability of foreground; 2 or more: of each channel, background first.
+        activation: of the last layer; None: "sigmoid" for one output, "softmax" over the channels for more.
         seed: fixes the initial weights; None draws them from Keras's global seed.
         name: of the model; None for "unet_paper_<dataset>".
 
@@ -315,7 +316,7 @@ def unet_paper(
         convs_per_level=3,
         pooling="average",
         upsampling="bilinear",
-        activation="sigmoid" if num_outputs == 1 else "softmax",
+        activation=activation or ("sigmoid" if num_outputs == 1 else "softmax"),
         conv_bias=True,
         seed=seed,
         name=name or f"unet_paper_{dataset}",

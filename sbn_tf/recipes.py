@@ -13,6 +13,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "WeightedBinaryCrossentropy",
+    "WeightedCategoricalCrossentropy",
     "loss_for",
     "network_for",
     "normalisation_for",
@@ -33,7 +34,8 @@ class Recipe:
         bayes_learning_rate: of the locs in step 3; None: as in step 1. Gentle: step 1 must not be shaken.
         decay: "none" or "cosine" (to 0 over the step's epochs).
         scale_optimizer, scale_learning_rate: of the untransformed scales in step 3.
-        class_weights: "none", or "paper": negatives/positives per label; 10 for the foreground where there are raters.
+        class_weights: "none", or "paper": negatives/positives per label; 10 for the foreground where there are raters;
+            where one class excludes the others, every class the same weight in all.
         augment: None or an augmentation of `datasets.Split.batches`.
         score: saliency score of step 2.
         num_samples, estimator: posterior draws a step, and how the batch is shared among them.
@@ -208,17 +210,11 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
     def __init__(self, pos_weight=1.0, name="weighted_bce", reduction="sum_over_batch_size"):
         super().__init__(name=name, reduction=reduction)
         self.pos_weight = np.asarray(pos_weight, "float32")
-        if not (np.isfinite(self.pos_weight).all() and (self.pos_weight > 0).all()):
-            raise ValueError(f"Expected finite pos_weight > 0. Received: {pos_weight}")
+        _check_weights("pos_weight", self.pos_weight)
 
     def call(self, y_true, y_pred):
         """Weighted cross-entropy of probabilities `y_pred`, averaged over the last axis."""
-        if len(y_true.shape) != len(y_pred.shape) or any(
-            a != b for a, b in zip(y_true.shape, y_pred.shape, strict=True) if None not in (a, b)
-        ):
-            raise ValueError(
-                f"Expected labels of the outputs' shape {tuple(y_pred.shape)}. Received: {tuple(y_true.shape)}"
-            )
+        _check_same_shape(y_true, y_pred)
         if self.pos_weight.ndim and self.pos_weight.shape != (y_pred.shape[-1],):
             raise ValueError(
                 f"Expected one pos_weight, or {y_pred.shape[-1]}: one for each output. "
@@ -239,11 +235,74 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
         return {**super().get_config(), "pos_weight": self.pos_weight.tolist()}
 
 
+@keras.saving.register_keras_serializable(package="sbn_tf")
+class WeightedCategoricalCrossentropy(keras.losses.Loss):
+    """`-class_weights of the true class * log p of it`, averaged over images, as Keras's `class_weight` does.
+
+    PyTorch's mean divides by the sum of the images' weights; over a training set with balanced weights it is the same.
+
+    Args:
+        class_weights: one for each class: (classes,).
+
+    Raises:
+        ValueError: weights that are not one row, finite and > 0, or in a call labels of another shape than the
+            outputs', or another number of weights than classes.
+    """
+
+    def __init__(self, class_weights, name="weighted_categorical", reduction="sum_over_batch_size"):
+        super().__init__(name=name, reduction=reduction)
+        self.class_weights = np.asarray(class_weights, "float32")
+        _check_weights("class_weights", self.class_weights)
+        if self.class_weights.ndim != 1:
+            raise ValueError(f"Expected class_weights (classes,). Received: shape {self.class_weights.shape}")
+
+    def call(self, y_true, y_pred):
+        """Weighted cross-entropy of probabilities `y_pred` over the last axis, of labels that are one-hot."""
+        _check_same_shape(y_true, y_pred)
+        if self.class_weights.shape != (y_pred.shape[-1],):
+            raise ValueError(
+                f"Expected {y_pred.shape[-1]} class_weights: one for each output. "
+                f"Received: shape {self.class_weights.shape}"
+            )
+        y_true = ops.cast(y_true, y_pred.dtype)
+        weight = ops.sum(ops.cast(self.class_weights, y_pred.dtype) * y_true, axis=-1)
+        # Not inside: TensorFlow's gradient is that of labels which sum to 1, whatever they sum to.
+        return weight * ops.categorical_crossentropy(y_true, y_pred)
+
+    def terms_per_example(self, output_shape) -> int:
+        """How many terms of one example the mean runs over: 1 for an image's classes."""
+        return int(np.prod(output_shape[1:-1], dtype=int))
+
+    def get_config(self):
+        """Weights as plain numbers."""
+        return {**super().get_config(), "class_weights": self.class_weights.tolist()}
+
+
+def _check_weights(name, weights):
+    if not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(f"Expected finite {name} > 0. Received: {name}={weights.tolist()}")
+
+
+def _check_same_shape(y_true, y_pred):
+    if len(y_true.shape) != len(y_pred.shape) or any(
+        a != b for a, b in zip(y_true.shape, y_pred.shape, strict=True) if None not in (a, b)
+    ):
+        raise ValueError(
+            f"Expected labels of the outputs' shape {tuple(y_pred.shape)}. Received: {tuple(y_true.shape)}"
+        )
+
+
 def loss_for(recipe: Recipe, data):
     """The recipe's loss for a dataset: cross-entropy, weighted from the training split if asked."""
-    if recipe.class_weights == "none":
+    weighted = recipe.class_weights == "paper"
+    if data.card.task in ("multi-class", "ordinal"):
+        # An ordinal grade is learned as a class, its order unused, as in MedMNIST's own baselines.
+        if weighted:
+            return WeightedCategoricalCrossentropy(data.class_weights())
+        return keras.losses.CategoricalCrossentropy()
+    if not weighted:
         return keras.losses.BinaryCrossentropy()
-    if data.card.task == "multi-label":
+    if data.card.task != "segmentation":
         return WeightedBinaryCrossentropy(data.pos_weight())
     return WeightedBinaryCrossentropy(10.0 if data.card.num_raters > 1 else 1.0)
 

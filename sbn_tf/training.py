@@ -24,6 +24,7 @@ from keras import ops
 from tqdm import tqdm
 
 from sbn_tf import models
+from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency, top_k
@@ -290,18 +291,27 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
         verbose: show a progress bar.
 
     Raises:
-        ValueError: a seed that is not an integer >= 0, an unknown network, or files of an earlier run that are corrupt.
+        ValueError: a seed that is not an integer >= 0, a network that is unknown or of another task, or files of an
+            earlier run that are corrupt.
     """
     seed = _check_seed(seed)
     network = network or data.card.network
     fields = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay")
     settings = {f: getattr(recipe, f) for f in (*fields, "class_weights", "augment")}
     settings |= {"network": network, **_data_settings(data, limit), "seed": seed}
+    # The networks' own activation is the sigmoid of labels and masks, which needs no setting.
+    head = {"activation": "softmax"} if data.card.task in EXCLUSIVE else {}
+    settings |= head
     folder = run_folder(runs, data.card.name, "deterministic", seed, settings)
     if (folder / "model.keras").exists():
         return _finished(folder, tell=True)
     keras.utils.set_random_seed(seed)
-    model = models.build(network, data.input_shape, data.num_outputs, seed=seed)
+    model = models.build(network, data.input_shape, data.num_outputs, seed=seed, **head)
+    if len(model.output_shape) != len(data.train.targets.shape):
+        raise ValueError(
+            f"Expected a network for {data.card.task} ({data.card.name}), as {data.card.network!r}. "
+            f"Received: network={network!r}, which gives {model.output_shape}"
+        )
     steps = recipe.epochs * data.train.steps(recipe.batch_size)
     model.compile(_optimizer(recipe, steps), loss_for(recipe, data))
     _fit_and_save(model, data, recipe, recipe.epochs, seed, folder, settings, verbose=verbose)

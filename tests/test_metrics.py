@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 
 from sbn_tf import metrics
+from sbn_tf.datasets.arrays import DiskArray
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
@@ -14,6 +16,9 @@ LABELS[0], LABELS[1] = 1, 0
 LABEL_PROBS = RNG.beta(1, 3, (4, 60, 5)).astype("float32")
 MASKS = (RNG.random((6, 8, 10, 3)) < RNG.random((6, 8, 10, 1)) ** 2).astype("uint8")
 MASK_PROBS = RNG.beta(0.5, 1, (4, 6, 8, 10)).astype("float32")
+CLASSES = np.repeat(np.arange(4), [30, 15, 10, 5])
+ONE_HOT = np.eye(4, dtype="uint8")[CLASSES]
+CLASS_PROBS = RNG.dirichlet([0.6, 0.5, 0.5, 0.4], (3, 60)).astype("float32") * 0.8 + 0.2 * ONE_HOT
 VALID = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
 
 
@@ -85,6 +90,97 @@ def test_brier_skill_is_against_the_training_prevalence():
     assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
 
 
+# Binary, and classes that exclude one another
+
+
+def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
+    probs, labels = LABEL_PROBS[..., :1], LABELS[:, :1]
+    row = metrics.evaluate(probs, labels, "binary", train_prevalence=0.4)
+    same = metrics.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
+    assert {key for key in same if key not in row} == {"paper_accuracy", "paper_brier", "paper_entropy"}
+    assert_same(row, {key: same[key] for key in row})
+    mean = probs.astype("float64").mean(0)
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(labels, mean))
+    assert row["average_precision"] == pytest.approx(sk.average_precision_score(labels, mean))
+
+
+@pytest.mark.parametrize("task", ["multi-class", "ordinal"])
+def test_classes_agree_with_scikit_learn_and_scipy(task):
+    row = metrics.evaluate(CLASS_PROBS, ONE_HOT, task)
+    samples = CLASS_PROBS.astype("float64")
+    samples /= samples.sum(-1, keepdims=True)
+    mean = samples.mean(0)
+    assert row["accuracy"] == pytest.approx(sk.accuracy_score(CLASSES, mean.argmax(1)))
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(CLASSES, mean, multi_class="ovr"))
+    assert row["average_precision"] == pytest.approx(sk.average_precision_score(ONE_HOT, mean, average="macro"))
+    assert row["auc_num_labels"] == 4
+    assert row["nll"] == pytest.approx(sk.log_loss(CLASSES, mean))
+    brier = sum((mean[i, k] - ONE_HOT[i, k]) ** 2 for i in range(60) for k in range(4)) / 60
+    assert row["brier"] == pytest.approx(brier)
+    assert row["entropy"] == pytest.approx(stats.entropy(mean, axis=1).mean())
+    assert row["expected_entropy"] == pytest.approx(stats.entropy(samples, axis=2).mean())
+    assert row["mutual_information"] == pytest.approx(row["entropy"] - row["expected_entropy"], abs=1e-9)
+    assert not [key for key in row if key.startswith("paper_")]
+    grades = {"mean_absolute_error", "quadratic_kappa"}
+    assert grades & set(row) == (grades if task == "ordinal" else set())
+
+
+def test_grades_agree_with_scikit_learn():
+    row = metrics.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
+    predicted = CLASS_PROBS.mean(0).argmax(1)
+    assert row["mean_absolute_error"] == pytest.approx(sk.mean_absolute_error(CLASSES, predicted))
+    assert row["quadratic_kappa"] == pytest.approx(sk.cohen_kappa_score(CLASSES, predicted, weights="quadratic"))
+
+
+def test_grades_that_are_all_the_same_have_no_kappa():
+    targets = np.tile(np.eye(3, dtype="uint8")[1], (5, 1))
+    row = metrics.evaluate(targets[None] * 1.0, targets, "ordinal")
+    assert "quadratic_kappa" not in row and row["undefined"]["quadratic_kappa"].startswith("every grade")
+    assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
+    assert row["mean_absolute_error"] == row["nll"] == 0 and row["accuracy"] == 1
+
+
+def test_the_ece_of_classes_is_of_the_most_probable_one_by_hand():
+    # Confidences .5 and .52 share a bin of 1/15, the first right; .9 wrong; 1.0 right, in the last bin with .96, right.
+    probs = np.array([[0.5, 0.3, 0.2], [0.24, 0.52, 0.24], [0.05, 0.05, 0.9], [0, 1, 0], [0.96, 0.02, 0.02]])
+    targets = np.eye(3, dtype="uint8")[[0, 0, 1, 1, 0]]
+    row = metrics.evaluate(probs[None], targets, "multi-class")
+    assert row["ece"] == pytest.approx((abs(1.02 - 1) + 0.9 + abs(1.96 - 2)) / 5)
+
+
+def test_a_class_that_does_not_occur_is_left_out_of_the_auc():
+    probs = np.concatenate([CLASS_PROBS * 0.9, np.full((3, 60, 1), 0.1, "float32")], -1)
+    row = metrics.evaluate(probs, np.pad(ONE_HOT, ((0, 0), (0, 1))), "multi-class")
+    assert row["auc_num_labels"] == 4
+    assert row["auc"] == pytest.approx(metrics.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")["auc"])
+
+
+@pytest.mark.parametrize("task", ["multi-class", "ordinal"])
+def test_trivial_rows_of_classes_by_hand(task):
+    rows = metrics.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
+    assert list(rows) == ["most_frequent", "prevalence"]
+    frequency = np.array([30, 15, 10, 5]) / 60
+    np.testing.assert_allclose(metrics.prevalence(task, ONE_HOT), frequency)
+    most, by_chance = rows["most_frequent"], rows["prevalence"]
+    assert most["accuracy"] == by_chance["accuracy"] == 10 / 40
+    assert most["brier"] == pytest.approx(2 * 30 / 40)
+    assert most["nll"] == pytest.approx(30 / 40 * -np.log(1e-7))
+    assert by_chance["nll"] == pytest.approx(-(np.array([10, 15, 10, 5]) / 40 * np.log(frequency)).sum())
+    assert by_chance["entropy"] == pytest.approx(stats.entropy(frequency))
+    assert by_chance["brier_skill"] == 0 and by_chance["auc"] == most["auc"] == 0.5
+    expected = np.square(frequency).sum() + 1 - 2 * (np.array([10, 15, 10, 5]) / 40 * frequency).sum()
+    assert by_chance["brier"] == pytest.approx(expected)
+    if task == "ordinal":
+        assert most["mean_absolute_error"] == pytest.approx((15 * 1 + 10 * 2 + 5 * 3) / 40)
+        assert most["quadratic_kappa"] == pytest.approx(0)
+
+
+def test_trivial_rows_of_a_binary_task():
+    rows = metrics.trivial("binary", LABELS[:, :1], LABELS[:, :1])
+    assert list(rows) == ["all_negative", "prevalence"]
+    assert rows["all_negative"]["accuracy"] == pytest.approx(1 - LABELS[:, 0].mean())
+
+
 # Uncertainty
 
 
@@ -95,6 +191,16 @@ def test_entropy_is_expected_entropy_plus_mutual_information(probs):
     assert (parts["mutual_information"] >= -1e-12).all()
     if len(probs) == 1:
         np.testing.assert_array_equal(parts["mutual_information"], 0)
+
+
+@pytest.mark.parametrize("task", ["multi-class", "ordinal"])
+def test_entropy_over_classes(task):
+    two = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]]])  # two certain samples of one image that disagree
+    parts = metrics.uncertainty(two, task)
+    assert parts["mean_probs"].shape == (1, 3) and parts["entropy"].shape == (1,)
+    assert parts["expected_entropy"][0] == 0
+    assert parts["mutual_information"][0] == pytest.approx(np.log(2))
+    assert metrics.uncertainty(np.full((1, 1, 3), 1 / 3), task)["entropy"][0] == pytest.approx(np.log(3))
 
 
 def test_entropy_by_hand():
@@ -177,6 +283,25 @@ def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
 
 
+def test_masks_on_disk_score_as_those_in_memory(tmp_path):
+    np.save(tmp_path / "masks.npy", MASKS)
+    masks = DiskArray(tmp_path / "masks.npy")
+    assert_same(
+        metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID),
+        metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID),
+    )
+    np.testing.assert_array_equal(
+        metrics.prevalence("segmentation", masks, VALID), metrics.prevalence("segmentation", MASKS, VALID)
+    )
+    assert_same(
+        metrics.trivial("segmentation", masks, masks)["prevalence"],
+        metrics.trivial("segmentation", MASKS, MASKS)["prevalence"],
+    )
+    np.save(tmp_path / "wrong.npy", MASKS * 2)
+    with pytest.raises(ValueError, match=r"0 or 1.*0 to 2"):
+        metrics.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
+
+
 def test_energy_distance_laws():
     masks = np.moveaxis((MASK_PROBS > 0.5), 0, -1)
     np.testing.assert_allclose(metrics.generalised_energy_distance(MASK_PROBS, masks), 0, atol=1e-12)
@@ -215,19 +340,23 @@ def test_per_image_means_are_what_evaluate_reports():
 
 # Laws of evaluate
 
+EXAMPLES = [
+    ("multi-label", LABEL_PROBS, LABELS),
+    ("binary", LABEL_PROBS[..., :1], LABELS[:, :1]),
+    ("multi-class", CLASS_PROBS, ONE_HOT),
+    ("ordinal", CLASS_PROBS, ONE_HOT),
+    ("segmentation", MASK_PROBS, MASKS),
+]
 
-@pytest.mark.parametrize(
-    ("task", "probs", "targets"), [("multi-label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
-)
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
     row = metrics.evaluate(probs, targets, task)
     assert_same(metrics.evaluate(probs[::-1], targets, task), row)
     assert_same(metrics.evaluate(probs[:, ::-1], targets[::-1], task), row)
 
 
-@pytest.mark.parametrize(
-    ("task", "probs", "targets"), [("multi-label", LABEL_PROBS, LABELS), ("segmentation", MASK_PROBS, MASKS)]
-)
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_are_plain_floats(task, probs, targets, dtype):
     row = metrics.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
@@ -255,6 +384,13 @@ def test_rounding_above_one_is_forgiven():
         (LABEL_PROBS, LABELS, "multi-label", {"rater_valid": VALID}, "rater_valid=None"),
         (LABEL_PROBS, LABELS, "multi-label", {"train_prevalence": np.ones(4)}, r"train_prevalence.*\(4,\)"),
         (LABEL_PROBS, LABELS, "multiclass", {}, "'multiclass'"),
+        (LABEL_PROBS, LABELS, "binary", {}, r"\(batch, 1\).*\(60, 5\)"),
+        (CLASS_PROBS, CLASSES, "multi-class", {}, r"\(batch, classes\), one-hot.*\(60,\)"),
+        (LABEL_PROBS, LABELS, "multi-class", {}, r"one class per image.*\[1 1 1 1 1\] for image 0"),
+        (CLASS_PROBS * 0.99, ONE_HOT, "ordinal", {}, "sum to 1 over the classes.*0.99 to 0.99"),
+        (np.where(CLASS_PROBS > 0.9, np.nan, CLASS_PROBS), ONE_HOT, "ordinal", {}, "NaN.*min=nan"),
+        (CLASS_PROBS, ONE_HOT, "ordinal", {"rater_valid": VALID}, "ordinal targets have no raters"),
+        (CLASS_PROBS, ONE_HOT, "multi-class", {"train_prevalence": np.ones(5)}, r"train_prevalence.*\(5,\)"),
         (MASK_PROBS, MASKS[..., 0], "segmentation", {}, "raters"),
         (MASK_PROBS[:, :3], MASKS, "segmentation", {}, r"\(4, 3, 8, 10\)"),
         (MASK_PROBS, MASKS, "segmentation", {"rater_valid": VALID[:, :2]}, r"\(6, 3\).*\(6, 2\)"),

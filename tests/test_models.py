@@ -52,6 +52,18 @@ def test_counts_by_hand():
     assert num_trainable(models.unet((8, 8, 1), widths=(2, 3), convs_per_level=1)) == expected
 
 
+@pytest.mark.parametrize("network", models.NETWORKS)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_every_network_takes_the_activation_of_its_head(network, activation):
+    model = models.build(network, (16, 16, 1), 3, activation=activation)
+    assert model.layers[-1].activation.__name__ == activation
+
+
+def test_the_papers_unet_has_a_softmax_over_two_outputs_and_a_sigmoid_for_one():
+    heads = [models.unet_paper("lidc", (16, 16, 1), n).layers[-1].activation.__name__ for n in (1, 2)]
+    assert heads == ["sigmoid", "softmax"]
+
+
 @pytest.mark.parametrize(("network", "input_shape", "num_outputs", "options", "output_shape"), SMALL)
 def test_shapes_ranges_and_one_step(network, input_shape, num_outputs, options, output_shape):
     model = models.build(network, input_shape, num_outputs, seed=0, **options)

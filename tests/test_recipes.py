@@ -1,10 +1,13 @@
 """Recipes: the paper's published settings, the weighted loss against TensorFlow's, settings out of range."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.metrics import log_loss
 
 from sbn_tf import datasets, recipes
+from sbn_tf.partial_bayes import loss_terms
 
 
 def test_the_papers_recipe_is_section_3():
@@ -47,6 +50,83 @@ def test_labels_that_would_be_broadcast_are_refused():
         loss(np.ones(4, "float32"), np.full((4, 1), 0.5, "float32"))
     with pytest.raises(ValueError, match="one pos_weight, or 1"):
         recipes.WeightedBinaryCrossentropy(np.ones(14))(np.ones((4, 1), "float32"), np.full((4, 1), 0.5, "float32"))
+
+
+def softmax_outputs():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(9, 3)).astype("float32")
+    classes = np.array([0, 0, 1, 2, 1, 0, 0, 2, 0])
+    return classes, np.eye(3, dtype="float32")[classes], np.array(tf.nn.softmax(logits))
+
+
+def test_weighted_categorical_cross_entropy_is_scikit_learns_and_keras_with_class_weight():
+    classes, one_hot, probs = softmax_outputs()
+    weights = np.array([0.5, 2.0, 3.0])
+    loss = recipes.WeightedCategoricalCrossentropy(weights)
+    normalised = log_loss(classes, probs, sample_weight=weights[classes])  # divided by the sum of the weights
+    assert float(loss(one_hot, probs)) == pytest.approx(normalised * weights[classes].mean(), rel=1e-5)
+    stock = keras.losses.CategoricalCrossentropy()(one_hot, probs, sample_weight=weights[classes])
+    assert float(loss(one_hot, probs)) == pytest.approx(float(stock), rel=1e-6)
+    again = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert type(again) is type(loss) and float(again(one_hot, probs)) == float(loss(one_hot, probs))
+    plain = recipes.WeightedCategoricalCrossentropy(np.ones(3))
+    assert float(plain(one_hot, probs)) == pytest.approx(log_loss(classes, probs), rel=1e-5)
+
+
+def test_the_gradient_of_the_weighted_categorical_cross_entropy_by_hand():
+    classes, one_hot, probs = softmax_outputs()
+    weights = np.array([0.5, 2.0, 3.0])
+    loss = recipes.WeightedCategoricalCrossentropy(weights)
+    logits = tf.Variable(np.log(probs))
+    with tf.GradientTape() as tape:
+        value = loss(one_hot, keras.activations.softmax(logits))  # Keras finds the logits behind a softmax
+    expected = weights[classes][:, None] * (probs - one_hot) / 9
+    np.testing.assert_allclose(tape.gradient(value, logits), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "terms"), [((None, 7), 1), ((None, 8, 4, 7), 32)])
+def test_a_categorical_cross_entropy_is_one_term_an_image_or_pixel(shape, terms):
+    assert loss_terms(recipes.WeightedCategoricalCrossentropy(np.ones(7)), shape) == terms
+    assert loss_terms(keras.losses.CategoricalCrossentropy(), shape) == terms
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [1.0, np.nan], [-1.0, 1.0], 2.0, [[1.0, 1.0]]])
+def test_class_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match=r"Expected .*class_weights"):
+        recipes.WeightedCategoricalCrossentropy(weights)
+
+
+def test_classes_that_would_be_broadcast_are_refused():
+    _, one_hot, probs = softmax_outputs()
+    with pytest.raises(ValueError, match=r"outputs' shape \(9, 3\). Received: \(9,\)"):
+        recipes.WeightedCategoricalCrossentropy(np.ones(3))(one_hot[:, 0], probs)
+    with pytest.raises(ValueError, match="Expected 3 class_weights"):
+        recipes.WeightedCategoricalCrossentropy([1.0])(one_hot, probs)
+
+
+def with_labels(task, targets):
+    """A dataset of blank but for noise 8 x 8 images, all its splits with these targets."""
+    card = datasets.Card("made", "made", task, ("a", "b", "c"), 1, 1, "", "", "", (), 8, "resnet18")
+    images = np.random.default_rng(0).integers(0, 256, (len(targets), 8, 8, 1)).astype("uint8")
+    parts = [datasets.Split(name, task, images, targets.astype("uint8")) for name in ("train", "val", "test")]
+    return datasets.Data(card, *parts)
+
+
+@pytest.mark.parametrize("task", ["multi-class", "ordinal", "binary", "multi-label"])
+@pytest.mark.parametrize("class_weights", ["none", "paper"])
+def test_the_loss_of_each_task_with_labels_by_hand(task, class_weights):
+    _, one_hot, probs = softmax_outputs()  # 5, 2 and 2 of a class
+    targets = one_hot[:, :1] if task == "binary" else one_hot
+    probs = probs[:, : targets.shape[1]]
+    data = with_labels(task, targets)
+    loss = recipes.loss_for(recipes.recipe_for("quick", data.card, class_weights=class_weights), data)
+    if task in ("multi-class", "ordinal"):
+        weights = 9 / (3 * np.array([5, 2, 2])) if class_weights == "paper" else np.ones(3)
+        terms = -(weights * targets * np.log(probs)).sum(-1)
+    else:
+        weights = (np.array([4, 7, 7]) / np.array([5, 2, 2]))[: targets.shape[1]] if class_weights == "paper" else 1.0
+        terms = -(weights * targets * np.log(probs) + (1 - targets) * np.log(1 - probs))
+    assert float(loss(targets, probs)) == pytest.approx(terms.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

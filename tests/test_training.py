@@ -5,12 +5,15 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
+import matplotlib
 import numpy as np
 import pytest
 
-from sbn_tf import datasets, recipes, training
+from sbn_tf import datasets, metrics, models, recipes, training
+from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -197,6 +200,169 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path):
         np.testing.assert_array_equal(a, b)
     assert training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path).history == step1.history
     assert json.loads((first.folder / "config.json").read_text())["recipe"]["num_samples"] == 2
+    settings = json.loads((step1.folder / "config.json").read_text())["settings"]
+    assert "activation" not in settings  # the folders of masks and labels have the names that they had
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A network of one convolution, which is traced in a second."""
+
+    def build(input_shape, num_outputs, activation="sigmoid", seed=None):
+        inputs = keras.Input(input_shape)
+        x = keras.layers.Conv2D(8, 3, activation="relu", kernel_initializer=keras.initializers.HeNormal(seed))(inputs)
+        x = keras.layers.BatchNormalization()(keras.layers.GlobalAveragePooling2D()(x))
+        return keras.Model(inputs, keras.layers.Dense(num_outputs, activation=activation, name="head")(x))
+
+    monkeypatch.setitem(models.NETWORKS, "tiny", (build, {}))
+    return "tiny"
+
+
+def in_colours(task, classes=3, train=48, test=18):
+    """Noisy 8 x 8 images whose strongest colour is their class; the label of "binary" is class 1 of 2."""
+    random = np.random.default_rng(0)
+    names = ("red", "green", "blue")[:classes]
+    if task == "binary":
+        names = ("green",)
+    card = datasets.Card("colours", "made", task, names, 3, 1, "", "", "", (), 8, "resnet18")
+    parts = []
+    for name, count in (("train", train), ("val", test), ("test", test)):
+        label = np.arange(count) % classes
+        images = random.integers(0, 120, (count, 8, 8, 3))
+        images[np.arange(count), :, :, label] += 100
+        targets = np.eye(classes, dtype="uint8")[label]
+        parts.append(
+            datasets.Split(name, task, images.astype("uint8"), targets[:, 1:2] if task == "binary" else targets)
+        )
+    return datasets.Data(card, *parts)
+
+
+def on_disk(data, folder):
+    """The same data, images and targets in files."""
+    parts = []
+    for split in (data.train, data.val, data.test):
+        arrays = {}
+        for key in ("images", "targets"):
+            rows, path = getattr(split, key), folder / f"{split.name}_{key}.npy"
+            np.save(path, rows)
+            arrays[key] = DiskArray(path, None, row_crc32(rows), row_sums(rows) if key == "images" else None)
+        parts.append(dataclasses.replace(split, **arrays))
+    return datasets.Data(data.card, *parts)
+
+
+@pytest.mark.parametrize(
+    ("task", "class_weights", "loss", "head"),
+    [
+        ("multi-class", "none", "CategoricalCrossentropy", "softmax"),
+        ("ordinal", "paper", "WeightedCategoricalCrossentropy", "softmax"),
+        ("binary", "paper", "WeightedBinaryCrossentropy", "sigmoid"),
+    ],
+)
+def test_the_three_steps_of_labels_and_classes(tmp_path, tiny, task, class_weights, loss, head):
+    data = in_colours(task, classes=2 if task == "binary" else 3)
+    recipe = recipes.recipe_for(
+        "quick", data.card, epochs=30, bayes_epochs=2, batch_size=12, num_samples=2, class_weights=class_weights
+    )
+    options = {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, recipe, network=tiny, **options)
+    assert type(step1.model.loss).__name__ == loss
+    assert step1.model.layers[-1].activation.__name__ == head
+    masks = training.masks_run(step1, data, recipe, 0.2, verbose=False)
+    bayes = training.partial_run(step1, masks, data, recipe, **options)
+    again = training.partial_run(step1, masks, data, recipe, **options)
+    assert bayes.model.num_bayesian == round(0.2 * masks.num_weights) > 0
+    assert bayes.model.probabilities == again.model.probabilities == head
+
+    # The KL of one term an image, by hand: beta times all nats over the training images.
+    assert bayes.history["kl"][-1] == pytest.approx(float(bayes.model.kl_divergence()) / 48, rel=0.05)
+
+    prevalence = metrics.prevalence(task, data.train.targets)
+    rows = metrics.trivial(task, data.train.targets, data.test.targets)
+    for name, probs in {
+        "deterministic": step1.model.predict(data.test.batches(12), verbose=0)[None],
+        "partial": again.model.predict_samples(data.test.batches(12), num_samples=3),
+    }.items():
+        assert probs.shape == (3 if name == "partial" else 1, 18, data.num_outputs)
+        rows[name] = metrics.evaluate(probs, data.test.targets, task, train_prevalence=prevalence)
+        assert rows[name]["accuracy"] == rows[name]["auc"] == 1  # colour decides
+        assert rows[name]["nll"] < 0.5 * rows["prevalence"]["nll"]
+        assert set(rows[name]["undefined"]) == set()
+    assert rows["partial"]["mutual_information"] > 0
+
+
+def test_data_on_disk_are_read_a_batch_at_a_time_and_train_to_the_same_weights(tmp_path, tiny, monkeypatch):
+    data = in_colours("multi-class")
+    stored = on_disk(data, tmp_path)
+    recipe = recipes.recipe_for("quick", data.card, epochs=1, bayes_epochs=1, batch_size=12, num_samples=2)
+    rows_read, read = [], DiskArray._read
+
+    def counted(self, index):
+        if self.ndim == 4:
+            rows_read.append(len(index))
+        return read(self, index)
+
+    monkeypatch.setattr(DiskArray, "_read", counted)
+    found = []
+    for name, source in (("memory", data), ("disk", stored)):
+        options = {"runs": tmp_path / name, "verbose": False}
+        step1 = training.deterministic_run(source, recipe, network=tiny, **options)
+        masks = training.masks_run(step1, source, recipe, 0.2, verbose=False)
+        found.append(training.partial_run(step1, masks, source, recipe, **options).model)
+        assert bool(rows_read) == (name == "disk")
+    for a, b in zip(*(model.weights for model in found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    # Samples are those of the array in batches of the same size: noise belongs to the batch.
+    streamed = found[0].predict_samples(stored.test.batches(12), num_samples=3)
+    whole = found[1].predict_samples(data.test.normalised(), num_samples=3, batch_size=12)
+    np.testing.assert_array_equal(streamed, whole)
+    assert max(rows_read) <= 12
+    assert len(rows_read) == (48 + 18) // 12 * 2 + 2 + 48 // 12 + 2  # two fits with validation, saliency, prediction
+
+
+def cells_of(notebook):
+    path = Path(__file__).resolve().parents[1] / "nbs" / f"{notebook}.ipynb"
+    return ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", ["01_deterministic", "02_saliency", "03_partial_bayes"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"fold": 0}, {"fold": 0}),
+        ({"split": "paper", "fold": 3}, {"split": "paper", "fold": 3}),
+    ],
+)
+def test_notebooks_pass_options_to_the_dataset_only_where_they_are_set(monkeypatch, notebook, changes, expected):
+    class Loaded(Exception):
+        pass
+
+    def load(name, **options):
+        raise Loaded(options)
+
+    monkeypatch.setattr(datasets, "load", load)
+    parameters, setup, *_ = cells_of(notebook)
+    names = {}
+    exec(parameters, names)
+    names |= changes
+    with matplotlib.rc_context(), pytest.raises(Loaded) as caught:
+        exec(setup, names)
+    common = {"root": None, "size": None, "limit": None, "normalisation": "train"}
+    assert caught.value.args[0] == {**common, **expected}
+
+
+@pytest.mark.parametrize("notebook", ["01_deterministic", "02_saliency", "03_partial_bayes"])
+def test_notebooks_do_not_ask_for_all_images_at_once(notebook):
+    assert "normalised()" not in "".join(cells_of(notebook))
+
+
+@pytest.mark.parametrize("network", ["unet_small", "unet_paper_lidc"])
+def test_a_network_of_another_task_is_named(tmp_path, network):
+    data = in_colours("multi-class")
+    recipe = recipes.recipe_for("quick", data.card)
+    with pytest.raises(ValueError, match=rf"Expected a network for multi-class.*network='{network}'"):
+        training.deterministic_run(data, recipe, network=network, runs=tmp_path)
 
 
 def test_a_run_that_met_nan_says_so_again_when_it_is_loaded(data, tmp_path):
