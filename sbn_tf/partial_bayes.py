@@ -582,7 +582,7 @@ class PartialBayes(keras.Model):
         def reorder(t):
             return ops.concatenate([self._part(t, s) for s in range(self.num_samples)], axis=0)
 
-        outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis=0), *y_pred["samples"])
+        outputs = keras.tree.map_structure(_joined, *y_pred["samples"])
         y = keras.tree.map_structure(reorder, y)
         return y, outputs, None if sample_weight is None else keras.tree.map_structure(reorder, sample_weight)
 
@@ -662,6 +662,17 @@ def entropy(probs, kind: str):
     if kind == "sigmoid":
         return -xlogx(probs) - xlogx(1.0 - probs)
     return -ops.sum(xlogx(probs), axis=-1)
+
+
+def _joined(*parts):
+    """Parts of a batch as one, with the logits that Keras's losses look for beside probabilities.
+
+    Without them a loss clips the probabilities at 1e-7, where a network that is sure and wrong gets no gradient.
+    """
+    whole = ops.concatenate(parts, axis=0)
+    if all(hasattr(part, "_keras_logits") for part in parts):
+        whole._keras_logits = ops.concatenate([part._keras_logits for part in parts], axis=0)
+    return whole
 
 
 class _Sampler(keras.Model):

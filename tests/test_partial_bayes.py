@@ -238,6 +238,23 @@ def elbo_in_numpy(x, y, w, b, rho, mask, eps, weight):
     return loss, grad_w, grad_rho, grad_b
 
 
+@pytest.mark.parametrize("estimator", ["all", "split"])
+@pytest.mark.parametrize(
+    ("activation", "loss", "outputs"),
+    [("sigmoid", "binary_crossentropy", 1), ("softmax", "categorical_crossentropy", 2)],
+)
+def test_sure_and_wrong_costs_its_logit_and_learns(estimator, activation, loss, outputs):
+    """At a logit of 40 for the wrong answer the loss is softplus(40), its slope 1: not the log of a clipped p."""
+    x = keras.Input((1,))
+    model = keras.Model(x, kl.Dense(outputs, activation, use_bias=False, name="head")(x))
+    model.get_layer("head").kernel.assign(np.array([[40.0, 0.0][:outputs]]))
+    bnn = bayesian(model, full(model, False), estimator=estimator, num_samples=2)
+    bnn.compile(keras.optimizers.SGD(1.0), loss)
+    wrong = np.repeat([[0.0, 1.0][:outputs]], 4, 0)
+    assert bnn.train_on_batch(np.ones((4, 1)), wrong)[0] == pytest.approx(np.logaddexp(0, 40))
+    assert np.array(bnn.network.get_layer("head").kernel)[0, 0] == pytest.approx(39, abs=1e-3)
+
+
 @pytest.mark.parametrize(("estimator", "num_samples"), [("all", 1), ("all", 5), ("split", 4)])
 def test_one_step_against_numpy(monkeypatch, estimator, num_samples):
     """The KL counts once however many samples are drawn."""
