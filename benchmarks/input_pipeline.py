@@ -25,11 +25,11 @@ from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Split, cache
 BATCH_SIZE, REPEATS = 50, 5
 
 
-def noise_split(task, size, channels, raters, folder=None):
-    """200 images, in memory or in an array cache below `folder`."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (200, size, size, channels)).astype("uint8")
-    shape = (200, 14) if task == MULTI_LABEL else (200, size, size, raters)
+def noise_split(task, size, channels, raters, steps, folder=None):
+    """Images for `steps` batches, in memory or in an array cache below `folder`."""
+    rng, count = np.random.default_rng(0), steps * BATCH_SIZE
+    images = rng.integers(0, 256, (count, size, size, channels)).astype("uint8")
+    shape = (count, 14) if task == MULTI_LABEL else (count, size, size, raters)
     arrays = {"images": images, "targets": rng.integers(0, 2, shape).astype("uint8")}
     if folder is not None:
         columns = {name: (values.shape[1:], "uint8") for name, values in arrays.items()}
@@ -49,7 +49,7 @@ def ratio(network, split, augment):
 
     def seconds(data):
         start = time.perf_counter()
-        model.fit(data, steps_per_epoch=steps, verbose=0)
+        model.fit(data, steps_per_epoch=steps, shuffle=False, verbose=0)
         return time.perf_counter() - start
 
     stream = split.batches(BATCH_SIZE, seed=0, augment=augment, epochs=1000).repeat()
@@ -67,20 +67,20 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rows = [
-            ("resnet18_small", MULTI_LABEL, 28, 1, 1, None, None),
-            ("resnet18_small", MULTI_LABEL, 64, 1, 1, None, folder),
-            ("unet_small", SEGMENTATION, 64, 1, 4, turns, None),
-            ("unet_small", SEGMENTATION, 64, 3, 1, turns, folder),
+            ("resnet18_small", MULTI_LABEL, 28, 1, 1, 20, None, None),
+            ("resnet18_small", MULTI_LABEL, 64, 1, 1, 8, None, folder),
+            ("unet_small", SEGMENTATION, 64, 1, 4, 20, turns, None),
+            ("unet_small", SEGMENTATION, 64, 3, 1, 20, turns, folder),
         ]
         if not quick:
             rows += [
-                ("resnet18", MULTI_LABEL, 64, 1, 1, None, folder),
-                ("unet", SEGMENTATION, 64, 1, 4, turns, folder),
-                ("resnet18_small", MULTI_LABEL, 224, 1, 1, None, folder),
+                ("resnet18", MULTI_LABEL, 64, 1, 1, 3, None, folder),
+                ("unet", SEGMENTATION, 64, 1, 4, 4, turns, folder),
+                ("resnet18_small", MULTI_LABEL, 224, 1, 1, 3, None, folder),
             ]
         print(f"batch {BATCH_SIZE}, median of {REPEATS}; a step on a resident batch = 1")
-        for network, task, size, channels, raters, augment, place in rows:
-            found, step = ratio(network, noise_split(task, size, channels, raters, place), augment)
+        for network, task, size, channels, raters, steps, augment, place in rows:
+            found, step = ratio(network, noise_split(task, size, channels, raters, steps, place), augment)
             where = "memory" if place is None else "disk"
             print(f"{network:<15} {size:>3} px x {channels}, {task:<12} from {where:<6} {step:7.3f} s  {found:.3f}")
 
