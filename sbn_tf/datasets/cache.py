@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import filelock
 import numpy as np
 from tqdm import tqdm
 
@@ -84,22 +83,12 @@ def cached(
     found = _open(folder, arrays, images, tell=False)
     if found is not None:
         return found
-    with _writable(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{folder}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.warning("%s: another process builds %s; waiting for it", name, folder)
-            lock.acquire()
-    try:
+    with files.locked(folder, _writable(folder), f"builds {folder}"):
         found = _open(folder, arrays, images)  # another process may have built it
         if found is None:
             _build(folder, source, arrays, produce, total, images, unit)
             found = _open(folder, arrays, images)
         return found
-    finally:
-        lock.release()
 
 
 def _columns(arrays, images):

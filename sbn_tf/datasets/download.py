@@ -1,7 +1,6 @@
 """Downloads of official files: resumed where they broke off, checked by md5, and whole or not there at all."""
 
 import http.client
-import logging
 import os
 import ssl
 import time
@@ -9,14 +8,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import filelock
 from tqdm import tqdm
 
 from . import files
 
 __all__ = ["download", "fetch"]
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 4  # after an attempt that brought nothing new, until one does
@@ -77,15 +73,7 @@ def fetch(url: str, path, md5: str, source: str) -> Path:
         ValueError, ConnectionError, OSError: see `download`.
     """
     path = Path(path)
-    with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{path}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.warning("another process downloads %s; waiting for it", path)
-            lock.acquire()
-    try:
+    with files.locked(path, _writable(path), f"downloads {path}"):
         if path.exists():  # from another process
             _check_md5(path, md5)
             return path
@@ -100,8 +88,6 @@ def fetch(url: str, path, md5: str, source: str) -> Path:
             )
         os.replace(part, path)
         return path
-    finally:
-        lock.release()
 
 
 def _check_md5(path, md5):

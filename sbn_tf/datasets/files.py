@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image
 
-__all__ = ["check_binary", "check_room", "find", "md5", "resize_images", "roots", "writable"]
+__all__ = ["check_binary", "check_room", "find", "locked", "md5", "resize_images", "roots", "writable"]
+
+logger = logging.getLogger(__name__)
 
 
 def roots(root=None):
@@ -67,6 +71,29 @@ def writable(what: str, folder, kept: str, instead: str):
             expected, received = f"a folder for {what} that can be written to", f"{folder} ({reason})"
             advice = f"Set {instead} to another folder."
         raise OSError(error.errno, f"Expected {expected}. Received: {received}.\n{advice}") from error
+
+
+@contextlib.contextmanager
+def locked(path, writing, does: str):
+    """Alone in writing `path`: another process that does so is waited for, with a warning.
+
+    Args:
+        path: of a file or folder; its folder is made, and the lock lies beside it.
+        writing: a `writable`, for what goes wrong with that.
+        does: what another process then does.
+    """
+    with writing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.warning("another process %s; waiting for it", does)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_room(folder, needed: int):
