@@ -170,8 +170,9 @@ def test_fit_and_size(tmp_path):
     wide = np.zeros((SIDE, 2 * SIDE), "uint8")
     wide[:, SIDE // 2 : 3 * SIDE // 2] = 200  # the centre square
     Image.fromarray(wide).save(path / "images" / "i00.png")
-    assert (load(path).train.images[0] == 200).all()
-    assert (load(path, fit="pad").train.images[0, 0] == 0).all()
+    assert (load(path, fit="crop").train.images[0] == 200).all()
+    padded = load(path).train.images[0]  # unasked, nothing is cut off
+    assert (padded[0] == 0).all() and (padded[SIDE // 2] == 200).any()
     assert load(path, size=8).input_shape == (8, 8, 1)
     with pytest.raises(ValueError, match="Expected fit one of"):
         load(path, fit="squeeze")

@@ -65,7 +65,7 @@ def test_isic_obeys_split_csv_and_official_parts(tmp_path, caplog):
             (tmp_path / part / name.format("Training")).rename(folder / name.format(part))
     data = datasets.load("isic2018", root=tmp_path, size=8)
     assert [s.num_examples for s in (data.train, data.val, data.test)] == [6, 3, 3]
-    assert not caplog.text
+    assert "80/10/10" not in caplog.text and "official split" not in caplog.text
 
 
 def test_wrong_isic_files(tmp_path):
@@ -137,13 +137,34 @@ def test_squares_by_hand(tmp_path):
     rows = {"crop": (slice(None), 4), "stretch": (slice(None), 4), "pad": (slice(2, 6), 4)}
     for fit, (row, half) in rows.items():
         image, whole = decoding.read_image(tmp_path / "a.png", 8, fit, 3)
-        mask = decoding.read_mask(tmp_path / "mask.png", 8, fit, whole)
+        mask, lost = decoding.read_mask(tmp_path / "mask.png", 8, fit, whole)
+        assert lost == (0.5 if fit == "crop" else 0)  # 10 of its 20 columns lie outside the square
         assert whole == (40, 20) and image.shape == (8, 8, 3)
         assert (image[row, : half - 1] == left).all() and (image[row, half + 1 :] == black).all()
         expected = np.zeros((8, 8))
         expected[row, :half] = 1
         np.testing.assert_array_equal(mask, expected)
     assert (decoding.read_image(tmp_path / "a.png", 8, "pad", 3)[0][[0, 1, 6, 7]] == 0).all()
+
+
+def test_a_crop_that_cuts_masks_is_told(tmp_path, caplog):
+    _, masks = write_isic(tmp_path)  # 40 x 30, the upper half marked
+    mask = np.zeros((30, 40), "uint8")
+    mask[:, :5] = 255  # wholly outside of the square in the middle
+    Image.fromarray(mask).save(masks / "ISIC_0000003_segmentation.png")
+    mask[:, 20] = 255
+    Image.fromarray(mask).save(masks / "ISIC_0000004_segmentation.png")
+    whole = np.zeros((30, 40), "uint8")
+    whole[:, 10:30] = 255
+    for k in (*range(3), *range(5, 20)):
+        Image.fromarray(whole).save(masks / f"ISIC_{k:07d}_segmentation.png")
+    for cached in (False, True):
+        caplog.clear()
+        datasets.load("isic2018", root=tmp_path, size=16, cache=tmp_path / "cache")
+        assert "cuts 2 of 20 masks, 1 of them wholly; fit='pad' keeps them" in caplog.text, cached
+    caplog.clear()
+    datasets.load("isic2018", root=tmp_path, size=16, cache=tmp_path / "cache", fit="pad")
+    assert "masks" not in caplog.text
 
 
 def test_any_image_size_and_mode(tmp_path):
@@ -157,7 +178,7 @@ def test_any_image_size_and_mode(tmp_path):
 def test_masks_of_one_and_of_many_values(tmp_path):
     for values, expected in (([[0, 255]], [0, 1]), ([[0, 1]], [0, 1]), ([[0, 0]], [0, 0]), ([[255, 255]], [1, 1])):
         Image.fromarray(np.repeat(np.array(values, "uint8"), 2, 0)).save(tmp_path / "mask.png")
-        assert decoding.read_mask(tmp_path / "mask.png", 2, "stretch", (2, 2)).tolist() == [expected] * 2
+        assert decoding.read_mask(tmp_path / "mask.png", 2, "stretch", (2, 2))[0].tolist() == [expected] * 2
     for values in ([[0, 7]], [[1, 255]], [[128, 255]]):
         Image.fromarray(np.repeat(np.array(values, "uint8"), 2, 0)).save(tmp_path / "mask.png")
         with pytest.raises(ValueError, match="a mask of 0 and 1 or of 0 and 255"):

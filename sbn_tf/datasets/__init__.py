@@ -4,7 +4,8 @@
 
     print(datasets.names())
     data = datasets.load("phantom_lesion")
-    model.fit(data.train.batches(50, seed=0))
+    stream = data.train.batches(50, seed=0, epochs=10)  # each epoch has its own order, raters and turns
+    model.fit(stream, epochs=10, steps_per_epoch=data.train.steps(50), shuffle=False)
 
 The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. What is slow to decode
 goes to an array cache once, and what does not fit in memory is read from there batch by batch. For research, not
@@ -99,9 +100,14 @@ def load(
             `~/.cache/sbn_tf`.
         in_memory: hold images and targets in memory, or read them from the array cache as they are needed
             (datasets that are cached). Default: in memory up to 512 MiB. Batches are the same either way.
-        **options: of one dataset; an unknown one is refused with the list of those it has. MedMNIST: `download`,
-            `verify`; isic2018 and folders: `fit`; lidc: `split`, `fold`, `spacing`, `window`, `raters`; lidc_patches:
-            `split`, `fold`, `raters`; phantoms: `num_train`, `num_val`, `num_test`.
+        **options: of one dataset.
+            MedMNIST: `download=True` gets the official file where it is not there; `verify=True` compares its md5.
+            isic2018, folders: `fit`, how an image becomes a square: "crop", its centre (isic2018's default, as in the
+            paper; what a mask loses is told); "pad", the whole with black around (a folder's default); "stretch".
+            lidc: `split`, "file" (default) or "patient" with `fold` 0 to 3; `spacing` in mm, for equal pixels;
+            `window` in Hounsfield units; `raters`, "all" (default: an empty mask counts) or "drew".
+            lidc_patches: `split`, "patient" (default) or "paper" (leaks); `fold` 0 (default) to 3; `raters`.
+            phantoms: `num_train`, `num_val`, `num_test`.
 
     Returns:
         `Data`.
@@ -123,7 +129,10 @@ def load(
     known = [key for key, value in arguments.items() if value.kind is value.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
+        raise ValueError(
+            f"Expected options of {name!r} among {known}. Received: {unknown[0]}={options[unknown[0]]!r}.\n"
+            "help(datasets.load) says what each of them means."
+        )
     options |= {key: value for key, value in (("limit", limit), ("cache", cache)) if key in arguments}
     parts = reader(root, size, seed, **options)
     splits = parts[:3]
@@ -145,7 +154,7 @@ def _registered(name):
             return folder.folder_dataset(name)
         raise ValueError(
             f"Expected a dataset among {', '.join(names())}. Received: name={name!r}.\n"
-            "For images of your own give the path of a folder with an images.csv (see help(sbn_tf.datasets.folder))."
+            "For images of your own give the path of a folder with an images.csv (see help(datasets.folder))."
         )
     return _REGISTRY[name]
 

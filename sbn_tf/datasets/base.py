@@ -84,13 +84,13 @@ class Card:
         counts = "" if self.counts is None else "train {:,}, val {:,}, test {:,}".format(*self.counts)
         rows = [
             ("task", kind),
-            ("classes", ", ".join(self.classes)),
+            ("classes", ("; " if "," in "".join(self.classes) else ", ").join(self.classes)),
             ("images", images),
             ("counts", counts),
             ("splits", self.splits),
             ("raters", raters),
             ("network", self.network),
-            ("files", ", ".join(self.files) or "none: made on the spot"),
+            ("files", ", ".join(self.files) or "none"),
             ("source", self.source),
             ("licence", self.licence),
             ("cite", self.citation),
@@ -353,9 +353,9 @@ class Data:
 
     def __post_init__(self):
         parts = (self.train, self.val, self.test)
-        shapes = {(p.images.shape[1:], p.targets.shape[1:], p.task) for p in parts}
-        if len(shapes) > 1:
-            raise ValueError(f"Expected splits of one shape in {self.card.name!r}. Received: {sorted(shapes)}")
+        forms = {(p.images.shape[1:], str(p.images.dtype), p.targets.shape[1:], p.task) for p in parts}
+        if len(forms) > 1:
+            raise ValueError(f"Expected splits of one shape and dtype in {self.card.name!r}. Received: {sorted(forms)}")
         for i, first in enumerate(parts):
             for second in parts[i + 1 :]:
                 self._check_disjoint(first, second)

@@ -1,5 +1,6 @@
 """Image files and their masks, decoded and resized to squares once, into the array cache."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from . import cache as array_cache
 from .arrays import DiskArray
 
 __all__ = ["FITS", "decoded", "read_image", "read_mask"]
+
+logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
 CHUNK = 16  # images decoded at a time: what an interruption can cost
@@ -39,19 +42,33 @@ def decoded(
 
     def one(pair):
         image, whole = read_image(pair[0], size, fit, channels)
-        masks = [np.zeros((size, size), "uint8") if p is None else read_mask(p, size, fit, whole) for p in pair[1:]]
-        return image, np.stack(masks, -1) if masks else None
+        missing = np.zeros((size, size), "uint8"), 0.0
+        found = [missing if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
+        masks, lost = zip(*found, strict=True) if found else ((), ())
+        return image, np.stack(masks, -1) if masks else None, np.array(lost, "float32")
 
     def produce(start):
         with ThreadPoolExecutor() as pool:
             for first in range(start, len(pairs), CHUNK):
-                images, masks = zip(*pool.map(one, pairs[first : first + CHUNK]), strict=True)
-                yield {"images": np.stack(images)} | ({"masks": np.stack(masks)} if raters else {})
+                images, masks, lost = zip(*pool.map(one, pairs[first : first + CHUNK]), strict=True)
+                yield {"images": np.stack(images)} | (
+                    {"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {}
+                )
 
     arrays = {"images": ((size, size, channels), "uint8")}
     if raters:
-        arrays["masks"] = ((size, size, raters), "uint8")
-    return array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
+        arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
+    found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
+    lost = np.asarray(found["lost"]) if raters else np.zeros(0)
+    if lost.any():
+        logger.warning(
+            "%s: the crop to the centre square cuts %d of %d masks, %d of them wholly; fit='pad' keeps them",
+            name,
+            (lost > 0).sum(),
+            lost.size - len(source["missing"]),
+            (lost == 1).sum(),
+        )
+    return found
 
 
 def read_image(path, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -70,8 +87,8 @@ def read_image(path, size: int, fit: str, channels: int) -> tuple[np.ndarray, tu
         raise _corrupt(path) from error
 
 
-def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> np.ndarray:
-    """A mask file as `(size, size)` uint8 of 0 and 1, nearest pixel.
+def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """A mask file as `(size, size)` uint8 of 0 and 1, nearest pixel; and the share of it that a crop cuts off.
 
     Args:
         path: the file; 0 is background and one other value, 1 or 255, foreground.
@@ -93,7 +110,14 @@ def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> np.ndarray:
     if strange.size or high not in (0, 1, 255):
         value = strange[0] if strange.size else high
         raise ValueError(f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {value} in {path}")
-    return _square(Image.fromarray((values > 0).astype("uint8")), size, fit, Image.Resampling.NEAREST, 1)[..., 0]
+    marks = (values > 0).astype("uint8")
+    lost = 0.0
+    if fit == "crop" and high:
+        height, width = marks.shape
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        lost = 1 - marks[top : top + side, left : left + side].sum() / marks.sum(dtype="int64")
+    return _square(Image.fromarray(marks), size, fit, Image.Resampling.NEAREST, 1)[..., 0], float(lost)
 
 
 def _square(image, size, fit, resample, channels):

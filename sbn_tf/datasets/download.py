@@ -111,14 +111,14 @@ def _receive_all(url, path, part, source):
                 raise ConnectionError(
                     f"Expected {path.name} from {url}. Received: HTTP {error.code} ({error.reason}).\n"
                     f"Get it from {source} and put it there: {path}."
-                ) from error
+                ) from None
             broken, reached = error, True
         except urllib.error.URLError as error:
             if not reached:
                 raise ConnectionError(
                     f"Expected a connection to download {path.name}. Received: {_reason(error)}.\n"
                     f"Without one, get the file from {source} on another machine and put it there: {path}."
-                ) from error
+                ) from None
             broken = error
         except (_Dropped, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             broken, reached = error, True

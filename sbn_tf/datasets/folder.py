@@ -15,14 +15,13 @@ and one of
 
     mask                 file name below masks/: segmentation, of 0 and 1 or 0 and 255
     mask_1 .. mask_R     the same by R raters; an empty cell where that rater's mask is missing
-    label                a class name: multi-class; binary where there are two, of which 1 is the last in the alphabet
+    label                a class name: multi-class; binary where there are two, of which the last in the alphabet is 1
     grade                0, 1, .. K-1: ordinal
     any other columns    0 or 1, one column for each label: multi-label; binary where there is one
 
 `datasets.load("path/to/my_data")` and `datasets.card("path/to/my_data")` take it like the name of a dataset.
 """
 
-import csv
 import functools
 import logging
 import os
@@ -48,6 +47,7 @@ from .base import (
     first_in_seeded_order,
 )
 from .decoding import FITS, decoded
+from .tables import read_table
 
 __all__ = ["folder_dataset", "is_folder"]
 
@@ -125,8 +125,8 @@ class _Table:
         )
 
 
-def _load(table, root, size, seed, limit=None, cache=None, *, fit="crop"):
-    """Three splits of a folder; `fit` as for isic2018. `root` is not used: the name is the folder."""
+def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
+    """Three splits of a folder; `fit` as for isic2018, but nothing is cut off unasked. `root` is not used."""
     if fit not in FITS:
         raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
     rows_of = _drawn(table, seed) if table.splits is None else _named(table)
@@ -188,53 +188,23 @@ def _read_table(folder):
     if masks is not None:
         _check_files(folder / MASKS, [mask for row in masks for mask in row if mask is not None], "mask")
     elif (folder / MASKS).exists():
-        raise _wrong(path, f"a column mask, as there is a folder {MASKS}", f"columns {', '.join(header)}")
+        advice = f"Name each image's mask there, or move the folder {MASKS} elsewhere."
+        raise _wrong(path, "a column mask", f"columns {', '.join(header)}, and a folder {MASKS}", advice)
     channels = 1 if all([_is_grey(folder / IMAGES / image) for image in images]) else 3
     return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, note)
 
 
 def _read_csv(path):
-    """Header and rows, each cell without blanks around it; blank lines are left out."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"Expected {path} in UTF-8. Received: byte {error.object[error.start]:#04x} at {error.start}.\n"
-            "Save it again as 'CSV UTF-8'."
-        ) from error
-    except csv.Error as error:
-        raise ValueError(
-            f"Expected a table with commas in {path}. Received: {error}.\nSave it again as CSV."
-        ) from error
-    lines = [(number, row) for number, row in lines if any(row)]
-    if not lines:
-        raise ValueError(f"Expected a header and a row for each image in {path}. Received: an empty file.")
-    header = lines[0][1]
-    separators = [s for s in (";", "\t", "|") if s in header[0]]
-    if separators and len(header) == 1:
-        raise ValueError(
-            f"Expected commas between the columns of {path}. Received: {separators[0]!r}.\n"
-            "Save it again with the comma as separator."
-        )
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice or "" in header:
-        raise _wrong(path, "columns each with a name of its own", f"{twice[0]!r} twice" if twice else "one without")
+    """Header and rows."""
+    header, rows = read_table(path)
     for name in header:
         if name not in KNOWN and name.lower() in KNOWN:
-            raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name))
+            raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
     if "image" not in header:
-        raise _wrong(path, "a column image", f"columns {', '.join(header)}")
-    if len(lines) == 1:
-        raise ValueError(f"Expected a row for each image in {path}. Received: a header alone.")
-    for number, row in lines[1:]:
-        if len(row) != len(header):
-            raise ValueError(
-                f"Expected {len(header)} cells in line {number} of {path}. Received: {len(row)}.\n"
-                'Put a cell that holds a comma in quotes: "a, b".'
-            )
-    return header, [row for _, row in lines[1:]]
+        raise _wrong(
+            path, "a column image", f"columns {', '.join(header)}", "Rename the column of the images' file names."
+        )
+    return header, rows
 
 
 def _targets(column, path):
@@ -243,12 +213,13 @@ def _targets(column, path):
     named = [name for name in others if name.lower().startswith("mask")]
     raters = ["mask"] if named == ["mask"] else [f"mask_{k + 1}" for k in range(len(named))]
     if named and set(named) != set(raters):
-        raise _wrong(path, "the columns mask, or mask_1, mask_2, ... without a gap", f"columns {', '.join(named)}")
+        expected = "the columns mask, or mask_1, mask_2, ... without a gap"
+        raise _wrong(path, expected, f"columns {', '.join(named)}", "Rename the columns of the masks' file names.")
     single = [name for name in ("label", "grade") if name in others]
     kinds = bool(named) + len(single) + bool(set(others) - set(named) - set(single))
     if kinds > 1:
         expected = "either mask columns, or label, or grade, or columns of 0 and 1"
-        raise _wrong(path, expected, f"columns {', '.join(others)}")
+        raise _wrong(path, expected, f"columns {', '.join(others)}", "Leave out columns that are not to be learnt.")
     if kinds == 0:
         raise _wrong(path, "mask columns, or label, or grade, or columns of 0 and 1", f"columns {', '.join(column)}")
     if named:
@@ -348,15 +319,16 @@ def _check_patients(splits, patients, path):
     for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
         if first.setdefault(patient, part) != part:
             received = f"{patient!r} in {first[patient]} and {part}"
-            raise _wrong(path, "all images of a patient in one split", received)
+            advice = "Move them into one, or leave the column split out: one by patient is then drawn."
+            raise _wrong(path, "all images of a patient in one split", received, advice)
 
 
 def _row_of(cells, cell):
     return f"row {cells.index(cell) + 1} below the header"
 
 
-def _wrong(path, expected, received):
-    return ValueError(f"Expected {expected} in {path}. Received: {received}.\nSee help(sbn_tf.datasets.folder).")
+def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(datasets.folder) shows all columns."):
+    return ValueError(f"Expected {expected} in {path}. Received: {received}.\n{advice}")
 
 
 # ---- the files
@@ -376,7 +348,7 @@ def _check_files(folder, names, what):
         raise FileNotFoundError(
             f"Expected the {what}s that {CSV} names in {folder}. "
             f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
-            f"Put them there (small and capital letters count), or remove their rows."
+            "Put them there, or correct the names: below that folder, with ending; small and capital letters count."
         )
     strange = sorted(there - set(names))
     if strange:

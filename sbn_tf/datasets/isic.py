@@ -1,7 +1,6 @@
 """ISIC 2018 Task 1: dermoscopic images, each with a mask of the lesion, in the challenge's folders."""
 
 import collections
-import csv
 import logging
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from . import files
 from .base import SEGMENTATION, Card, Parts, Split, first_in_seeded_order
 from .decoding import FITS, decoded
+from .tables import read_table
 
 __all__ = ["ISIC2018", "load_isic2018"]
 
@@ -108,10 +108,8 @@ def _split(folder, seed):
 
 
 def _split_from_csv(path, training):
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"image_id", "split"} <= set(rows[0]):
-        raise ValueError(f"Expected columns image_id and split in {path}. Received: {list(rows[0]) if rows else []}")
+    header, rows = read_table(path, ("image_id", "split"))
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
     part_of = {row["image_id"]: row["split"] for row in rows}
     if len(part_of) < len(rows):
         seen = collections.Counter(row["image_id"] for row in rows)

@@ -1,6 +1,5 @@
 """LIDC-IDRI's customary 15,096 patches of 128 x 128 at 0.5 mm, each with the masks of four radiologists."""
 
-import csv
 import functools
 import itertools
 import math
@@ -13,6 +12,7 @@ from . import files, npz
 from .base import SEGMENTATION, Card, Parts, Split
 from .lidc import FOLDS, RATERS, centre, check_fold, split_by_group
 from .safe_pickle import SafePickle
+from .tables import read_table
 
 __all__ = ["LIDC_PATCHES", "load_lidc_patches"]
 
@@ -34,7 +34,7 @@ LIDC_PATCHES = Card(
     citation="Armato III, S. G., et al. (2015). Data From LIDC-IDRI. The Cancer Imaging Archive, "
     "doi:10.7937/K9/TCIA.2015.LO9QL9SX; Kohl, S., et al. (2018). arXiv:1806.05034 (the patches).",
     source="https://github.com/stefanknegt/Probabilistic-Unet-Pytorch (data_lidc.pickle), or make it from the DICOM "
-    "images: help(sbn_tf.datasets.lidc_dicom)",
+    "images: help(datasets.lidc_dicom)",
     files=("lidc_patches/*.pickle", "lidc_idri/*.pickle", "data_lidc.pickle", "lidc_patches/*.npz"),
     default_size=128,
     network="unet",
@@ -120,15 +120,10 @@ def _groups(path, series, patients):
     """The patient of each patch: as the file says, else as a csv says, else its series stands for it."""
     if (patients != "").all() or not path.exists():
         return np.where(patients != "", patients, series)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"series_uid", "patient_id"} <= set(rows[0]):
-        raise ValueError(
-            f"Expected columns series_uid and patient_id in {path}. Received: {list(rows[0]) if rows else []}"
-        )
+    header, rows = read_table(path, ("series_uid", "patient_id"))
     patient_of = {}
     for row in rows:
-        uid, patient = row["series_uid"], row["patient_id"]
+        uid, patient = (row[header.index(name)] for name in ("series_uid", "patient_id"))
         if not uid or not patient or patient_of.setdefault(uid, patient) != patient:
             raise ValueError(f"Expected one patient_id for each series_uid in {path}. Received: {uid!r}, {patient!r}")
     missing = sorted(set(series.tolist()) - set(patient_of))
