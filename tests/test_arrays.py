@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ INDICES = [
     (4, 2),
     (slice(2, 5), slice(None), 1),
     ([7, 1], ..., 0),
+    np.array([[3, 1], [0, 2]]),
+    (np.array([[3, 1], [0, 2]]), 4),
     (..., 0),
     Ellipsis,
 ]
@@ -103,6 +106,33 @@ def test_other_npy_files_are_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match="plain numbers in C order"):
         DiskArray(tmp_path / "a.npy")
+
+
+def test_a_file_that_is_gone_is_an_error_of_two_lines(on_disk):
+    on_disk.path.unlink()
+    with pytest.raises(ValueError, match=r"Received: it is gone\.\nDelete the folder"):
+        on_disk[0]
+
+
+def test_forked_processes_and_threads_read_at_once(on_disk, images):
+    """A fork shares its parent's open file: with one position in it for all, each would read another's rows."""
+    unchecked = DiskArray(on_disk.path)
+    unchecked[0]  # open before the fork
+
+    def right(seed):
+        indices = np.random.default_rng(seed).integers(0, 40, 2000)
+        return all((unchecked[k] == images[k]).all() for k in indices)
+
+    children = []
+    for seed in range(3):
+        child = os.fork()
+        if not child:
+            os._exit(0 if right(seed) else 1)
+        children.append(child)
+    assert right(3)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(4)))
 
 
 def test_rows_out_of_range_are_refused(on_disk):

@@ -7,10 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.metrics import roc_auc_score
 
 from sbn_tf import datasets
-from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Data, Split, npz, phantoms
+from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Data, Split, cache, npz, phantoms
 from sbn_tf.datasets.base import TASKS, channel_statistics
 
 PHANTOMS = ("phantom_chest", "phantom_lesion", "phantom_nodule")
@@ -39,7 +40,7 @@ def real(request):
     return datasets.load(request.param, size=32, limit=40)
 
 
-def arrays(dataset):
+def arrays_of(dataset):
     return [(x.numpy(), y.numpy()) for x, y in dataset]
 
 
@@ -136,7 +137,7 @@ def test_phantoms_show_the_same_scene_at_any_size(name):
 
 def test_unseeded_stream_is_the_file_in_order():
     split = numbered()
-    batches = arrays(split.batches(5))
+    batches = arrays_of(split.batches(5))
     assert [len(x) for x, _ in batches] == [5, 5, 5, 5, 3]
     assert len(batches) == split.steps(5) == len(split.batches(5)) == 5
     np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]), split.images)
@@ -147,18 +148,18 @@ def test_unseeded_stream_is_the_file_in_order():
 def test_resumed_stream_equals_the_uninterrupted_one(name):
     split = datasets.load(name, size=8, num_train=23, num_val=1, num_test=1).train
     options = dict(seed=7, augment="flips_and_quarter_turns")
-    whole = arrays(split.batches(5, epochs=5, **options))
+    whole = arrays_of(split.batches(5, epochs=5, **options))
     assert len(whole) == 25
-    assert_same(whole[15:], arrays(split.batches(5, initial_epoch=3, epochs=5, **options)))
-    assert_same(whole, arrays(split.batches(5, epochs=5, **options)))
-    assert not np.array_equal(whole[0][0], arrays(split.batches(5, **(options | {"seed": 8})))[0][0])
+    assert_same(whole[15:], arrays_of(split.batches(5, initial_epoch=3, epochs=5, **options)))
+    assert_same(whole, arrays_of(split.batches(5, epochs=5, **options)))
+    assert not np.array_equal(whole[0][0], arrays_of(split.batches(5, **(options | {"seed": 8})))[0][0])
 
 
 def test_draws_belong_to_the_example_and_not_to_its_place():
     split = numbered()
     by_batch = {}
     for batch_size in (4, 23):
-        stream = arrays(split.batches(batch_size, seed=3, rater="random"))
+        stream = arrays_of(split.batches(batch_size, seed=3, rater="random"))
         ids = np.concatenate([x[:, 0, 0, 0] for x, _ in stream])
         masks = np.concatenate([y for _, y in stream])
         by_batch[batch_size] = masks[np.argsort(ids)]
@@ -207,7 +208,7 @@ def test_majority_and_mean_by_hand():
         ("majority", split.majority()),
         ("mean", split.mean_mask()),
     ):
-        np.testing.assert_array_equal(arrays(split.batches(1, rater=rater))[0][1], truth)
+        np.testing.assert_array_equal(arrays_of(split.batches(1, rater=rater))[0][1], truth)
 
 
 def test_augmentation_is_the_square_s_eight_symmetries_alike_on_image_and_mask():
@@ -220,12 +221,12 @@ def test_augmentation_is_the_square_s_eight_symmetries_alike_on_image_and_mask()
         np.repeat(picture[None, ..., None], n, 0),
         np.repeat(mask[None, ..., None], n, 0),
     )
-    images, masks = arrays(split.batches(n, seed=0, augment="flips_and_quarter_turns"))[0]
+    images, masks = arrays_of(split.batches(n, seed=0, augment="flips_and_quarter_turns"))[0]
     np.testing.assert_array_equal(masks, images > 0.5)
     turned = [np.rot90(p, k) for p in (picture, picture[:, ::-1]) for k in range(4)]
     counts = [sum(np.array_equal(image[..., 0], t) for image in images) for t in turned]
     assert sum(counts) == n and min(counts) > 25  # 50 each, five standard errors are 33
-    assert_same([(images, masks)], arrays(split.batches(n, seed=0, augment="flips_and_quarter_turns")))
+    assert_same([(images, masks)], arrays_of(split.batches(n, seed=0, augment="flips_and_quarter_turns")))
 
 
 def test_normalisation_by_hand(phantom):
@@ -254,6 +255,22 @@ def test_pos_weight_by_hand():
     others = [Split(name, MULTI_LABEL, images, 1 - labels) for name in ("val", "test")]
     data = Data(datasets.card("nih_chest"), Split("train", MULTI_LABEL, images, labels), *others)
     np.testing.assert_array_equal(data.pos_weight(), [3, 4, 0])  # 3/1; no positive: 4 examples; no negative
+
+
+def test_a_damaged_row_stops_the_stream_and_says_what_to_do(tmp_path, caplog):
+    """Rows of files, one bit of which is flipped after the split is made."""
+    source = numbered(n=20)
+    arrays = {"images": source.images, "targets": source.targets}
+    layout = {key: (values.shape[1:], str(values.dtype)) for key, values in arrays.items()}
+    found = cache.cached("n", "n", layout, lambda start: [arrays], cache=tmp_path)
+    split = Split("train", SEGMENTATION, **found)
+    assert_same(arrays_of(split.batches(5)), arrays_of(source.batches(5)))
+    data = bytearray(found["images"].path.read_bytes())
+    data[-1] ^= 1
+    found["images"].path.write_bytes(data)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"row 19 is not what was written\.\nDelete the folder"):
+        arrays_of(split.batches(5))
+    assert "row 19 is not what was written.\nDelete the folder" in caplog.text  # not in the middle of thirty lines
 
 
 # ---- phantoms: the stated model

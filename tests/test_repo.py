@@ -33,13 +33,22 @@ def code_cells(notebook):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def test_readme_example_runs():
-    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
+def test_readme_examples_run(capsys):
+    names, data = {}, {}
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    for example, found in zip(examples, (names, data), strict=True):
+        exec(compile(example, "README.md", "exec"), found)
     assert names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
     assert names["uncertainty"]["mean"].shape == (4, 3)
     assert names["uncertainty"]["mutual_information"].shape == (4,)
+    assert data["model"].history.epoch == [0, 1]
+    assert "No problem found" in capsys.readouterr().out
+
+
+def test_no_placeholder_is_left():
+    assert [
+        path.name for path in tracked_files() if path.suffix in {".md", ".ipynb"} and "@@" in path.read_text("utf-8")
+    ] == []
 
 
 def test_readme_links_lead_somewhere():

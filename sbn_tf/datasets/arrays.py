@@ -12,6 +12,8 @@ import numpy as np
 
 __all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums", "stored_rows"]
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 def row_crc32(rows: np.ndarray) -> np.ndarray:
     """CRC-32 of the bytes of each row, `(N,)` uint32."""
@@ -59,7 +61,7 @@ class DiskArray:
             raise IndexError(f"Expected rows of 0 to {whole[0] - 1} in {path}. Received: {rows.min()} to {rows.max()}")
         self.shape = (whole[0] if rows is None else len(rows), *whole[1:])
         self._row_bytes = int(np.prod(whole[1:])) * self.dtype.itemsize
-        self._local = threading.local()  # a file position for each thread
+        self._file = None
 
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: int(np.prod(self.shape)))
@@ -79,8 +81,7 @@ class DiskArray:
         if first is None or first is Ellipsis:
             return self[:][key]
         index = np.arange(len(self))[first]
-        found = self._read(np.atleast_1d(index))
-        found = found[0] if np.ndim(index) == 0 else found
+        found = self._read(index.ravel()).reshape(*index.shape, *self.shape[1:])
         return found[(*[slice(None)] * np.ndim(index), *rest)] if rest else found
 
     def __iter__(self):
@@ -118,30 +119,45 @@ class DiskArray:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if not out.size:
             return out
-        file = getattr(self._local, "file", None)
-        if file is None:
-            file = self._local.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its thread
+        file = self._opened()
         view = memoryview(out.reshape(len(rows), -1).view("uint8")).cast("B")
         starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # runs of rows that follow one another
         for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
-            file.seek(self._offset + int(rows[start]) * self._row_bytes)
+            place = self._offset + int(rows[start]) * self._row_bytes
             part = view[start * self._row_bytes : stop * self._row_bytes]
             while len(part):
-                count = file.readinto(part)
+                count = _read_at(file, part, place)
                 if not count:
                     raise self._damaged(f"it ends before row {rows[stop - 1]}")
-                part = part[count:]
+                part, place = part[count:], place + count
         if self._crc32 is not None:
             wrong = rows[row_crc32(out) != self._crc32[rows]]
             if len(wrong):
                 raise self._damaged(f"row {wrong[0]} is not what was written")
         return out
 
+    def _opened(self):
+        if self._file is None:
+            try:
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with this array
+            except FileNotFoundError:
+                raise self._damaged("it is gone") from None
+        return self._file
+
     def _damaged(self, why):
         return ValueError(
             f"Expected {self.path} as it was written. Received: {why}.\n"
             f"Delete the folder {self.path.parent}: it is made anew from the source."
         )
+
+
+def _read_at(file, part, place):
+    """Read into `part` from `place` on, some bytes or all; threads and forked processes do not disturb one another."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [part], place)
+    with _ONE_AT_A_TIME:  # Windows
+        file.seek(place)
+        return file.readinto(part)
 
 
 def _read_header(path):
@@ -165,16 +181,15 @@ def _read_header(path):
 
 
 def stored_rows(path, row_shape, dtype) -> np.ndarray:
-    """The whole rows of a file that an `NpyWriter` has not finished, mapped; none where it is not there."""
+    """The whole rows of a file that an `NpyWriter` left, mapped; none where it is not there or of another kind."""
     dtype = np.dtype(dtype)
     header = _header(0, row_shape, dtype)
     try:
         with open(path, "rb") as file:
-            if file.read(len(header)) == header:
-                row_bytes = max(1, int(np.prod(row_shape)) * dtype.itemsize)
-                count = (os.path.getsize(path) - len(header)) // row_bytes
-                if count:
-                    return np.memmap(path, dtype, "r", len(header), (count, *row_shape))
+            row_bytes = max(1, int(np.prod(row_shape)) * dtype.itemsize)
+            count = max(0, os.path.getsize(path) - len(header)) // row_bytes
+            if file.read(len(header)) in (header, _header(count, row_shape, dtype)) and count:
+                return np.memmap(path, dtype, "r", len(header), (count, *row_shape))
     except OSError:
         pass
     return np.empty((0, *row_shape), dtype)
@@ -210,6 +225,7 @@ class NpyWriter:
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(f"Expected rows {self.row_shape} {self.dtype}. Received: {rows.shape[1:]} {rows.dtype}")
         self._file.write(np.ascontiguousarray(rows).data.cast("B") if rows.size else b"")
+        self._file.flush()  # a killed process loses no more than it was writing
         self.rows += len(rows)
 
     def close(self, finish=False):

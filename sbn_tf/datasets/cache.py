@@ -7,10 +7,12 @@ goes on where it was interrupted, and gets its name when it is whole. It can be 
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def fingerprint(paths: Iterable[Path]) -> list:
     found = []
     for path in paths:
         status = os.stat(path)
-        found.append([str(path), status.st_size, status.st_mtime_ns])
+        found.append([os.path.realpath(path), status.st_size, status.st_mtime_ns])
     return found
 
 
@@ -59,7 +61,9 @@ def cached(
     cache=None,
     unit: str = "image",
 ) -> dict[str, DiskArray]:
-    """The arrays of a cache; it is built first where it is not there, and rebuilt where it is damaged.
+    """The arrays of a cache; it is built first where it is not there, and anew where a file is cut short or missing.
+
+    A flipped bit is found when its row is read (see `DiskArray`).
 
     Args:
         name: how the folder's name begins.
@@ -98,15 +102,23 @@ def _columns(arrays, images):
     return columns | {name + SUMS: ((arrays[name][0][-1], 2), np.dtype("float64")) for name in images}
 
 
+def _sides(arrays, images):
+    """Names of the arrays that are kept beside those asked for."""
+    return [name + CRC32 for name in arrays] + [name + SUMS for name in images]
+
+
 def _open(folder, arrays, images, tell=True):
     """The arrays of a finished cache; None where there is none, or not a whole one."""
     if not folder.is_dir():
         return None
     try:
-        rows = json.loads((folder / "manifest.json").read_text("utf-8"))["rows"]
-        side = {}
-        for name in [n + CRC32 for n in arrays] + [n + SUMS for n in images]:
-            side[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
+        manifest, side = json.loads((folder / "manifest.json").read_text("utf-8")), {}
+        rows = manifest["rows"]
+        for name in _sides(arrays, images):
+            data = (folder / f"{name}.npy").read_bytes()
+            if zlib.crc32(data) != manifest["crc32"][name]:
+                raise ValueError(f"{name} is not what was written")
+            side[name] = np.load(io.BytesIO(data), allow_pickle=False)
         found = {
             name: DiskArray(folder / f"{name}.npy", None, side[name + CRC32], side.get(name + SUMS)) for name in arrays
         }
@@ -138,7 +150,9 @@ def _build(folder, source, arrays, produce, total, images, unit):
         with _writable(folder):
             for writer in writers.values():
                 writer.close(finish=True)
-            _write_json(partial / "manifest.json", {"rows": rows, "format": FORMAT, "source": source})
+            sides = {name: zlib.crc32((partial / f"{name}.npy").read_bytes()) for name in _sides(arrays, images)}
+            manifest = {"rows": rows, "crc32": sides, "format": FORMAT, "source": source}
+            _write_json(partial / "manifest.json", manifest)
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
             os.replace(partial, folder)

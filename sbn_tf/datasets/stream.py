@@ -1,5 +1,7 @@
 """Seeded, stateless, resumable streams of batches with tf.data (see `Split.batches`)."""
 
+import logging
+
 import numpy as np
 import tensorflow as tf
 
@@ -7,6 +9,8 @@ from .arrays import DiskArray
 from .base import SEGMENTATION
 
 __all__ = ["AUGMENTATIONS", "RATERS", "batches"]
+
+logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("flips_and_quarter_turns",)
 RATERS = ("random", "majority", "mean")
@@ -54,9 +58,17 @@ def _reader(array):
     """A function of TensorFlow from row numbers to rows: of a tensor, or of files for a `DiskArray`."""
     if isinstance(array, DiskArray):
 
+        def rows_of(index):
+            try:
+                return array[index]
+            except ValueError as error:
+                logger.error("%s", error)  # TensorFlow's own message has these two lines in the middle of thirty
+                raise
+
         def read(index):
-            rows = tf.numpy_function(lambda k: array[k], [index], array.dtype, stateful=False)
-            return tf.ensure_shape(rows, (None, *array.shape[1:]))
+            return tf.ensure_shape(
+                tf.numpy_function(rows_of, [index], array.dtype, stateful=False), (None, *array.shape[1:])
+            )
 
         return read
     with tf.device("CPU:0"):  # tf.data reads from host memory; an eager tensor would go to the GPU
