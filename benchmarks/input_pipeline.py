@@ -22,7 +22,7 @@ import tensorflow as tf
 from sbn_tf import models
 from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Split, cache
 
-BATCH_SIZE, REPEATS = 50, 5
+BATCH_SIZE, REPEATS, AIM = 50, 5, 1.05
 
 
 def noise_split(task, size, channels, raters, steps, folder=None):
@@ -82,7 +82,8 @@ def main():
         for network, task, size, channels, raters, steps, augment, place in rows:
             found, step = ratio(network, noise_split(task, size, channels, raters, steps, place), augment)
             where = "memory" if place is None else "disk"
-            print(f"{network:<15} {size:>3} px x {channels}, {task:<12} from {where:<6} {step:7.3f} s  {found:.3f}")
+            name = f"{network:<15} {size:>3} px x {channels}, {task:<12} from {where:<6}"
+            print(f"{name} {step:7.3f} s  {found:.3f}{'' if found <= AIM else f'  above the aim of {AIM}'}", flush=True)
 
 
 if __name__ == "__main__":

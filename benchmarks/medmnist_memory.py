@@ -118,13 +118,14 @@ def main():
             f"{path.stat().st_size / 1e9:.2f} GB, generated in {time.perf_counter() - start:.0f} s",
             flush=True,
         )
-        found = {}
+        found, failed = {}, []
         for phase, title in PHASES.items():
             found[phase] = figures = measured(phase, folder, args.steps)
             peak = figures["peak_bytes"] / 1e9
             limit = ""
             if phase in ("stream", "train"):
                 limit = f"  {'PASS' if peak < LIMIT_GB else 'FAIL'} (limit {LIMIT_GB:g} GB)"
+                failed += [title] if peak >= LIMIT_GB else []
             print(f"{title:<40} peak {peak:.2f} GB{limit}", flush=True)
         stream = found["stream"]
         print(
@@ -138,6 +139,8 @@ def main():
             print(f"kept: {folder}")
         else:
             shutil.rmtree(folder)
+    if failed:
+        sys.exit(f"over {LIMIT_GB:g} GB: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from sbn_tf import datasets
 from sbn_tf.datasets import decoding
@@ -183,6 +183,101 @@ def test_masks_of_one_and_of_many_values(tmp_path):
         Image.fromarray(np.repeat(np.array(values, "uint8"), 2, 0)).save(tmp_path / "mask.png")
         with pytest.raises(ValueError, match="a mask of 0 and 1 or of 0 and 255"):
             decoding.read_mask(tmp_path / "mask.png", 2, "stretch", (2, 2))
+
+
+def test_every_flipped_bit_of_a_png_is_an_error_or_changes_nothing(tmp_path):
+    path = tmp_path / "mask.png"
+    values = np.zeros((16, 16), "uint8")
+    values[3:9, 4:12] = 255
+    Image.fromarray(values).save(path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            mask, _ = decoding.read_mask(path, 16, "stretch", (16, 16))
+        except ValueError as error:
+            assert str(error).count("\n") == 1
+            refused += 1
+        else:
+            np.testing.assert_array_equal(mask, values > 0)
+    assert refused > 0.9 * 8 * len(whole)
+
+
+def test_other_formats_are_not_even_opened(tmp_path, monkeypatch):
+    """Pillow hands an EPS, whatever its ending, to Ghostscript, a program of its own."""
+    path = tmp_path / "m.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it was started"))
+    for read in (
+        lambda: decoding.read_image(path, 8, "crop", 3),
+        lambda: decoding.read_mask(path, 8, "crop", (16, 16)),
+    ):
+        with pytest.raises(ValueError, match=r"a png, jpg, tif or bmp image"):
+            read()
+
+
+def white_palette():
+    image = Image.fromarray(np.zeros((4, 4), "uint8")).convert("P")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 255, 255, 0)), "transparency"),
+        (Image.new("RGB", (4, 4), (255, 0, 0)), "colours"),
+        (white_palette(), "a palette"),
+        (Image.new("I;16", (4, 4)), "8 bits"),
+    ],
+    ids=["transparent", "red", "palette", "deep"],
+)
+def test_masks_that_do_not_show_what_they_hold_are_refused(tmp_path, image, says):
+    image.save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=says) as error:
+        decoding.read_mask(tmp_path / "mask.png", 4, "stretch", (4, 4))
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P"])
+def test_masks_of_any_grey_mode(tmp_path, mode):
+    values = np.zeros((4, 4), "uint8")
+    values[1] = 255
+    image = Image.fromarray(values)
+    if mode == "P":
+        image.putpalette([k for k in range(256) for _ in range(3)])
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(decoding.read_mask(tmp_path / "mask.png", 4, "stretch", (4, 4))[0], values > 0)
+
+
+def test_a_second_frame_is_not_skipped(tmp_path):
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    frames[0].save(tmp_path / "mask.tif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"one image in a file. Received: 2"):
+        decoding.read_mask(tmp_path / "mask.tif", 4, "stretch", (4, 4))
+
+
+def test_split_csv_as_spreadsheets_write_it(tmp_path):
+    write_isic(tmp_path, n=5)
+    parts = ("train", "val", "test", "train", "train")
+    rows = "image_id,split\n" + "".join(f"ISIC_{k:07d},{part}\n" for k, part in enumerate(parts))
+    (tmp_path / "split.csv").write_text("\ufeff" + rows, encoding="utf-8")
+    assert datasets.load("isic2018", root=tmp_path, size=8).val.ids.tolist() == ["ISIC_0000001"]
+    for contents, says in (
+        (rows.replace(",", ";").encode(), "Expected commas"),
+        (rows.encode("utf-16"), "in UTF-8"),
+        (b"image,split\n1,train\n", "columns image_id and split"),
+    ):
+        (tmp_path / "split.csv").write_bytes(contents)
+        with pytest.raises(ValueError, match=says) as error:
+            datasets.load("isic2018", root=tmp_path, size=8)
+        assert str(error.value).count("\n") == 1
 
 
 def test_a_mask_without_an_image_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""What is the best that can be done on a dataset: of phantoms by their known probabilities, of raters by the others."""
+"""What can be reached on a dataset: on phantoms by their known probabilities, by one rater against the others."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def ceilings(split: Split) -> dict[str, dict]:
-    """Rows of metrics, as of `sbn_tf.metrics.evaluate`, that bound what a network can reach.
+    """Rows of metrics, as of `sbn_tf.metrics.evaluate`, to read a network's row against.
 
     "scene": the generating probabilities `truth_probs` as the prediction (phantoms). They are the truth given the
-    scene, of which the image shows less: in the mean over images no network has a better NLL or Brier score, and one
-    that knows its own doubt is as well calibrated.
+    scene, of which the image shows less: in the mean over images no network has a better NLL or Brier score. These two
+    are bounds. The others are not: Dice and IoU are those of a cut at one half, and another cut may have more.
     "level sets": masks where the generating probability exceeds `LEVELS`, as if these were five samples; only their
     GED: what one probability map is worth as a distribution of masks, with no knowledge of how pixels go together.
     "one rater": the mean over raters of one's mask as the prediction, against the majority of the others; only "dice"

@@ -1,6 +1,9 @@
 """Image files and their masks, decoded and resized to squares once, into the array cache."""
 
+import contextlib
 import logging
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +13,24 @@ from PIL import Image, UnidentifiedImageError
 from . import cache as array_cache
 from .arrays import DiskArray
 
-__all__ = ["FITS", "decoded", "read_image", "read_mask"]
+__all__ = ["FITS", "FORMATS", "check_header", "decoded", "read_image", "read_mask", "readable"]
 
 logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs: an EPS does
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+ORIENTATION = 274  # the EXIF tag
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 CHUNK = 16  # images decoded at a time: what an interruption can cost
 MODES = {1: "L", 3: "RGB"}
 
@@ -73,18 +89,10 @@ def decoded(
 
 def read_image(path, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
     """A file as `(size, size, C)` uint8, bilinear and antialiased, and its own (width, height)."""
-    try:
-        with Image.open(path) as image:
-            whole = image.size
-            if image.mode in ("I", "I;16", "I;16B", "F"):
-                raise ValueError(
-                    f"Expected an image of 8 bits a channel. Received: mode {image.mode!r} in {path}.\n"
-                    "Window it to 0..255 and save it again."
-                )
-            image.draft(MODES[channels], (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
-            return _square(image.convert(MODES[channels]), size, fit, Image.Resampling.BILINEAR, channels), whole
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _corrupt(path) from error
+    with _opened(path) as image:
+        whole = image.size
+        image.draft(MODES[channels], (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
+        return _square(image.convert(MODES[channels]), size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
 def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
@@ -95,21 +103,21 @@ def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.nda
         size, fit: as for its image.
         whole: (width, height) of its image.
     """
-    try:
-        with Image.open(path) as mask:
-            if mask.size != whole:
-                raise ValueError(
-                    f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
-                    f"Received: {mask.size[0]} x {mask.size[1]} in {path}"
-                )
-            values = np.asarray(mask if mask.mode in ("1", "L", "P") else mask.convert("L")).astype("uint8")
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _corrupt(path) from error
+    with _opened(path) as mask:
+        if mask.size != whole:
+            raise ValueError(
+                f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
+                f"Received: {mask.size[0]} x {mask.size[1]} in {path}.\nMake it of its image's size."
+            )
+        values = _grey_values(mask, path)
     high = values.max()
     strange = values[(values != 0) & (values != high)]
     if strange.size or high not in (0, 1, 255):
         value = strange[0] if strange.size else high
-        raise ValueError(f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {value} in {path}")
+        raise ValueError(
+            f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {value} in {path}.\n"
+            "Cut it at the value that means foreground, and save it as png: jpg blurs it."
+        )
     marks = (values > 0).astype("uint8")
     lost = 0.0
     if fit == "crop" and high:
@@ -135,5 +143,65 @@ def _square(image, size, fit, resample, channels):
     return np.asarray(out).reshape(size, size, channels)
 
 
-def _corrupt(path):
-    return ValueError(f"Expected a whole image file. Received: {path}, which is truncated or corrupt.\nGet it again.")
+def check_header(image, path):
+    """Refuses what would not be read as it looks: several frames, a turned picture, more than 8 bits a channel."""
+    # A camera's JPEG may hold its preview too: Pillow calls that MPO.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded for it
+    if image.mode in DEEP:
+        raise ValueError(
+            f"Expected an image of 8 bits a channel. Received: mode {image.mode!r} in {path}.\n"
+            "Window it to 0..255 and save it again."
+        )
+    if frames > 1:
+        raise ValueError(f"Expected one image in a file. Received: {frames} in {path}.\nSave each as its own file.")
+    if turned not in (0, 1):
+        raise ValueError(
+            f"Expected an image that is stored upright. Received: EXIF orientation {turned} in {path}.\n"
+            "Turn it (PIL.ImageOps.exif_transpose) and save it again, and its masks likewise."
+        )
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Says in two lines of a file that it cannot be opened or decoded."""
+    try:
+        yield
+    except BROKEN as error:
+        if "\n" in str(error):  # said already
+            raise
+        raise ValueError(
+            f"Expected a png, jpg, tif or bmp image. Received: {path}, which is truncated or corrupt, or another."
+            "\nGet it again or convert it."
+        ) from error
+
+
+@contextlib.contextmanager
+def _opened(path):
+    with readable(path):
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format != "PNG":
+                check_header(image, path)
+                yield image
+                return
+            image.verify()  # its checksums, which decoding leaves alone; other formats have none
+        with Image.open(path, formats=FORMATS) as image:
+            check_header(image, path)
+            yield image
+
+
+def _grey_values(mask, path):
+    """A mask's values; refused where a picture of it would show others: colours, transparency, a palette."""
+    pixels = np.asarray(mask)
+    if mask.mode in ("LA", "RGBA") and (pixels[..., -1] == 255).all():
+        pixels = pixels[..., :-1]
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    plain = mask.mode in ("1", "L") or pixels.shape[-1] in (1, 3)
+    if mask.mode == "P":
+        plain = (np.asarray(mask.convert("L")) == pixels[..., 0]).all()
+    if not plain or (pixels != pixels[..., :1]).any():
+        raise ValueError(
+            f"Expected a grey mask. Received: colours, transparency or a palette, mode {mask.mode!r}, in {path}.\n"
+            "Save it in grey, background 0 and foreground 255."
+        )
+    return pixels[..., 0].astype("uint8")

@@ -26,7 +26,6 @@ import functools
 import logging
 import os
 import re
-import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,7 +45,7 @@ from .base import (
     Split,
     first_in_seeded_order,
 )
-from .decoding import FITS, decoded
+from .decoding import FITS, FORMATS, check_header, decoded, readable
 from .tables import read_table
 
 __all__ = ["folder_dataset", "is_folder"]
@@ -56,11 +55,8 @@ logger = logging.getLogger(__name__)
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
 SPLITS = ("train", "val", "test")
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 IGNORED = ("thumbs.db", "desktop.ini")
 GREY = ("1", "L", "LA")
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-ORIENTATION = 274  # the EXIF tag
 
 
 def is_folder(name) -> bool:
@@ -360,30 +356,9 @@ def _check_files(folder, names, what):
 
 def _is_grey(path):
     """Whether an image file is grey, by its header; a file that would not be read as it looks is refused."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            mode = image.mode
-            # A camera's JPEG may hold its preview too: Pillow calls that MPO.
-            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"Expected a png, jpg, tif or bmp image. Received: {path}, which is another, truncated or corrupt.\n"
-            "Get it again or convert it."
-        ) from error
-    if mode in DEEP:
-        raise ValueError(
-            f"Expected an image of 8 bits a channel. Received: mode {mode!r} in {path}.\n"
-            "Window it to 0..255 and save it again."
-        )
-    if frames > 1:
-        raise ValueError(f"Expected one image in a file. Received: {frames} in {path}.\nSave each as its own file.")
-    if turned not in (0, 1):
-        raise ValueError(
-            f"Expected an image that is stored upright. Received: EXIF orientation {turned} in {path}.\n"
-            "Turn it (PIL.ImageOps.exif_transpose) and save it again, and its masks likewise."
-        )
-    return mode in GREY
+    with readable(path), Image.open(path, formats=FORMATS) as image:
+        check_header(image, path)
+        return image.mode in GREY
 
 
 # ---- the splits
