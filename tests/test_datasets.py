@@ -1,9 +1,11 @@
 """The data contract: shapes, the laws of the streams, phantoms in their stated ranges, readers, messages."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,15 @@ def test_card_reads_well(name):
     card = datasets.card(name)
     assert card.name == name and card.task in TASKS
     assert card.licence in str(card) and card.title in str(card)
+
+
+def test_every_help_that_a_message_or_page_names_is_there():
+    root = Path(__file__).resolve().parents[1]
+    pages = [root / "README.md", root / "data" / "README.md", *(root / "sbn_tf" / "datasets").glob("*.py")]
+    named = {name for page in pages for name in re.findall(r"help\(datasets\.(\w+)\)", page.read_text("utf-8"))}
+    assert {"folder", "lidc_dicom", "load"} <= named
+    for name in named:
+        assert getattr(datasets, name).__doc__
 
 
 def test_import_does_no_work():

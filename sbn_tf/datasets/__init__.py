@@ -16,7 +16,7 @@ import inspect
 
 import numpy as np
 
-from . import chest, folder, isic, lidc, lidc_patches, medmnist, phantoms
+from . import chest, folder, isic, lidc, lidc_dicom, lidc_patches, medmnist, phantoms
 from .base import MULTI_LABEL, SEGMENTATION, Card, Data, Split, first_in_seeded_order
 from .check import check
 from .download import download
@@ -31,8 +31,10 @@ __all__ = [
     "card",
     "check",
     "download",
+    "folder",
     "from_arrays",
     "from_tf_data",
+    "lidc_dicom",
     "load",
     "names",
 ]
