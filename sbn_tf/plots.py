@@ -27,6 +27,7 @@ __all__ = [
     "plot_scores",
     "plot_segmentation",
     "plot_wall",
+    "short_name",
 ]
 
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#b8bfc7"
@@ -38,6 +39,11 @@ RATERS = ("#ffd000", "#00d5ff", "#ff6ad5", "#7dff6a", "#ff8a3d", "#b79bff")
 def _plain(ax: Axes) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def short_name(name: str, most: int = 24) -> str:
+    """A name of at most `most` characters: a longer one is cut, and ends in " ..."."""
+    return name if len(name) <= most else name[: most - 4].rstrip() + " ..."
 
 
 def plot_history(histories: dict[str, dict[str, list]], keys: list[str], ax: Axes) -> Axes:
@@ -367,7 +373,7 @@ def plot_classification(
         images: (batch, height, width, 1 or 3), any range: each is stretched.
         labels: (batch, labels), 0 or 1.
         probs: (samples, batch, labels), probabilities.
-        class_names: of the labels.
+        class_names: of the labels; long ones are shortened, see `short_name`.
         num_rows: draw that many images from the start; None for all.
         row_inches: height of a row; None for what the labels' names need.
 
@@ -377,10 +383,12 @@ def plot_classification(
     images, labels, probs = np.asarray(images), np.asarray(labels), np.asarray(probs, "float64")
     rows, num_labels = min(num_rows or len(images), len(images)), labels.shape[1]
     row_inches = row_inches or max(1.6, 0.2 * num_labels + 0.4)
+    names = [short_name(str(name)) for name in class_names]
+    room = 0.07 * max(0, max(map(len, names), default=0) - 10)  # for longer names, so that the images keep their size
     figure, axes = plt.subplots(
         rows,
         2,
-        figsize=(min(row_inches, 3.2) + 4.6, row_inches * rows + 0.8),
+        figsize=(min(row_inches, 3.2) + 4.6 + room, row_inches * rows + 0.8),
         width_ratios=(min(row_inches, 3.2), 4.6),
         squeeze=False,
         layout="constrained",
@@ -398,7 +406,7 @@ def plot_classification(
         spread = np.stack([mean - samples.min(0), samples.max(0) - mean]).clip(0)
         if len(samples) > 1:
             bars.errorbar(mean, places, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        bars.set_yticks(places, class_names, fontsize="small")
+        bars.set_yticks(places, names, fontsize="small")
         for text, truly in zip(bars.get_yticklabels(), present, strict=True):
             text.set_color(ORANGE if truly else "black")
             text.set_fontweight("bold" if truly else "normal")

@@ -138,6 +138,34 @@ def test_max_images_takes_a_part_and_says_so():
     assert not any("too few" in sentence for sentence in report.problems)  # it was we who took so few
 
 
+@pytest.mark.parametrize(
+    ("task", "targets", "note"),
+    [
+        (MULTI_LABEL, np.tile(np.uint8([0, 1, 1]), (200, 1)), "Every one of the 9 images of train looked at is of b."),
+        (MULTI_LABEL, np.tile(np.uint8([0, 1, 1]), (200, 1)), "None of the 9 images of train looked at is of a."),
+        (MULTI_CLASS, np.r_[np.zeros(195, int), 1, 1, 1, 2, 2], "None of the 9 images of train looked at is of b, c."),
+        (
+            SEGMENTATION,
+            np.zeros((200, SIDE, SIDE, 1), "uint8"),
+            "All masks of the 9 images of train looked at are empty.",
+        ),
+    ],
+)
+def test_what_a_sample_lacks_is_a_note(task, targets, note):
+    targets = targets.copy()
+    if task == MULTI_LABEL:
+        targets[-1] = [1, 0, 0]
+        targets[:8, 2] = 0
+    x = images(200)
+    report = check(
+        {"train": (x, targets)}, task, classes=("a", "b", "c")[: 1 if task == SEGMENTATION else 3], max_images=9
+    )
+    assert [found for found in report.notes if found.startswith(note[:-1])], report.notes
+    assert report.problems == []
+    if task == MULTI_LABEL:
+        assert check({"train": (x, targets)}, task).problems == []
+
+
 # ---- clean data, and planted faults
 
 
@@ -224,6 +252,65 @@ def test_faults_of_labelled_images_are_named(changes, problem):
 def test_faults_of_masks_are_named(changes, problem):
     found = check(masked(**changes), SEGMENTATION).problems
     assert [sentence for sentence in found if sentence.startswith(problem)], found
+
+
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [
+        (7, "train has 2 images of classes without a name, beyond 0 to 1 (first: image 3, of class 7)."),
+        (2, "train has 2 images of classes without a name, beyond 0 to 1 (first: image 3, of class 2)."),
+        (-1, "train has other targets than classes 0, 1, 2, ..., as -1."),
+        (2**40, "train has other targets than classes 0, 1, 2, ..., as 1099511627776."),
+        (np.nan, "train has other targets than classes 0, 1, 2, ..., as nan."),
+        (0.5, "train has other targets than classes 0, 1, 2, ..., as 0.5."),
+    ],
+)
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_class_numbers_that_no_name_is_of_are_problems(label, problem, column):
+    y = (np.arange(40) % 2).astype(np.asarray(label).dtype)
+    y[[3, 9]] = label
+    y = y[:, None] if column else y
+    report = check({"train": (TRAIN[0], y), "val": (VAL[0], np.arange(20) % 2)}, MULTI_CLASS, classes=("a", "b"))
+    assert report.problems == [problem]
+    assert list(report.table[0]["positives"]) == ["a", "b"]
+    assert report.table[0]["positives"]["b"] == 18 and "18 (45.0%)" in str(report)
+    figure = report.plot()
+    shown = {ax.get_xlabel() for ax in figure.axes if ax.images}
+    assert shown <= {"a", "b", str(label), "?"} and {"a", "b"} <= shown
+
+
+def test_text_is_no_class_number():
+    report = check((TRAIN[0], np.array(["cat", "dog"] * 20)), MULTI_CLASS, classes=("cat", "dog"))
+    assert report.problems[0] == "images has other targets than classes 0, 1, 2, ..., as cat."
+    assert {ax.get_xlabel() for ax in report.plot().axes if ax.images} == {"?"}
+    report = check((TRAIN[0], np.array(["cat", "dog"] * 20)), MULTI_CLASS)
+    assert "other targets" in str(report) and report.table[0]["positives"] == {}
+    report.plot()
+
+
+def test_images_of_none_of_the_labels_are_counted():
+    y = TRAIN[1].copy()
+    y[10:15] = 0
+    report = check({"train": (TRAIN[0], y), "val": VAL}, MULTI_LABEL, classes=("a", "b", "c"))
+    n = int((y.sum(1) == 0).sum())
+    assert report.table[0]["none of these"] == n >= 5
+    lines = [line for line in str(report).splitlines() if line.startswith("| none of these ")]
+    assert len(lines) == 1 and f"{n} ({n / 40:.1%})" in lines[0]
+    assert "none of these" not in str(check((TRAIN[0], np.arange(40) % 2), BINARY))
+
+
+def test_masks_of_the_whole_image_are_a_note():
+    y = M_TRAIN[1].copy()
+    y[[4, 11], ..., 1] = 1
+    y[30] = 1
+    report = check(masked(train=(TRAIN[0], y)), SEGMENTATION)
+    note = "4 masks of train, of 3 images, cover the whole image (first: image 4)."
+    assert report.problems == [] and note in report.notes
+    valid = np.ones((40, 2), bool)
+    valid[[4, 11], 1] = valid[30, 0] = False  # masks that are not there
+    notes = check({"train": (TRAIN[0], y, valid)}, SEGMENTATION).notes
+    assert "1 mask of train, of 1 image, covers the whole image (first: image 30)." in notes
 
 
 def test_classes_of_which_an_image_has_none_or_two_are_named():

@@ -108,6 +108,33 @@ def test_classification_panel(num_samples):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", ""),
+        ("x" * 24, "x" * 24),
+        ("x" * 25, "x" * 20 + " ..."),
+        ("immature granulocytes(myelocytes, metamyelocytes)", "immature granulocyte ..."),
+        ("actinic keratoses / intraepithelial", "actinic keratoses / ..."),
+    ],
+)
+def test_short_name(name, expected):
+    assert plots.short_name(name) == expected and len(expected) <= 24
+
+
+def test_classification_panel_with_long_names_keeps_its_images_and_all_text():
+    names = ["immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "b", "c" * 24, "d" * 90]
+    axes = plots.plot_classification(RNG.random((3, 8, 8, 3)), np.eye(4)[:3], RNG.random((5, 3, 4)), names)
+    figure = axes[0, 0].figure
+    figure.canvas.draw()
+    assert [text.get_text() for text in axes[0, 1].get_yticklabels()] == list(map(plots.short_name, names))
+    for picture, bars in axes:
+        assert picture.get_window_extent().width > 0.8 * 1.6 * figure.dpi
+        for text in bars.get_yticklabels():
+            box = text.get_window_extent()
+            assert box.x0 >= picture.get_window_extent().x1 and box.x1 <= figure.bbox.x1
+
+
 def test_layers_run_from_input_at_the_top():
     ax = plots.plot_masks_by_layer(plt.figure().add_subplot(), ["first", "last"], [5, 10], [10, 10])
     assert ax.yaxis_inverted()

@@ -1,6 +1,13 @@
 """Data of one's own as tf.data.Datasets or arrays: what goes in comes out, wherever it lies, or is refused in words."""
 
-import atexit
+import copy
+import gc
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,23 +143,108 @@ def test_a_check_finds_nothing_in_clean_data():
     assert datasets.check(data).problems == []
 
 
+@pytest.mark.parametrize(
+    ("targets", "classes", "warned"),
+    [
+        (lambda n, k: numbers(n) + 1, None, True),
+        (lambda n, k: np.eye(4)[numbers(n) + 1], None, True),
+        (lambda n, k: numbers(n) + (k > 0), None, False),  # train has a class 0
+        (lambda n, k: numbers(n) + 1, ("none", "cyst", "tumour", "stone"), False),
+    ],
+)
+def test_classes_counted_from_1_are_told(caplog, targets, classes, warned):
+    with caplog.at_level(logging.WARNING):
+        data = from_arrays(*three(targets), task=MULTI_CLASS, classes=classes)
+    assert data.num_outputs == 4
+    assert ("my_data: no image is of class 0" in caplog.text) == warned
+
+
 # ---- the cache
 
 
-def test_a_temporary_cache_is_removed_at_the_end(tmp_path, monkeypatch):
-    registered = []
-    monkeypatch.setattr(
-        atexit, "register", lambda function, *args, **options: registered.append((function, args, options))
-    )
-    parts = three(numbers)
-    data = from_tf_data(*(stream(part, None) for part in parts), task=MULTI_CLASS, cache=tmp_path, in_memory=False)
-    assert (
-        isinstance(data.train.images, DiskArray) and len(list(tmp_path.glob("temporary-*/my_data-*/images.npy"))) == 3
-    )
-    np.testing.assert_array_equal(data.train.images, parts[0][0])
-    ((function, args, options),) = registered
-    function(*args, **options)
+def on_disk(folder, **options):
+    parts = [stream(part, None) for part in three(numbers)]
+    return from_tf_data(*parts, task=MULTI_CLASS, cache=folder, in_memory=False, **options)
+
+
+KEEPERS = {
+    "data": lambda data: data,
+    "a split": lambda data: data.test,
+    "a subset": lambda data: data.val.subset([2, 3]),
+    "an array": lambda data: data.train.images,
+    "a copy": lambda data: copy.copy(data.train.images),
+    "a deep copy": lambda data: copy.deepcopy(data),
+}
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_a_temporary_cache_is_removed_when_nothing_holds_its_rows(tmp_path, keeper):
+    data = on_disk(tmp_path)
+    assert isinstance(data.train.images, DiskArray)
+    assert len(list(tmp_path.glob("temporary-*/my_data-*/images.npy"))) == 3
+    kept = KEEPERS[keeper](data)
+    del data
+    gc.collect()
+    assert len(list(tmp_path.glob("temporary-*/my_data-*/images.npy"))) == 3
+    del kept
+    gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_keeps_the_rows_it_reads(tmp_path):
+    data = on_disk(tmp_path)
+    expected, kept = data.train.normalised(), data.train.batches(5)
+    del data
+    gc.collect()
+    np.testing.assert_allclose(np.concatenate([x for x, _ in kept.as_numpy_iterator()]), expected, rtol=1e-6)
+
+
+def test_a_pickle_names_the_rows(tmp_path):
+    data = on_disk(tmp_path)
+    again = pickle.loads(pickle.dumps(data.train.images))
+    np.testing.assert_array_equal(again, three(numbers)[0][0])
+
+
+SCRIPT = """
+import os, signal, sys
+import numpy as np
+from sbn_tf.datasets import from_tf_data
+
+class Source:
+    element = np.arange(360, dtype="uint8").reshape(10, 6, 6, 1), np.arange(10) % 2
+    cardinality = staticmethod(lambda: 1)
+    as_numpy_iterator = staticmethod(lambda: iter([Source.element]))
+
+def made():
+    data = from_tf_data(Source, Source, Source, task="multi-class", cache=sys.argv[1], in_memory=False)
+    print(len(os.listdir(sys.argv[1])), flush=True)
+    return data
+
+data = made()
+child = os.fork()
+if child == 0:
+    its_own = made()
+    sys.exit(3)  # with all that is called at exit
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+print(len(os.listdir(sys.argv[1])), int(np.asarray(data.train.images).sum()), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and signals are of POSIX")
+def test_a_fork_removes_its_own_alone_and_the_next_call_what_a_killed_process_left(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    first, of_child, after_child, total = map(int, done.stdout.split())
+    assert (first, of_child, after_child) == (1, 2, 1)
+    assert total == np.arange(360, dtype="uint8").sum()
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "temporary-notes").mkdir()  # not a name of ours
+    elsewhere = tmp_path / "temporary-999999999-00000000-0123456789ab"  # another machine's
+    elsewhere.mkdir()
+    mine, again = on_disk(tmp_path), on_disk(tmp_path)  # this process lives: its first one is not swept
+    assert len(list(tmp_path.iterdir())) == 4 and elsewhere.exists()
+    np.testing.assert_array_equal(mine.val.images, again.val.images)
 
 
 def counted(arrays, calls):
@@ -165,16 +257,81 @@ def counted(arrays, calls):
     return tf.data.Dataset.from_generator(generate, output_signature=signature)
 
 
-def test_each_dataset_is_read_once_and_a_key_is_found_again(tmp_path):
-    parts, calls = three(numbers), [[], [], []]
-    options = dict(task=MULTI_CLASS, cache=tmp_path, key="v1")
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_dataset_is_read_once_and_with_a_key_never_again(tmp_path, name):
+    task, make, _ = TARGETS[name]
+    parts, calls = three(make), [[], [], []]
+    options = dict(task=task, cache=tmp_path, key="v1")
     first = from_tf_data(*map(counted, parts, calls), **options)  # of unknown length
     assert [len(found) for found in calls] == list(SIZES)
     again = from_tf_data(*map(counted, parts, calls), **options)
-    assert sum(map(len, calls)) < 2 * sum(SIZES)  # the first element alone, and what tf.data fetches with it
-    assert again.digest() == first.digest()
+    assert [len(found) for found in calls] == list(SIZES)
+    assert again.digest() == first.digest() and again.card == first.card
+
+
+def test_another_key_or_other_shapes_are_another_cache(tmp_path):
+    parts = three(numbers)
+    options = dict(task=MULTI_CLASS, cache=tmp_path, key="v1")
+    first = from_tf_data(*(counted(part, []) for part in parts), **options)
     other = from_tf_data(*(counted(part, []) for part in parts[::-1]), **(options | {"key": "v2"}))
     assert other.card.counts == SIZES[::-1]
+    smaller = from_tf_data(*(counted((x[:, :4], y), []) for x, y in parts), **options)
+    assert smaller.input_shape == (4, SIDE, 1) and first.input_shape == (SIDE, SIDE, 1)
+
+
+def unknown(array, calls):
+    """A dataset that does not tell its shapes."""
+
+    def generate():
+        calls.append(1)
+        yield from zip(array, numbers(len(array)), strict=True)
+
+    signature = (tf.TensorSpec((None, None, None), "uint8"), tf.TensorSpec((), "int64"))
+    return tf.data.Dataset.from_generator(generate, output_signature=signature)
+
+
+def test_a_damaged_cache_of_a_key_is_made_anew_of_the_same_shapes(tmp_path):
+    options = dict(task=MULTI_CLASS, cache=tmp_path, key="v1")
+    x, calls = images(20), []
+    from_tf_data(*(unknown(x, calls) for _ in range(3)), **options)
+    (found,) = tmp_path.glob("my_data-val-*/images_crc32.npy")
+    found.write_bytes(b"")
+    data = from_tf_data(*(unknown(x, calls) for _ in range(3)), **options)
+    np.testing.assert_array_equal(data.val.images, x)
+    assert len(calls) == 4
+    found.write_bytes(b"")
+    with pytest.raises(ValueError, match="of one shape under one key in val") as error:
+        from_tf_data(*(unknown(x[:, :4], calls) for _ in range(3)), **options)
+    assert str(error.value).count("\n") == 1 and "Give another key" in str(error.value)
+
+
+SIDES = ("", "_crc32", "_sums")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f"{what}{side}" for what in ("images", "targets", "rater_valid") for side in SIDES[: 2 + (what == "images")]],
+)
+def test_a_cache_of_a_key_that_lacks_a_file_is_made_anew(tmp_path, file):
+    parts, calls = [(*part, np.ones((len(part[0]), 2), bool)) for part in three(masks)], [[], [], []]
+    options = dict(task=SEGMENTATION, cache=tmp_path, key="v1")
+    first = from_tf_data(*map(counted, parts, calls), **options)
+    (found,) = tmp_path.glob(f"my_data-val-*/{file}.npy")
+    found.unlink()
+    again = from_tf_data(*map(counted, parts, calls), **options)
+    assert again.digest() == first.digest() and found.exists()
+    assert (len(calls[0]), len(calls[2])) == (SIZES[0], SIZES[2])  # those of train and test were whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[3]", b"\xff\xfe{"])
+def test_a_damaged_manifest_of_a_key_is_made_anew(tmp_path, damage):
+    options = dict(task=MULTI_CLASS, cache=tmp_path, key="v1")
+    x = images(20)
+    from_tf_data(*(unknown(x, []) for _ in range(3)), **options)
+    (found,) = tmp_path.glob("my_data-val-*/manifest.json")
+    found.write_bytes(damage)
+    data = from_tf_data(*(unknown(x, []) for _ in range(3)), **options)
+    np.testing.assert_array_equal(data.val.images, x)
 
 
 def test_a_generator_that_gives_its_elements_once_is_read_whole():
@@ -328,3 +485,19 @@ def test_bad_arguments_are_refused(parts, options, message):
 def test_patients_of_other_counts_are_refused(patients):
     with pytest.raises(ValueError, match=r"Expected (patients|20 groups)"):
         from_arrays(*three(numbers), task=MULTI_CLASS, patients=patients)
+
+
+def test_one_hot_targets_keep_a_column_that_never_occurs():
+    images = np.random.default_rng(0).random((3, 8, 8, 1)).astype("float32")
+    one_hot = np.eye(4, dtype="uint8")[[0, 1, 2]]
+    images_of = [images, images / 2, images / 3]
+    parts = [(found, one_hot) for found in images_of]
+    data = from_arrays(*parts, task="multi-class")
+    assert data.num_outputs == 4 and data.card.classes == ("0", "1", "2", "3")
+    np.testing.assert_array_equal(data.val.targets, one_hot)
+    wider = [*parts[:2], (images_of[2], np.eye(5, dtype="uint8")[[0, 1, 2]])]
+    mixed = [*parts[:2], (images_of[2], np.array([0, 1, 2]))]
+    for wrong, options in ((wider, {}), (mixed, {}), (parts, {"classes": ("a", "b", "c")})):
+        with pytest.raises(ValueError, match="one-hot targets of one width") as error:
+            from_arrays(*wrong, task="multi-class", **options)
+        assert str(error.value).count("\n") == 1

@@ -67,6 +67,10 @@ class DiskArray:
     size = property(lambda self: int(np.prod(self.shape)))
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
 
+    def __del__(self):
+        if getattr(self, "_file", None) is not None:
+            self._file.close()
+
     def __len__(self):
         return self.shape[0]
 

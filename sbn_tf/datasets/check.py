@@ -8,14 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from .arrays import row_sums
-from .base import BINARY, EXCLUSIVE, SEGMENTATION, TASKS, Data, Split, first_in_seeded_order
-from .tensors import PIECE_BYTES, pieces
+from .base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, TASKS, Data, Split, first_in_seeded_order
+from .tensors import PIECE_BYTES, are_class_numbers, pieces
 
 __all__ = ["Report", "check"]
 
 WALL = 24  # images that a report keeps, for its picture
 FEW = 10  # images that no number of a split should rest on
 BINS = 64
+NONE = "none of these"
 
 
 @dataclass(eq=False)
@@ -27,7 +28,8 @@ class Report:
         task: as of its card.
         classes: names of the labels or classes, or of the foreground.
         table: one row for each split, fact -> value. Pixels are as stored (uint8: 0..255); "identical" counts the
-            images that repeat another of the same split; "positives" are the images of each class.
+            images that repeat another of the same split; "positives" are the images of each class, "none of these"
+            (multi-label) those of none.
         problems: what should be understood or put right before training, a sentence each.
         notes: what a reader of a number should know, a sentence each.
     """
@@ -44,7 +46,7 @@ class Report:
         from sbn_tf.plots import format_table  # matplotlib: not at import
 
         names = [row["split"] for row in self.table]
-        facts = [key for key in self.table[0] if key not in ("split", "positives")]
+        facts = [key for key in self.table[0] if key not in ("split", "positives", NONE)]
         parts = [f"{self.name}: {self.task}"]
         parts.append(format_table({key: {row["split"]: row[key] for row in self.table} for key in facts}, names))
         if self.task != SEGMENTATION:
@@ -52,6 +54,9 @@ class Report:
                 label: {row["split"]: _count_and_share(row["positives"][label], row["images"]) for row in self.table}
                 for label in self.table[0]["positives"]
             }
+            if self.task == MULTI_LABEL:
+                none = {row["split"]: _count_and_share(row[NONE], row["images"]) for row in self.table}
+                shares.setdefault(NONE, none)
             parts.append("Images of each class:\n\n" + format_table(shares, names))
         if not self.problems:
             parts.append("No problem found.")
@@ -70,7 +75,10 @@ class Report:
         figure = plt.figure(figsize=(12.5, 6.2), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(1.75, 1))
         images, targets, valid = (None if part[0] is None else np.stack(part) for part in zip(*first.wall, strict=True))
-        plots.plot_wall(images, targets, valid, class_names=self.classes or None, columns=6, figure=left)
+        names = self.classes
+        if self.task in EXCLUSIVE and targets.size == len(targets):
+            targets, names = first.named(targets.reshape(len(targets)), self.classes)
+        plots.plot_wall(images, targets, valid, class_names=names or None, columns=6, figure=left)
         pixels, balance = right.subplots(2, 1, height_ratios=(1, 1.6))
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(self._tallies)))
         for tally, colour in zip(self._tallies, colours, strict=True):
@@ -92,7 +100,7 @@ class Report:
             for k, (row, colour) in enumerate(zip(self.table, colours, strict=True)):
                 shares = np.array(list(row["positives"].values())) / row["images"]
                 balance.barh(np.arange(len(names)) + (k + 0.5) * height - 0.4, shares, height, color=colour)
-            short = [name if len(name) <= 22 else name[:20] + " ..." for name in names]
+            short = list(map(plots.short_name, names))
             balance.set_yticks(range(len(names)), short, fontsize="small" if len(names) < 20 else "xx-small")
             balance.invert_yaxis()
             balance.set_xlabel("share of images")
@@ -162,6 +170,7 @@ def check(
     for tally in (t for t in tallies if t.is_sample):
         of = f"of {tally.available:,}" if tally.available else "from the start"
         notes.append(f"{tally.name}: {tally.count:,} images {of} were looked at.")
+    notes += [sentence for tally in tallies for sentence in _notes_of(tally, classes)]
     if all(tally.groups is None for tally in tallies):
         notes.append("Patients are not known: whether one is in two splits cannot be told.")
     if leak:
@@ -213,7 +222,9 @@ class _Tally:
         self.seen, self.constant, self.not_finite = {}, [], []
         self.repeated, self.other_targets, self.first_repeated = 0, 0, None
         self.positives, self.not_one_class, self.strange = np.zeros(0, int), [], None
+        self.columns, self.first_of, self.none = 0, {}, 0
         self.masks, self.empty, self.foreground, self.agreement = 0, 0, [], []
+        self.full, self.full_images = 0, []
         self.wall, self._random = [], np.random.default_rng(24)
 
     def called(self, row):
@@ -267,17 +278,21 @@ class _Tally:
         if targets.ndim == 2 and targets.shape[1] == 1 and self.task in EXCLUSIVE:
             targets = targets[:, 0]
         if targets.ndim == 1 and self.task in EXCLUSIVE:  # class numbers
-            numbers = targets.astype("int64")
-            if (numbers != targets).any() or numbers.min() < 0:
-                self.strange = targets[(numbers != targets) | (numbers < 0)][0]
-                numbers = np.maximum(numbers, 0)
+            rows = np.flatnonzero(are_class_numbers(targets))
+            if self.strange is None and len(rows) < len(targets):
+                self.strange = targets[~are_class_numbers(targets)][0]
+            numbers = targets[rows].astype("int64")
+            for number, k in zip(*np.unique(numbers, return_index=True), strict=True):
+                self.first_of.setdefault(int(number), int(rows[k]) + self.count)
             counts = np.bincount(numbers)
         else:
             targets = targets.reshape(len(targets), -1)
             self._look_for_strange(targets)
             if self.task in EXCLUSIVE:
                 self.not_one_class += (np.flatnonzero((targets > 0.5).sum(1) != 1) + self.count).tolist()
+            self.none += int((~(targets > 0.5).any(1)).sum())
             counts = (targets > 0.5).sum(0)
+            self.columns = max(self.columns, len(counts))
         length = max(len(counts), len(self.positives))
         self.positives = np.pad(self.positives, (0, length - len(self.positives)))
         self.positives += np.pad(counts, (0, length - len(counts)))
@@ -290,6 +305,9 @@ class _Tally:
         drew = valid & (area > 0)
         self.masks += int(valid.sum())
         self.empty += int((valid & (area == 0)).sum())
+        full = valid & (masks > 0.5).all(axis=(1, 2))
+        self.full += int(full.sum())
+        self.full_images += (np.flatnonzero(full.any(1)) + self.count).tolist()
         self.foreground += (area[valid] / flat.shape[1]).tolist()
         for a, b in itertools.combinations(range(masks.shape[-1]), 2):
             pair = drew[:, a] & drew[:, b]
@@ -335,6 +353,8 @@ class _Tally:
             "identical": self.repeated,
         }
         if self.task != SEGMENTATION:
+            if self.task == MULTI_LABEL:
+                row[NONE] = self.none
             row["positives"] = {label: int(n) for label, n in zip(classes, self._positives(classes), strict=True)}
             return row
         return row | {
@@ -348,7 +368,15 @@ class _Tally:
         }
 
     def _positives(self, classes):
-        return np.pad(self.positives, (0, len(classes) - len(self.positives)))
+        found = self.positives[: len(classes)]
+        return np.pad(found, (0, len(classes) - len(found)))
+
+    def named(self, targets, classes):
+        """Class numbers `(N,)` and their names: a number stands for itself where it has none, "?" for what is none."""
+        names = [*classes, *map(str, range(len(classes), len(self.positives)))]
+        numbers, right = np.full(len(targets), len(names)), are_class_numbers(targets)
+        numbers[right] = targets[right].astype("int64")
+        return numbers, [*names, "?"]
 
 
 def _class_names(classes, tallies):
@@ -357,7 +385,8 @@ def _class_names(classes, tallies):
     most = max(len(tally.positives) for tally in tallies)
     if classes is not None and tallies[0].task == BINARY and len(classes) == 2:
         classes = classes[1:]  # of 1
-    if classes is not None and len(classes) < most:
+    # Columns without a name are a wrong argument; class numbers without one may be wrong data, and are a problem.
+    if classes is not None and (len(classes) < max(tally.columns for tally in tallies) or not len(classes)):
         raise ValueError(f"Expected {most} class names. Received: classes={tuple(classes)}")
     return tuple(map(str, range(most) if classes is None else classes))
 
@@ -389,7 +418,7 @@ def _problems_of(tally, classes):
 
 def _mask_problems(tally):
     if not tally.masks or tally.empty == tally.masks:
-        return [f"All masks of {tally.name} are empty."]
+        return [] if tally.is_sample else [f"All masks of {tally.name} are empty."]
     share = float(np.mean(tally.foreground))
     if share > 0.95:
         return [f"{share:.1%} of the pixels of {tally.name}'s masks are foreground: are 0 and 1 swapped?"]
@@ -397,13 +426,45 @@ def _mask_problems(tally):
 
 
 def _label_problems(tally, classes):
-    positives, found = tally._positives(classes), []
-    absent = [label for label, n in zip(classes, positives, strict=True) if n == 0]
-    always = [label for label, n in zip(classes, positives, strict=True) if n == tally.count]
-    if absent:
+    found, beyond = [], [(row, number) for number, row in tally.first_of.items() if number >= len(classes)]
+    if beyond:
+        row, number = min(beyond)
+        found.append(
+            f"{tally.name} has {_images(tally.positives[len(classes) :].sum())} of classes without a name, beyond 0 to "
+            f"{len(classes) - 1} (first: {tally.called(row)}, of class {number})."
+        )
+    absent, always = _absent_and_always(tally, classes)
+    if absent and not tally.is_sample:
         found.append(f"{tally.name} has no image of {_listed(absent)}: nothing can be learnt or measured there.")
-    if always:
+    if always and not tally.is_sample:
         found.append(f"Every image of {tally.name} is of {_listed(always)}.")
+    return found
+
+
+def _absent_and_always(tally, classes):
+    positives = tally._positives(classes)
+    absent = [label for label, n in zip(classes, positives, strict=True) if n == 0]
+    return absent, [label for label, n in zip(classes, positives, strict=True) if n == tally.count]
+
+
+def _notes_of(tally, classes):
+    """Sentences on one split by itself that need not be a fault: those of a sample may be chance."""
+    found, looked_at = [], f"{_images(tally.count)} of {tally.name} looked at"
+    if tally.task == SEGMENTATION:
+        if tally.is_sample and tally.empty == tally.masks:
+            found.append(f"All masks of the {looked_at} are empty.")
+        if tally.full:
+            masks = "1 mask" if tally.full == 1 else f"{tally.full:,} masks"
+            found.append(
+                f"{masks} of {tally.name}, of {_images(len(tally.full_images))}, cover{'s' * (tally.full == 1)} the "
+                f"whole image (first: {tally.called(tally.full_images[0])})."
+            )
+    elif tally.is_sample:
+        absent, always = _absent_and_always(tally, classes)
+        if absent:
+            found.append(f"None of the {looked_at} is of {_listed(absent)}.")
+        if always:
+            found.append(f"Every one of the {looked_at} is of {_listed(always)}.")
     return found
 
 

@@ -7,11 +7,17 @@ Then `datasets.check(data)`, and the methods and notebooks take it like any othe
 `tf.data.Dataset`: that no patient is in two of them is up to you.
 """
 
-import atexit
+import contextlib
+import hashlib
 import itertools
+import json
+import logging
+import os
+import platform
 import re
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,9 +26,12 @@ from . import cache as array_cache
 from .arrays import DiskArray
 from .base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, TASKS, Card, Data, Split
 
-__all__ = ["from_arrays", "from_tf_data", "pieces"]
+__all__ = ["are_class_numbers", "from_arrays", "from_tf_data", "pieces"]
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 2**22
+MOST_CLASSES = 10_000
 SPLITS = ("train", "val", "test")
 ROUNDING = 1e-5  # of float images: that much outside 0..1 is cut off
 
@@ -51,8 +60,10 @@ def from_tf_data(
         task: one of `base.TASKS`.
         classes: names of the labels or classes, or of the foreground. Default: their numbers.
         name: of the dataset: letters, digits, - and _.
-        key: a cache of this name and key is kept and used again, also by another process, without reading the
-            datasets: give another key when they change. Default: the cache is removed when the process ends.
+        key: a cache of this name and key is kept and used again, also by another process, without reading an element
+            of datasets of the same `element_spec`: give another key when they change. Default: what is left on disk
+            is removed once no `Data`, split or array holds it, at the latest when the process ends (TensorFlow holds
+            until then the arrays of which `batches` made a stream).
         cache: folder of the array cache, see `load`.
         in_memory: as in `load`.
 
@@ -80,18 +91,23 @@ def from_tf_data(
             )
     temporary = None
     if key is None:
-        temporary = cache = array_cache.cache_folder(cache) / f"temporary-{uuid.uuid4().hex[:12]}"
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        temporary = _TemporaryFolder(array_cache.cache_folder(cache))
+        cache = temporary.path
     kept = False
     try:
         arrays = {part: _through_cache(source, task, part, name, key, cache) for part, source in sources.items()}
+        if temporary is not None:
+            arrays = {
+                part: {what: _TemporaryArray(rows, temporary) for what, rows in found.items()}
+                for part, found in arrays.items()
+            }
         data = _data(arrays, task, classes, name, "tf.data.Dataset")
         splits = (data.train, data.val, data.test)
         kept = not (in_memory or (in_memory is None and sum(split.nbytes for split in splits) <= MEMORY_BYTES))
         return data if kept else Data(data.card, *(split.in_memory() for split in splits))
     finally:
         if temporary is not None and not kept:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.remove()
 
 
 def from_arrays(
@@ -145,16 +161,31 @@ def _check_arguments(task, classes, name):
 
 
 def _through_cache(source, task, part, name, key, cache):
-    """The arrays of a split, from the cache; the first piece tells their shapes."""
-    stream = _cleaned(source, task, part)  # one pass: a generator may give its elements once
-    first = next(stream, None)
-    if first is None:
-        raise _empty(part)
-    arrays = {what: (rows.shape[1:], rows.dtype.name) for what, rows in first.items()}
+    """The arrays of a split, from the cache. Their shapes are those of the first piece, or of the cache of a key."""
+
+    def opened():
+        stream = _cleaned(source, task, part)
+        first = next(stream, None)
+        if first is None:
+            raise _empty(part)
+        return {what: (rows.shape[1:], rows.dtype.name) for what, rows in first.items()}, [[first], stream]
+
+    origin, arrays, stream = {"key": key, "split": part, "task": task}, None, None
+    if key is not None:
+        origin["elements"] = str(source.element_spec)
+        arrays = _kept_layout(f"{name}-{part}", origin, cache)
+    if arrays is None:
+        arrays, stream = opened()  # one pass: a generator may give its elements once
 
     def produce(start):
+        found, elements = (arrays, stream) if stream is not None else opened()  # a damaged cache is made anew
+        if found != arrays:
+            raise ValueError(
+                f"Expected rows of one shape under one key in {part}: {arrays}. Received: {found}.\n"
+                "Give another key: the dataset has changed."
+            )
         waiting, count = [], 0  # elements may be single: some are written at a time
-        for piece in itertools.chain([first], stream):
+        for piece in itertools.chain(*elements):
             skipped = min(start, len(piece["images"]))
             start -= skipped
             waiting.append({what: rows[skipped:] for what, rows in piece.items()})
@@ -165,8 +196,20 @@ def _through_cache(source, task, part, name, key, cache):
         if waiting:
             yield _joined(waiting)
 
-    origin = {"key": key, "split": part, "task": task}
     return array_cache.cached(f"{name}-{part}", origin, arrays, produce, cache=cache)
+
+
+def _kept_layout(name, origin, cache):
+    """Shapes and dtypes of the rows of the finished cache of this origin; None where there is not just one."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in array_cache.cache_folder(cache).glob(f"{name}-*/manifest.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                if json.loads(path.read_text("utf-8"))["source"] == origin:
+                    names = {re.sub("_(crc32|sums)$", "", file.stem) for file in path.parent.glob("*.npy")}
+                    rows = {what: DiskArray(path.with_name(f"{what}.npy")) for what in names}  # fails where one lacks
+                    found.append({what: (array.shape[1:], array.dtype.name) for what, array in rows.items()})
+    return found[0] if len(found) == 1 else None
 
 
 def _joined(found):
@@ -177,7 +220,8 @@ def _data(arrays, task, classes, name, source, patients=None):
     """A `Data` of each split's arrays: images, targets and rater_valid, or class numbers."""
     if task in EXCLUSIVE:
         numbers = {part: np.asarray(found["numbers"]) for part, found in arrays.items()}
-        count = _count_classes(numbers, classes)
+        columns = np.unique(np.concatenate([np.asarray(found["columns"]) for found in arrays.values()])).tolist()
+        count = _count_classes(numbers, classes, name, columns)
         targets = {part: np.eye(count, dtype="uint8")[found] for part, found in numbers.items()}
     else:
         targets = {part: found["targets"] for part, found in arrays.items()}
@@ -215,15 +259,28 @@ def _data(arrays, task, classes, name, source, patients=None):
     return Data(card, *splits)
 
 
-def _count_classes(numbers, classes):
-    count = max(2, 1 + max(int(found.max()) for found in numbers.values())) if classes is None else len(classes)
+def _count_classes(numbers, classes, name, columns):
+    if len(columns) > 1 or (classes is not None and columns != [0] and columns != [len(classes)]):
+        expected = "one-hot targets of one width" + ("" if classes is None else f", {len(classes)} for the classes")
+        raise ValueError(
+            f"Expected {expected}, or class numbers throughout. Received: {' and '.join(map(str, columns))} columns "
+            "(0: numbers).\nGive all splits the same form."
+        )
+    count = columns[0] or max(2, 1 + max(int(found.max()) for found in numbers.values()))
+    count = count if classes is None else len(classes)
     for part, found in numbers.items():
         if found.max() >= count:
             bad = int(np.argmax(found))
             raise ValueError(
                 f"Expected class numbers 0 to {count - 1} for {count} classes. "
-                f"Received: {found[bad]} for image {bad} of {part}"
+                f"Received: {found[bad]} for image {bad} of {part}.\nCount classes from 0, and name all of them."
             )
+    if classes is None and min(int(found.min()) for found in numbers.values()) > 0:
+        logger.warning(
+            "%s: no image is of class 0, which is made a class all the same. Are they counted from 1? Then subtract 1; "
+            "if not, name all classes by classes=.",
+            name,
+        )
     return count
 
 
@@ -257,6 +314,8 @@ def _cleaned(source, task, part):
         found = {"images": _clean_images(images, where, start)}
         if task in EXCLUSIVE:
             found["numbers"] = _class_numbers(targets, where, start)
+            width = targets.shape[1] if targets.ndim == 2 and targets.shape[1] > 1 else 0
+            found["columns"] = np.full(len(targets), width, "int32")  # of one-hot targets
         elif task == MULTI_LABEL and targets.ndim == 1:
             raise ValueError(f"Expected labels (L,) for each image of {part}. Received: one number for each")
         elif task == BINARY and targets.ndim == 2 and targets.shape[1] != 1:
@@ -317,13 +376,18 @@ def _class_numbers(targets, where, start):
             )
         return one_hot.argmax(1).astype("int32")
     targets = targets.reshape(len(targets))
-    bad = np.ones(targets.shape, bool)
-    if targets.dtype.kind in "biuf":
-        bad = ~((targets >= 0) & (targets < 10_000) & (np.floor(targets) == targets))
+    bad = ~are_class_numbers(targets)
     if bad.any():
         row, place = _first(bad, start)
         raise ValueError(f"Expected class numbers 0, 1, 2, ... Received: {targets[place]!s} for {where.format(row)}")
     return targets.astype("int32")
+
+
+def are_class_numbers(targets: np.ndarray) -> np.ndarray:
+    """Which values are whole numbers of 0 to 9,999, bool; text is none."""
+    if targets.dtype.kind not in "biuf":
+        return np.zeros(targets.shape, bool)
+    return (targets >= 0) & (targets < MOST_CLASSES) & (np.floor(targets) == targets)
 
 
 # ---- shapes
@@ -424,3 +488,74 @@ def _as_batch(members, task, where):
             f"Received: shape {members[2].shape}, {members[2].dtype}"
         )
     return images, targets, valid
+
+
+# ---- temporary folders
+
+
+class _TemporaryFolder:
+    """A folder that is removed when nothing holds this, at the latest when the process that made it ends.
+
+    A fork removes nothing. What a killed process left is removed when the next one is made beside it.
+    """
+
+    def __init__(self, parent):
+        owner = f"{os.getpid()}-{_machine()}"
+        _sweep(parent)
+        self.path = parent / f"temporary-{owner}-{uuid.uuid4().hex[:12]}"
+        self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+class _TemporaryArray(DiskArray):
+    """Rows in a temporary folder, which stays as long as they, or rows selected from them, are held."""
+
+    def __init__(self, array, folder):
+        super().__init__(*array.__reduce__()[1])
+        self._folder = folder
+
+    def select(self, index):
+        return _TemporaryArray(super().select(index), self._folder)
+
+    def __copy__(self):
+        return self  # rows never change
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):  # a pickle names the file; it does not hold it
+        return DiskArray, super().__reduce__()[1]
+
+
+def _remove(folder, process):
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent):
+    """Remove the temporary folders of processes of this machine that have ended."""
+    if os.name != "posix":  # elsewhere os.kill(process, 0) is not a question
+        return
+    with contextlib.suppress(OSError):
+        for folder in parent.glob(f"temporary-*-{_machine()}-*"):
+            process = re.fullmatch(r"temporary-([1-9]\d{0,8})-\w+-\w+", folder.name)
+            if process and _has_ended(int(process[1])):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_ended(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
+def _machine():
+    """Eight digits for where process ids are told apart: this machine, and in it this container; they share caches."""
+    try:
+        container = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        container = 0
+    return hashlib.sha256(f"{platform.node()} {container}".encode()).hexdigest()[:8]
