@@ -427,11 +427,11 @@ def test_truncated_and_corrupt_npz(tmp_path):
     for contents in (b"", b"nonsense", whole[:3000], bytes(damaged)):
         path.write_bytes(contents)
         with pytest.raises(ValueError, match="truncated, corrupt"):
-            npz.read_npz(path, {"image": 3})
+            npz.read_npz(path, {"image": (("N", "H", "W"), "numbers")})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no arrays")
     with pytest.raises(ValueError, match="without"):
-        npz.read_npz(path, {"image": 3})
+        npz.read_npz(path, {"image": (("N", "H", "W"), "numbers")})
 
 
 def test_split_refuses_what_it_cannot_hold():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sbn_tf import datasets
-from sbn_tf.datasets import files, medmnist
+from sbn_tf.datasets import files, medmnist, npz
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL
 from sbn_tf.datasets.chest import LABELS
 
@@ -289,6 +290,10 @@ def test_verify(tmp_path, monkeypatch):
         ),
         ("retinamnist", dict(val_labels=np.array([[0], [5], [4], [4]], "uint64")), "0 to 4 in val.*5 for image 1"),
         ("chestmnist", dict(train_patients=np.arange(6)), "train_patients \\(7,\\)"),
+        ("chestmnist", dict(train_patients=np.zeros(7)), "train_patients \\(7,\\), integers or text.*float64"),
+        ("chestmnist", dict(val_patients=np.zeros(4, [("a", "i4")])), "val_patients \\(4,\\), integers or text"),
+        ("chestmnist", dict(test_names=np.full((5, 2), "a")), "test_names \\(5,\\).*\\(5, 2\\), <U1"),
+        ("chestmnist", dict(test_names=np.array("a")), "test_names \\(5,\\).*\\(\\), <U1"),
         ("chestmnist", dict(train_images=np.zeros((7, 28, 28), "uint8")), "that vary"),
         (
             "chestmnist",
@@ -331,6 +336,89 @@ def test_truncated_corrupt_and_other_files(tmp_path):
     with pytest.raises(ValueError, match="truncated, corrupt"):
         datasets.load("chestmnist", **options)
     assert not folder.exists()
+
+
+def test_labels_of_other_images_are_refused_before_they_are_read(tmp_path):
+    """The labels of 20 million images, 20 MB in a file of 0.1 MB; of the seven images not 1 MB is needed."""
+    path = tmp_path / "breastmnist.npz"
+    write(path, "breastmnist", train_labels=np.zeros((20_000_000, 1), "uint8"))
+    assert path.stat().st_size < 200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"train_labels \(7, 1\).*Received: shape \(20000000, 1\)"):
+            datasets.load("breastmnist", root=tmp_path, size=28)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+ARRAYS = {
+    "C order": np.arange(24, dtype="i2").reshape(2, 3, 4),
+    "Fortran order": np.asfortranarray(np.arange(24.0).reshape(2, 3, 4)),
+    "a number": np.array(3),
+    "no rows": np.zeros((0, 3), "u1"),
+    "text": np.array(["abc", "é"]),
+    "bytes": np.array([b"abc", b"d"]),
+    "big endian": np.arange(5, dtype=">i4"),
+    "booleans": np.array([True, False]),
+    "several pieces": np.arange(10_000, dtype="u2").reshape(50, 200),
+    "several pieces in Fortran order": np.asfortranarray(np.arange(10_000, dtype="u2").reshape(50, 200)),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_those_that_numpy_loads(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(npz, "PIECE_BYTES", 7001)
+    np.savez_compressed(tmp_path / "a.npz", a=ARRAYS[name])
+    with npz.whole(tmp_path / "a.npz") as archive:
+        found = npz.read_array(archive, "a")
+    with np.load(tmp_path / "a.npz") as archive:
+        expected = archive["a"]
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape) and found.flags.writeable
+    assert found.flags.f_contiguous == expected.flags.f_contiguous
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_array_is_held_once(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(20_000_000, "uint8"))
+    tracemalloc.start()
+    try:
+        with npz.whole(tmp_path / "a.npz") as archive:
+            npz.read_array(archive, "a")
+        assert tracemalloc.get_traced_memory()[1] < 20e6 + 4 * npz.PIECE_BYTES  # zipfile joins and cuts its pieces
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_array_that_the_file_cannot_hold_is_not_made(tmp_path):
+    """Header and directory both say 4e9 bytes; deflate stores 1,032 of zeros in a byte at most, and here are 256."""
+    path, size = tmp_path / "a.npz", 4_000_000_000
+    contents = header_that_lies(f"({size},)")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", contents + bytes(256))
+    lies = bytearray(path.read_bytes())
+    lies[(start := lies.index(b"PK\x01\x02") + 24) : start + 4] = (len(contents) + size).to_bytes(4, "little")
+    path.write_bytes(lies)
+    with pytest.raises(ValueError, match=r"4\d{9} bytes, more than the file can hold.*\nIt is truncated, corrupt"):
+        npz.read_npz(path, {"a": (("N",), "numbers")})
+
+
+def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match=r"MemoryError\).\nIt is"), npz.whole(tmp_path / "a.npz"):
+        raise MemoryError
+    with pytest.raises(FileNotFoundError, match=r"can be read. Received: .*none.npz \(No such file.*\nCheck that"):
+        npz.read_npz(tmp_path / "none.npz", {"a": (("N",), "numbers")})
+
+    def denied(path, *args):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", denied)  # the administrator may read whatever its permissions
+    with pytest.raises(
+        PermissionError, match=r"Received: .*a.npz \(Permission denied\).\nCheck .*permissions"
+    ) as error:
+        npz.read_npz(tmp_path / "a.npz", {"a": (("N",), "numbers")})
+    assert str(error.value).count("\n") == 1 and error.value.errno == 13
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -511,3 +599,9 @@ def test_the_cache_is_found_again_however_the_root_is_written(tmp_path, monkeypa
     for root in (tmp_path, ".", str(tmp_path / ".." / tmp_path.name)):
         datasets.load("chestmnist", root=root, size=28, cache=tmp_path / "cache")
     assert len(finished(tmp_path / "cache")) == 1
+
+
+def test_a_file_of_other_counts_than_the_official_one_is_told(tmp_path, caplog):
+    write(tmp_path / "chestmnist.npz")
+    datasets.load("chestmnist", root=tmp_path, size=28, cache=tmp_path / "cache")
+    assert "the official file 78,468 / 11,219 / 22,433: it is another" in caplog.text

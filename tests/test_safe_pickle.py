@@ -2,16 +2,18 @@
 
 import collections
 import io
+import os
 import pickle
 import random
 import struct
 import sys
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from sbn_tf.datasets.safe_pickle import PickledArray, SafePickle, load
+from sbn_tf.datasets.safe_pickle import PickledArray, SafePickle, _Stored, load
 
 PROTOCOLS = range(6)
 EVENTS = {"pickle.find_class", "import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
@@ -192,6 +194,69 @@ def test_an_item_is_read_when_it_is_asked_for(tmp_path):
         SafePickle(path)
 
 
+UNFILLED = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+
+
+@pytest.mark.parametrize("where", [b"%s", b"]%sa", b"}K\x01%ss", b"](%s\x85e", b"}K\x01]](%seas"])
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (UNFILLED, r"array without data\).\nIt is truncated or corrupt"),
+        (b"cnumpy\nndarray\n", r"Received: 'numpy.ndarray'.\nNothing in the file was run"),
+        (b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R", r"Received: dtype '<f8'.\nNothing in the file was run"),
+    ],
+    ids=["array", "name", "dtype"],
+)
+def test_what_stands_for_no_value_is_refused_before_it_is_peeked_at(tmp_path, where, part, says):
+    path = tmp_path / "file.pickle"
+    path.write_bytes(b"}K\x00" + where % part + b"s.")
+    with pytest.raises(ValueError, match=says) as error:
+        SafePickle(path)
+    assert str(error.value).count("\n") == 1
+
+
+def test_a_circle_of_containers_is_whole(tmp_path):
+    circle = {"a": []}
+    circle["a"].append(circle)
+    (tmp_path / "file.pickle").write_bytes(pickle.dumps(circle))
+    found = SafePickle(tmp_path / "file.pickle")["a"]
+    assert found[0]["a"] is found
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "longer"])
+def test_a_file_that_changed_since_is_told(tmp_path, how):
+    path = tmp_path / "data.pickle"
+    path.write_bytes(pickle.dumps({"a": np.zeros(4000), "b": 1}))
+    found, status = SafePickle(path), os.stat(path)
+    np.testing.assert_array_equal(found["a"], np.zeros(4000))
+    other = pickle.dumps({"a": np.ones(4000), "b": 1})
+    if how == "replaced":  # of the same size and time
+        (tmp_path / "other").write_bytes(other)
+        os.utime(tmp_path / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.replace(tmp_path / "other", path)
+    else:
+        path.write_bytes(other + b"." * (how == "longer"))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (10**9 if how == "written to" else 0)))
+    says = {"replaced": "inode", "written to": "time of change", "longer": "size"}[how]
+    with pytest.raises(ValueError, match=rf"as it was when it was opened. Received: another {says}.\nOpen it anew"):
+        found["a"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "data.pickle"
+    path.write_bytes(pickle.dumps({"a": np.zeros(4000)}))
+    found, read_stored = SafePickle(path), _Stored.read
+
+    def read(self, file):
+        with open(path, "ab") as other:
+            other.write(b"more")
+        return read_stored(self, file)
+
+    monkeypatch.setattr(_Stored, "read", read)
+    with pytest.raises(ValueError, match=r"as it was when it was opened. Received: another size"):
+        found["a"]
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_memory_does_not_grow_with_the_patches(tmp_path, protocol):
     peaks = []
@@ -203,8 +268,10 @@ def test_memory_does_not_grow_with_the_patches(tmp_path, protocol):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert total > 0
-    one = 64 * 64 * (8 + 4)  # bytes of a patch; 49,152
-    assert (peaks[1] - peaks[0]) / 200 < one / 12  # what tells where a patch lies
+    parts = (PickledArray(), _Stored(0, 0, "bytes"), (64, 64), 2**31, 4096)
+    patch = ({"image": 0, "masks": 0, "series_uid": 0}, [0] * 4, "patch_100", "1.2.25")
+    place = 5 * sum(map(sys.getsizeof, parts)) + sum(map(sys.getsizeof, patch))  # 1.7 kB, of 49 kB of pixels
+    assert (peaks[1] - peaks[0]) / 200 < 2 * place  # twice: tables and lists grow ahead, memory is given in steps
 
 
 # ---- what is no plain data: one refusal for each name
@@ -364,6 +431,16 @@ FORGED = {
     "a dict as a key": b"}}K\x01s",
     "a nested tuple as a key": b"})\x85\x85K\x01s",
     "an array as a key": b"}" + array() + b"K\x01s",
+    "a whole number of 65 bits as a key": b"}\x8a\x09" + bytes(8) + b"\x01K\x01s",
+    "a negative number of 65 bits as a key": b"}\x8a\x09" + bytes(7) + b"\x7f\xffK\x01s",
+    "a number of 5,000 bytes as a key": b"}\x8b" + struct.pack("<i", 5000) + b"\x01" * 5000 + b"K\x01s",
+    "a long number in a key": b"}\x8a\x09" + bytes(8) + b"\x01K\x01\x86K\x01s",
+    "a long number in a set": b"\x8f(\x8a\x09" + bytes(8) + b"\x01\x90",
+    "a long number in a frozenset": b"(\x8a\x09" + bytes(8) + b"\x01\x91",
+    "a complex number as a key": b"}"
+    + call("builtins", "complex", b"G" + bytes(8) + b"G" + bytes(8) + b"\x86")
+    + b"K\x01s",
+    "a negative memo index": b"]p-1\n0g-1\n",
     "a key twice": b"}" + text("a") + b"K\x01s" + text("a") + b"K\x02s",
     "another class than ndarray": RECONSTRUCT + b"cnumpy\ndtype\nK\x00\x85C\x01b\x87R",
     "another shape at first": RECONSTRUCT + NDARRAY + b"K\x05\x85C\x01b\x87R",
@@ -477,6 +554,30 @@ def test_a_forged_frame_and_what_follows_the_end(tmp_path, watched):
 
 def test_a_memo_index_can_be_any_number_and_costs_nothing(tmp_path):
     assert read(tmp_path, b"]p4000000000\n0g4000000000\n.") == []
+
+
+@pytest.mark.parametrize("kind", ["dict", "set", "frozenset", "memo"])
+def test_numbers_of_one_hash_do_not_take_quadratic_time(tmp_path, kind):
+    prime = sys.hash_info.modulus
+    numbers = [prime * k for k in range(1, 20_001)]
+    assert set(map(hash, numbers)) == {0}
+    if kind == "memo":
+        contents = b"]0" + b"".join(b"g%d\n" % n for n in numbers) + b"."
+    else:  # by hand: Python takes that time to make such a set
+        first, last, value = {
+            "dict": (b"}(", b"u", b"N"),
+            "set": (b"\x8f(", b"\x90", b""),
+            "frozenset": (b"(", b"\x91", b""),
+        }[kind]
+        contents = first + b"".join(b"\x8a\x0a" + n.to_bytes(10, "little") + value for n in numbers) + last + b"."
+    start = time.process_time()
+    refused(tmp_path, contents, "beyond 64 bits|memo index out of range")
+    assert time.process_time() - start < 2  # 20,000 * 20,000 / 2 comparisons take longer
+
+
+def test_numbers_of_64_bits_are_keys(tmp_path):
+    value = {-(2**63): 1, 2**64 - 1: 2, (2**63, "a"): {2**62}}
+    assert read(tmp_path, pickle.dumps(value)) == value
 
 
 # ---- broken files

@@ -11,6 +11,7 @@ from .base import SEGMENTATION, Card, Parts, Split
 __all__ = ["LIDC", "centre", "check_fold", "check_window", "load_lidc", "resample", "split_by_group"]
 
 WINDOW = (-1000.0, 400.0)  # Hounsfield units: air to soft tissue, the customary lung window
+PIXEL_SPACINGS = (0.1, 5.0)  # mm; what a CT slice can have, with room on both sides
 RATERS = ("all", "drew")
 SPLITS = ("file", "patient")
 FOLDS = 4
@@ -64,11 +65,11 @@ def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WI
         check_spacing(spacing)
     folder, name = LIDC.files[0].split("/")
     path = files.find(LIDC, root, [Path(folder) / name, Path(name)])
-    keys = {"image": 3, "masks": 4, "patient_id": 1}
-    keys |= {"split": 1} if split == "file" else {}
-    keys |= {"pixel_spacing": 1} if spacing is not None else {}
-    arrays = npz.read_npz(path, keys, ["nodule_id"])
-    _check_shapes(arrays, path)
+    keys = {"image": (("N", "H", "W"), "numbers"), "masks": (("N", 4, "H", "W"), "numbers or booleans")}
+    keys |= {"patient_id": (("N",), "whole numbers or text")}
+    keys |= {"split": (("N",), "text")} if split == "file" else {}
+    keys |= {"pixel_spacing": (("N",), "numbers")} if spacing is not None else {}
+    arrays = npz.read_npz(path, keys, {"nodule_id": (("N",), "whole numbers or text")})
     image, masks, patients = (arrays[key] for key in ("image", "masks", "patient_id"))
     index = split_by_group(patients, fold, seed) if split == "patient" else _split_of_file(arrays["split"], path)
     masks = files.check_binary(masks, f"masks of {path}").transpose(0, 2, 3, 1)  # (N, H, W, 4)
@@ -94,17 +95,6 @@ def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WI
             )
         )
     return Parts(*splits)
-
-
-def _check_shapes(arrays, path):
-    n, height, width = arrays["image"].shape
-    expected = {"image": (n, height, width), "masks": (n, 4, height, width)}
-    expected |= {key: (n,) for key in arrays if key not in expected}
-    if any(arrays[key].shape != shape for key, shape in expected.items()):
-        raise ValueError(
-            f"Expected image (N, H, W), masks (N, 4, H, W) and {', '.join(list(expected)[2:])} (N,) in {path}. "
-            f"Received: {', '.join(str(arrays[key].shape) for key in expected)}"
-        )
 
 
 def _split_of_file(part, path):
@@ -161,9 +151,13 @@ def split_by_group(groups, fold: int, seed: int) -> dict[str, np.ndarray]:
 
 def _resampled(images, masks, native, size, spacing, air, path):
     """Images `(N, H, W)` and masks `(N, H, W, R)` at one spacing, `(N, size, size, 1)` and `(N, size, size, R)`."""
-    if not (native > 0).all():
-        bad = int(np.flatnonzero(~(native > 0))[0])
-        raise ValueError(f"Expected pixel_spacing > 0 in {path}. Received: {native[bad]} for nodule {bad}")
+    low, high = PIXEL_SPACINGS
+    wrong = np.flatnonzero((native < low) | (native > high))
+    if len(wrong):
+        raise ValueError(
+            f"Expected pixel_spacing of {low:g} to {high:g} mm in {path}. Received: {native[wrong[0]]:g} for nodule "
+            f"{wrong[0]}; {len(wrong)} such value(s).\nGive it in mm, or leave spacing=None: native pixels."
+        )
     out_images = np.empty((len(images), size, size, 1), "float32")
     out_masks = np.zeros((len(images), size, size, masks.shape[-1]), "uint8")
     for k, scale in enumerate((spacing / native.astype("float64")).round(6)):  # 0.7 of a float32 is 0.7

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -61,14 +62,24 @@ def patches_from_pylidc(
         The path.
 
     Raises:
-        FileExistsError: there is a file at `path`.
+        FileExistsError: there is a file at `path`, or another build of it runs; a lock beside it says whose.
         ValueError: an argument out of range, a scan twice, a scan that is not as expected, or none with a nodule.
     """
     path = Path(path)
     _check(path, size, spacing, window)
     settings = json.dumps([size, float(spacing), [float(value) for value in window]])
     parts = path.with_name(f"{path.name}.{hashlib.sha256(settings.encode()).hexdigest()[:8]}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        _check(path, size, spacing, window)  # another build may have finished it
+        parts.mkdir(exist_ok=True)
+        _merge(_cut_all(scans, parts, size, spacing, window), path, size)
+        shutil.rmtree(parts)
+    return path
+
+
+def _cut_all(scans, parts, size, spacing, window):
+    """A file in the folder `parts` for each scan; those that are there are left as they are."""
     done = []
     for scan in tqdm(scans, desc="cutting patches", unit="scan"):
         part = parts / f"{hashlib.sha256(scan.series_instance_uid.encode()).hexdigest()[:16]}.npz"
@@ -79,9 +90,7 @@ def patches_from_pylidc(
         if not _is_whole(part):
             _write(part, _cut(scan, size, spacing, window))
         done.append(part)
-    _merge(done, path, size)
-    shutil.rmtree(parts)
-    return path
+    return done
 
 
 def _check(path, size, spacing, window):
@@ -177,6 +186,29 @@ def _texts(name, values):
 
 
 # ---- files
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Holds a lock beside the path: two builds would write over and remove each other's files."""
+    lock = path.with_name(path.name + ".lock")
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        try:
+            holder = lock.read_text("utf-8").strip() or "nobody it names"
+        except OSError as error:
+            holder = error.strerror
+        raise FileExistsError(
+            f"Expected one build of {path} at a time. Received: {lock}, held by {holder}.\n"
+            f"Wait for that build; if it is gone, as after a power cut, remove {lock.name} and call again."
+        ) from None
+    try:
+        lock.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            lock.unlink()
 
 
 def _is_whole(part):

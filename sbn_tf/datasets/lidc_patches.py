@@ -73,7 +73,7 @@ def load_lidc_patches(root, size, seed, cache=None, *, split="patient", fold=0, 
     keys, series, patients, drew, valid = (
         np.asarray(arrays[name]) for name in ("key", "series_uid", "patient_id", "drew", "rater_valid")
     )
-    groups = _groups(paths[0].parent / PATIENTS, series, patients)
+    groups = _groups(paths[0].parent, series, patients)
     if raters == "drew":
         valid = drew
         if not valid.any(axis=1).all():
@@ -116,23 +116,51 @@ def _split_in_order(num_patches, fold):
     return {"train": rest[:-num_val], "val": rest[-num_val:], "test": quarters[fold]}
 
 
-def _groups(path, series, patients):
-    """The patient of each patch: as the file says, else as a csv says, else its series stands for it."""
-    if (patients != "").all() or not path.exists():
-        return np.where(patients != "", patients, series)
+def _groups(folder, series, patients):
+    """The patient of each patch, one for all patches of a series: as a patch says, else a csv, else the series itself.
+
+    A csv fills what the patches leave open; of the other series it may say nothing else than they do, as one patient
+    under two names would be in two splits.
+    """
+    series, patients = ([text.strip() for text in array.tolist()] for array in (series, patients))
+    patient_of = {}
+    for uid, patient in zip(series, patients, strict=True):
+        if patient and patient_of.setdefault(uid, patient) != patient:
+            raise ValueError(
+                f"Expected one patient_id for each series_uid in the patches of {folder}. "
+                f"Received: {patient_of[uid]!r} and {patient!r} for {uid!r}.\n"
+                "Mend the patient_id of these patches, or make the file anew."
+            )
+    missing, path = sorted(set(series) - set(patient_of)), folder / PATIENTS
+    if missing and path.exists():
+        told = _patients_of_csv(path)
+        other = [uid for uid in patient_of if told.get(uid, patient_of[uid]) != patient_of[uid]]
+        if other:
+            raise ValueError(
+                f"Expected the patients of the patches in {path}. Received: {told[other[0]]!r} for {other[0]!r}, which "
+                f"is {patient_of[other[0]]!r} in the patches.\nMend that row, or leave it out."
+            )
+        patient_of = told | patient_of
+        missing = [uid for uid in missing if uid not in told]
+        if missing:
+            raise ValueError(
+                f"Expected every series in {path}. Received: none for {len(missing)}, as {missing[0]}.\n"
+                "Add them, or remove the file: each series then counts as a patient."
+            )
+    return np.array([patient_of.get(uid, uid) for uid in series])
+
+
+def _patients_of_csv(path):
     header, rows = read_table(path, ("series_uid", "patient_id"))
     patient_of = {}
     for row in rows:
         uid, patient = (row[header.index(name)] for name in ("series_uid", "patient_id"))
         if not uid or not patient or patient_of.setdefault(uid, patient) != patient:
-            raise ValueError(f"Expected one patient_id for each series_uid in {path}. Received: {uid!r}, {patient!r}")
-    missing = sorted(set(series.tolist()) - set(patient_of))
-    if missing:
-        raise ValueError(
-            f"Expected every series in {path}. Received: none for {len(missing)}, as {missing[0]}.\n"
-            "Add them, or remove the file: each series then counts as a patient."
-        )
-    return np.array([patient_of[uid] for uid in series.tolist()])
+            raise ValueError(
+                f"Expected one patient_id for each series_uid in {path}. Received: {uid!r}, {patient!r}.\n"
+                "Mend that row, or remove it."
+            )
+    return patient_of
 
 
 # ---- finding and converting
@@ -251,7 +279,7 @@ def _open_pickles(paths):
 
 def _check_patch(path, key, patch, shape, seen):
     """The shape that this patch has and all others must have."""
-    shown = key if isinstance(key, str) else str(key)
+    shown = str(key)[:80]  # of a number of 64 bits at most, see `safe_pickle`
     if not isinstance(patch, dict):
         raise _wrong(path, shown, "a dict of image, masks and series_uid", f"a {type(patch).__name__}")
     missing = [name for name in ("image", "masks", "series_uid") if name not in patch]
@@ -313,7 +341,7 @@ def _check_forms(forms, path, expected):
     rows = {"image": (side, "fu"), "masks": ((NUM_RATERS, *side), "bu")} | {name: ((), "U") for name in WIDTHS}
     for key, (row, kinds) in rows.items():
         found, fortran_order, dtype = forms[key]
-        if found != (n, *row) or len(side) != 2 or dtype.kind not in kinds or fortran_order or not n:
+        if found != (n, *row) or len(side) != 2 or dtype.kind not in kinds or fortran_order or 0 in found:
             raise ValueError(
                 f"Expected image (N, H, W), masks (N, {NUM_RATERS}, H, W) and {', '.join(WIDTHS)} (N,) in {path}. "
                 f"Received: {key} {found} {dtype}{', Fortran order' if fortran_order else ''}.\nMake it anew."

@@ -41,6 +41,7 @@ NAMES = (
 )
 SIZES = (28, 64, 128, 224)
 PARTS = ("train", "val", "test")
+EXTRAS = ("patients", "names")
 SOURCE = "https://zenodo.org/records/10519652"
 MEDMNIST_V2 = "Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41"
 CHEST_NORMALISATION = (0.498, 0.247)  # the paper's
@@ -184,7 +185,17 @@ def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
                 f"Expected md5 {official} for {path}. Received: {found}.\n"
                 "It is not the official file, or it was cut short: get it again."
             )
-    return load_npz(card, path, size, side, cache)
+    parts = load_npz(card, path, size, side, cache)
+    counts = tuple(part.num_examples for part in parts[:3])
+    if card.counts is not None and counts != card.counts:
+        logger.warning(
+            "%s: %s has %s images, the official file %s: it is another",
+            card.name,
+            path.name,
+            " / ".join(f"{n:,}" for n in counts),
+            " / ".join(f"{n:,}" for n in card.counts),
+        )
+    return parts
 
 
 def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -> Parts:
@@ -203,13 +214,11 @@ def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -
         ValueError: a file that is truncated, corrupt or not as described; nothing of it is written to the cache.
     """
     path = Path(path).resolve()  # one cache, however the path was written
-    headers, arrays = _inspect(path)
-    _check_images(headers, card, side, path)
-    counts = [shape[0] for shape, _, _ in headers.values()]
+    counts, arrays = _inspect(card, side, path)
     known = []  # targets, groups and ids of each split
-    for part, n in zip(PARTS, counts, strict=True):
-        extras = [_names(arrays, f"{part}_{key}", n, path) for key in ("patients", "names")]
-        known.append((_targets(arrays, part, n, card, path), *extras))
+    for part in PARTS:
+        extras = [arrays.get(f"{part}_{key}") for key in EXTRAS]
+        known.append((_targets(arrays[f"{part}_labels"], f"{part}_labels", card, path), *extras))
 
     def produce(start):
         if start == 0:  # read it all first: rows of an array that turns out corrupt at its end are not to be kept
@@ -232,22 +241,27 @@ def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -
 # ---- the npz, piece by piece
 
 
-def _inspect(path):
-    """{part: (shape, fortran_order, dtype)} of the images, from their headers, and {key: array} of the small arrays."""
+def _inspect(card, side, path):
+    """Number of images of each part, and {key: array} of the small arrays, read once all headers fit together."""
     wanted = [f"{part}_{key}" for part in PARTS for key in ("images", "labels")]
-    headers, arrays = {}, {}
     with npz.whole(path) as archive:
         found = [name.removesuffix(".npy") for name in archive.namelist()]
         missing = [key for key in wanted if key not in found]
-        for part in PARTS if not missing else ():
-            with npz.member(archive, f"{part}_images") as (_, header):
-                headers[part] = header
-            for key in (f"{part}_labels", f"{part}_patients", f"{part}_names"):
-                if key in found:
-                    arrays[key] = npz.read_array(archive, key)
-    if missing:
-        raise ValueError(f"Expected the arrays {sorted(wanted)} in {path}. Received: {found}, without {missing}")
-    return headers, arrays
+        if missing:
+            raise ValueError(
+                f"Expected the arrays {sorted(wanted)} in {path}. Received: {found}, without {missing}.\n"
+                f"It is not a file of {card.name}, or not a whole one: get it again."
+            )
+        extras = [f"{part}_{key}" for part in PARTS for key in EXTRAS]
+        headers = {}
+        for key in wanted + [key for key in extras if key in found]:
+            with npz.member(archive, key) as (_, headers[key]):
+                pass
+        _check_images({part: headers[f"{part}_images"] for part in PARTS}, card, side, path)
+        counts = [headers[f"{part}_images"][0][0] for part in PARTS]
+        for part, n in zip(PARTS, counts, strict=True):
+            _check_small(headers, part, n, card, path)
+        return counts, {key: npz.read_array(archive, key) for key in headers if not key.endswith("_images")}
 
 
 def _pieces(path, start):
@@ -280,18 +294,27 @@ def _check_images(headers, card, side, path):
                 f"Received: shape {shape}, {dtype}{order}.\nIt is not a file of {card.name}, or one of another size."
             )
         if 0 in shape:
-            raise ValueError(f"Expected {part}_images that are not empty in {path}. Received: shape {shape}")
+            raise ValueError(
+                f"Expected {part}_images that are not empty in {path}. Received: shape {shape}.\nGet the file again."
+            )
 
 
-def _targets(arrays, part, num_images, card, path):
-    """Labels of the file as `(N, L)` uint8 targets of 0 and 1: one-hot where one class excludes the others."""
-    key, labels = f"{part}_labels", arrays[f"{part}_labels"]
+def _check_small(headers, part, num_images, card, path):
+    """Labels, patients and names are as many as the images, before any of them is read."""
     columns = len(card.classes) if card.task == MULTI_LABEL else 1
-    if labels.shape != (num_images, columns) or labels.dtype.kind not in "bui":
-        raise ValueError(
-            f"Expected {key} ({num_images}, {columns}), integers, in {path}. "
-            f"Received: shape {labels.shape}, {labels.dtype}"
-        )
+    forms = {f"{part}_labels": ((num_images, columns), "integers", "bui")}
+    forms |= {f"{part}_{key}": ((num_images,), "integers or text", "uiSU") for key in EXTRAS}
+    for key, (expected, what, kinds) in forms.items():
+        shape, _, dtype = headers.get(key, (expected, False, np.dtype("u1")))
+        if shape != expected or dtype.kind not in kinds:
+            raise ValueError(
+                f"Expected {key} {expected}, {what}, in {path}. Received: shape {shape}, {dtype}.\n"
+                "Mend them, or get the file again."
+            )
+
+
+def _targets(labels, key, card, path):
+    """Labels of the file as `(N, L)` uint8 targets of 0 and 1: one-hot where one class excludes the others."""
     top = 1 if card.task in (MULTI_LABEL, BINARY) else len(card.classes) - 1
     wrong = np.argwhere((labels < 0) | (labels > top))
     if len(wrong):
@@ -303,10 +326,3 @@ def _targets(arrays, part, num_images, card, path):
     if card.task in (MULTI_LABEL, BINARY):
         return labels.astype("uint8")
     return np.eye(len(card.classes), dtype="uint8")[labels[:, 0].astype("int64")]
-
-
-def _names(arrays, key, num_images, path):
-    values = arrays.get(key)
-    if values is not None and values.shape != (num_images,):
-        raise ValueError(f"Expected {key} ({num_images},) in {path}. Received: shape {values.shape}")
-    return values

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import struct
 import tokenize
 import zipfile
@@ -11,11 +12,21 @@ import numpy as np
 
 __all__ = ["member", "read_array", "read_exactly", "read_npz", "whole"]
 
+PIECE_BYTES = 2**20  # decompressed at a time
+MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
+KINDS = {  # of dtypes
+    "numbers": "fiu",
+    "numbers or booleans": "bfiu",
+    "whole numbers or text": "iuSU",
+    "text": "U",
+}
+
 # What a broken file makes zipfile, zlib and numpy raise.
 _BROKEN = (
     ValueError,
     OSError,
     EOFError,
+    MemoryError,
     KeyError,
     RuntimeError,  # encrypted, or an unknown method of compression
     OverflowError,
@@ -29,13 +40,20 @@ _BROKEN = (
 
 @contextlib.contextmanager
 def whole(path):
-    """The archive at `path`; what a broken one raises becomes a ValueError that says so.
+    """The archive at `path`; what a broken one raises becomes a ValueError that says so, in two lines.
 
-    An array's CRC-32 is compared by zipfile when its last byte is read.
+    A file that is not there, or may not be read, stays a FileNotFoundError or PermissionError. An array's CRC-32 is
+    compared by zipfile when its last byte is read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    except (FileNotFoundError, PermissionError) as error:
+        raise type(error)(
+            error.errno,
+            f"Expected a file that can be read. Received: {path} ({error.strerror}).\n"
+            "Check that it is there, and its permissions and those of its folder.",
+        ) from error
     except _BROKEN as error:
         if "\n" in str(error):  # said already
             raise
@@ -55,11 +73,14 @@ def member(archive, key: str):
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = read(file)
-        if dtype.hasobject or min(shape, default=0) < 0:
+        if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
             raise ValueError(f"{key} holds {dtype}, shape {shape}")
         expected = file.tell() + math.prod(shape) * dtype.itemsize
         if info.file_size != expected:
             raise ValueError(f"{key} has {info.file_size} bytes, not {expected}")
+        ratio = 1 if info.compress_type == zipfile.ZIP_STORED else MAX_RATIO
+        if info.file_size > ratio * os.path.getsize(archive.filename):
+            raise ValueError(f"{key} is said to have {info.file_size} bytes, more than the file can hold")
         yield file, (shape, fortran_order, dtype)
 
 
@@ -72,37 +93,67 @@ def read_exactly(file, num_bytes: int, key: str) -> bytes:
 
 
 def read_array(archive, key: str) -> np.ndarray:
-    """A whole array of an archive."""
+    """A whole array of an archive; its bytes are held once."""
     with member(archive, key) as (file, (shape, fortran_order, dtype)):
-        data = read_exactly(file, math.prod(shape) * dtype.itemsize, key)
-        return np.ndarray(shape, dtype, bytearray(data), order="F" if fortran_order else "C")
+        array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+        data = array.reshape(-1, order="A").view("uint8").data  # in the order of memory, which is that of the file
+        for first in range(0, len(data), PIECE_BYTES):
+            piece = data[first : first + PIECE_BYTES]
+            piece[:] = read_exactly(file, len(piece), key)
+        return array
 
 
-def read_npz(path, keys: dict[str, int | None], optional=()) -> dict[str, np.ndarray]:
-    """Arrays of an archive, by key.
+def read_npz(
+    path, keys: dict[str, tuple[tuple, str]], optional: dict[str, tuple[tuple, str]] | None = None
+) -> dict[str, np.ndarray]:
+    """Arrays of an archive, by key; all headers are compared before the first array is read.
 
     Args:
         path: the file.
-        keys: key -> number of axes, of arrays that must be there; None for any number.
-        optional: keys that are read where they are there.
+        keys: key -> (shape, kind), of arrays that must be there. A shape has numbers, and names of lengths, as "N",
+            which are the same in all arrays; a kind is one of `KINDS`.
+        optional: key -> (shape, kind), of arrays that are read where they are there.
 
     Raises:
-        ValueError: the file is truncated, corrupt, holds objects, or lacks a key or an axis; an array of `keys` is
-            empty or not finite.
+        ValueError: the file is truncated, corrupt, holds objects, or lacks a key; an array is empty, not finite, or
+            of another shape or kind.
+        FileNotFoundError, PermissionError: the file cannot be read.
     """
-    arrays = {}
+    wanted = keys | (optional or {})
     with whole(path) as archive:
         found = [name.removesuffix(".npy") for name in archive.namelist()]
         missing = [key for key in keys if key not in found]
-        if not missing:
-            arrays = {key: read_array(archive, key) for key in found if key in keys or key in optional}
-    if missing:
-        raise ValueError(f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}")
-    for key, axes in keys.items():
-        if axes is not None and arrays[key].ndim != axes:
-            raise ValueError(f"Expected {key} with {axes} axes in {path}. Received: shape {arrays[key].shape}")
-        if not len(arrays[key]):
-            raise ValueError(f"Expected a {key} that is not empty in {path}. Received: shape {arrays[key].shape}")
-        if arrays[key].dtype.kind == "f" and not np.isfinite(arrays[key]).all():
-            raise ValueError(f"Expected finite numbers in {key} of {path}. Received: NaN or infinity.")
+        if missing:
+            raise ValueError(
+                f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}.\n"
+                "Make the file anew, or get it again."
+            )
+        lengths = {}
+        for key in wanted:
+            if key in found:
+                with member(archive, key) as (_, (shape, _, dtype)):
+                    _check_form(key, shape, dtype, *wanted[key], lengths, path)
+        arrays = {key: read_array(archive, key) for key in wanted if key in found}
+    for key, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                f"Expected finite numbers in {key} of {path}. Received: NaN or infinity.\n"
+                "Mend them, or get the file again."
+            )
     return arrays
+
+
+def _check_form(key, shape, dtype, expected, kind, lengths, path):
+    """Raises a ValueError unless an array is of that shape and kind; `lengths` learns what a name stands for."""
+    known = dict(lengths)
+    fits = len(shape) == len(expected) and dtype.kind in KINDS[kind] and 0 not in shape
+    for name, n in zip(expected, shape, strict=True) if fits else ():
+        fits &= n == (known.setdefault(name, n) if isinstance(name, str) else name)
+    if not fits:
+        form = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+        of = ", ".join(f"{name} = {lengths[name]}" for name in expected if name in lengths)
+        raise ValueError(
+            f"Expected {key} ({form}), {kind}, not empty{f', with {of},' if of else ''} in {path}. "
+            f"Received: shape {shape}, {dtype}.\nMake the file anew, or get it again."
+        )
+    lengths |= known

@@ -11,7 +11,8 @@ interprets what the file says of an array (its type, shape and flags can be forg
 stand-in takes plain numbers, booleans and text of a length that fits the shape, and makes the array itself.
 
 Long strings of bytes, which is what arrays are stored as, are not read while the program is followed: only where
-they lie in the file is kept. So a file of gigabytes costs a few kilobytes per array until an array is asked for.
+they lie in the file is kept. So a file of gigabytes costs a few kilobytes per array until an array is asked for, and
+a file that changed in between is told by its size, time of change and inode.
 """
 
 import codecs
@@ -66,7 +67,7 @@ _KNOWN = {
 }
 
 _PLAIN_DTYPE = re.compile(r"b1|[iu][1248]|f[248]|c8|c16|[SU][1-9]\d{0,5}")
-_KEYS = (str, bytes, int, float, complex, bool, type(None))
+_ATOMS = (str, bytes, int, float, complex, bool, type(None))
 
 
 class _RefusedError(Exception):
@@ -199,12 +200,13 @@ class SafePickle(Mapping):
         path: the file.
 
     Raises:
-        ValueError: a file that is truncated or corrupt, holds anything but plain data, or holds no dict.
+        ValueError: a file that is truncated or corrupt, holds anything but plain data, or holds no dict; of an item:
+            the file is not the one that was opened.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self._items = _follow(self.path)
+        self._items, self._status = _follow(self.path)
         if type(self._items) is not dict:
             raise ValueError(f"Expected a pickled dict in {path}. Received: {_shown(self._items)}")
 
@@ -215,7 +217,7 @@ class SafePickle(Mapping):
         return iter(self._items)
 
     def __getitem__(self, key):
-        return _plain(self.path, self._items[key])
+        return _plain(self.path, self._items[key], self._status)
 
     def __contains__(self, key):  # Mapping's would read the item
         return key in self._items
@@ -234,7 +236,7 @@ def load(path):
     Raises:
         ValueError: a file that is truncated or corrupt, or holds anything but plain data.
     """
-    return _plain(path, _follow(path))
+    return _plain(path, *_follow(path))
 
 
 # ---- reading operations
@@ -312,11 +314,13 @@ def _decode(data, kind):
 
 
 def _follow(path):
-    """The value of a pickle, with `PickledArray` and `_Stored` where the file was not read."""
+    """The value of a pickle, with `PickledArray` and `_Stored` where the file was not read, and the file's status."""
     with open(path, "rb") as file, _Told(path):
-        last_use = {}
+        status, last_use = _status(file), {}
         for position, name, argument in _operations(file):
             if name in ("GET", "BINGET", "LONG_BINGET"):
+                if not 0 <= argument < 2**63:
+                    raise ValueError("a memo index out of range")
                 last_use[argument] = position
         if file.read(1):
             raise ValueError("something follows its end")
@@ -324,7 +328,29 @@ def _follow(path):
         machine = _Machine(last_use)
         for position, name, argument in _operations(file):
             machine.step(position, name, argument)
-        return machine.result()
+        value = machine.result()
+        _check_whole(value)
+        return value, status
+
+
+def _check_whole(value):
+    """Refuses what stands for no value of its own: a name, a dtype, an array that was never filled."""
+    left, seen = [value], set()
+    while left:
+        part = left.pop()
+        if type(part) in (_Name, _Dtype):
+            raise _RefusedError(_shown(part))
+        if type(part) is PickledArray and part.dtype is None:
+            raise ValueError("an array without data")
+        if type(part) in (list, tuple, dict) and id(part) not in seen:
+            seen.add(id(part))
+            left.extend(part.values() if type(part) is dict else part)
+
+
+def _status(file):
+    """What tells whether a file is the one that it was."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 class _Machine:
@@ -527,10 +553,18 @@ def _pair(value):
 
 
 def _key(value):
-    """A value that may be a key: plain, so that its hash is of Python's own making and cheap."""
-    parts = value if type(value) is tuple else (value,)
-    if not all(type(part) in _KEYS or isinstance(part, np.generic) for part in parts):
-        raise _RefusedError(f"a key that is no number and no short text ({_shown(value)})")
+    """A value that may be a key or in a set: plain, so that its hash is of Python's own making.
+
+    Whole numbers beyond 64 bits and complex numbers are none: any number of them can be written that have one hash,
+    and each would be compared with all before it. Tuples of numbers can be made so too, which costs time alone.
+    """
+    for part in value if type(value) is tuple else (value,):
+        if isinstance(part, complex | np.complexfloating):
+            raise _RefusedError(f"a complex number as a key ({_shown(value)})")
+        if type(part) is int and not -(2**63) <= part < 2**64:
+            raise _RefusedError(f"a whole number beyond 64 bits as a key ({_shown(value)})")
+        if type(part) not in _ATOMS and not isinstance(part, np.generic):
+            raise _RefusedError(f"a key that is no number and no short text ({_shown(value)})")
     return value
 
 
@@ -554,15 +588,29 @@ def _tokens(state):
 # ---- what is handed out
 
 
-def _plain(path, value):
-    """The value with its arrays and long strings read from the file."""
-    with open(path, "rb") as file, _Told(path):
-        return _read(value, file, {})
+def _plain(path, value, status):
+    """The value with its arrays and long strings read from the file, whose status is the one it had."""
+    with open(path, "rb") as file:
+        _check_unchanged(path, file, status)
+        with _Told(path):
+            found = _read(value, file, {})
+        _check_unchanged(path, file, status)  # written to meanwhile
+        return found
+
+
+def _check_unchanged(path, file, status):
+    found = _status(file)
+    if found != status:
+        names = [n for n, a, b in zip(("size", "time of change", "inode"), found, status, strict=True) if a != b]
+        raise ValueError(
+            f"Expected {path} as it was when it was opened. Received: another {' and '.join(names)}.\n"
+            "Open it anew, once nobody writes to it."
+        )
 
 
 def _read(value, file, done):
     """What is in several places is read once and is one object, as in the pickle."""
-    if type(value) in (*_KEYS, frozenset) or isinstance(value, np.generic):
+    if type(value) in (*_ATOMS, frozenset) or isinstance(value, np.generic):
         return value
     if id(value) in done:
         return done[id(value)]
