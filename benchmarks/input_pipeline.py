@@ -42,7 +42,8 @@ def ratio(network, split, augment):
     """Time of an epoch on the stream over its time on a resident batch: the median of pairs run in turn."""
     keras.utils.set_random_seed(0)
     outputs = 14 if split.task == MULTI_LABEL else 1
-    model = models.build(network, split.images.shape[1:], outputs)
+    stem = {"stem": 7} if split.images.shape[1] > 64 else {}  # as `models.resnet18` advises
+    model = models.build(network, split.images.shape[1:], outputs, **stem)
     model.compile(keras.optimizers.SGD(1e-3), keras.losses.BinaryCrossentropy())
     steps = split.steps(BATCH_SIZE)
     resident = tf.data.Dataset.from_tensors(next(iter(split.batches(BATCH_SIZE, seed=0, augment=augment)))).repeat()
@@ -75,8 +76,8 @@ def main():
         if not quick:
             rows += [
                 ("resnet18", MULTI_LABEL, 64, 1, 1, 3, None, folder),
-                ("unet", SEGMENTATION, 64, 1, 4, 4, turns, folder),
-                ("resnet18_small", MULTI_LABEL, 224, 1, 1, 3, None, folder),
+                ("unet", SEGMENTATION, 64, 1, 4, 10, turns, folder),
+                ("resnet18_small", MULTI_LABEL, 224, 1, 1, 12, None, folder),
             ]
         print(f"batch {BATCH_SIZE}, median of {REPEATS}; a step on a resident batch = 1")
         for network, task, size, channels, raters, steps, augment, place in rows:
