@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import signal
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -127,6 +128,7 @@ def test_forked_processes_and_threads_read_at_once(on_disk, images):
     for seed in range(3):
         child = os.fork()
         if not child:
+            signal.alarm(60)  # rather dead than waited for
             os._exit(0 if right(seed) else 1)
         children.append(child)
     assert right(3)
