@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import pairwise_iou
 from sklearn.metrics import roc_auc_score
 
 from sbn_tf import datasets
@@ -310,16 +311,6 @@ def test_truth_probs_are_the_share_of_raters_who_mark(phantom, name):
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
         chosen = (truth > max(low, 0.01)) & (truth <= low + 0.2)
         assert abs(split.targets[chosen].mean() - truth[chosen].mean()) < 0.03
-
-
-def pairwise_iou(masks):
-    ious = []
-    for i in range(masks.shape[-1]):
-        for j in range(i):
-            a, b = masks[..., i] > 0, masks[..., j] > 0
-            both = a.any(axis=(1, 2)) & b.any(axis=(1, 2))
-            ious.append(((a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1))[both])
-    return np.concatenate(ious).mean()
 
 
 def test_nodule_phantom_raters_disagree_as_lidc_s_do(phantom):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import pairwise_iou
 
 from sbn_tf import datasets
 from sbn_tf.datasets import lidc_dicom
@@ -882,16 +883,6 @@ def test_wrong_npz_of_patches(tmp_path, changes, says):
 
 
 # ---- the real data
-
-
-def pairwise_iou(masks):
-    ious = []
-    for i in range(masks.shape[-1]):
-        for j in range(i):
-            a, b = masks[..., i] > 0, masks[..., j] > 0
-            both = a.any(axis=(1, 2)) & b.any(axis=(1, 2))
-            ious.append(((a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1))[both])
-    return np.concatenate(ious).mean()
 
 
 def test_real_lidc_raters():
