@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from sbn_tf import datasets, metrics, models, plots
+from sbn_tf import datasets, evaluation, models, plots
 
 TESTED, BATCH_SIZE = 2000, 50
 
@@ -52,12 +52,12 @@ def main():
         rows = {}
         for label, count, epochs in (("600 images", 600, 40), (f"{arguments.many} images", arguments.many, 15)):
             data = datasets.load(name, num_train=count, num_val=max(150, count // 10), num_test=TESTED)
-            options = {"train_prevalence": metrics.prevalence(data.card.task, data.train.targets)}
-            rows[label] = metrics.evaluate(trained(data, epochs), data.test.targets, data.card.task, **options)
-        rows["knows the scene"] = metrics.evaluate(
+            options = {"train_prevalence": evaluation.prevalence(data.card.task, data.train.targets)}
+            rows[label] = evaluation.evaluate(trained(data, epochs), data.test.targets, data.card.task, **options)
+        rows["knows the scene"] = evaluation.evaluate(
             data.test.truth_probs[None], data.test.targets, data.card.task, **options
         )
-        trivial = metrics.trivial(data.card.task, data.train.targets, data.test.targets)
+        trivial = evaluation.trivial(data.card.task, data.train.targets, data.test.targets)
         rows = {"prevalence": trivial["prevalence"], **rows}
         keys = ["auc", "dice", "nll", "brier", "brier_skill", "ece"]
         print(f"{name}: {TESTED} test images, seed 0")

@@ -425,7 +425,7 @@ def format_table(rows: dict[str, dict], keys: list[str], digits: int = 3) -> str
     """A Markdown table that also reads well as plain text: a line for each method, a column for each key.
 
     Args:
-        rows: row name -> metrics, as `metrics.evaluate` gives.
+        rows: row name -> metrics, as `evaluation.evaluate` gives.
         keys: the columns, in order. A key that a row lacks (undefined there) is shown as "-".
         digits: after the decimal point; a number that this would show as 0 keeps two significant ones; integers and
             text are shown as they are.

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from sbn_tf import datasets, metrics, models, recipes, training
+from sbn_tf import datasets, evaluation, models, recipes, training
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
@@ -276,14 +276,14 @@ def test_the_three_steps_of_labels_and_classes(tmp_path, tiny, task, class_weigh
     # The KL of one term an image, by hand: beta times all nats over the training images.
     assert bayes.history["kl"][-1] == pytest.approx(float(bayes.model.kl_divergence()) / 48, rel=0.05)
 
-    prevalence = metrics.prevalence(task, data.train.targets)
-    rows = metrics.trivial(task, data.train.targets, data.test.targets)
+    prevalence = evaluation.prevalence(task, data.train.targets)
+    rows = evaluation.trivial(task, data.train.targets, data.test.targets)
     for name, probs in {
         "deterministic": step1.model.predict(data.test.batches(12), verbose=0)[None],
         "partial": again.model.predict_samples(data.test.batches(12), num_samples=3),
     }.items():
         assert probs.shape == (3 if name == "partial" else 1, 18, data.num_outputs)
-        rows[name] = metrics.evaluate(probs, data.test.targets, task, train_prevalence=prevalence)
+        rows[name] = evaluation.evaluate(probs, data.test.targets, task, train_prevalence=prevalence)
         assert rows[name]["accuracy"] == rows[name]["auc"] == 1  # colour decides
         assert rows[name]["nll"] < 0.5 * rows["prevalence"]["nll"]
         assert set(rows[name]["undefined"]) == set()

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from sbn_tf import metrics
+from sbn_tf import evaluation, metrics
 from sbn_tf.datasets.arrays import DiskArray
 
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def assert_same(one, two):
 
 
 def test_multi_label_agrees_with_scikit_learn():
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label")
+    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label")
     mean = LABEL_PROBS.astype("float64").mean(0)
     flat, true = mean.ravel(), LABELS.ravel()
     assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, average="macro"))
@@ -49,11 +49,11 @@ def test_multi_label_agrees_with_scikit_learn():
 def test_labels_without_both_classes_are_left_out_of_the_auc():
     labels = LABELS.copy()
     labels[:, 1], labels[:, 3] = 0, 1
-    row = metrics.evaluate(LABEL_PROBS, labels, "multi-label")
+    row = evaluation.evaluate(LABEL_PROBS, labels, "multi-label")
     kept = [0, 2, 4]
     assert row["auc_num_labels"] == 3
     assert row["auc"] == pytest.approx(sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6)
-    row = metrics.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
+    row = evaluation.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
     assert row["auc_num_labels"] == 0
     assert "auc" not in row and "average_precision" not in row
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
@@ -80,13 +80,13 @@ def test_a_certain_mistake_costs_a_finite_log_score():
 
 
 def test_brier_skill_is_against_the_training_prevalence():
-    frequency = metrics.prevalence("multi-label", LABELS)
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
+    frequency = evaluation.prevalence("multi-label", LABELS)
+    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
     reference = ((frequency - LABELS) ** 2).mean()
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
-    row = metrics.evaluate(LABEL_PROBS, LABELS, "multi-label")
+    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label")
     assert row["undefined"]["brier_skill"] == "train_prevalence was not given"
-    perfect = metrics.evaluate(LABELS[None].astype(float), LABELS, "multi-label", train_prevalence=frequency)
+    perfect = evaluation.evaluate(LABELS[None].astype(float), LABELS, "multi-label", train_prevalence=frequency)
     assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
 
 
@@ -95,8 +95,8 @@ def test_brier_skill_is_against_the_training_prevalence():
 
 def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
     probs, labels = LABEL_PROBS[..., :1], LABELS[:, :1]
-    row = metrics.evaluate(probs, labels, "binary", train_prevalence=0.4)
-    same = metrics.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
+    row = evaluation.evaluate(probs, labels, "binary", train_prevalence=0.4)
+    same = evaluation.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
     assert {key for key in same if key not in row} == {"paper_accuracy", "paper_brier", "paper_entropy"}
     assert_same(row, {key: same[key] for key in row})
     mean = probs.astype("float64").mean(0)
@@ -106,7 +106,7 @@ def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
 
 @pytest.mark.parametrize("task", ["multi-class", "ordinal"])
 def test_classes_agree_with_scikit_learn_and_scipy(task):
-    row = metrics.evaluate(CLASS_PROBS, ONE_HOT, task)
+    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, task)
     samples = CLASS_PROBS.astype("float64")
     samples /= samples.sum(-1, keepdims=True)
     mean = samples.mean(0)
@@ -126,7 +126,7 @@ def test_classes_agree_with_scikit_learn_and_scipy(task):
 
 
 def test_grades_agree_with_scikit_learn():
-    row = metrics.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
+    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
     predicted = CLASS_PROBS.mean(0).argmax(1)
     assert row["mean_absolute_error"] == pytest.approx(sk.mean_absolute_error(CLASSES, predicted))
     assert row["quadratic_kappa"] == pytest.approx(sk.cohen_kappa_score(CLASSES, predicted, weights="quadratic"))
@@ -134,7 +134,7 @@ def test_grades_agree_with_scikit_learn():
 
 def test_grades_that_are_all_the_same_have_no_kappa():
     targets = np.tile(np.eye(3, dtype="uint8")[1], (5, 1))
-    row = metrics.evaluate(targets[None] * 1.0, targets, "ordinal")
+    row = evaluation.evaluate(targets[None] * 1.0, targets, "ordinal")
     assert "quadratic_kappa" not in row and row["undefined"]["quadratic_kappa"].startswith("every grade")
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
     assert row["mean_absolute_error"] == row["nll"] == 0 and row["accuracy"] == 1
@@ -144,23 +144,23 @@ def test_the_ece_of_classes_is_of_the_most_probable_one_by_hand():
     # Confidences .5 and .52 share a bin of 1/15, the first right; .9 wrong; 1.0 right, in the last bin with .96, right.
     probs = np.array([[0.5, 0.3, 0.2], [0.24, 0.52, 0.24], [0.05, 0.05, 0.9], [0, 1, 0], [0.96, 0.02, 0.02]])
     targets = np.eye(3, dtype="uint8")[[0, 0, 1, 1, 0]]
-    row = metrics.evaluate(probs[None], targets, "multi-class")
+    row = evaluation.evaluate(probs[None], targets, "multi-class")
     assert row["ece"] == pytest.approx((abs(1.02 - 1) + 0.9 + abs(1.96 - 2)) / 5)
 
 
 def test_a_class_that_does_not_occur_is_left_out_of_the_auc():
     probs = np.concatenate([CLASS_PROBS * 0.9, np.full((3, 60, 1), 0.1, "float32")], -1)
-    row = metrics.evaluate(probs, np.pad(ONE_HOT, ((0, 0), (0, 1))), "multi-class")
+    row = evaluation.evaluate(probs, np.pad(ONE_HOT, ((0, 0), (0, 1))), "multi-class")
     assert row["auc_num_labels"] == 4
-    assert row["auc"] == pytest.approx(metrics.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")["auc"])
+    assert row["auc"] == pytest.approx(evaluation.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")["auc"])
 
 
 @pytest.mark.parametrize("task", ["multi-class", "ordinal"])
 def test_trivial_rows_of_classes_by_hand(task):
-    rows = metrics.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
+    rows = evaluation.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
     assert list(rows) == ["most_frequent", "prevalence"]
     frequency = np.array([30, 15, 10, 5]) / 60
-    np.testing.assert_allclose(metrics.prevalence(task, ONE_HOT), frequency)
+    np.testing.assert_allclose(evaluation.prevalence(task, ONE_HOT), frequency)
     most, by_chance = rows["most_frequent"], rows["prevalence"]
     assert most["accuracy"] == by_chance["accuracy"] == 10 / 40
     assert most["brier"] == pytest.approx(2 * 30 / 40)
@@ -176,7 +176,7 @@ def test_trivial_rows_of_classes_by_hand(task):
 
 
 def test_trivial_rows_of_a_binary_task():
-    rows = metrics.trivial("binary", LABELS[:, :1], LABELS[:, :1])
+    rows = evaluation.trivial("binary", LABELS[:, :1], LABELS[:, :1])
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["accuracy"] == pytest.approx(1 - LABELS[:, 0].mean())
 
@@ -229,7 +229,7 @@ def test_dice_and_iou_by_hand():
 
 
 def test_segmentation_scores_are_means_over_valid_raters():
-    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
     mean = MASK_PROBS.astype("float64").mean(0)
     nll, brier, paper_brier, paper_dice, paper_iou = [], [], [], [], []
     for image in range(6):
@@ -261,24 +261,24 @@ def test_segmentation_scores_are_means_over_valid_raters():
 
 def test_fillers_of_invalid_raters_do_not_matter():
     other = np.where(VALID[:, None, None, :], MASKS, 1 - MASKS)
-    rows = [metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)]
+    rows = [evaluation.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)]
     assert_same(*rows)
 
 
 def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
-    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation")
+    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation")
     mean, soft = MASK_PROBS.astype("float64").mean(0), MASKS.mean(-1)
     assert row["ece"] == pytest.approx(metrics.ece(mean, soft))
     entropy = metrics.binary_entropy(mean).ravel()
     expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
     assert row["entropy_disagreement_pearson"] == pytest.approx(expected)
-    monkeypatch.setattr(metrics, "CHUNK_VALUES", 1)  # image by image
-    frequency = metrics.prevalence("segmentation", MASKS)
+    monkeypatch.setattr(evaluation, "CHUNK_VALUES", 1)  # image by image
+    frequency = evaluation.prevalence("segmentation", MASKS)
     assert_same(
-        {**metrics.evaluate(MASK_PROBS, MASKS, "segmentation")},
+        {**evaluation.evaluate(MASK_PROBS, MASKS, "segmentation")},
         row,
     )
-    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", train_prevalence=frequency)
+    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", train_prevalence=frequency)
     reference = ((frequency[None, ..., None] - MASKS) ** 2).mean()
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
 
@@ -287,19 +287,19 @@ def test_masks_on_disk_score_as_those_in_memory(tmp_path):
     np.save(tmp_path / "masks.npy", MASKS)
     masks = DiskArray(tmp_path / "masks.npy")
     assert_same(
-        metrics.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID),
-        metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID),
+        evaluation.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID),
+        evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID),
     )
     np.testing.assert_array_equal(
-        metrics.prevalence("segmentation", masks, VALID), metrics.prevalence("segmentation", MASKS, VALID)
+        evaluation.prevalence("segmentation", masks, VALID), evaluation.prevalence("segmentation", MASKS, VALID)
     )
     assert_same(
-        metrics.trivial("segmentation", masks, masks)["prevalence"],
-        metrics.trivial("segmentation", MASKS, MASKS)["prevalence"],
+        evaluation.trivial("segmentation", masks, masks)["prevalence"],
+        evaluation.trivial("segmentation", MASKS, MASKS)["prevalence"],
     )
     np.save(tmp_path / "wrong.npy", MASKS * 2)
     with pytest.raises(ValueError, match=r"0 or 1.*0 to 2"):
-        metrics.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
+        evaluation.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
 
 
 def test_energy_distance_laws():
@@ -323,15 +323,15 @@ def test_energy_distance_by_hand():
 
 
 def test_one_rater_leaves_rater_metrics_undefined():
-    row = metrics.evaluate(MASK_PROBS[..., None], MASKS[..., :1], "segmentation")
+    row = evaluation.evaluate(MASK_PROBS[..., None], MASKS[..., :1], "segmentation")
     for key in ("ged", "dice_raters", "entropy_disagreement_pearson"):
         assert key not in row
         assert row["undefined"][key] == "no image has two or more valid raters"
 
 
 def test_per_image_means_are_what_evaluate_reports():
-    row = metrics.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
-    scores = metrics.per_image(MASK_PROBS, MASKS, VALID)
+    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    scores = evaluation.per_image(MASK_PROBS, MASKS, VALID)
     for key, values in scores.items():
         assert values.shape == (6,)
         assert row[key] == pytest.approx(np.nanmean(values))
@@ -351,15 +351,15 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
-    row = metrics.evaluate(probs, targets, task)
-    assert_same(metrics.evaluate(probs[::-1], targets, task), row)
-    assert_same(metrics.evaluate(probs[:, ::-1], targets[::-1], task), row)
+    row = evaluation.evaluate(probs, targets, task)
+    assert_same(evaluation.evaluate(probs[::-1], targets, task), row)
+    assert_same(evaluation.evaluate(probs[:, ::-1], targets[::-1], task), row)
 
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_are_plain_floats(task, probs, targets, dtype):
-    row = metrics.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
+    row = evaluation.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
     assert all(type(value) is float and np.isfinite(value) for value in floats(row).values())
     assert json.loads(json.dumps(row)) == row
     assert row["mutual_information"] == 0
@@ -368,7 +368,7 @@ def test_rows_are_plain_floats(task, probs, targets, dtype):
 
 def test_rounding_above_one_is_forgiven():
     probs = np.minimum(LABEL_PROBS.astype("float64") + 1, 1 + 1e-7)
-    row = metrics.evaluate(probs, LABELS, "multi-label")
+    row = evaluation.evaluate(probs, LABELS, "multi-label")
     assert row["entropy"] == 0
 
 
@@ -399,7 +399,7 @@ def test_rounding_above_one_is_forgiven():
 )
 def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        metrics.evaluate(probs, targets, task, **options)
+        evaluation.evaluate(probs, targets, task, **options)
     assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
@@ -421,7 +421,7 @@ def test_papers_binary_brier_is_the_brier_of_the_mean_plus_the_samples_variance(
 def test_papers_softmax_applied_twice_has_a_floor():
     masks = MASKS[None, ..., 0].astype(float)
     assert metrics.paper_brier(masks, MASKS[..., 0], softmax_twice=True) == pytest.approx(0.0723, abs=5e-5)
-    row = metrics.evaluate(masks, MASKS[..., :1], "segmentation")
+    row = evaluation.evaluate(masks, MASKS[..., :1], "segmentation")
     assert row["paper_brier_softmax_twice"] == pytest.approx(0.0723, abs=5e-5)
     assert row["paper_brier"] == row["brier"] == 0
 
@@ -452,7 +452,7 @@ def test_trivial_rows_of_labels_as_in_the_paper():
     # Prevalences near ChestMNIST's, from its 4.7 (infiltration) to over 500 negatives a positive (hernia).
     percent = [10.5, 2.6, 12.2, 18.2, 5.2, 5.7, 1.3, 4.9, 4.3, 2.2, 2.4, 1.5, 3.0, 0.2]
     labels = RNG.permuted(np.arange(1000)[:, None] < 10 * np.array(percent), axis=0).astype("uint8")
-    rows = metrics.trivial("multi-label", labels, labels)
+    rows = evaluation.trivial("multi-label", labels, labels)
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["paper_accuracy"] == pytest.approx(1 - labels.mean())
     assert rows["all_negative"]["accuracy"] == pytest.approx(0.947, abs=0.001)
@@ -467,12 +467,12 @@ def test_trivial_rows_of_masks_as_in_the_paper():
     masks = np.zeros((10, 20, 20, 3), "uint8")
     masks[:, 9:11, 9:11] = 1  # 1 % foreground
     masks[::2, 0, 0, 0] = 1
-    rows = metrics.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
+    rows = evaluation.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
     assert list(rows) == ["all_background", "prevalence"]
     assert rows["all_background"]["paper_dice"] == pytest.approx(0.99, abs=0.002)
     assert rows["all_background"]["dice"] == 0
     assert rows["prevalence"]["dice"] == 1
     assert rows["prevalence"]["brier_skill"] == 0
     assert rows["all_background"]["undefined"]["entropy_disagreement_pearson"].startswith("the entropy")
-    frequency = metrics.prevalence("segmentation", masks[:5])
+    frequency = evaluation.prevalence("segmentation", masks[:5])
     assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 3)
