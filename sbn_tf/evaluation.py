@@ -1,43 +1,1084 @@
-"""Every metric of a method at once: from streams of any size, with intervals and paired tests."""
+"""Every metric of a method at once: from streams of any size, with intervals and paired tests.
 
-from collections.abc import Iterator
+An `Evaluator` reduces each image to a few statistics; their arrays are a `Record`. Every metric is a function of these
+and of a weight for each image, so reading in pieces is concatenation, a bootstrap is a weighting, and a paired test is
+two records under the same weights. A record takes memory for images, not for pixels or samples: about 40 bytes a label
+or class and 200 an image, or 6 kB for an image with masks of any size.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
-from sbn_tf.datasets.base import EXCLUSIVE, MULTI_LABEL, ORDINAL, SEGMENTATION
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.metrics import (
     LOG_CLIP,
-    _calibration_bins,
+    _broadcast,
     _check,
     _check_targets,
     _check_valid,
-    _ece_of_bins,
+    _drop_channel,
     _energy_distance,
     _float64,
     _nll,
     _rater_mean,
     _soft_brier,
-    accuracy,
-    auc_per_label,
-    average_precision_per_label,
     binary_entropy,
-    brier,
     dice,
-    ece,
+    dice_raters,
+    hausdorff95,
+    hungarian_iou,
     iou,
-    nll,
-    paper_accuracy,
-    paper_brier,
+    majority_mask,
     paper_dice,
-    paper_entropy,
     paper_iou,
     uncertainty,
 )
 
-__all__ = ["evaluate", "per_image", "prevalence", "trivial"]
+__all__ = [
+    "Evaluator",
+    "Record",
+    "compare",
+    "evaluate",
+    "level_sets",
+    "per_image",
+    "prevalence",
+    "score",
+    "select_threshold",
+    "shift_auroc",
+    "shifted",
+    "trivial",
+    "trivial_records",
+]
 
-# Segmentation is computed some images at a time, so memory does not grow with the test set.
+# Masks are scored some images at a time, and a bootstrap runs some resamples, so memory stays bounded.
 CHUNK_VALUES = 2**22
+RESAMPLED_VALUES = 2**20  # temporary arrays of 8 MB: the allocator keeps those, and pages of larger ones cost most
+NUM_BINS = 15  # of every calibration error
+# Two uncertainties that differ by less are one: rounding must not rank images.
+DECIMALS = 12
+# Pixels are kept as counts: 1/8 in logit(p), and in ln of the mutual information from 1e-10 to ln 2.
+LOGIT_LIMIT, LOGIT_BINS = 16, 256
+INFORMATION_LOW, INFORMATION_BINS = 1e-10, 128
+
+_UNCERTAINTIES = ("entropy", "expected_entropy", "mutual_information")
+_IMAGES = ("risk", "aurc", "excess_aurc", "error_auroc", "error_auroc_mi", "num_images")
+_PROBABILITIES = ("nll", "brier", "brier_skill", "ece", "ece_mass")
+_LABELS = (
+    *("auc", "average_precision", "auc_num_labels", "accuracy"),
+    *_PROBABILITIES,
+    *("ece_label", "ece_label_mass"),
+    *_UNCERTAINTIES,
+    *_IMAGES,
+)
+_KEYS = {
+    BINARY: (*_LABELS, "label_error_auroc"),
+    MULTI_LABEL: (*_LABELS, "label_error_auroc", "paper_accuracy", "paper_brier", "paper_entropy", "paper_ece"),
+    MULTI_CLASS: _LABELS,
+    ORDINAL: (*_LABELS, "mean_absolute_error", "quadratic_kappa"),
+    SEGMENTATION: (
+        *("dice", "iou", "hausdorff95"),
+        *_PROBABILITIES,
+        *_UNCERTAINTIES,
+        *("ged", "hungarian_iou", "dice_raters", "entropy_disagreement_pearson"),
+        *_IMAGES,
+        *("pixel_error_auroc", "pixel_error_auroc_mi"),
+        *("paper_dice", "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_ece"),
+    ),
+}
+_COUNTS = ("num_images", "auc_num_labels")
+_WITH_RATERS = ("ged", "hungarian_iou", "dice_raters")
+
+
+# ---------------------------------------------------------------------------
+# From predictions to a record
+# ---------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Collects what the metrics need of each image, from predictions in pieces of any size.
+
+    Args:
+        task: one of `TASKS`.
+        train_prevalence: training frequency of 1 (see `prevalence`): a number, (labels,) or (height, width), for
+            "brier_skill"; None: that is undefined.
+        threshold: where the mean prediction is cut into a decision, between 0 and 1. Classes that exclude one another
+            are decided by the most probable. Sampled masks and the paper's metrics are cut at 0.5 always.
+        boundary: measure "hausdorff95", which takes about as long as all the rest.
+        only: metrics that these predictions are fit for, such as ("ged", "hungarian_iou") for masks that are no
+            draws from a distribution; all others are then undefined. None: all.
+
+    Raises:
+        ValueError: an unknown task or metric, a threshold or a prevalence outside 0..1.
+    """
+
+    def __init__(self, task: str, *, train_prevalence=None, threshold=0.5, boundary: bool = True, only=None):
+        if task not in TASKS:
+            raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"Expected threshold between 0 and 1. Received: threshold={threshold!r}")
+        if unknown := [key for key in only or () if key not in _KEYS[task]]:
+            raise ValueError(f"Expected only among {_KEYS[task]}. Received: {unknown}")
+        if train_prevalence is not None:
+            train_prevalence = _float64(train_prevalence)
+            if not ((train_prevalence >= 0) & (train_prevalence <= 1)).all():  # nor NaN
+                low, high = train_prevalence.min(), train_prevalence.max()
+                raise ValueError(f"Expected train_prevalence in 0..1. Received: values from {low} to {high}")
+        self.task, self.train_prevalence, self.threshold = task, train_prevalence, float(threshold)
+        self.boundary, self.only = boundary, None if only is None else tuple(only)
+        self._parts, self._shape, self._samples = [], None, None
+        self._groups, self._has_ids = [], True
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in ("targets", "raters", "ids")}
+
+    def update(self, probs, targets, rater_valid=None, groups=None, ids=None) -> None:
+        """Add some images.
+
+        Args:
+            probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1): probabilities
+                of 1; of classes they sum to 1, but for rounding, and are scaled to do so exactly.
+            targets: (batch, labels), or (batch, height, width, raters), 0 or 1; one-hot for classes. Masks may be
+                a `DiskArray`.
+            rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all are.
+            groups: (batch,) patient of each image; resampled whole, if every update gives them.
+            ids: (batch,) name of each image; a paired test compares them.
+
+        Raises:
+            ValueError: probabilities outside 0..1 or NaN or, of classes, that do not sum to 1, targets other than
+                0 and 1 or not one-hot, shapes that do not fit one another or the images before, an empty batch,
+                an image without a valid rater.
+        """
+        probs, targets, valid = _check(probs, targets, self.task, rater_valid)
+        shape = (targets.shape[1:3] if self.task == SEGMENTATION else targets.shape[1:], len(probs))
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"Expected targets and samples as before, {self._shape[0]} and {self._shape[1]}. "
+                f"Received: {shape[0]} and {shape[1]}"
+            )
+        for name, values in (("groups", groups), ("ids", ids)):
+            if values is not None and len(values) != len(targets):
+                raise ValueError(f"Expected {name} of {len(targets)} images. Received: {len(values)}")
+        reference = None
+        if self.train_prevalence is not None:
+            expected = targets.shape[1:3] if self.task == SEGMENTATION else targets.shape[1:]
+            reference = _broadcast(self.train_prevalence, expected, "train_prevalence")
+        if self.task == SEGMENTATION:
+            boundary = self.boundary and (self.only is None or "hausdorff95" in self.only)
+            for chunk in _chunks(probs, targets, valid):
+                self._hashes["targets"].update(_bytes(chunk[1] * chunk[2][:, None, None, :]))
+                self._hashes["raters"].update(_bytes(chunk[2]))
+                self._parts.append(_score_masks(*chunk, reference, self.threshold, boundary))
+        else:
+            scores = _score_classes if self.task in EXCLUSIVE else _score_labels
+            self._hashes["targets"].update(_bytes(targets))
+            self._parts.append(scores(probs, targets, reference, self.threshold, self.task))
+        self._shape = shape
+        self._groups = None if groups is None or self._groups is None else [*self._groups, np.asarray(groups)]
+        self._has_ids = self._has_ids and ids is not None
+        if ids is not None:
+            self._hashes["ids"].update("".join(f"{name}\n" for name in np.asarray(ids).tolist()).encode())
+
+    def record(self) -> "Record":
+        """The statistics of all images so far.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self._parts:
+            raise ValueError("Expected one image or more: call update first. Received: none")
+        arrays = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
+        groups = None
+        if self._groups is not None:
+            groups = np.unique(np.concatenate(self._groups), return_inverse=True)[1].astype("int64")
+        digests = {
+            "images": "".join(self._hashes[name].hexdigest() for name in ("targets", "raters")) + str(self._shape[0]),
+            "ids": self._hashes["ids"].hexdigest() if self._has_ids else "",
+        }
+        return Record(
+            self.task,
+            arrays,
+            threshold=self.threshold,
+            num_samples=self._shape[1],
+            groups=groups,
+            digests=digests,
+            only=self.only,
+        )
+
+
+def score(
+    predict_samples: Callable,
+    split,
+    task: str,
+    *,
+    batch_size: int = 50,
+    train_prevalence=None,
+    threshold: float = 0.5,
+    boundary: bool = True,
+    shift: tuple[str, float] | None = None,
+    verbose: bool = True,
+) -> "Record":
+    """Predict a split in batches and keep the statistics of each image: memory does not grow with the split's pixels.
+
+    Args:
+        predict_samples: normalised float32 images (batch, height, width, channels) -> probabilities
+            (samples, batch, labels) or (samples, batch, height, width).
+        split: `datasets.Split`.
+        task: one of `TASKS`.
+        batch_size: images a call.
+        train_prevalence, threshold, boundary: as for `Evaluator`.
+        shift: (kind, severity) of `shifted`, done to every image; None: as they are.
+        verbose: show a progress bar.
+
+    Raises:
+        ValueError: predictions of another shape, or NaN: the message names the images; else as `Evaluator`.
+    """
+    from tqdm import tqdm
+
+    evaluator = Evaluator(task, train_prevalence=train_prevalence, threshold=threshold, boundary=boundary)
+    name = f"{split.name}, {shift[0]} {shift[1]:g}" if shift else split.name
+    starts = range(0, split.num_examples, split.steps(batch_size) and batch_size)
+    for start in tqdm(starts, desc=f"score {name}", unit="batch", mininterval=2.0, disable=not verbose):
+        part = slice(start, start + batch_size)
+        images = split.normalised(part)
+        if shift:
+            images = shifted(images, *shift, offset=start)
+        probs = _predicted(predict_samples, images, split, start)
+        targets = split.targets[part]
+        extra = {key: _part(getattr(split, key), part) for key in ("rater_valid", "groups", "ids")}
+        evaluator.update(probs, targets, **extra)
+    return evaluator.record()
+
+
+def _predicted(predict_samples, images, split, start):
+    probs = _drop_channel(np.asarray(predict_samples(images)))
+    shape = split.targets.shape[1:3] if split.task == SEGMENTATION else split.targets.shape[1:]
+    names = f"images {start} to {start + len(images) - 1} of split {split.name!r}"
+    if probs.ndim != 2 + len(shape) or probs.shape[1:] != (len(images), *shape) or not len(probs):
+        expected = ", ".join(map(str, ("samples", len(images), *shape)))
+        raise ValueError(f"Expected predictions ({expected}) for {names}. Received: shape {probs.shape}")
+    finite = np.isfinite(probs).all(axis=(0, *range(2, probs.ndim)))
+    if not finite.all():
+        raise ValueError(
+            f"Expected probabilities for {names}. Received: NaN or infinity for {(~finite).sum()} of them, first "
+            f"image {start + int(np.argmin(finite))}.\nThe training may have diverged: look at its loss."
+        )
+    return probs
+
+
+def _part(values, part):
+    return None if values is None else values[part]
+
+
+def _bytes(values):
+    return np.ascontiguousarray(values).astype("uint8").data
+
+
+def _score_labels(probs, labels, reference, threshold, task):
+    """Key -> (batch, ...) for some images."""
+    from scipy.special import entr
+
+    probs, truth = np.minimum(_float64(probs), 1), _float64(labels)
+    parts = uncertainty(probs)
+    mean_probs = parts.pop("mean_probs")
+    right = (mean_probs > threshold) == (truth > 0.5)
+    scores = {
+        "mean_probs": mean_probs,
+        "targets": labels.astype("uint8"),
+        "nll": _nll(mean_probs, truth).mean(1),
+        "brier": np.square(mean_probs - truth).mean(1),
+        "accuracy": right.mean(1),
+        "risk": (~right).mean(1),
+        "error": ~right.all(1),
+        **{key: value.mean(1) for key, value in parts.items()},
+    }
+    if reference is not None:
+        scores["reference_brier"] = np.square(reference - truth).mean(1)
+    if task == MULTI_LABEL:
+        votes = (probs > 0.5).mean(0)
+        scores["paper_accuracy"] = ((votes > 0.5) == (truth > 0.5)).mean(1)
+        scores["paper_brier"] = np.square(probs - truth).mean((0, 2))
+        scores["paper_entropy"] = entr(mean_probs).sum(1)
+    return scores
+
+
+def _score_classes(probs, targets, reference, threshold, task):
+    probs, truth = _float64(probs), _float64(targets)
+    parts = uncertainty(probs / probs.sum(-1, keepdims=True), task)
+    mean_probs = parts.pop("mean_probs")
+    predicted, true = mean_probs.argmax(-1), truth.argmax(-1)
+    scores = {
+        "mean_probs": mean_probs,
+        "targets": targets.astype("uint8"),
+        "nll": -np.log(np.maximum(mean_probs[truth == 1], LOG_CLIP)),
+        "brier": np.square(mean_probs - truth).sum(-1),
+        "accuracy": _float64(predicted == true),
+        "risk": _float64(predicted != true),
+        "error": predicted != true,
+        **parts,
+    }
+    if reference is not None:
+        scores["reference_brier"] = np.square(reference - truth).sum(-1)
+    if task == ORDINAL:
+        scores["mean_absolute_error"] = _float64(np.abs(predicted - true))
+    return scores
+
+
+def _score_masks(probs, masks, valid, reference, threshold, boundary):
+    parts = uncertainty(probs)
+    mean_probs, soft = parts.pop("mean_probs"), _rater_mean(masks, valid)
+    predicted, majority = mean_probs > threshold, soft >= 0.5
+    several = valid.sum(1) > 1
+    pixels = (1, 2)
+    scores = {
+        "dice": dice(predicted, majority),
+        "iou": iou(predicted, majority),
+        "nll": _nll(mean_probs, soft).mean(pixels),
+        "brier": _soft_brier(mean_probs, soft).mean(pixels),
+        **{key: value.mean(pixels) for key, value in parts.items()},
+        **{key: np.full(len(masks), np.nan) for key in _WITH_RATERS},
+    }
+    if boundary:
+        scores["hausdorff95"] = hausdorff95(predicted, majority)
+    if several.any():
+        rated = masks[several], valid[several]
+        scores["ged"][several] = _energy_distance(probs[:, several], *rated)
+        scores["hungarian_iou"][several] = hungarian_iou(probs[:, several], *rated)
+        scores["dice_raters"][several] = dice_raters(predicted[several], *rated)
+    scores["risk"] = 1 - scores["dice"]
+    scores["error"] = scores["dice"] < 0.5
+    if reference is not None:
+        scores["reference_brier"] = _soft_brier(reference, soft).mean(pixels)
+
+    weights = valid / valid.sum(1, keepdims=True)  # (batch, raters)
+    scores["paper_dice"] = paper_dice(probs, soft)
+    scores["paper_iou"] = sum(weights[:, r] * paper_iou(probs, masks[..., r]) for r in range(masks.shape[-1]))
+    twice = 1 / (1 + np.exp(1 - 2 * probs))
+    scores["paper_brier"] = _soft_brier(probs, soft).mean((0, 2, 3))
+    scores["paper_brier_softmax_twice"] = _soft_brier(twice, soft).mean((0, 2, 3))
+    scores["paper_entropy"] = scores["entropy"]
+    return scores | _pixel_statistics(mean_probs, soft, parts, predicted != majority, several)
+
+
+def _pixel_statistics(mean_probs, soft, parts, wrong, several):
+    """What metrics over the pixels of all images need of each image."""
+    gap = mean_probs - soft
+    width = _width_bin(mean_probs)
+    confidence, right = _confidence(mean_probs, soft)
+    with np.errstate(divide="ignore"):
+        logit = np.log(mean_probs) - np.log1p(-mean_probs)
+        information = np.log(np.maximum(parts["mutual_information"], INFORMATION_LOW))
+    fine = ((np.clip(logit, -LOGIT_LIMIT, LOGIT_LIMIT) / LOGIT_LIMIT + 1) / 2 * LOGIT_BINS).astype(int)
+    fine = np.minimum(fine, LOGIT_BINS - 1)
+    # Entropy falls as p leaves 1/2 for either side.
+    unsure = np.floor((1 - np.minimum(np.abs(logit) / LOGIT_LIMIT, 1)) * (LOGIT_BINS // 2 - 1)).astype(int)
+    low, high = np.log(INFORMATION_LOW), np.log(np.log(2))
+    information = np.clip((information - low) / (high - low) * INFORMATION_BINS, 0, INFORMATION_BINS - 1).astype(int)
+    entropy, variance = binary_entropy(mean_probs), soft * (1 - soft)
+    moments = (np.ones_like(soft), entropy, variance, entropy**2, variance**2, entropy * variance)
+    return {
+        "calibration": np.stack([_counts(width, NUM_BINS, values) for values in (None, mean_probs, soft)], 1),
+        "paper_gap": _counts(_width_bin(confidence), NUM_BINS, confidence - right),
+        "logit_count": _counts(fine, LOGIT_BINS).astype("uint32"),
+        "logit_gap": _counts(fine, LOGIT_BINS, gap),
+        "entropy_count": _counts(unsure + wrong * (LOGIT_BINS // 2), LOGIT_BINS).astype("uint32"),
+        "information_count": _counts(information + wrong * INFORMATION_BINS, 2 * INFORMATION_BINS).astype("uint32"),
+        "moments": np.stack([value.sum((1, 2)) for value in moments], 1) * several[:, None],
+    }
+
+
+def _counts(index, num_bins, weights=None):
+    """(batch, num_bins): sums of weights, or counts, of each image's pixels in each bin."""
+    index = index + num_bins * np.arange(len(index))[:, None, None]
+    weights = None if weights is None else weights.ravel()
+    return np.bincount(index.ravel(), weights, num_bins * len(index)).reshape(-1, num_bins)
+
+
+def _width_bin(probs):
+    return np.minimum((probs * NUM_BINS).astype(int), NUM_BINS - 1)
+
+
+def _confidence(mean_probs, truth):
+    """Probability of the more probable outcome, and how often that is right: Guo's calibration for two classes."""
+    positive = mean_probs > 0.5
+    return np.where(positive, mean_probs, 1 - mean_probs), np.where(positive, truth, 1 - truth)
+
+
+# ---------------------------------------------------------------------------
+# The record
+# ---------------------------------------------------------------------------
+
+
+class Record:
+    """Statistics of each image of one method: all metrics, their intervals and paired tests come from these.
+
+    `Evaluator.record` makes it. `record["risk"]` is an array whose first axis is images: "risk" (share of wrong labels,
+    wrong class, or 1 - Dice), "error" (any label wrong, wrong class, or Dice below 0.5), "nll", "brier",
+    "entropy", "expected_entropy", "mutual_information" and other metrics of a single image; with labels and classes
+    also "mean_probs" and "targets", with masks "calibration": (images, 3, 15), the pixels in each bin of `ece`, the
+    sums of their probabilities and of their truths.
+
+    Args:
+        task: one of `TASKS`.
+        arrays: name -> array.
+        threshold: where the mean prediction was cut.
+        num_samples: samples of the posterior.
+        groups: (images,) integers, the patient of each, or None where not known.
+        digests: "images" and "ids", which tell whether two records are of the same images.
+        only: the metrics that it has, or None: all.
+    """
+
+    def __init__(self, task, arrays, *, threshold, num_samples, groups=None, digests=None, only=None):
+        self.task, self.arrays, self.threshold, self.num_samples = task, arrays, threshold, num_samples
+        self.groups, self.digests, self.only = groups, digests or {"images": "", "ids": ""}, only
+        self._statistics, self._resampled = None, {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(self.arrays["risk"])
+
+    def metrics(self, weights=None) -> dict[str, float | dict[str, str]]:
+        """All metrics, as `evaluate` describes them.
+
+        Args:
+            weights: (images,) >= 0, how often each image counts; None: once.
+
+        Returns:
+            Key -> float, and "undefined": the reason for each key that has no value.
+
+        Raises:
+            ValueError: weights of another shape, negative, not finite or all 0.
+        """
+        n = self.num_images
+        weights = np.ones(n) if weights is None else _float64(weights)
+        if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+            raise ValueError(
+                f"Expected weights ({n},), finite, >= 0 and not all 0. "
+                f"Received: shape {weights.shape}, values from {weights.min(initial=0)} to {weights.max(initial=0)}"
+            )
+        values = self._values(_KEYS[self.task], weights[None])
+        result, undefined = {}, {}
+        for key in _KEYS[self.task]:
+            value = float(values[key][0]) if key in values else np.nan
+            if np.isfinite(value):
+                result[key] = value
+            else:
+                undefined[key] = self._reason(key, weights)
+        return {**result, "undefined": undefined}
+
+    def bootstrap(self, num_resamples: int = 1000, seed: int = 0, level: float = 0.95) -> dict:
+        """Percentile intervals of all metrics under resampling of the test images.
+
+        Patients are drawn with replacement, each with all their images, where every image has one, else images. The
+        interval says how far the number depends on which images happen to be in the test set; nothing of how far it
+        depends on the training: that takes several seeds. Where a label has no positive in a resample, the means
+        over labels are over the others there.
+
+        Args:
+            num_resamples: how many.
+            seed: of the draws; the same for two records of the same images, so theirs are paired.
+            level: share of the resamples within.
+
+        Returns:
+            Key -> (low, high) for each metric with a value but the counts, and "undefined": the reason for those
+            that more than 5 % of the resamples leave undefined.
+
+        Reference: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+        """
+        if num_resamples < 1 or not 0 < level < 1:
+            raise ValueError(
+                f"Expected num_resamples >= 1 and level between 0 and 1. Received: {num_resamples} and {level}"
+            )
+        keys = [key for key in self.metrics() if key != "undefined" and key not in _COUNTS]
+        if self._num_units() == 1:
+            return {"undefined": dict.fromkeys(keys, f"one {self._unit()}: nothing to resample")}
+        result, undefined = {}, {}
+        for key, values in self._distribution(keys, num_resamples, seed).items():
+            values = values[np.isfinite(values)]
+            if len(values) < 0.95 * num_resamples:
+                undefined[key] = f"undefined in {num_resamples - len(values)} of {num_resamples} resamples"
+            else:
+                low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+                result[key] = (float(low), float(high))
+        return {**result, "undefined": undefined}
+
+    def save(self, path) -> None:
+        """Write it as an npz file, whole or not at all."""
+        path = Path(path)
+        about = {
+            "format": _FORMAT,
+            "task": self.task,
+            "threshold": self.threshold,
+            "num_samples": self.num_samples,
+            "digests": self.digests,
+            "only": self.only,
+        }
+        arrays = {f"image_{name}": array for name, array in self.arrays.items()}
+        if self.groups is not None:
+            arrays["groups"] = self.groups
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path) -> "Record":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a file that is damaged or something else.
+            FileNotFoundError: no such file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                arrays = {name[6:]: file[name] for name in file.files if name.startswith("image_")}
+                groups = file["groups"] if "groups" in file.files else None
+            if about.pop("format", None) != _FORMAT:
+                raise ValueError(f"not of format {_FORMAT}")
+            only = about.pop("only")
+            record = cls(arrays=arrays, groups=groups, only=None if only is None else tuple(only), **about)
+            record._check_arrays()
+        except FileNotFoundError:
+            raise
+        # What a damaged zip, array header or JSON raises; a foreign file lacks keys.
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"Expected a record of sbn_tf.evaluation in {path}. Received: {error}.\n"
+                "Delete it and score the method again."
+            ) from None
+        return record
+
+    def _check_arrays(self):
+        common = {"nll", "brier", "risk", "error", *_UNCERTAINTIES}
+        common |= {"calibration", "moments"} if self.task == SEGMENTATION else {"mean_probs", "targets"}
+        if self.task not in TASKS or not common <= set(self.arrays):
+            raise ValueError(f"task {self.task!r} without {sorted(common - set(self.arrays))}")
+        sizes = {len(array) for array in self.arrays.values() if array.ndim}
+        sizes |= {-1} if self.groups is not None and len(self.groups) != self.num_images else set()
+        if len(sizes) != 1 or 0 in sizes or any(array.ndim == 0 for array in self.arrays.values()):
+            raise ValueError("arrays of different lengths")
+        for name, array in self.arrays.items():
+            if name not in _WITH_RATERS and not np.isfinite(array).all():
+                raise ValueError(f"NaN or infinity in {name!r}")
+
+    def _unit(self):
+        return "image" if self.groups is None else "patient"
+
+    def _num_units(self):
+        return self.num_images if self.groups is None else int(self.groups.max()) + 1
+
+    def _resamples(self, num_resamples, seed) -> Iterator[np.ndarray]:
+        """Weights (resamples, images), some resamples at a time, the same whatever their number at a time."""
+        items = self.arrays["mean_probs"].size if "mean_probs" in self.arrays else self.num_images
+        step, units = max(1, RESAMPLED_VALUES // items), self._num_units()
+        generator = np.random.default_rng([seed, 4701])
+        for start in range(0, num_resamples, step):
+            rows = range(start, min(start + step, num_resamples))
+            drawn = [np.bincount(generator.integers(units, size=units), minlength=units) for _ in rows]
+            weights = np.stack(drawn).astype("float64")
+            yield weights if self.groups is None else weights[:, self.groups]
+
+    def _distribution(self, keys, num_resamples, seed):
+        """Key -> (resamples,) values, NaN where undefined; kept for the next interval or test."""
+        kept = self._resampled.setdefault((num_resamples, seed), {})
+        if wanted := [key for key in keys if key not in kept]:
+            parts = [self._values(wanted, weights) for weights in self._resamples(num_resamples, seed)]
+            kept |= {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        return {key: kept[key] for key in keys if key in kept}
+
+    def _values(self, keys, weights):
+        """Key -> (resamples,) for weights (resamples, images); a key that these arrays never have is left out."""
+        if self._statistics is None:
+            self._statistics = _statistics(self)
+        found = {}
+        for names, statistic in self._statistics:
+            if any(name in keys and self._has(name) for name in names):
+                found |= dict(zip(names, statistic(weights), strict=True))
+        return {key: value for key, value in found.items() if key in keys and self._has(key)}
+
+    def _has(self, key):
+        return self.only is None or key in self.only
+
+    def _reason(self, key, weights):
+        """Why a metric has no value."""
+        if not self._has(key):
+            return "not measured: these predictions are masks, not probabilities"
+        if key == "brier_skill":
+            given = "reference_brier" in self.arrays
+            return (
+                "the training prevalence predicts these targets without error"
+                if given
+                else "train_prevalence was not given"
+            )
+        if key in ("auc", "average_precision"):
+            return "no label occurs as both 0 and 1"
+        if key == "quadratic_kappa":
+            return "every grade, predicted and true, is the same one"
+        if key == "hausdorff95":
+            return "boundary=False: boundaries were not measured"
+        if key in _WITH_RATERS or (key == "entropy_disagreement_pearson" and not (weights @ self["moments"])[0]):
+            return "no image has two or more valid raters"
+        if key == "entropy_disagreement_pearson":
+            return "the entropy or the raters' variance is the same at every pixel"
+        if key.endswith("_mi") and not self._samples_differ():
+            return (
+                "one sample: mutual information is 0 everywhere"
+                if self.num_samples == 1
+                else "the samples are all the same: mutual information is 0 everywhere"
+            )
+        if key.startswith(("label", "pixel")):
+            return f"no {key[:5]} is wrong, or every one"
+        number = "every" if weights is not None and weights @ self["error"] else "no"
+        return f"{number} image {'has Dice below 0.5' if self.task == SEGMENTATION else 'is wrong'}"
+
+    def _samples_differ(self):
+        return self.num_samples > 1 and self["mutual_information"].max() >= 10.0**-DECIMALS
+
+
+_FORMAT = "sbn_tf.evaluation.Record 1"
+
+
+# ---------------------------------------------------------------------------
+# Metrics of weighted images, for many weightings at once
+# ---------------------------------------------------------------------------
+
+# Each statistic is (keys, function): weights (resamples, images) -> one (resamples,) array a key, NaN where undefined.
+
+
+def _statistics(record):
+    arrays, task = record.arrays, record.task
+    means = [key for key in _KEYS[task] if key in arrays and arrays[key].ndim == 1]
+    entropy, information = (arrays[key].round(DECIMALS) for key in ("entropy", "mutual_information"))
+    risk, error = arrays["risk"].round(DECIMALS), arrays["error"]
+    found = [
+        (means, _means([arrays[key] for key in means])),
+        (("num_images",), lambda weights: [weights.sum(1)]),
+        (("aurc", "excess_aurc"), _areas(entropy, risk)),
+        (("error_auroc",), _only_first(_ranking(entropy, error))),
+    ]
+    if record._samples_differ():
+        found.append((("error_auroc_mi",), _only_first(_ranking(information, error))))
+    if "reference_brier" in arrays:
+        found.append((("brier_skill",), _skill(arrays["brier"], arrays["reference_brier"])))
+    specific = _of_masks if task == SEGMENTATION else _of_classes if task in EXCLUSIVE else _of_labels
+    return found + specific(record)
+
+
+def _of_labels(record):
+    mean_probs, targets = record["mean_probs"], _float64(record["targets"])
+    found = _of_columns(mean_probs, targets)
+    found.append((("ece", "ece_label"), _width_calibration(mean_probs, targets)))
+    images = np.arange(mean_probs.size) // mean_probs.shape[1]
+    pooled = _mass_calibration(mean_probs.ravel(), targets.ravel(), images)
+    found.append((("ece_mass",), lambda weights: [pooled(weights)]))
+    wrong = (mean_probs > record.threshold) != (targets > 0.5)
+    entropy = binary_entropy(mean_probs).round(DECIMALS)
+    found.append((("label_error_auroc",), _only_first(_ranking(entropy.ravel(), wrong.ravel(), images))))
+    if record.task == MULTI_LABEL:
+        confidence, right = _confidence(mean_probs, targets)
+        found.append((("paper_ece",), _only_first(_width_calibration(confidence, right))))
+    return found
+
+
+def _of_classes(record):
+    mean_probs, targets = record["mean_probs"], _float64(record["targets"])
+    found = _of_columns(mean_probs, targets)
+    predicted, true = mean_probs.argmax(1), targets.argmax(1)
+    confidence, right = mean_probs.max(1), _float64(predicted == true)
+    pooled, columns = _mass_calibration(confidence, right), _width_calibration(mean_probs, targets)
+    found += [
+        (("ece",), _only_first(_width_calibration(confidence[:, None], right[:, None]))),
+        (("ece_mass",), lambda weights: [pooled(weights)]),
+        (("ece_label",), lambda weights: columns(weights)[1:]),
+    ]
+    if record.task == ORDINAL:
+        found.append((("quadratic_kappa",), _kappa(_float64(predicted), _float64(true))))
+    return found
+
+
+def _of_columns(mean_probs, targets):
+    """What is a mean over labels or classes."""
+    columns = range(mean_probs.shape[1])
+    rankings = [_ranking(mean_probs[:, i], targets[:, i] > 0.5) for i in columns]
+    calibrations = [_mass_calibration(mean_probs[:, i], targets[:, i]) for i in columns]
+
+    def ranking(weights):
+        scores = np.array([one(weights) for one in rankings])  # (labels, 2, resamples)
+        defined = ~np.isnan(scores[:, 0])
+        number = defined.sum(0)
+        means = np.where(defined[:, None], scores, 0).sum(0) / np.where(number > 0, number, np.nan)
+        return [*means, _float64(number)]
+
+    def calibration(weights):
+        return [np.mean([one(weights) for one in calibrations], 0)]
+
+    return [
+        (("auc", "average_precision", "auc_num_labels"), ranking),
+        (("ece_label_mass",), calibration),
+    ]
+
+
+def _of_masks(record):
+    calibration, moments = record["calibration"], record["moments"]
+    gap, pixels = calibration[:, 1] - calibration[:, 2], calibration[:, 0].sum(1)
+    found = [
+        (("ece",), _binned_calibration(gap, pixels)),
+        (("paper_ece",), _binned_calibration(record["paper_gap"], pixels)),
+        (("ece_mass",), _binned_mass_calibration(record["logit_count"], record["logit_gap"])),
+        (("entropy_disagreement_pearson",), _pearson(moments)),
+        (("pixel_error_auroc",), _binned_ranking(record["entropy_count"])),
+    ]
+    if record._samples_differ():
+        found.append((("pixel_error_auroc_mi",), _binned_ranking(record["information_count"])))
+    return found
+
+
+def _only_first(statistic):
+    return lambda weights: list(statistic(weights))[:1]
+
+
+def _divided(numerator, denominator):
+    """NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+
+
+def _means(columns):
+    values = np.stack(columns, 1)
+    known = ~np.isnan(values)
+    values, known = np.where(known, values, 0), _float64(known)
+    return lambda weights: list(_divided(weights @ values, weights @ known).T)
+
+
+def _skill(brier, reference):
+    return lambda weights: [_divided(weights @ (reference - brier), weights @ reference)]
+
+
+def _ranking(scores, positive, images=None):
+    """Area under the ROC curve and average precision, as scikit-learn's with `sample_weight`.
+
+    Ties count half in the first and are one step in the second. `images` is the image of each item; None: in order.
+    """
+    order = np.argsort(scores, kind="stable")
+    images = order if images is None else images[order]
+    first = np.concatenate([[True], np.diff(scores[order]) != 0])
+    tie = np.cumsum(first) - 1
+    edges = np.append(np.flatnonzero(first), len(order))
+    at = np.flatnonzero(np.asarray(positive)[order])  # only where positives are does anything count
+    ties, inside = np.unique(tie[at], return_index=True)
+    starts, ends = edges[ties], edges[ties + 1]
+
+    def statistic(weights):
+        if not len(at):
+            return np.full((2, len(weights)), np.nan)
+        below = _cumulative(weights[:, images])
+        total = below[:, -1:]
+        start, end = below[:, starts], below[:, ends]
+        positives = np.add.reduceat(weights[:, images[at]], inside, axis=1)  # (resamples, ties)
+        all_positives = positives.sum(1)
+        positives_below = np.cumsum(positives, 1) - positives
+        negatives = (start - positives_below) + (end - start - positives) / 2
+        defined = (all_positives > 0) & (total[:, 0] > all_positives)
+        auc = _divided((positives * negatives).sum(1), all_positives * (total[:, 0] - all_positives))
+        precision = _divided(all_positives[:, None] - positives_below, total - start)
+        precision = _divided(np.where(positives > 0, positives * precision, 0).sum(1), all_positives)
+        return np.where(defined, [auc, precision], np.nan)
+
+    return statistic
+
+
+def _cumulative(values):
+    """(resamples, items + 1): sums of the first 0, 1, ... items."""
+    result = np.zeros((len(values), values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=result[:, 1:])
+    return result
+
+
+def _width_calibration(probs, targets):
+    """Calibration error in bins of equal width: pooled, and the mean over the labels, probs (images, labels)."""
+    from scipy.sparse import csr_array
+
+    images, labels = probs.shape
+    index = _width_bin(probs) + NUM_BINS * np.arange(labels)
+    gaps = csr_array(
+        ((probs - targets).ravel(), index.ravel(), labels * np.arange(images + 1)), shape=(images, labels * NUM_BINS)
+    ).T.tocsr()
+
+    def statistic(weights):
+        gap = (gaps @ weights.T).reshape(labels, NUM_BINS, -1)
+        total = labels * weights.sum(1)
+        return [np.abs(gap.sum(0)).sum(0) / total, np.abs(gap).sum((0, 1)) / total]
+
+    return statistic
+
+
+def _mass_calibration(probs, targets, images=None):
+    """Calibration error in bins of equal weight; equal probabilities share one: that of the middle of their weight."""
+    order = np.argsort(probs, kind="stable")
+    images = order if images is None else images[order]
+    gaps = (probs - targets)[order]
+    edges = np.append(np.flatnonzero(np.concatenate([[True], np.diff(probs[order]) != 0])), len(order))
+
+    def statistic(weights):
+        result, ordered, below = np.empty(len(weights)), np.empty(len(images)), np.zeros(len(images) + 1)
+        for row, one in enumerate(weights):
+            np.take(one, images, out=ordered)
+            np.cumsum(ordered, out=below[1:])
+            cuts = edges[_mass_cuts(below if len(edges) == len(below) else below[edges])]
+            np.multiply(ordered, gaps, out=ordered)
+            result[row] = sum(abs(ordered[start:stop].sum()) for start, stop in itertools.pairwise(cuts)) / below[-1]
+        return result
+
+    return statistic
+
+
+def _mass_cuts(below):
+    """Where steps divide into bins of equal weight, (bins + 1,), from their cumulative weights, (steps + 1,)."""
+    shares = below[-1] * np.arange(1, NUM_BINS) / NUM_BINS
+    # Steps that end before a share lie below it; the one that it falls into does, if its middle does.
+    cuts = np.minimum(np.searchsorted(below[1:], shares, "right"), len(below) - 2)
+    cuts = cuts + ((below[cuts] + below[cuts + 1]) / 2 < shares)
+    return np.concatenate([[0], cuts, [len(below) - 1]])
+
+
+def _areas(uncertain, risk):
+    """Area under the risk-coverage curve, and its excess over the oracle's, which sorts by risk."""
+    from scipy.special import digamma
+
+    def area(scores):
+        order = np.argsort(scores, kind="stable")
+        edges = np.append(np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0])), len(order))
+        risks = risk[order]
+
+        def statistic(weights):
+            weights = weights[:, order]
+            below = _cumulative(weights)[:, edges]
+            risk_below = _cumulative(weights * risks)[:, edges]
+            inside, risk_inside = np.diff(below), np.diff(risk_below)
+            # Of m tied images with mean risk r after C with the sum S, the j-th covered one has selective risk
+            # (S + j r) / (C + j): their sum over j = 1..m is m r + (S - r C) (H(C + m) - H(C)), H the harmonic numbers.
+            excess = risk_below[:, :-1] - below[:, :-1] * risk_inside / np.maximum(inside, np.finfo(float).tiny)
+            steps = np.where(inside > 0, excess * np.diff(digamma(below + 1)), 0)
+            return (risk_inside + steps).sum(1) / below[:, -1]
+
+        return statistic
+
+    found, oracle = area(uncertain), area(risk)
+
+    def statistic(weights):
+        value, best = found(weights), oracle(weights)
+        return [value, np.maximum(value - best, 0)]
+
+    return statistic
+
+
+def _kappa(predicted, true):
+    columns = np.stack([predicted, true, predicted**2, true**2, np.square(predicted - true)], 1)
+
+    def statistic(weights):
+        mean = weights @ columns / weights.sum(1, keepdims=True)
+        # In closed form: squared distances of the pairs over those of all pairs, the classes of chance.
+        by_chance = mean[:, 2] + mean[:, 3] - 2 * mean[:, 0] * mean[:, 1]
+        return [1 - _divided(mean[:, 4], np.where(by_chance > 1e-12, by_chance, 0))]
+
+    return statistic
+
+
+def _binned_calibration(gap, pixels):
+    return lambda weights: [np.abs(weights @ gap).sum(1) / (weights @ pixels)]
+
+
+def _binned_mass_calibration(count, gap):
+    count = _float64(count)
+
+    def statistic(weights):
+        below, gaps = _cumulative(weights @ count), _cumulative(weights @ gap)
+        cuts = np.stack([_mass_cuts(row) for row in below])
+        return [np.abs(np.diff(np.take_along_axis(gaps, cuts, 1))).sum(1) / below[:, -1]]
+
+    return statistic
+
+
+def _binned_ranking(counts):
+    """AUROC from counts (images, 2 * bins): right, then wrong pixels in bins of rising uncertainty."""
+    counts, bins = _float64(counts), counts.shape[1] // 2
+
+    def statistic(weights):
+        both = weights @ counts
+        right, wrong = both[:, :bins], both[:, bins:]
+        rank = np.cumsum(right, 1) - right / 2
+        return [_divided((wrong * rank).sum(1), wrong.sum(1) * right.sum(1))]
+
+    return statistic
+
+
+def _pearson(moments):
+    def statistic(weights):
+        sums = weights @ moments
+        _, mean_x, mean_y, square_x, square_y, product = _divided(sums, sums[:, :1] + np.zeros(6)).T
+        variance_x, variance_y = square_x - mean_x**2, square_y - mean_y**2
+        with np.errstate(invalid="ignore"):
+            varies = np.minimum(variance_x, variance_y) > 1e-12
+        scale = np.sqrt(np.where(varies, variance_x * variance_y, 0))
+        return [np.clip(_divided(product - mean_x * mean_y, scale), -1, 1)]
+
+    return statistic
+
+
+# ---------------------------------------------------------------------------
+# Two records
+# ---------------------------------------------------------------------------
+
+
+def compare(record: Record, other: Record, keys=None, num_resamples: int = 1000, seed: int = 0) -> dict:
+    """Paired bootstrap test of two methods on the same images.
+
+    Both are resampled alike, so what makes an image hard for both cancels. The test asks whether the difference
+    would be there in other images (patients) of the same kind, for these two trained networks; it knows nothing of
+    other seeds or trainings. p is two-sided: twice the share of resamples in which the difference is 0 or of the
+    other sign, with one added to both counts, so never 0. Many comparisons at 5 % find something by chance: correct
+    for their number, as `results.table` does (Holm 1979).
+
+    Args:
+        record, other: of the same images in the same order.
+        keys: metrics to compare; None: all that both have.
+        num_resamples, seed: as for `Record.bootstrap`.
+
+    Returns:
+        Key -> {"difference": record's minus other's, "low", "high": its 95 % interval, "p_value"}. A key without a
+        value in one of them, or in more than 5 % of the resamples, is left out.
+
+    Raises:
+        ValueError: records of different images, one image or patient alone, or an unknown key.
+
+    Reference: Efron and Tibshirani 1993, chapter 16.
+    """
+    _check_pair(record, other)
+    known = [key for key in _KEYS[record.task] if key not in _COUNTS]
+    keys = known if keys is None else list(keys)
+    if unknown := [key for key in keys if key not in known]:
+        raise ValueError(f"Expected keys among {known}. Received: {unknown}")
+    if num_resamples < 1:
+        raise ValueError(f"Expected num_resamples >= 1. Received: num_resamples={num_resamples}")
+    ours, theirs = record.metrics(), other.metrics()
+    keys = [key for key in keys if key in ours and key in theirs]
+    one, two = (each._distribution(keys, num_resamples, seed) for each in (record, other))
+    result = {}
+    for key in keys:
+        differences = one[key] - two[key]
+        differences = differences[np.isfinite(differences)]
+        if len(differences) < 0.95 * num_resamples:
+            continue
+        low, high = np.quantile(differences, [0.025, 0.975])
+        opposite = min((differences <= 0).sum(), (differences >= 0).sum())
+        result[key] = {
+            "difference": ours[key] - theirs[key],
+            "low": float(low),
+            "high": float(high),
+            "p_value": float(min(1, 2 * (opposite + 1) / (len(differences) + 1))),
+        }
+    return result
+
+
+def _check_pair(record, other):
+    if record.task != other.task:
+        raise ValueError(f"Expected records of one task. Received: {record.task!r} and {other.task!r}")
+    ids = record.digests["ids"], other.digests["ids"]
+    same = record.digests["images"] == other.digests["images"] and (ids[0] == ids[1] or "" in ids)
+    if not same or record.num_images != other.num_images:
+        raise ValueError(
+            "Expected records of the same images in the same order: score both methods on one split. "
+            f"Received: {record.num_images} and {other.num_images} images with other targets or ids"
+        )
+    groups = record.groups, other.groups
+    if (groups[0] is None) != (groups[1] is None) or not np.array_equal(*(g if g is not None else 0 for g in groups)):
+        raise ValueError("Expected the same patients in both records, or none in both. Received: different groups")
+    if record._num_units() == 1:
+        raise ValueError(f"Expected two {record._unit()}s or more: nothing can be resampled. Received: one")
+
+
+def shift_auroc(clean: Record, moved: Record) -> dict:
+    """How well the uncertainty of an image tells shifted images from clean ones: 0.5 is chance.
+
+    Args:
+        clean, moved: records of one method.
+
+    Returns:
+        "entropy" and "mutual_information" -> AUROC of that uncertainty of an image for its being shifted, and
+        "undefined": the reason for the second where the samples never differ, as with one sample.
+
+    Raises:
+        ValueError: records of different tasks.
+    """
+    if clean.task != moved.task:
+        raise ValueError(f"Expected records of one task. Received: {clean.task!r} and {moved.task!r}")
+    result, undefined = {}, {}
+    labels = np.repeat([False, True], [clean.num_images, moved.num_images])
+    for key in ("entropy", "mutual_information"):
+        if key == "mutual_information" and not (clean._samples_differ() or moved._samples_differ()):
+            undefined[key] = clean._reason("error_auroc_mi", None)
+            continue
+        scores = np.concatenate([clean[key], moved[key]]).round(DECIMALS)
+        result[key] = float(_ranking(scores, labels)(np.ones((1, len(labels))))[0, 0])
+    return {**result, "undefined": undefined}
+
+
+def shifted(images, kind: str, severity: float, seed: int = 0, offset: int = 0) -> np.ndarray:
+    """Images as another scanner might give them: normalised images, made worse; severity 0 leaves them as they are.
+
+    Args:
+        images: (batch, height, width, channels) float32, normalised: unit standard deviation.
+        kind: "noise" (Gaussian, standard deviation severity * 0.2), "blur" (Gaussian, sigma = severity in pixels) or
+            "contrast" (towards the image's own mean by the fraction severity, 0..1).
+        severity: how much, >= 0.
+        seed: of the noise.
+        offset: number of the first image: an image gets the same noise however the images are divided.
+
+    Returns:
+        float32, a new array. Values are not cut to the range of the original pixels.
+
+    Raises:
+        ValueError: an unknown kind, a severity out of its range, images of another shape.
+    """
+    images = np.asarray(images, "float32")
+    if images.ndim != 4:
+        raise ValueError(f"Expected images (batch, height, width, channels). Received: shape {images.shape}")
+    if kind not in ("noise", "blur", "contrast"):
+        raise ValueError(f'Expected kind "noise", "blur" or "contrast". Received: kind={kind!r}')
+    if not 0 <= severity < np.inf or (kind == "contrast" and severity > 1):
+        limit = "in 0..1" if kind == "contrast" else "finite and >= 0"
+        raise ValueError(f"Expected severity {limit} for {kind!r}. Received: severity={severity!r}")
+    if kind == "blur":
+        from scipy.ndimage import gaussian_filter
+
+        return gaussian_filter(images, (0, severity, severity, 0), mode="nearest")
+    if kind == "contrast":
+        mean = images.mean((1, 2), keepdims=True)
+        return (mean + (1 - severity) * (images - mean)).astype("float32")
+    noise = [np.random.default_rng([seed, offset + k]).standard_normal(images.shape[1:]) for k in range(len(images))]
+    return (images + 0.2 * severity * np.asarray(noise).reshape(images.shape)).astype("float32")
+
+
+# ---------------------------------------------------------------------------
+# Arrays at once
+# ---------------------------------------------------------------------------
 
 
 def evaluate(
@@ -47,30 +1088,41 @@ def evaluate(
     *,
     rater_valid=None,
     train_prevalence=None,
+    threshold: float = 0.5,
+    boundary: bool = False,
 ) -> dict[str, float | dict[str, str]]:
     """Every metric of a method's probabilities, as plain floats ready for JSON.
 
-    All tasks: "nll", "brier", "ece" (15 bins, pooled), "entropy", "expected_entropy", "mutual_information"
-    (nats per label, pixel or classified image), "brier_skill" (`1 - brier / brier of train_prevalence`).
+    All tasks: "nll", "brier", "ece" (15 bins, pooled), "ece_mass" (the same in bins of equal count), "entropy",
+    "expected_entropy", "mutual_information" (nats per label, pixel or classified image), "brier_skill"
+    (`1 - brier / brier of train_prevalence`). What the uncertainty of an image, its mean entropy, is good for: "risk"
+    is its error (share of wrong labels, wrong class, or 1 - Dice), "aurc" the area under the risk-coverage curve,
+    "excess_aurc" that above the oracle's, which sorts by risk, "error_auroc" the AUROC of the entropy for the image
+    being wrong (any label wrong, wrong class, Dice below 0.5), "error_auroc_mi" that of the mutual information.
+    "num_images".
 
     Multi-label and binary: "auc" and "average_precision" (means over the labels that occur as both 0 and 1),
-    "auc_num_labels" (how many these are), "accuracy"; multi-label also "paper_accuracy", "paper_brier",
-    "paper_entropy".
+    "auc_num_labels" (how many these are), "accuracy", "ece_label" and "ece_label_mass" (means over labels),
+    "label_error_auroc" (AUROC of the entropy of each single label for its being wrong); multi-label also
+    "paper_accuracy", "paper_brier", "paper_entropy", "paper_ece".
 
-    Multi-class and ordinal: the same keys, but of one event an image. "auc" and "average_precision" are means
-    over the classes, each against the rest, as in MedMNIST's evaluator, and "auc_num_labels" counts classes;
+    Multi-class and ordinal: the same keys but the last five, of one event an image. "auc" and "average_precision" are
+    means over the classes, each against the rest, as in MedMNIST's evaluator, and "auc_num_labels" counts classes;
     "accuracy" is that of the most probable class; "nll" is `-ln p` of the true class; "brier" the sum over
-    classes of `(p - y)^2`, 0 to 2; "ece" is of the most probable class's probability against its being right
-    (Guo et al. 2017). Ordinal also: "mean_absolute_error" of the most probable grade, in grades, and
-    "quadratic_kappa", its agreement with the truth beyond chance (Cohen 1968, quadratic weights).
+    classes of `(p - y)^2`, 0 to 2; "ece" and "ece_mass" are of the most probable class's probability against its
+    being right (Guo et al. 2017), "ece_label" and "ece_label_mass" means over the classes. Ordinal also:
+    "mean_absolute_error" of the most probable grade, in grades, and "quadratic_kappa", its agreement with the truth
+    beyond chance (Cohen 1968, quadratic weights).
 
-    Segmentation: "dice" and "iou" (the mean prediction cut at 0.5 against the majority mask, mean over
-    images, an image with both empty counts as 1); nll, brier and ece against a random valid rater, so with
-    raters who disagree the best possible brier is their variance and not 0. Over the images with two or
-    more valid raters: "ged", the generalised energy distance; "dice_raters", Dice against each rater;
-    "entropy_disagreement_pearson", the Pearson correlation over all pixels of predictive entropy and the
-    raters' variance. Then "paper_dice", "paper_iou", "paper_brier", "paper_brier_softmax_twice",
-    "paper_entropy", where a rater is random too.
+    Segmentation: "dice" and "iou" (the mean prediction cut at `threshold` against the majority mask, mean over
+    images, an image with both empty counts as 1), "hausdorff95" (pixels); nll, brier and ece against a random valid
+    rater, so with raters who disagree the best possible brier is their variance and not 0. Over the images with two
+    or more valid raters: "ged", the generalised energy distance; "hungarian_iou"; "dice_raters", Dice against each
+    rater; "entropy_disagreement_pearson", the Pearson correlation over all pixels of predictive entropy and the
+    raters' variance. "pixel_error_auroc" and "pixel_error_auroc_mi": AUROC of a pixel's entropy, or mutual
+    information, for its differing from the majority mask. These two and "ece_mass" come from pixels in fine bins
+    (1/8 in the logit): within 0.005 of the exact value. Then "paper_dice", "paper_iou", "paper_brier",
+    "paper_brier_softmax_twice", "paper_entropy", "paper_ece", where a rater is random too.
 
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):
@@ -80,6 +1132,8 @@ def evaluate(
         rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all
             are.
         train_prevalence: training frequency of 1 (see `prevalence`): a number, (labels,) or (height, width).
+        threshold: where the mean prediction is cut, as for `Evaluator`.
+        boundary: measure "hausdorff95" too, which is slow.
 
     Returns:
         The metrics, and "undefined": the reason for each key that these data leave undefined, {} if none
@@ -90,12 +1144,9 @@ def evaluate(
             and 1 or not one-hot, shapes that do not fit, an empty batch, an image without a valid rater, an
             unknown task.
     """
-    probs, targets, valid = _check(probs, targets, task, rater_valid)
-    if task in EXCLUSIVE:
-        return _evaluate_classes(probs, targets, task, train_prevalence)
-    if task != SEGMENTATION:
-        return _evaluate_labels(probs, targets, task, train_prevalence)
-    return _evaluate_segmentation(probs, targets, valid, train_prevalence)
+    evaluator = Evaluator(task, train_prevalence=train_prevalence, threshold=threshold, boundary=boundary)
+    evaluator.update(probs, targets, rater_valid)
+    return evaluator.record().metrics()
 
 
 def per_image(probs, masks, rater_valid=None) -> dict[str, np.ndarray]:
@@ -107,16 +1158,16 @@ def per_image(probs, masks, rater_valid=None) -> dict[str, np.ndarray]:
         rater_valid: (batch, raters) bool; None if all are.
 
     Returns:
-        Key -> (batch,) float64. Keys as in `evaluate`, whose value is the mean, without "ece",
-        "brier_skill" and "entropy_disagreement_pearson", which are not means over images. "ged" and
-        "dice_raters" are NaN for an image with fewer than two valid raters.
+        Key -> (batch,) float64. Keys as in `evaluate`, whose value is the mean, without those that are not means over
+        images. "ged", "hungarian_iou" and "dice_raters" are NaN for an image with fewer than two valid raters.
 
     Raises:
         ValueError: as `evaluate`.
     """
-    probs, masks, valid = _check(probs, masks, SEGMENTATION, rater_valid)
-    parts = [_score_images(*chunk) for chunk in _chunks(probs, masks, valid)]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    evaluator = Evaluator(SEGMENTATION, boundary=False)
+    evaluator.update(probs, masks, rater_valid)
+    arrays = evaluator.record().arrays
+    return {key: arrays[key] for key in _KEYS[SEGMENTATION] if key in arrays and arrays[key].ndim == 1}
 
 
 def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
@@ -139,6 +1190,52 @@ def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
         part = slice(start, start + 256)
         total += _rater_mean(targets[part], valid[part]).sum(0)
     return total / len(targets)
+
+
+def select_threshold(mean_probs, targets, task: str, rater_valid=None) -> float:
+    """The cut of 0.05, 0.10, ..., 0.95 that serves decisions best; to be chosen on validation, never on test.
+
+    Best is the highest mean Dice with the majority masks or, for labels, the highest balanced accuracy (mean of
+    sensitivity and specificity), mean over the labels that occur as both 0 and 1. Of equal cuts the one nearest 0.5.
+
+    Args:
+        mean_probs: (batch, labels) or (batch, height, width): the mean prediction.
+        targets: (batch, labels), or (batch, height, width, raters): 0 or 1; may be a `DiskArray`.
+        task: one of `TASKS`. Classes that exclude one another are decided by the most probable: 0.5 is given back.
+        rater_valid: (batch, raters) bool; None if all are.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    probs, targets, valid = _check(np.asarray(mean_probs)[None], targets, task, rater_valid)
+    cuts = np.arange(1, 20) / 20
+    if task in EXCLUSIVE:
+        return 0.5
+    if task == SEGMENTATION:
+        values = np.zeros(len(cuts))
+        for part_probs, masks, part_valid in _chunks(probs, targets, valid):
+            truth = majority_mask(masks, part_valid)
+            values += [dice(part_probs[0] > cut, truth).sum() for cut in cuts]
+        values /= len(targets)
+    else:
+        truth = targets > 0.5
+        both = truth.any(0) & ~truth.all(0)
+        if not both.any():
+            return 0.5
+        truth, found = truth[:, both], probs[0][:, both]
+        positives, negatives = truth.sum(0), (~truth).sum(0)
+        values = []
+        for cut in cuts:
+            decided = found > cut
+            sensitivity, specificity = (decided & truth).sum(0) / positives, (~decided & ~truth).sum(0) / negatives
+            values.append(((sensitivity + specificity) / 2).mean())
+    best = np.flatnonzero(np.asarray(values) >= np.max(values) - 1e-12)
+    return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5).round(DECIMALS))]])
+
+
+# ---------------------------------------------------------------------------
+# Predictors that never look at an image
+# ---------------------------------------------------------------------------
 
 
 def trivial(
@@ -165,145 +1262,80 @@ def trivial(
     """
     test_targets = _check_targets(test_targets, task)
     frequency = prevalence(task, train_targets, train_rater_valid)
-    shape = (1, *test_targets.shape[: 3 if task == SEGMENTATION else 2])
+    options = {"train_prevalence": frequency, "boundary": False}
+    records = _constant_records(task, frequency, test_targets, rater_valid, options)
+    return {name: record.metrics() for name, record in records.items()}
+
+
+def trivial_records(
+    data,
+    *,
+    threshold: float = 0.5,
+    boundary: bool = True,
+    deterministic: Callable | None = None,
+    batch_size: int = 50,
+) -> dict[str, Record]:
+    """The same as `trivial`, as records of a dataset's test split, for intervals and paired tests.
+
+    Args:
+        data: `datasets.Data`.
+        threshold, boundary: as for `Evaluator`.
+        deterministic: `predict_samples` of a deterministic method; with it, and several raters, also "level_sets": the
+            `level_sets` of its probability map. These have "ged" and "hungarian_iou" alone.
+        batch_size: images a call of `deterministic`.
+    """
+    task, train, test = data.card.task, data.train, data.test
+    frequency = prevalence(task, train.targets, train.rater_valid)
+    options = {"train_prevalence": frequency, "threshold": threshold, "boundary": boundary}
+    extra = {"groups": test.groups, "ids": test.ids}
+    records = _constant_records(task, frequency, test.targets, test.rater_valid, options, extra)
+    if deterministic is not None and task == SEGMENTATION and test.num_raters > 1:
+        evaluator = Evaluator(task, threshold=threshold, boundary=False, only=("ged", "hungarian_iou"))
+        for start in range(0, test.num_examples, batch_size):
+            part = slice(start, start + batch_size)
+            probs = level_sets(_predicted(deterministic, test.normalised(part), test, start).mean(0))
+            parts = {key: _part(value, part) for key, value in (extra | {"rater_valid": test.rater_valid}).items()}
+            evaluator.update(probs, test.targets[part], **parts)
+        records["level_sets"] = evaluator.record()
+    return records
+
+
+def level_sets(mean_probs, levels=(0.1, 0.3, 0.5, 0.7, 0.9)) -> np.ndarray:
+    """Masks where a probability map exceeds each level, as samples: the spread of raters that one map already knows.
+
+    Args:
+        mean_probs: (batch, height, width) or (..., width, 1).
+        levels: probabilities.
+
+    Returns:
+        (levels, batch, height, width) float32 of 0 and 1. They are no draws from a distribution: compare them with
+        the raters' masks ("ged", "hungarian_iou"); their mean is not a probability.
+    """
+    mean_probs = np.asarray(mean_probs)
+    mean_probs = mean_probs[..., 0] if mean_probs.ndim == 4 and mean_probs.shape[-1] == 1 else mean_probs
+    if mean_probs.ndim != 3:
+        raise ValueError(f"Expected mean_probs (batch, height, width). Received: shape {mean_probs.shape}")
+    return np.stack([mean_probs > level for level in levels]).astype("float32")
+
+
+def _constant_records(task, frequency, targets, rater_valid, options, extra=None):
+    """Name -> record of predictors that say the same of every image, some images at a time."""
     if task in EXCLUSIVE:
-        constant, values = "most_frequent", np.eye(len(frequency))[frequency.argmax()]
+        constant, constants = "most_frequent", np.eye(len(frequency))[frequency.argmax()]
     else:
-        constant, values = "all_background" if task == SEGMENTATION else "all_negative", 0.0
-    options = {"rater_valid": rater_valid, "train_prevalence": frequency}
-    return {
-        name: evaluate(_broadcast(values, shape, "train_targets"), test_targets, task, **options)
-        for name, values in ((constant, values), ("prevalence", frequency))
-    }
-
-
-def _evaluate_labels(probs, labels, task, train_prevalence):
-    probs, labels = np.minimum(_float64(probs), 1), _float64(labels)
-    parts = uncertainty(probs)
-    mean_probs = parts.pop("mean_probs")
-    result, undefined = _ranking(mean_probs, labels)
-    result["accuracy"] = accuracy(mean_probs, labels)
-    result["nll"] = nll(mean_probs, labels)
-    result["brier"] = brier(mean_probs, labels)
-    reference = None
-    if train_prevalence is not None:
-        reference = brier(_broadcast(train_prevalence, labels.shape, "train_prevalence"), labels)
-    _add_skill(result, undefined, reference)
-    result["ece"] = ece(mean_probs, labels)
-    result |= {key: float(value.mean()) for key, value in parts.items()}
-    if task == MULTI_LABEL:
-        result["paper_accuracy"] = paper_accuracy(probs, labels)
-        result["paper_brier"] = paper_brier(probs, labels)
-        result["paper_entropy"] = paper_entropy(probs)
-    return {**result, "undefined": undefined}
-
-
-def _evaluate_classes(probs, targets, task, train_prevalence):
-    probs, targets = _float64(probs), _float64(targets)
-    parts = uncertainty(probs / probs.sum(-1, keepdims=True), task)
-    mean_probs = parts.pop("mean_probs")
-    result, undefined = _ranking(mean_probs, targets)
-    predicted, true = mean_probs.argmax(-1), targets.argmax(-1)
-    result["accuracy"] = float((predicted == true).mean())
-    result["nll"] = float(-np.log(np.maximum(mean_probs[targets == 1], LOG_CLIP)).mean())
-    result["brier"] = _class_brier(mean_probs, targets)
-    reference = None
-    if train_prevalence is not None:
-        reference = _class_brier(_broadcast(train_prevalence, targets.shape, "train_prevalence"), targets)
-    _add_skill(result, undefined, reference)
-    result["ece"] = ece(mean_probs.max(-1), predicted == true)
-    result |= {key: float(value.mean()) for key, value in parts.items()}
-    if task == ORDINAL:
-        result["mean_absolute_error"] = float(np.abs(predicted - true).mean())
-        # In closed form: squared distances of the pairs over those of all pairs, the classes of chance.
-        by_chance = predicted.var() + true.var() + (predicted.mean() - true.mean()) ** 2
-        if by_chance > 0:
-            result["quadratic_kappa"] = float(1 - np.square(predicted - true).mean() / by_chance)
-        else:
-            undefined["quadratic_kappa"] = "every grade, predicted and true, is the same one"
-    return {**result, "undefined": undefined}
-
-
-def _evaluate_segmentation(probs, masks, valid, train_prevalence):
-    scores, bins, moments, reference = [], 0.0, 0.0, None
-    if train_prevalence is not None:
-        train_prevalence, reference = _broadcast(train_prevalence, probs.shape[2:], "train_prevalence"), 0.0
-    for chunk_probs, chunk_masks, chunk_valid in _chunks(probs, masks, valid):
-        scores.append(_score_images(chunk_probs, chunk_masks, chunk_valid))
-        mean_probs, soft = chunk_probs.mean(0, dtype="float64"), _rater_mean(chunk_masks, chunk_valid)
-        bins = bins + _calibration_bins(mean_probs, soft, 15)
-        several = chunk_valid.sum(1) > 1
-        moments = moments + _moments(binary_entropy(mean_probs[several]), (soft * (1 - soft))[several])
-        if reference is not None:
-            reference += _soft_brier(train_prevalence, soft).mean((1, 2)).sum()
-    result, undefined = {}, {}
-    for key in scores[0]:
-        values = np.concatenate([part[key] for part in scores])
-        if np.isnan(values).all():
-            undefined[key] = "no image has two or more valid raters"
-        else:
-            result[key] = float(np.nanmean(values))
-    _add_skill(result, undefined, None if reference is None else reference / len(masks))
-    result["ece"] = _ece_of_bins(bins)
-    key = "entropy_disagreement_pearson"
-    if moments[0] == 0:
-        undefined[key] = "no image has two or more valid raters"
-    else:
-        _, mean_x, mean_y, square_x, square_y, product = moments / moments[0]
-        variance_x, variance_y = square_x - mean_x**2, square_y - mean_y**2
-        if min(variance_x, variance_y) > 1e-12:
-            result[key] = float((product - mean_x * mean_y) / np.sqrt(variance_x * variance_y))
-        else:
-            undefined[key] = "the entropy or the raters' variance is the same at every pixel"
-    return {**result, "undefined": undefined}
-
-
-def _score_images(probs, masks, valid):
-    """Key -> (batch,) for some images, in float64."""
-    parts = uncertainty(probs)
-    mean_probs, soft = parts.pop("mean_probs"), _rater_mean(masks, valid)
-    predicted, majority = mean_probs > 0.5, soft >= 0.5
-    several = valid.sum(1) > 1
-    pixels = (1, 2)
-    scores = {
-        "dice": dice(predicted, majority),
-        "iou": iou(predicted, majority),
-        "nll": _nll(mean_probs, soft).mean(pixels),
-        "brier": _soft_brier(mean_probs, soft).mean(pixels),
-        **{key: value.mean(pixels) for key, value in parts.items()},
-        "ged": np.full(len(masks), np.nan),
-        "dice_raters": np.full(len(masks), np.nan),
-    }
-    if several.any():
-        scores["ged"][several] = _energy_distance(probs[:, several], masks[several], valid[several])
-
-    weights = valid / valid.sum(1, keepdims=True)  # (batch, raters)
-
-    def over_raters(score):
-        return sum(weights[:, rater] * score(masks[..., rater]) for rater in range(masks.shape[-1]))
-
-    scores["dice_raters"][several] = over_raters(lambda mask: dice(predicted, mask))[several]
-    scores["paper_dice"] = paper_dice(probs, soft)
-    scores["paper_iou"] = over_raters(lambda mask: paper_iou(probs, mask))
-    twice = 1 / (1 + np.exp(1 - 2 * probs))
-    scores["paper_brier"] = _soft_brier(probs, soft).mean((0, 2, 3))
-    scores["paper_brier_softmax_twice"] = _soft_brier(twice, soft).mean((0, 2, 3))
-    scores["paper_entropy"] = scores["entropy"]
-    return scores
-
-
-# ---------------------------------------------------------------------------
-# Checks and small parts
-# ---------------------------------------------------------------------------
-
-
-def _broadcast(values, shape, name):
-    try:
-        return np.broadcast_to(_float64(values), shape)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected {name} to fit predictions of shape {shape}. Received: shape {np.shape(values)}"
-        ) from error
+        constant, constants = "all_background" if task == SEGMENTATION else "all_negative", 0.0
+    shape, records = targets.shape[1 : 3 if task == SEGMENTATION else 2], {}
+    step = max(1, CHUNK_VALUES // int(np.prod(shape)))
+    for name, values in ((constant, constants), ("prevalence", frequency)):
+        evaluator = Evaluator(task, **options)
+        for start in range(0, len(targets), step):
+            part = slice(start, start + step)
+            found = targets[part]
+            probs = _broadcast(values, (1, len(found), *shape), "train_targets")
+            parts = {key: _part(value, part) for key, value in (extra or {}).items()}
+            evaluator.update(probs, found, _part(rater_valid, part), **parts)
+        records[name] = evaluator.record()
+    return records
 
 
 def _chunks(probs, masks, valid) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -311,34 +1343,3 @@ def _chunks(probs, masks, valid) -> Iterator[tuple[np.ndarray, np.ndarray, np.nd
     for start in range(0, len(masks), size):
         part = slice(start, start + size)
         yield np.minimum(_float64(probs[:, part]), 1), masks[part], valid[part]
-
-
-def _class_brier(mean_probs, targets):
-    return float(np.square(mean_probs - targets).sum(-1).mean())
-
-
-def _ranking(mean_probs, labels):
-    """Ranking scores of each label or class against the rest, as means; with the reasons where there is none."""
-    auc = auc_per_label(mean_probs, labels)
-    defined = ~np.isnan(auc)
-    result, undefined = {"auc_num_labels": float(defined.sum())}, {}
-    if defined.any():
-        result["auc"] = float(auc[defined].mean())
-        precision = average_precision_per_label(mean_probs[:, defined], labels[:, defined])
-        result["average_precision"] = float(precision.mean())
-    else:
-        undefined["auc"] = undefined["average_precision"] = "no label occurs as both 0 and 1"
-    return result, undefined
-
-
-def _add_skill(result, undefined, reference):
-    if reference is None:
-        undefined["brier_skill"] = "train_prevalence was not given"
-    elif reference == 0:
-        undefined["brier_skill"] = "the training prevalence predicts these targets without error"
-    else:
-        result["brier_skill"] = float(1 - result["brier"] / reference)
-
-
-def _moments(x, y):
-    return np.array([x.size, x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])

@@ -1,10 +1,11 @@
 """Pictures: functions that take axes and arrays, and return the axes.
 
 Nothing here shows or saves a figure, and nothing touches a style that is not its own. Functions with an `ax`
-argument draw into it and return it; the panels (`plot_segmentation`, `plot_classification`, `plot_wall`) make a
-figure and return its array of axes. Images are grey or RGB, uncertainty is in nats on viridis.
+argument draw into it and return it; the panels (`plot_segmentation`, `plot_sample_masks`, `plot_classification`,
+`plot_wall`) make a figure and return its array of axes. Images are grey or RGB, uncertainty is in nats on viridis.
 """
 
+import itertools
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -15,14 +16,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from sbn_tf import metrics
 from sbn_tf.metrics import majority_mask, uncertainty
 
 __all__ = [
     "format_table",
     "plot_classification",
+    "plot_cost",
     "plot_history",
+    "plot_intervals",
     "plot_masks_by_layer",
     "plot_reliability",
+    "plot_reliability_curves",
+    "plot_risk_coverage",
+    "plot_sample_masks",
     "plot_scales",
     "plot_scores",
     "plot_segmentation",
@@ -197,45 +204,367 @@ def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
     return _plain(ax)
 
 
-def plot_reliability(ax: Axes, probs: np.ndarray, targets: np.ndarray, num_bins: int = 15) -> Axes:
-    """Observed frequency against mean probability in equal-width bins, with the count of each bin.
+def plot_reliability(ax: Axes, probs: np.ndarray, targets: np.ndarray, num_bins: int = 15, binning="width") -> Axes:
+    """Observed frequency against mean probability in bins, with the count of each bin.
 
     Args:
         ax: where to draw.
         probs: any shape, probabilities of 1 (the posterior predictive mean).
         targets: same shape, in 0..1.
-        num_bins: number of bins over [0, 1], as in `metrics.ece`.
+        num_bins: number of bins, as in `metrics.ece`.
+        binning: "width", bins of equal width over [0, 1], or "mass", of equal count.
 
     Returns:
         `ax`, the first of two: the counts are drawn on a twin axis, logarithmic.
     """
-    probs, targets = np.asarray(probs, "float64").ravel(), np.asarray(targets, "float64").ravel()
-    index = np.minimum((probs * num_bins).astype(int), num_bins - 1)
-    count, sum_probs, sum_targets = (np.bincount(index, w, num_bins) for w in (None, probs, targets))
-    used = count > 0
-    mean_probs, frequency = sum_probs[used] / count[used], sum_targets[used] / count[used]
-    ece = np.abs(sum_probs - sum_targets).sum() / probs.size
+    return plot_reliability_curves(ax, {"predictions": (probs, targets)}, num_bins, binning)
 
-    counts = ax.twinx()
-    counts.bar((np.arange(num_bins) + 0.5) / num_bins, count, 0.9 / num_bins, color=GREY, alpha=0.6)
+
+def plot_reliability_curves(ax: Axes, curves: dict[str, tuple], num_bins: int = 15, binning="width") -> Axes:
+    """Reliability of several methods in one picture: a curve for each, and the counts of its bins below.
+
+    Args:
+        ax: where to draw.
+        curves: method -> (probs, targets), each of any shape: probabilities of 1, and targets in 0..1.
+        num_bins: number of bins, as in `metrics.ece`.
+        binning: "width", bins of equal width over [0, 1], or "mass", of equal count.
+
+    Returns:
+        `ax`, the first of two: the counts are drawn on a twin axis, logarithmic, as bars for one method and as
+        steps for several; of equal-count bins of several methods the label tells them. The ECE is in the legend.
+
+    Raises:
+        ValueError: no curve, or an unknown binning.
+    """
+    if not curves or binning not in ("width", "mass"):
+        raise ValueError(f'Expected a curve and binning "width" or "mass". Received: {len(curves)}, {binning!r}')
+    counts, most = ax.twinx(), 1.0
+    ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
+    for (name, (probs, targets)), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        probs, targets = np.asarray(probs, "float64").ravel(), np.asarray(targets, "float64").ravel()
+        edges, count, mean_probs, frequency = _bins(probs, targets, num_bins, binning)
+        value = metrics.ece(probs, targets, num_bins, binning=binning)
+        ax.plot(mean_probs, frequency, "o-", color=colour, markersize=4, label=f"{name}: ECE {value:.4f}")
+        if len(curves) == 1:
+            width = np.maximum(np.diff(edges), 0.004)  # a bin of one probability is seen
+            counts.bar((edges[1:] + edges[:-1]) / 2, count, 0.9 * width, color=GREY, alpha=0.6)
+        elif binning == "width":
+            counts.stairs(np.maximum(count, 0.5), edges, color=colour, alpha=0.8, baseline=None)
+        most = max(most, count.max())
     counts.set_yscale("log")
-    counts.set_ylim(0.5, 0.5 * (2 * count.max()) ** 2.5)  # the bars stay in the lower part
-    counts.set_yticks([tick for tick in 10.0 ** np.arange(12) if tick <= count.max()])
+    counts.set_ylim(0.5, 0.5 * (2 * most) ** 2.5)  # the bars stay in the lower part
+    counts.set_yticks([tick for tick in 10.0 ** np.arange(12) if tick <= most])
     counts.minorticks_off()
-    counts.set_ylabel("predictions in the bin (bars)", loc="bottom")
+    counts.set_ylabel(f"predictions in the bin ({'bars' if len(curves) == 1 else 'steps'})", loc="bottom")
     counts.spines["top"].set_visible(False)
+    alike = binning == "mass" and len(curves) > 1
+    counts.set_visible(not alike)
     ax.set_zorder(counts.get_zorder() + 1)
     ax.patch.set_visible(False)
-
-    ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
-    ax.plot(mean_probs, frequency, "o-", color=BLUE, markersize=4, label=f"predictions: ECE {ece:.4f}")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.02)
-    ax.set_xlabel("predicted probability")
+    ax.set_xlabel(
+        f"predicted probability (bins of about {probs.size / num_bins:.0f})" if alike else "predicted probability"
+    )
     ax.set_ylabel("observed frequency")
     ax.legend(frameon=False, fontsize="small", loc="upper left")
     ax.spines["top"].set_visible(False)
     return ax
+
+
+def _bins(probs, targets, num_bins, binning):
+    """Edges and counts of the bins; mean probability and frequency of 1 of those that are not empty."""
+    if binning == "width":
+        index = np.minimum((probs * num_bins).astype(int), num_bins - 1)
+        edges = np.linspace(0, 1, num_bins + 1)
+    else:
+        index = _equal_mass(probs, num_bins)
+        borders = [(probs[index == k].min(), probs[index == k].max()) for k in range(index.max() + 1)]
+        inner = [(left[1] + right[0]) / 2 for left, right in itertools.pairwise(borders)]
+        edges = np.array([borders[0][0], *inner, borders[-1][1]])
+    count, sum_probs, sum_targets = (np.bincount(index, w, len(edges) - 1) for w in (None, probs, targets))
+    used = count > 0
+    return edges, count, sum_probs[used] / count[used], sum_targets[used] / count[used]
+
+
+def _equal_mass(probs, num_bins):
+    """Bin of each probability, numbered without gaps: equal probabilities are in one bin."""
+    _, inverse, count = np.unique(probs, return_inverse=True, return_counts=True)
+    middle = np.cumsum(count) - count / 2  # of the ranks of each value
+    index = np.minimum((middle * num_bins / probs.size).astype(int), num_bins - 1)
+    return np.unique(index, return_inverse=True)[1][inverse]
+
+
+def _colours(number):
+    return [BLUE] if number == 1 else list(plt.get_cmap("viridis")(np.linspace(0, 0.85, number)))
+
+
+def plot_risk_coverage(ax: Axes, curves: dict[str, tuple], oracle: bool = True) -> Axes:
+    """Mean error of the images that are kept, when those of the highest uncertainty are refused first.
+
+    Useful uncertainty bends its curve below the dashed line, which refuses at random, and towards the dotted one of
+    its oracle, which refuses the worst images first. The areas below the curves are in the legend: less is better.
+
+    Args:
+        ax: where to draw.
+        curves: method -> (uncertainty, risk), each (images,): as `metrics.risk_coverage` takes them.
+        oracle: draw each method's oracle.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: no curve.
+    """
+    if not curves:
+        raise ValueError("Expected a curve or more. Received: none")
+    for (name, (uncertain, risk)), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+        label = f"{name}: {metrics.area_under_risk_coverage(uncertain, risk):.4f}"
+        if oracle:
+            label += f" (oracle {metrics.area_under_risk_coverage(risk, risk):.4f})"
+            ax.plot(*metrics.risk_coverage(risk, risk), ":", color=colour, linewidth=1)
+        ax.plot(*metrics.risk_coverage(uncertain, risk), color=colour, linewidth=1.6, label=label)
+        ax.plot([0, 1], [np.mean(risk)] * 2, "--", color=colour, linewidth=0.8)
+    handles, _ = ax.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=0.8, label="refused at random"))
+    if oracle:
+        handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="the worst refused first"))
+    ax.set_xlim(0, 1)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(0, low), high + 0.075 * (len(handles) + 1) * (high - min(0, low)))  # room for the legend
+    ax.set_xlabel("coverage (share of the images that is kept)")
+    ax.set_ylabel("mean risk of the kept images")
+    ax.legend(
+        handles=handles,
+        title="area below the curve",
+        loc="upper left",
+        alignment="left",
+        frameon=False,
+        fontsize="small",
+        title_fontsize="small",
+    )
+    return _plain(ax)
+
+
+def plot_intervals(ax: Axes, rows: list, key: str, band: str | None = "deterministic") -> Axes:
+    """One metric of every method: a point and its interval, in the order given.
+
+    Of several seeds the point is their mean, the line the standard deviation, and each seed is a small dot. Trivial
+    rows are grey. A row far away from the others is an arrow at the border with its value beside it, so that it does
+    not press the others together.
+
+    Args:
+        ax: where to draw.
+        rows: list of `results.Result`, of one dataset.
+        key: of `results.METRICS`.
+        band: label of the row whose interval is shaded over all the others; None, or one that is not there: no band.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: an unknown key, or results that do not belong together.
+    """
+    from sbn_tf.results import METRICS, group  # these make their tables with this module
+
+    if key not in METRICS:
+        raise ValueError(f"Expected a key of results.METRICS, {list(METRICS)}. Received: key={key!r}")
+    rows = group(rows)
+    low, high = _limits([(row.value(key), row.interval(key)) for row in rows if not row.is_trivial])
+    for place, row in enumerate(rows):
+        value, colour = row.value(key), GREY if row.is_trivial else BLUE
+        if value is None:
+            reason = textwrap.shorten(f"undefined: {row.reason(key)}", 60, placeholder=" ...")
+            ax.text(
+                0.02, place, reason, va="center", fontsize="x-small", color="0.4", transform=ax.get_yaxis_transform()
+            )
+        elif not low <= value <= high:
+            _at_border(ax, value, place, low, high, colour)
+        else:
+            bounds = row.interval(key)
+            if bounds is not None:
+                ax.plot(bounds, [place] * 2, color=colour, linewidth=2, solid_capstyle="butt")
+            seeds = list(row.values(key).values())
+            if len(seeds) > 1:
+                ax.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=8)
+            ax.plot(value, place, "o", color=colour, markersize=6)
+    if all(row.value(key) is None for row in rows):
+        ax.set_xticks([])
+    base = next((row for row in rows if row.label == band and row.value(key) is not None), None)
+    if base is not None:
+        start, stop = base.interval(key) or (base.value(key),) * 2
+        ax.axvspan(start, stop, color=ORANGE, alpha=0.15, linewidth=0, zorder=0)
+        ax.axvline(base.value(key), color=ORANGE, linestyle="--", linewidth=1, zorder=0)
+    ax.set_xlim(low, high)
+    ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize="small")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    better = METRICS[key].better
+    if better is not None:
+        side = {"higher": {"loc": "right"}, "lower": {"loc": "left"}}[better]
+        ax.set_title("better \u2192" if better == "higher" else "\u2190 better", fontsize="small", **side)
+    lines = "mean and sd of the seeds" if any(len(row.results) > 1 for row in rows) else "95 % interval"
+    ax.set_xlabel(f"{key} ({lines})" if any(row.interval(key) for row in rows) else key)
+    return _plain(ax)
+
+
+def plot_cost(ax: Axes, rows: list, x: str = "train_flops_ratio", y: str = "nll") -> Axes:
+    """A metric against what the method costs: numbered points, and which is which beside the axes.
+
+    The cost is logarithmic. The stepped line joins the methods that none is both cheaper and better than. Trivial rows
+    cost nothing: they are horizontal lines. A row far away from the others is an arrow at the border, its value in the
+    legend.
+
+    Args:
+        ax: where to draw; the legend is to its right, outside.
+        rows: list of `results.Result`, of one dataset; those without this cost or metric are named in the legend.
+        x: of `results.COSTS`.
+        y: of `results.METRICS`.
+
+    Returns:
+        `ax`.
+
+    Raises:
+        ValueError: an unknown key, or results that do not belong together.
+    """
+    from sbn_tf.results import COSTS, METRICS, group
+
+    if x not in COSTS or y not in METRICS:
+        raise ValueError(f"Expected x of results.COSTS and y of results.METRICS. Received: x={x!r}, y={y!r}")
+    rows = group(rows)
+    shown = [row for row in rows if not row.is_trivial and row.value(y) is not None and (row.value(x) or 0) > 0]
+    low, high = _limits([(row.value(y), row.interval(y)) for row in shown])
+    ax.set_xscale("log")
+    ax.set_ylim(low, high)
+    handles, points = [], []
+    for number, row in enumerate(shown, 1):
+        cost, value, bounds = row.value(x), row.value(y), row.interval(y)
+        inside, label = low <= value <= high, f"{number}  {row.label}"
+        if inside and bounds is not None:
+            ax.plot([cost] * 2, bounds, color=BLUE, alpha=0.3, linewidth=1.2)
+        marker = "o" if inside else "^" if value > high else "v"
+        height = float(np.clip(value, low + 0.01 * (high - low), high - 0.01 * (high - low)))
+        ax.plot(cost, height, marker, color=BLUE, markersize=5)
+        points.append((cost, height))
+        handles.append(Line2D([], [], linestyle="none", label=label if inside else f"{label} ({value:.3g})"))
+    handles += _trivial_lines(ax, [row for row in rows if row.is_trivial], y, low, high)
+    missing = [row.label for row in rows if not row.is_trivial and row not in shown]
+    handles += [Line2D([], [], linestyle="none", label=f"not shown: {label}") for label in missing]
+    if METRICS[y].better is not None and shown:
+        ax.plot(*_front(points, METRICS[y].better), color=ORANGE, linewidth=1, drawstyle="steps-post", zorder=1)
+    if points:
+        costs = [cost for cost, _ in points]
+        ax.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+        _plain_ticks(ax, min(costs) / 1.3, max(costs) * 1.3)
+    better = METRICS[y].better
+    ax.set_xlabel(textwrap.fill(f"{COSTS[x][2]} ({x})", 50))
+    ax.set_ylabel(f"{y} ({better} is better)" if better else y)
+    ax.legend(
+        handles=handles, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.2
+    )
+    ax.figure.draw_without_rendering()  # the layout, by which the numbers find their places
+    _number_points(ax, points)
+    return _plain(ax)
+
+
+def _trivial_lines(ax, rows, key, low, high):
+    """Trivial rows as horizontal lines where they are in sight; their legend entries."""
+    handles = []
+    styles = ("--", ":", "-.", (0, (1, 3)))
+    for index, row in enumerate(row for row in rows if row.value(key) is not None):
+        value, style = row.value(key), styles[index % len(styles)]
+        inside = low <= value <= high
+        if inside:
+            ax.axhline(value, color="0.5", linestyle=style, linewidth=1, zorder=0)
+        options = {"linestyle": style, "color": "0.5"} if inside else {"linestyle": "none"}
+        handles.append(Line2D([], [], label=row.label if inside else f"{row.label} ({value:.3g})", **options))
+    return handles
+
+
+def _limits(scores):
+    """Limits of an axis that shows (value, interval) of most rows, and leaves out those far away."""
+    scores = [(value, bounds or (value, value)) for value, bounds in scores if value is not None]
+    if not scores:
+        return 0.0, 1.0
+    values = np.array([value for value, _ in scores])
+    middle = np.median(values)
+    reach = 8 * max(np.median([high - low for _, (low, high) in scores]), np.median(np.abs(values - middle)))
+    near = [bounds for value, bounds in scores if abs(value - middle) <= reach]
+    low, high = min(b[0] for b in near), max(b[1] for b in near)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
+    return float(low - margin), float(high + margin)
+
+
+def _at_border(ax, value, place, low, high, colour):
+    right = value > high
+    inner = 0.02 * (high - low)
+    edge = high - inner if right else low + inner
+    ax.plot(edge, place, ">" if right else "<", color=colour, markersize=6)
+    ax.annotate(
+        f"{value:.3g}",
+        (edge, place),
+        (-6 if right else 6, 0),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="center",
+        fontsize="x-small",
+        color="0.4",
+    )
+
+
+def _front(points, better):
+    """Costs and values of the points that no cheaper one equals or betters, by rising cost."""
+    sign = 1 if better == "higher" else -1
+    front = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * value > sign * front[-1][1]:
+            front.append((cost, value))
+    return np.array(front).T
+
+
+def _plain_ticks(ax, low, high):
+    """Ticks at 1, 2, 5 of each decade, or at decades where there are many, in plain numbers."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    ticks = decades if high / low > 1e4 else np.outer(decades, [1, 2, 5]).ravel()
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def _number_points(ax, points):
+    """A number beside each point, no two over one another, with a line to its point where that is not near."""
+    scale = ax.figure.dpi / 72  # points to pixels
+    centres = ax.transData.transform(np.reshape(points, (-1, 2))) / scale
+    corner, far = ax.bbox.min / scale, ax.bbox.max / scale
+    shifts = [
+        radius * np.array([np.cos(np.pi * angle), np.sin(np.pi * angle)])
+        for radius in range(9, 80, 6)
+        for angle in np.linspace(0.5, 2.5, 16, endpoint=False)
+    ]
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+    placed = []
+    for number, (point, centre) in enumerate(zip(points, centres, strict=True), 1):
+        half = np.array([3.5 * len(str(number)), 5.0])
+
+        def is_free(at, half=half):
+            apart = all((np.abs(at - other) > half + other_half + 0.5).any() for other, other_half in placed)
+            return (
+                apart
+                and (np.abs(at - centres) > half + 3).any(1).all()
+                and ((at - half > corner) & (at + half < far)).all()
+            )
+
+        shift = next((shift for shift in shifts if is_free(centre + shift)), shifts[0])
+        placed.append((centre + shift, half))
+        ax.annotate(
+            str(number),
+            point,
+            shift,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize="small",
+            arrowprops=line if np.hypot(*shift) > 10 else None,
+        )
 
 
 def _to_display(image):
@@ -353,6 +682,74 @@ def plot_segmentation(
         Patch(color=FALSE_NEGATIVE, alpha=0.6, label="false negative"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    return axes
+
+
+def plot_sample_masks(
+    images: np.ndarray,
+    truths: np.ndarray,
+    probs: np.ndarray,
+    num_rows: int | None = None,
+    num_samples: int = 5,
+    rater_valid: np.ndarray | None = None,
+    panel_inches: float = 1.6,
+) -> np.ndarray:
+    """A row for each image: the raters' outlines, the masks of some samples, and how often each pixel is in a mask.
+
+    Args:
+        images: (batch, height, width, 1 or 3), any range: each is stretched.
+        truths: (batch, height, width) or (batch, height, width, raters), 0 or 1.
+        probs: (samples, batch, height, width) or (..., width, 1), probabilities of foreground, cut at 0.5.
+        num_rows: draw that many images from the start; None for all.
+        num_samples: draw that many samples from the start; the last column is of all of them.
+        rater_valid: (batch, raters) bool; None if all are.
+        panel_inches: side of a panel.
+
+    Returns:
+        (rows, 2 + drawn samples) array of axes of a new figure.
+
+    Raises:
+        ValueError: fewer than one row or sample.
+    """
+    images, truths, probs = np.asarray(images), np.asarray(truths), np.asarray(probs)
+    truths = truths[..., None] if truths.ndim == 3 else truths
+    probs = probs[..., 0] if probs.ndim == 5 else probs
+    rows, drawn = min(len(images) if num_rows is None else num_rows, len(images)), min(num_samples, len(probs))
+    if rows < 1 or drawn < 1:
+        raise ValueError(f"Expected an image and a sample or more. Received: {rows} images, {drawn} samples")
+    num_raters = truths.shape[-1]
+    valid = np.ones((len(images), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
+    masks = probs[:, :rows] > 0.5
+    titles = ["raters" if num_raters > 1 else "truth", *(f"sample {k + 1}" for k in range(drawn)), "all samples"]
+    figure, axes = plt.subplots(
+        rows,
+        len(titles),
+        figsize=(panel_inches * len(titles) + 0.6, panel_inches * rows + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    for row in range(rows):
+        for ax in axes[row, :-1]:
+            _show(ax, images[row])
+        for rater in np.flatnonzero(valid[row]):
+            width = 0.9 + 0.35 * (num_raters - 1 - rater)  # outlines that coincide are all seen
+            _contour(axes[row, 0], truths[row, ..., rater] > 0.5, RATERS[rater % len(RATERS)], linewidths=width)
+        for ax, mask in zip(axes[row, 1:-1], masks[:, row], strict=False):
+            overlay = np.zeros((*mask.shape, 4))
+            overlay[mask] = (*to_rgb(ORANGE), 0.35)
+            ax.imshow(overlay)
+            _contour(ax, mask, ORANGE, linewidths=1.2)
+        share = axes[row, -1].imshow(masks[:, row].mean(0), "viridis", vmin=0, vmax=1)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize="medium")
+    bar = figure.colorbar(share, ax=axes[:, -1].tolist(), location="right", shrink=0.9, pad=0.05)
+    bar.set_label(f"share of {len(probs)} sample{'s' * (len(probs) > 1)}", fontsize="small")
+    bar.locator = MaxNLocator(3)
+    bar.ax.tick_params(labelsize="small")
     return axes
 
 

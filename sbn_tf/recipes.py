@@ -11,6 +11,7 @@ from keras import ops
 
 __all__ = [
     "RECIPES",
+    "CosineCycles",
     "Recipe",
     "WeightedBinaryCrossentropy",
     "WeightedCategoricalCrossentropy",
@@ -43,6 +44,8 @@ class Recipe:
         kl_reduction: "sum" (the ELBO) or "mean" (the paper's code).
         initial_scale: where every scale starts; None: the paper's untransformed scales, N(-3, 1).
         batch_norm: "frozen", "statistics" or "train" in step 3.
+        keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
+            first of equals), which in step 3 holds the KL too.
 
     Raises:
         ValueError: a setting that is not of its kind or out of its range.
@@ -70,6 +73,7 @@ class Recipe:
     kl_reduction: str = "sum"
     initial_scale: float | None = 0.01
     batch_norm: str = "frozen"
+    keep: str = "last"
 
     def __post_init__(self):
         for field in ("epochs", "bayes_epochs", "batch_size", "num_samples"):
@@ -100,6 +104,7 @@ _CHOICES = {
     "estimator": ("all", "split"),
     "kl_reduction": ("sum", "mean"),
     "batch_norm": ("frozen", "statistics", "train"),
+    "keep": ("last", "best"),
 }
 
 
@@ -307,11 +312,53 @@ def loss_for(recipe: Recipe, data):
     return WeightedBinaryCrossentropy(10.0 if data.card.num_raters > 1 else 1.0)
 
 
-def optimizer_for(name: str, learning_rate: float, *, momentum=0.0, weight_decay=None, decay="none", steps=1):
-    """Keras optimiser from plain numbers."""
+@keras.saving.register_keras_serializable(package="sbn_tf")
+class CosineCycles(keras.optimizers.schedules.LearningRateSchedule):
+    """`learning_rate / 2 * (1 + cos(pi * t))`, t from 0 to 1 within each cycle: warm restarts.
+
+    `keras.optimizers.schedules.CosineDecayRestarts` has cycles of one length, or of lengths that grow by a factor.
+
+    Args:
+        learning_rate: at the start of each cycle.
+        cycle_steps: optimiser steps of each cycle, in order: integers >= 1. After the last one the rate is 0.
+
+    Raises:
+        ValueError: no cycle, or one without a step.
+
+    Reference: Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5; Huang et
+    al. 2017, "Snapshot Ensembles: Train 1, Get M for Free".
+    """
+
+    def __init__(self, learning_rate: float, cycle_steps):
+        super().__init__()
+        self.learning_rate, self.cycle_steps = float(learning_rate), [int(steps) for steps in cycle_steps]
+        if not self.cycle_steps or min(self.cycle_steps) < 1:
+            raise ValueError(f"Expected cycle_steps, integers >= 1. Received: cycle_steps={cycle_steps}")
+
+    def __call__(self, step):
+        """The rate of a step, counted from 0."""
+        ends = np.cumsum(self.cycle_steps)
+        step = ops.cast(step, "int32")
+        cycle = ops.sum(ops.cast(step >= ops.convert_to_tensor(ends[:-1], "int32"), "int32"))
+        start = ops.take(ops.convert_to_tensor(ends - self.cycle_steps, "int32"), cycle)
+        steps = ops.take(ops.convert_to_tensor(self.cycle_steps, "int32"), cycle)
+        share = ops.minimum(ops.cast(step - start, "float32") / ops.cast(steps, "float32"), 1.0)
+        return 0.5 * self.learning_rate * (1.0 + ops.cos(np.pi * share))
+
+    def get_config(self):
+        """Plain numbers."""
+        return {"learning_rate": self.learning_rate, "cycle_steps": self.cycle_steps}
+
+
+def optimizer_for(
+    name: str, learning_rate: float, *, momentum=0.0, weight_decay=None, decay="none", steps=1, cycle_steps=None
+):
+    """Keras optimiser from plain numbers; with `cycle_steps` the rate is that of `CosineCycles`, whatever `decay`."""
     if decay not in ("none", "cosine") or name not in ("sgd", "adam"):
         raise ValueError(f'Expected "sgd" or "adam", "none" or "cosine". Received: {name!r}, decay={decay!r}')
     rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps) if decay == "cosine" else learning_rate
+    if cycle_steps is not None:
+        rate = CosineCycles(learning_rate, cycle_steps)
     if name == "sgd":
         return keras.optimizers.SGD(rate, momentum=momentum, weight_decay=weight_decay)
     return keras.optimizers.Adam(rate, weight_decay=weight_decay)

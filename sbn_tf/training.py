@@ -11,7 +11,9 @@ import hashlib
 import json
 import operator
 import os
+import re
 import subprocess
+import time
 import warnings
 import zipfile
 import zlib
@@ -24,7 +26,9 @@ from keras import ops
 from tqdm import tqdm
 
 from sbn_tf import models
+from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE
+from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency, top_k
@@ -33,9 +37,12 @@ __all__ = [
     "Checkpoint",
     "Run",
     "StopAtNaN",
+    "continued_run",
     "deterministic_run",
+    "ensemble_runs",
     "fit",
     "masks_run",
+    "member_seed",
     "partial_run",
     "scores_run",
     "write_json",
@@ -120,12 +127,18 @@ class Checkpoint(keras.callbacks.Callback):
     Args:
         path: the npz file.
         guard: a `StopAtNaN` whose bad epochs are not written.
+        keep: "last", or "best": the weights of the epoch with the lowest validation loss are remembered too.
+
+    Attributes:
+        history: what Keras logs of each epoch, and `seconds`: each epoch's wall time, validation included.
+        ended: whether training was ended on purpose.
+        best: of `keep="best"`, (epoch counted from 0, its weights); None before the first epoch.
     """
 
-    def __init__(self, path, guard: StopAtNaN | None = None):
+    def __init__(self, path, guard: StopAtNaN | None = None, keep: str = "last"):
         super().__init__()
-        self.path, self.guard, self.history = Path(path), guard, {}
-        self.ended = False
+        self.path, self.guard, self.keep, self.history = Path(path), guard, keep, {}
+        self.ended, self.best, self._best_before = False, None, None
 
     def resume(self, model) -> int:
         """Load the last written epoch into a compiled model; return how many epochs are done (0: none).
@@ -140,7 +153,12 @@ class Checkpoint(keras.callbacks.Callback):
         arrays = _read_arrays(self.path)
         try:
             epochs, history = int(arrays.pop("epochs")), json.loads(str(arrays.pop("history")))
-            ended = bool(arrays.pop("ended"))
+            ended, best_epoch = bool(arrays.pop("ended")), arrays.pop("best_epoch", None)
+            if best_epoch is None and self.keep == "best":
+                raise ValueError("it holds no best epoch")
+            if self.keep == "best":
+                best = [arrays.pop(f"best{i}") for i in range(len(model.weights))]
+                self.best = (int(best_epoch), best)
         except (KeyError, ValueError) as error:
             raise ValueError(f"Expected a checkpoint. Received: {self.path} ({error}). Delete it.") from None
         found = [arrays[f"v{i}"].shape for i in range(len(arrays)) if f"v{i}" in arrays]
@@ -154,12 +172,21 @@ class Checkpoint(keras.callbacks.Callback):
         self.history, self.ended = history, ended
         return epochs
 
+    def on_epoch_begin(self, epoch, logs=None):
+        """Start this epoch's clock."""
+        self._began = time.perf_counter()
+
     def on_epoch_end(self, epoch, logs=None):
         """Write the state after this epoch."""
         if self.guard is not None and self.guard.stopped:
             return
-        for key, value in (logs or {}).items():
+        for key, value in {**(logs or {}), "seconds": time.perf_counter() - self._began}.items():
             self.history.setdefault(key, []).append(float(value))
+        if self.keep == "best":
+            losses = self.history["val_loss"]
+            self._best_before = self.best
+            if self.best is None or losses[-1] < losses[self.best[0]]:
+                self.best = (epoch, [np.array(w) for w in self.model.get_weights()])
         self._write(epoch + 1)
 
     def on_train_end(self, logs=None):
@@ -167,6 +194,8 @@ class Checkpoint(keras.callbacks.Callback):
         if self.guard is not None and self.guard.stopped:
             epochs = self.guard.nan_in_epoch
             self.history = {key: values[:epochs] for key, values in self.history.items()} if epochs else {}
+            if self.best is not None and self.best[0] >= epochs:
+                self.best = self._best_before
             self._write(epochs) if epochs else self.path.unlink(missing_ok=True)
         elif self.model.stop_training:
             self.ended = True
@@ -176,6 +205,8 @@ class Checkpoint(keras.callbacks.Callback):
         variables = [*_state(self.model), *self.model.optimizer.variables]
         arrays = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
         extra = {"epochs": epochs, "history": json.dumps(self.history), "ended": self.ended}
+        if self.best is not None:
+            extra |= {"best_epoch": self.best[0], **{f"best{i}": w for i, w in enumerate(self.best[1])}}
         _atomically(self.path, lambda file: np.savez(file, **arrays, **extra))
 
 
@@ -205,6 +236,7 @@ def fit(
     seed: int,
     folder,
     augment: str | None = None,
+    keep: str = "last",
     callbacks=(),
     verbose: bool = True,
 ) -> dict[str, list]:
@@ -216,18 +248,27 @@ def fit(
         epochs: in all, those of an interrupted call included.
         batch_size, seed, augment: of the stream.
         folder: where the checkpoint lies.
+        keep: "last", or "best": the model ends with the weights of the epoch with the lowest validation loss.
         callbacks: more Keras callbacks.
         verbose: show a progress bar.
 
     Returns:
-        dict of lists: the history of all epochs, resumed ones included; `nan_in_epoch` where a loss that was not finite
-        stopped it.
+        dict of lists. For each epoch, resumed ones included, what Keras logs, and `seconds`: wall time, with validation
+        and with tracing where it was traced; of an epoch that was interrupted only its second, whole try counts. Of one
+        value: `nan_in_epoch` where a loss that was not finite stopped it, `kept_epoch` under `keep="best"`, both
+        counted from 0; `peak_bytes`, the peak memory of the process while it trained (the last process, of a run that
+        was resumed), where the system tells it.
 
     Raises:
-        ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for.
+        ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for; `keep="best"`
+            without validation.
     """
+    if keep not in ("last", "best") or (keep == "best" and val is None):
+        raise ValueError(
+            f'Expected keep "last", or "best" with a validation split. Received: keep={keep!r}, val={val and val.name}'
+        )
     guard = StopAtNaN()
-    checkpoint = Checkpoint(Path(folder) / "checkpoint.npz", guard)
+    checkpoint = Checkpoint(Path(folder) / "checkpoint.npz", guard, keep)
     Path(folder).mkdir(parents=True, exist_ok=True)
     done = checkpoint.resume(model)
     if done > epochs:
@@ -241,21 +282,31 @@ def fit(
     if done < epochs and not checkpoint.ended:
         progress = [_Progress(model.name, train.steps(batch_size), epochs, done)] if verbose else []
         try:
-            model.fit(
-                train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
-                steps_per_epoch=train.steps(batch_size),
-                initial_epoch=done,
-                epochs=epochs,
-                validation_data=None if val is None else _val_batches(val, batch_size),
-                callbacks=[guard, *callbacks, *progress, checkpoint],
-                shuffle=False,  # the stream does
-                verbose=0,
-            )
+            with measured() as used:
+                model.fit(
+                    train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
+                    steps_per_epoch=train.steps(batch_size),
+                    initial_epoch=done,
+                    epochs=epochs,
+                    validation_data=None if val is None else _val_batches(val, batch_size),
+                    callbacks=[guard, *callbacks, *progress, checkpoint],
+                    shuffle=False,  # the stream does
+                    verbose=0,
+                )
         finally:
             for shown in progress:
                 shown.bar.close()
+        if used.peak_bytes is not None:
+            checkpoint.history["peak_bytes"] = [int(used.peak_bytes)]
         if guard.stopped:
             checkpoint.history["nan_in_epoch"] = [guard.nan_in_epoch]
+    if checkpoint.best is not None:
+        kept, weights = checkpoint.best
+        model.set_weights(weights)
+        for callback in callbacks:
+            if isinstance(callback, BetaSchedule):
+                model.beta = callback.at(kept)
+        checkpoint.history["kept_epoch"] = [kept]
     return checkpoint.history
 
 
@@ -270,12 +321,27 @@ def _val_batches(val, batch_size):
 
 @dataclass
 class Run:
-    """A finished step: its model, its training curves, its folder."""
+    """A finished step: its model, its training curves (as `fit` returns them), its folder.
+
+    `snapshots` of a `continued_run`: the weights at the end of each cycle, each as from `model.get_weights()`.
+    """
 
     model: keras.Model
     history: dict
     folder: Path
     masks: Masks | None = None
+    snapshots: list[list[np.ndarray]] | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of all epochs; None where it is not known of each: a run made before it was taken."""
+        seconds = self.history.get("seconds", [])
+        return float(sum(seconds)) if len(seconds) == len(self.history.get("loss", [])) > 0 else None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak memory of the process that trained it; None where it is not known."""
+        return self.history.get("peak_bytes", [None])[0]
 
 
 def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, limit=None, verbose=True) -> Run:
@@ -294,28 +360,79 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
         ValueError: a seed that is not an integer >= 0, a network that is unknown or of another task, or files of an
             earlier run that are corrupt.
     """
-    seed = _check_seed(seed)
+    return _deterministic_runs(data, recipe, [_check_seed(seed)], network, runs, limit, verbose)[0]
+
+
+def ensemble_runs(
+    data, recipe: Recipe, *, seed=0, num_members=5, network=None, runs=None, limit=None, verbose=True
+) -> list[Run]:
+    """The members of a deep ensemble: step 1 from other initial weights and another order of the images.
+
+    Member m is, bit for bit, the `deterministic_run` of `member_seed(seed, m)`, and lies in that run's folder: the
+    first is step 1 itself, each is resumed or loaded by itself. The train step is traced once for all of them.
+
+    Args:
+        data, recipe, network, runs, limit, verbose: as in `deterministic_run`.
+        seed: of the ensemble.
+        num_members: networks, 1 to 1000.
+
+    Raises:
+        ValueError: a number of members out of range, or what `deterministic_run` refuses.
+
+    Reference: Lakshminarayanan, Pritzel and Blundell 2017, "Simple and Scalable Predictive Uncertainty Estimation using
+    Deep Ensembles", Algorithm 1 (without adversarial training).
+    """
+    if isinstance(num_members, bool) or not isinstance(num_members, int) or not 1 <= num_members <= 1000:
+        raise ValueError(f"Expected num_members, an integer from 1 to 1000. Received: num_members={num_members!r}")
+    seeds = [member_seed(_check_seed(seed), member) for member in range(num_members)]
+    return _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose)
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Seed of an ensemble's member: `seed` itself for the first, then `1000 * (seed + 1) + member`.
+
+    So ensembles of seeds below 1000 share no member, and each shares its first with the single network of its seed.
+    """
+    return seed if member == 0 else 1000 * (seed + 1) + member
+
+
+def _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose):
+    """A deterministic run of each seed; those that are not finished are trained by one model, traced once."""
     network = network or data.card.network
     fields = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay")
-    settings = {f: getattr(recipe, f) for f in (*fields, "class_weights", "augment")}
-    settings |= {"network": network, **_data_settings(data, limit), "seed": seed}
+    shared = {f: getattr(recipe, f) for f in (*fields, "class_weights", "augment")}
+    shared |= {"network": network, **_data_settings(data, limit), **_keep_settings(recipe)}
     # The networks' own activation is the sigmoid of labels and masks, which needs no setting.
     head = {"activation": "softmax"} if data.card.task in EXCLUSIVE else {}
-    settings |= head
-    folder = run_folder(runs, data.card.name, "deterministic", seed, settings)
-    if (folder / "model.keras").exists():
-        return _finished(folder, tell=True)
-    keras.utils.set_random_seed(seed)
-    model = models.build(network, data.input_shape, data.num_outputs, seed=seed, **head)
-    if len(model.output_shape) != len(data.train.targets.shape):
-        raise ValueError(
-            f"Expected a network for {data.card.task} ({data.card.name}), as {data.card.network!r}. "
-            f"Received: network={network!r}, which gives {model.output_shape}"
-        )
-    steps = recipe.epochs * data.train.steps(recipe.batch_size)
-    model.compile(_optimizer(recipe, steps), loss_for(recipe, data))
-    _fit_and_save(model, data, recipe, recipe.epochs, seed, folder, settings, verbose=verbose)
-    return _finished(folder)
+    shared |= head
+    model, slots, found = None, [], []
+    for seed in seeds:
+        settings = {**shared, "seed": seed}
+        folder = run_folder(runs, data.card.name, "deterministic", seed, settings)
+        if (folder / "model.keras").exists():
+            found.append(_finished(folder, tell=True, stacklevel=4))
+            continue
+        keras.utils.set_random_seed(seed)
+        fresh = models.build(network, data.input_shape, data.num_outputs, seed=seed, **head)
+        if model is None:
+            model = fresh
+            if len(model.output_shape) != len(data.train.targets.shape):
+                raise ValueError(
+                    f"Expected a network for {data.card.task} ({data.card.name}), as {data.card.network!r}. "
+                    f"Received: network={network!r}, which gives {model.output_shape}"
+                )
+            steps = recipe.epochs * data.train.steps(recipe.batch_size)
+            model.compile(_optimizer(recipe, steps), loss_for(recipe, data))
+            model.optimizer.build(model.trainable_variables)
+            slots = [np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables]
+        else:
+            for variable, value in zip(_state(model), _state(fresh), strict=True):
+                variable.assign(value)
+            for variable, value in zip(model.optimizer.variables, slots, strict=True):
+                variable.assign(value)
+        _fit_and_save(model, data, recipe, recipe.epochs, seed, folder, settings, verbose=verbose)
+        found.append(_finished(folder))
+    return found
 
 
 def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=True) -> Masks:
@@ -342,15 +459,44 @@ def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, n
     return scores
 
 
-def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=None, limit=None, verbose=True) -> Run:
+def partial_run(
+    step1: Run,
+    masks: Masks,
+    data,
+    recipe: Recipe,
+    *,
+    seed=0,
+    method: str | None = None,
+    locs: str = "trained",
+    runs=None,
+    limit=None,
+    verbose=True,
+) -> Run:
     """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished.
 
     What comes back is read from the file, also after training: the noise that follows is the same either way.
+
+    Args:
+        step1: the trained network.
+        masks: which of its weights are Bayesian.
+        data, recipe, runs, limit, verbose: as in `deterministic_run`.
+        seed: of noise and stream.
+        method: name of the folder; None: `partial_r` and the share of weights that is Bayesian.
+        locs: where the Bayesian locs start: "trained", or "normal": drawn from N(0, 1), as the paper's code does for
+            its fully Bayesian network. All other weights start at step 1's.
+
+    Raises:
+        ValueError: a seed, method or `locs` that is none, masks of another network, or files of an earlier run that are
+            corrupt.
     """
     seed = _check_seed(seed)
-    settings = {**dataclasses.asdict(recipe), "step1": step1.folder.name, "masks": masks.digest()}
-    settings |= {**_data_settings(data, limit), "seed": seed}
-    folder = run_folder(runs, data.card.name, f"partial_r{masks.r_bayes:.2g}", seed, settings)
+    if locs not in ("trained", "normal"):
+        raise ValueError(f'Expected locs "trained" or "normal". Received: locs={locs!r}')
+    settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f != "keep"}
+    settings |= {"step1": step1.folder.name, "masks": masks.digest(), **_keep_settings(recipe)}
+    settings |= {**_data_settings(data, limit), "seed": seed} | ({"locs": locs} if locs != "trained" else {})
+    method = f"partial_r{masks.r_bayes:.2g}" if method is None else _check_method(method)
+    folder = run_folder(runs, data.card.name, method, seed, settings)
     if (folder / "model.keras").exists():
         return _finished(folder, masks, tell=True)
     keras.utils.set_random_seed(seed)
@@ -368,12 +514,11 @@ def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=
         batch_norm=recipe.batch_norm,
         seed=seed,
     )
+    if locs == "normal":
+        _draw_locs(model.network, seed)
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
     scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
-    gentle = recipe
-    if recipe.bayes_learning_rate is not None:
-        gentle = dataclasses.replace(recipe, learning_rate=recipe.bayes_learning_rate)
-    model.compile(LocScaleOptimizer(_optimizer(gentle, steps), scales), loss_for(recipe, data))
+    model.compile(LocScaleOptimizer(_optimizer(_gentle(recipe), steps), scales), loss_for(recipe, data))
     schedule = BetaSchedule(recipe.beta_start, recipe.beta_stop, recipe.bayes_epochs)
     masks_path = folder / "masks.npz"
     masks_path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,6 +527,147 @@ def partial_run(step1: Run, masks: Masks, data, recipe: Recipe, *, seed=0, runs=
         model, data, recipe, recipe.bayes_epochs, seed, folder, settings, callbacks=[schedule], verbose=verbose
     )
     return _finished(folder, masks)
+
+
+def _draw_locs(network, seed):
+    """Start every Bayesian loc at a draw from N(0, 1)."""
+    random = np.random.default_rng(seed)
+    for layer in masked_layers(network):
+        for name in layer._bayesian_names():
+            loc = layer._loc(name)
+            loc.assign(np.where(layer.mask(name), random.standard_normal(loc.shape), ops.convert_to_numpy(loc)))
+
+
+def _gentle(recipe):
+    """The recipe with the learning rate of step 3."""
+    if recipe.bayes_learning_rate is None:
+        return recipe
+    return dataclasses.replace(recipe, learning_rate=recipe.bayes_learning_rate)
+
+
+def continued_run(
+    step1: Run,
+    data,
+    recipe: Recipe,
+    *,
+    method: str,
+    seed=0,
+    epochs: int | None = None,
+    cycles: int = 1,
+    dropout: float = 0.0,
+    runs=None,
+    limit=None,
+    verbose=True,
+) -> Run:
+    """Train on from step 1's weights without a posterior, as step 3 would, or load it where it is finished.
+
+    Learning rate, optimiser, batch norm, batches, loss and augmentation are step 3's. `partial_run` with empty masks is
+    the same training but for rounding (with `batch_norm="frozen"`; else its passes each move the running statistics),
+    at the price of `num_samples` equal passes where the estimator is "all"; it gives back a `PartialBayes`.
+
+    Args:
+        step1: the trained network; it is not changed.
+        data, recipe, runs, limit, verbose: as in `deterministic_run`.
+        method: name of the folder, such as "deterministic_longer", "mc_dropout" or "snapshot".
+        seed: of stream and dropout.
+        epochs: None for the recipe's `bayes_epochs`.
+        cycles: 1: the learning rate decays as the recipe says. More: it falls from its start to 0 by a cosine in each
+            cycle, and the weights at the end of each are kept; lengths differ by one epoch at most. Step 1's own
+            weights are none of them.
+        dropout: 0, or the rate of `models.with_dropout`.
+
+    Returns:
+        A `Run` whose model is a plain `keras.Model`, compiled, its optimiser as at the start; `snapshots`: the weights
+        at the end of each cycle, the model's own last. Of a run that diverged only whole cycles, or the weights that
+        were kept where there is none.
+
+    Raises:
+        ValueError: a setting out of range, `keep="best"` with more than one cycle, or files of an earlier run that are
+            corrupt.
+
+    Reference: Huang et al. 2017, "Snapshot Ensembles: Train 1, Get M for Free", section 3 (there from random weights).
+    """
+    seed, method = _check_seed(seed), _check_method(method)
+    epochs = recipe.bayes_epochs if epochs is None else epochs
+    for name, value, most in (("epochs", epochs, np.inf), ("cycles", cycles, epochs)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            bound = ">= 1" if np.isinf(most) else f"from 1 to epochs={epochs}"
+            raise ValueError(f"Expected {name}, an integer {bound}. Received: {name}={value!r}")
+    if cycles > 1 and recipe.keep == "best":
+        raise ValueError(
+            'Expected keep="last" with more than one cycle: each cycle gives its last weights. '
+            f"Received: keep={recipe.keep!r}, cycles={cycles}"
+        )
+    gentle = _gentle(recipe)
+    fields = ("batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights")
+    settings = {f: getattr(gentle, f) for f in (*fields, "augment", "batch_norm")}
+    settings |= {"step1": step1.folder.name, "epochs": epochs, "cycles": cycles, "dropout": dropout, "seed": seed}
+    settings |= {**_data_settings(data, limit), **_keep_settings(recipe)}
+    folder = run_folder(runs, data.card.name, method, seed, settings)
+    ends = [epochs * (cycle + 1) // cycles for cycle in range(cycles)]  # in epochs
+    steps = data.train.steps(recipe.batch_size)
+    cycle_steps = [steps * int(length) for length in np.diff([0, *ends])] if cycles > 1 else None
+
+    def ready(model):
+        _settle_batch_norm(model, recipe.batch_norm)
+        model.compile(_optimizer(gentle, epochs * steps, cycle_steps), loss_for(recipe, data))
+        model.optimizer.build(model.trainable_variables)
+
+    if (folder / "model.keras").exists():
+        return _finished(folder, tell=True, ready=ready, ends=ends)
+    keras.utils.set_random_seed(seed)
+    model = models.with_dropout(step1.model, dropout, seed=seed)
+    ready(model)
+    snapshots = [_Snapshots(folder, ends)] if cycles > 1 else []
+    _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks=snapshots, verbose=verbose)
+    return _finished(folder, ready=ready, ends=ends)
+
+
+def _settle_batch_norm(model, how):
+    """What of batch norm trains: nothing ("frozen", in inference mode), the statistics alone, or all of it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = how != "frozen"
+            for variable in (layer.gamma, layer.beta):
+                if variable is not None and how == "statistics":
+                    variable.trainable = False
+
+
+class _Snapshots(keras.callbacks.Callback):
+    """Writes the weights at the end of each cycle."""
+
+    def __init__(self, folder, ends):
+        super().__init__()
+        self.folder, self.ends = folder, ends
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch + 1 in self.ends and not self.model.stop_training:
+            arrays = {f"w{i}": w for i, w in enumerate(self.model.get_weights())}
+            path = _snapshot_path(self.folder, self.ends.index(epoch + 1))
+            _atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def _snapshot_path(folder, cycle):
+    return folder / f"snapshot{cycle + 1}.npz"
+
+
+def _read_snapshots(folder, model, history, ends):
+    """Weights at the end of each cycle of a finished run: one that diverged may lack the last cycles."""
+    last = model.get_weights()
+    if len(ends) == 1 or "loss" not in history:
+        return [last]
+    snapshots = []
+    for cycle in range(sum(end <= len(history["loss"]) for end in ends)):
+        path = _snapshot_path(folder, cycle)
+        try:
+            arrays = _read_arrays(path)
+        except ValueError:
+            raise ValueError(f"{path.name} is missing or cut short") from None
+        weights = [arrays[f"w{i}"] for i in range(len(arrays)) if f"w{i}" in arrays]
+        if [w.shape for w in weights] != [w.shape for w in last]:
+            raise ValueError(f"{path.name} holds weights of another network")
+        snapshots.append(weights)
+    return snapshots or [last]
 
 
 def run_folder(runs, dataset: str, method: str, seed: int, settings: dict) -> Path:
@@ -396,6 +682,17 @@ def run_folder(runs, dataset: str, method: str, seed: int, settings: dict) -> Pa
 def _digest(settings) -> str:
     settings = {**settings, "format": FORMAT, "dtype": keras.config.dtype_policy().name}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _keep_settings(recipe):
+    """Named where it is not the default, so that older runs have the names that they had."""
+    return {"keep": recipe.keep} if recipe.keep != "last" else {}
+
+
+def _check_method(method) -> str:
+    if not isinstance(method, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", method):
+        raise ValueError(f"Expected method, a name of letters, digits and . _ - for a folder. Received: {method!r}")
+    return method
 
 
 def _check_seed(seed) -> int:
@@ -440,7 +737,7 @@ def _data_settings(data, limit):
     return {"input_shape": list(data.input_shape), "sizes": sizes, "limit": limit, "data": data.digest()}
 
 
-def _optimizer(recipe, steps):
+def _optimizer(recipe, steps, cycle_steps=None):
     return optimizer_for(
         recipe.optimizer,
         recipe.learning_rate,
@@ -448,6 +745,7 @@ def _optimizer(recipe, steps):
         weight_decay=recipe.weight_decay,
         decay=recipe.decay,
         steps=steps,
+        cycle_steps=cycle_steps,
     )
 
 
@@ -461,6 +759,7 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
         seed=seed,
         folder=folder,
         augment=recipe.augment,
+        keep=recipe.keep,
         callbacks=callbacks,
         verbose=verbose,
     )
@@ -475,13 +774,19 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
     (folder / "checkpoint.npz").unlink(missing_ok=True)
 
 
-def _finished(folder, masks=None, tell=False):
-    """The run that `_fit_and_save` left in `folder`; `tell` again where it diverged."""
+def _finished(folder, masks=None, *, tell=False, stacklevel=3, ready=None, ends=None):
+    """The run that `_fit_and_save` left in `folder`; `tell` again where it diverged.
+
+    `ready(model)` compiles it: what of its batch norm trains is not in the file. `ends`: of its cycles, in epochs.
+    """
     try:
         if not zipfile.is_zipfile(folder / "model.keras"):
             raise ValueError("model.keras is cut short")
         history = json.loads((folder / "history.json").read_text())
-        model = keras.models.load_model(folder / "model.keras")
+        model = keras.models.load_model(folder / "model.keras", compile=ready is None)
+        if ready is not None:
+            ready(model)
+        snapshots = None if ends is None else _read_snapshots(folder, model, history, ends)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -491,9 +796,9 @@ def _finished(folder, masks=None, tell=False):
         warnings.warn(
             f"This run diverged in epoch {history['nan_in_epoch'][0] + 1}: its weights are those of the epoch before. "
             f"To train again, lower the learning rate, or delete {folder}.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return Run(model, history, folder, masks)
+    return Run(model, history, folder, masks, snapshots)
 
 
 def _read_arrays(path):

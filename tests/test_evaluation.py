@@ -1,14 +1,16 @@
-"""Metrics: against scikit-learn, sums by hand, and laws."""
+"""Evaluation: against scikit-learn, scipy, sums by hand, and laws; in pieces, weighted, resampled and paired."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 from sklearn import metrics as sk
 
-from sbn_tf import evaluation, metrics
+from sbn_tf import datasets, evaluation, metrics
 from sbn_tf.datasets.arrays import DiskArray
+from sbn_tf.datasets.base import Split
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
@@ -20,6 +22,13 @@ CLASSES = np.repeat(np.arange(4), [30, 15, 10, 5])
 ONE_HOT = np.eye(4, dtype="uint8")[CLASSES]
 CLASS_PROBS = RNG.dirichlet([0.6, 0.5, 0.5, 0.4], (3, 60)).astype("float32") * 0.8 + 0.2 * ONE_HOT
 VALID = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
+STATE = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Whichever tests run, each draws the same numbers."""
+    RNG.bit_generator.state = STATE
 
 
 def floats(row):
@@ -97,7 +106,12 @@ def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
     probs, labels = LABEL_PROBS[..., :1], LABELS[:, :1]
     row = evaluation.evaluate(probs, labels, "binary", train_prevalence=0.4)
     same = evaluation.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
-    assert {key for key in same if key not in row} == {"paper_accuracy", "paper_brier", "paper_entropy"}
+    assert {key for key in same if key not in row} == {
+        "paper_accuracy",
+        "paper_brier",
+        "paper_entropy",
+        "paper_ece",
+    }
     assert_same(row, {key: same[key] for key in row})
     mean = probs.astype("float64").mean(0)
     assert row["auc"] == pytest.approx(sk.roc_auc_score(labels, mean))
@@ -363,7 +377,11 @@ def test_rows_are_plain_floats(task, probs, targets, dtype):
     assert all(type(value) is float and np.isfinite(value) for value in floats(row).values())
     assert json.loads(json.dumps(row)) == row
     assert row["mutual_information"] == 0
-    assert set(row["undefined"]) == {"brier_skill"}
+    expected = {"brier_skill", "error_auroc_mi"}
+    if task == "segmentation":  # Dice of noise is below 0.5 everywhere
+        expected |= {"hausdorff95", "pixel_error_auroc_mi", "error_auroc"}
+    assert set(row["undefined"]) == expected
+    assert row["undefined"]["error_auroc_mi"].startswith("one sample")
 
 
 def test_rounding_above_one_is_forgiven():
@@ -476,3 +494,708 @@ def test_trivial_rows_of_masks_as_in_the_paper():
     assert rows["all_background"]["undefined"]["entropy_disagreement_pearson"].startswith("the entropy")
     frequency = evaluation.prevalence("segmentation", masks[:5])
     assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 3)
+
+
+# In pieces
+
+
+def record_of(probs, targets, task, pieces=1, **options):
+    """A record of images in some pieces."""
+    extra = {key: options.pop(key) for key in ("rater_valid", "groups", "ids") if key in options}
+    evaluator = evaluation.Evaluator(task, **options)
+    for part in np.array_split(np.arange(len(targets)), pieces):
+        evaluator.update(probs[:, part], targets[part], **{key: value[part] for key, value in extra.items()})
+    return evaluator.record()
+
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_pieces_of_any_size_give_one_record(task, probs, targets, pieces):
+    options = {"train_prevalence": evaluation.prevalence(task, targets)}
+    if task == "segmentation":
+        options["rater_valid"] = VALID
+    whole, parts = (record_of(probs, targets, task, n, **options) for n in (1, pieces))
+    assert whole.digests == parts.digests
+    for key, values in whole.arrays.items():
+        np.testing.assert_allclose(parts[key], values, rtol=1e-12, atol=1e-12)
+    assert_same(parts.metrics(), whole.metrics())
+    assert_same(evaluation.evaluate(probs, targets, task, boundary=True, **options), whole.metrics())
+
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
+def test_every_key_has_a_value_or_a_reason(task, probs, targets):
+    none, one = np.zeros_like(targets), targets[:1]
+    if task in ("multi-class", "ordinal"):
+        none[:, 0] = 1
+    known = set(evaluation.evaluate(probs, targets, task)) | set(evaluation.evaluate(probs, targets, task)["undefined"])
+    extreme = np.eye(4)[None, np.zeros(60, int)] if task in ("multi-class", "ordinal") else np.zeros_like(probs[:1])
+    for case in ((probs, none), (probs[:, :1], one), (extreme, none), (extreme[:, :1], one), (extreme, targets)):
+        row = evaluation.evaluate(*case, task, train_prevalence=0.25)
+        values = {key: value for key, value in row.items() if key != "undefined"}
+        assert all(type(value) is float and np.isfinite(value) for value in values.values())
+        assert set(row) | set(row["undefined"]) == known
+        assert not set(values) & set(row["undefined"])
+        assert all(reason and "\n" not in reason for reason in row["undefined"].values())
+
+
+def test_memory_of_a_record_does_not_grow_with_pixels_or_samples():
+    sizes = []
+    for samples, side in ((2, 8), (9, 8), (2, 64)):
+        masks = (RNG.random((3, side, side, 2)) > 0.5).astype("uint8")
+        record = record_of(RNG.random((samples, 3, side, side)), masks, "segmentation")
+        sizes.append(sum(array.nbytes for array in record.arrays.values()) / 3)
+    assert sizes[0] == sizes[1] == sizes[2] < 7000
+
+
+def test_pieces_have_to_fit_one_another():
+    evaluator = evaluation.Evaluator("multi-label")
+    with pytest.raises(ValueError, match="call update first"):
+        evaluator.record()
+    evaluator.update(LABEL_PROBS, LABELS)
+    with pytest.raises(ValueError, match=r"\(5,\) and 4. Received: \(5,\) and 2"):
+        evaluator.update(LABEL_PROBS[:2], LABELS)
+    with pytest.raises(ValueError, match=r"\(5,\) and 4. Received: \(3,\) and 4"):
+        evaluator.update(LABEL_PROBS[..., :3], LABELS[:, :3])
+    for name in ("groups", "ids"):
+        with pytest.raises(ValueError, match=f"{name} of 60 images. Received: 2"):
+            evaluator.update(LABEL_PROBS, LABELS, **{name: np.arange(2)})
+    assert evaluator.record().num_images == len(evaluator.record()) == 60  # what was refused left nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.0}, "between 0 and 1.*1.0"),
+        ({"threshold": np.nan}, "between 0 and 1.*nan"),
+        ({"train_prevalence": [0.2, np.nan]}, r"0\.\.1.*nan"),
+        ({"train_prevalence": 1.2}, r"0\.\.1.*1.2"),
+        ({"only": ("ged",)}, r"only among.*\['ged'\]"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.Evaluator("multi-label", **options)
+
+
+# What the uncertainty is good for, and calibration
+
+
+def test_use_of_uncertainty_of_labels_agrees_with_scikit_learn():
+    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label", threshold=0.3)
+    parts = metrics.uncertainty(LABEL_PROBS)
+    wrong = (parts["mean_probs"] > 0.3) != LABELS
+    assert row["accuracy"] == pytest.approx(sk.accuracy_score(LABELS.ravel(), parts["mean_probs"].ravel() > 0.3))
+    assert row["risk"] == pytest.approx(wrong.mean())
+    assert row["error_auroc"] == pytest.approx(sk.roc_auc_score(wrong.any(1), parts["entropy"].mean(1)))
+    assert row["error_auroc_mi"] == pytest.approx(sk.roc_auc_score(wrong.any(1), parts["mutual_information"].mean(1)))
+    assert row["label_error_auroc"] == pytest.approx(sk.roc_auc_score(wrong.ravel(), parts["entropy"].ravel()))
+    curve = parts["entropy"].mean(1), wrong.mean(1)
+    assert row["aurc"] == pytest.approx(metrics.area_under_risk_coverage(*curve))
+    assert row["excess_aurc"] == pytest.approx(metrics.excess_area(*curve))
+    assert row["num_images"] == 60
+
+
+def test_use_of_uncertainty_of_classes_agrees_with_scikit_learn():
+    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")
+    probs = CLASS_PROBS.astype("float64")
+    parts = metrics.uncertainty(probs / probs.sum(-1, keepdims=True), "multi-class")
+    wrong = parts["mean_probs"].argmax(1) != CLASSES
+    assert row["error_auroc"] == pytest.approx(sk.roc_auc_score(wrong, parts["entropy"]))
+    assert row["error_auroc_mi"] == pytest.approx(sk.roc_auc_score(wrong, parts["mutual_information"]))
+    assert row["aurc"] == pytest.approx(metrics.area_under_risk_coverage(parts["entropy"], wrong))
+    assert row["ece_label"] == pytest.approx(metrics.ece(parts["mean_probs"], ONE_HOT, per_label=True).mean())
+    mass = metrics.ece(parts["mean_probs"], ONE_HOT, per_label=True, binning="mass")
+    assert row["ece_label_mass"] == pytest.approx(mass.mean())
+    assert row["ece_mass"] == pytest.approx(metrics.ece(parts["mean_probs"].max(1), ~wrong, binning="mass"))
+
+
+@pytest.mark.parametrize("decimals", [16, 1])  # of the probabilities: without ties, and with many
+def test_calibration_of_labels_is_that_of_its_definition(decimals):
+    mean = LABEL_PROBS.astype("float64").mean(0).round(decimals)
+    row = evaluation.evaluate(mean[None], LABELS, "multi-label")
+    assert row["ece"] == pytest.approx(metrics.ece(mean, LABELS))
+    assert row["ece_mass"] == pytest.approx(metrics.ece(mean, LABELS, binning="mass"))
+    assert row["ece_label"] == pytest.approx(metrics.ece(mean, LABELS, per_label=True).mean())
+    assert row["ece_label_mass"] == pytest.approx(metrics.ece(mean, LABELS, per_label=True, binning="mass").mean())
+    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(mean[None], LABELS))
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean))
+    assert row["average_precision"] == pytest.approx(sk.average_precision_score(LABELS, mean))
+
+
+def test_one_point_is_the_perfectly_calibrated_one_by_hand():
+    # Equal weight: the lowest of 15 values has p = 0.1 and is a 1, all others are certain and right.
+    probs = np.array([[0.1]] + [[1.0]] * 14)
+    row = evaluation.evaluate(probs[None], np.ones((15, 1), "uint8"), "binary")
+    assert row["ece_mass"] == pytest.approx(0.9 / 15)
+
+
+def sharp_masks(images=12, side=24):
+    """Smooth maps with steep edges, as a network's, samples that differ, and raters who disagree."""
+    field = ndimage.gaussian_filter(RNG.normal(size=(images, side, side)), (0, 2, 2)) * 60 - 4
+    noise = ndimage.gaussian_filter(RNG.normal(size=(5, images, side, side)), (0, 0, 2, 2)) * 12
+    probs = 1 / (1 + np.exp(-(field + noise)))
+    bias = RNG.normal(size=(images, 1, 1, 4)) * 4
+    return probs.astype("float32"), (field[..., None] + bias > 0).astype("uint8")
+
+
+def test_pixels_in_fine_bins_score_nearly_as_pixels_themselves():
+    probs, masks = sharp_masks()
+    row = evaluation.evaluate(probs, masks, "segmentation")
+    parts, soft = metrics.uncertainty(probs), masks.mean(-1)
+    wrong = ((parts["mean_probs"] > 0.5) != (soft >= 0.5)).ravel()
+    for key, name in (("pixel_error_auroc", "entropy"), ("pixel_error_auroc_mi", "mutual_information")):
+        exact = sk.roc_auc_score(wrong, parts[name].ravel())
+        assert 0.55 < exact < 0.99
+        assert row[key] == pytest.approx(exact, abs=0.005), key
+    exact = metrics.ece(parts["mean_probs"], soft, binning="mass")
+    assert exact > 0.01 and row["ece_mass"] == pytest.approx(exact, abs=0.005)
+    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(probs, soft))
+
+
+def test_images_of_masks_score_as_their_definitions():
+    probs, masks = sharp_masks()
+    valid = np.ones((12, 4), bool)
+    valid[:3, 1:] = False  # one rater
+    row = evaluation.evaluate(probs, masks, "segmentation", rater_valid=valid, threshold=0.3, boundary=True)
+    mean, majority = probs.mean(0, dtype="float64"), metrics.majority_mask(masks, valid)
+    assert row["dice"] == pytest.approx(metrics.dice(mean > 0.3, majority).mean())
+    assert row["iou"] == pytest.approx(metrics.iou(mean > 0.3, majority).mean())
+    assert row["hausdorff95"] == pytest.approx(metrics.hausdorff95(mean > 0.3, majority).mean())
+    assert row["risk"] == pytest.approx(1 - row["dice"])
+    rated = masks[3:], valid[3:]
+    assert row["dice_raters"] == pytest.approx(metrics.dice_raters(mean[3:] > 0.3, *rated).mean())
+    assert row["ged"] == pytest.approx(metrics.generalised_energy_distance(probs[:, 3:], *rated).mean())
+    assert row["hungarian_iou"] == pytest.approx(metrics.hungarian_iou(probs[:, 3:], *rated).mean())
+    entropy, dice = metrics.binary_entropy(mean).mean((1, 2)), metrics.dice(mean > 0.3, majority)
+    assert row["aurc"] == pytest.approx(metrics.area_under_risk_coverage(entropy, 1 - dice))
+    assert row["excess_aurc"] == pytest.approx(metrics.excess_area(entropy, 1 - dice))
+    low = dice < np.median(dice)
+    record = record_of(probs, masks, "segmentation", threshold=0.3, rater_valid=valid)
+    record.arrays["error"] = low
+    assert record.metrics()["error_auroc"] == pytest.approx(sk.roc_auc_score(low, entropy))
+
+
+def test_samples_that_are_all_the_same_have_no_epistemic_ranking():
+    probs = np.repeat(LABEL_PROBS[:1], 3, 0)
+    row = evaluation.evaluate(probs, LABELS, "multi-label")
+    assert row["undefined"]["error_auroc_mi"].startswith("the samples are all the same")
+
+
+# Weights
+
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_count_images(task, probs, targets, tied):
+    probs = np.round(probs * 8) / 8 if tied and task not in ("multi-class", "ordinal") else probs
+    counts = RNG.integers(0, 4, len(targets))
+    counts[:4] = [3, 2, 0, 1]
+    options = {"train_prevalence": evaluation.prevalence(task, targets)}
+    weighted = record_of(probs, targets, task, **options).metrics(counts)
+    repeated = np.repeat(np.arange(len(targets)), counts)
+    assert_same(weighted, record_of(probs[:, repeated], targets[repeated], task, **options).metrics())
+
+
+@pytest.mark.parametrize("decimals", [16, 1])
+def test_weighted_rankings_agree_with_scikit_learn(decimals):
+    mean, weights = LABEL_PROBS.mean(0).round(decimals), RNG.random(60) + 0.1
+    row = record_of(mean[None], LABELS, "multi-label").metrics(weights)
+    options = {"sample_weight": weights, "average": "macro"}
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, **options))
+    assert row["average_precision"] == pytest.approx(sk.average_precision_score(LABELS, mean, **options))
+    assert row["nll"] == pytest.approx(sk.log_loss(LABELS.ravel(), mean.ravel(), sample_weight=weights.repeat(5)), 1e-4)
+    assert row["num_images"] == pytest.approx(weights.sum())
+
+
+def test_weighted_kappa_agrees_with_scikit_learn():
+    weights = RNG.random(60)
+    row = record_of(CLASS_PROBS, ONE_HOT, "ordinal").metrics(weights)
+    predicted = CLASS_PROBS.mean(0).argmax(1)
+    expected = sk.cohen_kappa_score(CLASSES, predicted, weights="quadratic", sample_weight=weights)
+    assert row["quadratic_kappa"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weights", [np.ones(3), -np.ones(60), np.zeros(60), np.full(60, np.nan), np.full(60, np.inf)])
+def test_weights_that_cannot_be_are_refused(weights):
+    with pytest.raises(ValueError, match=r"weights \(60,\), finite, >= 0 and not all 0"):
+        record_of(LABEL_PROBS, LABELS, "multi-label").metrics(weights)
+
+
+# Intervals
+
+
+def test_intervals_of_means_agree_with_scipy():
+    record = record_of(LABEL_PROBS, LABELS, "multi-label")
+    found = record.bootstrap(num_resamples=4000)
+    for key in ("brier", "nll", "entropy"):
+        options = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(1)}
+        expected = stats.bootstrap((record[key],), np.mean, **options).confidence_interval
+        width = expected.high - expected.low
+        np.testing.assert_allclose(found[key], expected, atol=0.05 * width)
+    low, high = record.bootstrap(num_resamples=4000, level=0.5)["brier"]
+    assert (high - low) / (found["brier"][1] - found["brier"][0]) == pytest.approx(0.6745 / 1.96, rel=0.1)
+
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
+def test_intervals_hold_the_value_and_are_reproducible(task, probs, targets, monkeypatch):
+    record = record_of(probs, targets, task, train_prevalence=evaluation.prevalence(task, targets) * 0.9)
+    metrics_, found = record.metrics(), record.bootstrap(num_resamples=100)
+    counts = {"num_images", "auc_num_labels"}
+    assert set(found) | set(found["undefined"]) == set(metrics_) - counts
+    for key, (low, high) in ((key, bounds) for key, bounds in found.items() if key != "undefined"):
+        assert type(low) is float and low <= high
+        # Calibration errors and oracle areas are biased upwards in resamples.
+        if "ece" not in key and "aurc" not in key and key != "ged":
+            assert low - 1e-9 <= metrics_[key] <= high + 1e-9, key
+    monkeypatch.setattr(evaluation, "RESAMPLED_VALUES", 1)  # one resample at a time
+    again = record_of(probs, targets, task, train_prevalence=evaluation.prevalence(task, targets) * 0.9)
+    again = again.bootstrap(num_resamples=100)
+    assert again.pop("undefined") == found.pop("undefined")
+    for key, bounds in again.items():
+        np.testing.assert_allclose(bounds, found[key], rtol=1e-9, atol=1e-12)
+    assert record.bootstrap(num_resamples=100, seed=1) != {**found, "undefined": {}}
+
+
+def test_patients_are_resampled_whole():
+    alone = record_of(LABEL_PROBS, LABELS, "multi-label").bootstrap(num_resamples=200)
+    four = np.repeat(np.arange(60), 4)  # each image four times: as many patients, four times the images
+    options = {"groups": np.char.add("patient", np.char.zfill(four.astype(str), 2))}
+    patients = record_of(LABEL_PROBS[:, four], LABELS[four], "multi-label", 3, **options)
+    images = record_of(LABEL_PROBS[:, four], LABELS[four], "multi-label")
+    found, wrong = (record.bootstrap(num_resamples=200) for record in (patients, images))
+    for key in ("auc", "average_precision", "brier", "ece", "ece_mass", "error_auroc"):
+        np.testing.assert_allclose(found[key], alone[key])
+    for key in ("auc", "brier"):  # as if there were four times as many patients: half the width
+        assert np.ptp(wrong[key]) / np.ptp(found[key]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_patients_that_some_pieces_lack_are_not_used():
+    evaluator = evaluation.Evaluator("multi-label")
+    evaluator.update(LABEL_PROBS, LABELS, groups=np.arange(60))
+    assert evaluator.record().groups is not None
+    evaluator.update(LABEL_PROBS, LABELS)
+    assert evaluator.record().groups is None
+    evaluator.update(LABEL_PROBS, LABELS, groups=np.arange(60))
+    assert evaluator.record().groups is None
+
+
+def test_what_many_resamples_leave_undefined_has_no_interval():
+    labels = np.zeros((60, 1), "uint8")
+    labels[7] = 1  # missing in (1 - 1/60)^60 = 36 % of the resamples
+    record = record_of(LABEL_PROBS[..., :1], labels, "binary")
+    found = record.bootstrap(num_resamples=300)
+    assert "auc" in record.metrics() and "auc" not in found and "brier" in found
+    number = int(found["undefined"]["auc"].split()[2])
+    assert number / 300 == pytest.approx((1 - 1 / 60) ** 60, abs=0.1)
+    assert found["undefined"]["auc"] == f"undefined in {number} of 300 resamples"
+
+
+@pytest.mark.parametrize(("groups", "unit"), [({}, "image"), ({"groups": np.zeros(1)}, "patient")])
+def test_one_image_has_no_interval(groups, unit):
+    record = record_of(LABEL_PROBS[:, :1], LABELS[:1], "multi-label", **groups)
+    found = record.bootstrap()
+    assert set(found) == {"undefined"} and found["undefined"]["brier"].startswith(f"one {unit}")
+    with pytest.raises(ValueError, match=f"two {unit}s or more"):
+        evaluation.compare(record, record)
+
+
+@pytest.mark.parametrize("options", [{"num_resamples": 0}, {"level": 1.0}, {"level": 0}])
+def test_intervals_need_resamples_and_a_level(options):
+    with pytest.raises(ValueError, match="num_resamples >= 1 and level between 0 and 1"):
+        record_of(LABEL_PROBS, LABELS, "multi-label").bootstrap(**options)
+
+
+# Paired tests
+
+
+def test_a_method_does_not_differ_from_itself():
+    record = record_of(LABEL_PROBS, LABELS, "multi-label")
+    found = evaluation.compare(record, record_of(LABEL_PROBS, LABELS, "multi-label"), num_resamples=50)
+    assert set(found) == set(record.bootstrap(num_resamples=50)) - {"undefined"}
+    for test in found.values():
+        assert test == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
+
+
+def test_paired_test_agrees_with_the_paired_t_test_and_is_never_certain():
+    record = record_of(LABEL_PROBS, LABELS, "multi-label")
+    for shift, sure in ((0.05, False), (0.6, True)):
+        other_probs = np.clip(LABEL_PROBS + shift * RNG.random(LABEL_PROBS.shape), 0, 1)
+        other = record_of(other_probs, LABELS, "multi-label")
+        found = evaluation.compare(record, other, keys=["brier"], num_resamples=2000)["brier"]
+        differences = record["brier"] - other["brier"]
+        assert found["difference"] == pytest.approx(differences.mean())
+        interval = stats.ttest_1samp(differences, 0).confidence_interval()
+        np.testing.assert_allclose([found["low"], found["high"]], interval, atol=0.1 * (interval.high - interval.low))
+        if sure:
+            assert found["p_value"] == 2 / 2001
+        else:
+            assert found["p_value"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=0.2)
+            assert 0.01 < found["p_value"] < 0.5
+        swapped = evaluation.compare(other, record, keys=["brier"], num_resamples=2000)["brier"]
+        assert swapped["p_value"] == found["p_value"] and swapped["low"] == pytest.approx(-found["high"])
+
+
+def test_pairing_sees_what_two_intervals_do_not():
+    worse = np.clip(LABEL_PROBS * 0.97 + 0.02, 0, 1)
+    records = [record_of(probs, LABELS, "multi-label") for probs in (LABEL_PROBS, worse)]
+    one, two = (record.bootstrap(num_resamples=500)["entropy"] for record in records)
+    assert one[1] > two[0]  # they overlap
+    assert evaluation.compare(*records, keys=["entropy"], num_resamples=500)["entropy"]["p_value"] < 0.01
+
+
+def test_keys_without_a_value_are_left_out_and_unknown_ones_refused():
+    record, single = (record_of(probs, LABELS, "multi-label") for probs in (LABEL_PROBS, LABEL_PROBS[:1]))
+    assert evaluation.compare(record, single, keys=["error_auroc_mi", "brier_skill"], num_resamples=20) == {}
+    with pytest.raises(ValueError, match=r"keys among.*\['num_images'\]"):
+        evaluation.compare(record, record, keys=["num_images"])
+    with pytest.raises(ValueError, match="num_resamples >= 1"):
+        evaluation.compare(record, record, num_resamples=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": LABELS[::-1]}, "same images in the same order"),
+        ({"targets": 1 - LABELS}, "same images in the same order"),
+        ({"ids": np.arange(60)[::-1]}, "same images in the same order"),
+        ({"groups": np.arange(60) // 3}, "same patients"),
+        ({"task": "binary"}, "one task.*'multi-label' and 'binary'"),
+    ],
+)
+def test_other_images_are_not_compared(changes, message):
+    first = record_of(LABEL_PROBS, LABELS, "multi-label", ids=np.arange(60), groups=np.arange(60) // 2)
+    changed = {"targets": LABELS, "task": "multi-label", "ids": np.arange(60), "groups": np.arange(60) // 2, **changes}
+    probs = LABEL_PROBS
+    if changed["task"] == "binary":
+        probs, changed["targets"] = LABEL_PROBS[..., :1], LABELS[:, :1]
+    second = record_of(probs, changed.pop("targets"), changed.pop("task"), 2, **changed)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluation.compare(first, second)
+    assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+def test_raters_are_part_of_the_images():
+    first, second = (record_of(MASK_PROBS, MASKS, "segmentation", rater_valid=v) for v in (VALID, VALID | True))
+    with pytest.raises(ValueError, match="same images"):
+        evaluation.compare(first, second)
+
+
+# Files
+
+
+@pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
+def test_a_record_is_read_as_it_was_written(task, probs, targets, tmp_path):
+    options = {"ids": np.arange(len(targets)), "threshold": 0.4, "train_prevalence": 0.3}
+    options |= {"rater_valid": VALID} if task == "segmentation" else {"groups": np.arange(len(targets)) // 2}
+    record = record_of(probs, targets, task, **options)
+    path = tmp_path / "deep" / "record.npz"
+    record.save(path)
+    record.save(path)  # over the old one
+    found = evaluation.Record.load(path)
+    assert [one.name for one in path.parent.iterdir()] == ["record.npz"]
+    assert (found.task, found.threshold, found.num_samples) == (task, 0.4, len(probs))
+    assert found.metrics() == record.metrics()
+    assert found.bootstrap(num_resamples=20) == record.bootstrap(num_resamples=20)
+    assert all(test["p_value"] == 1 for test in evaluation.compare(found, record, num_resamples=20).values())
+
+
+def test_an_interrupted_save_leaves_the_old_record(tmp_path, monkeypatch):
+    record = record_of(LABEL_PROBS, LABELS, "multi-label")
+    record.save(tmp_path / "record.npz")
+
+    def stop(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        record_of(LABEL_PROBS[:1], LABELS, "multi-label").save(tmp_path / "record.npz")
+    assert [one.name for one in tmp_path.iterdir()] == ["record.npz"]
+    assert evaluation.Record.load(tmp_path / "record.npz").num_samples == 4
+
+
+def shorter(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [shorter, flipped, lambda content: b"", lambda content: b"not an archive"])
+def test_damaged_records_are_refused_in_two_lines(damage, tmp_path):
+    path = tmp_path / "record.npz"
+    record_of(LABEL_PROBS, LABELS, "multi-label").save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"Expected a record of sbn_tf.evaluation in .*record\.npz") as error:
+        evaluation.Record.load(path)
+    assert str(error.value).splitlines()[1] == "Delete it and score the method again."
+
+
+@pytest.mark.parametrize("task", ["multi-label", "segmentation", "anything"])
+def test_foreign_records_are_refused(task, tmp_path):
+    path, record = tmp_path / "record.npz", record_of(LABEL_PROBS, LABELS, "multi-label")
+    np.savez(path, risk=np.ones(3))
+    with pytest.raises(ValueError, match="Expected a record"):
+        evaluation.Record.load(path)
+    record.arrays["risk"] = record["risk"][:5] if task == "multi-label" else record["risk"]
+    record.task = task
+    record.save(path)
+    with pytest.raises(ValueError, match="different lengths" if task == "multi-label" else f"'{task}'"):
+        evaluation.Record.load(path)
+    with pytest.raises(FileNotFoundError):
+        evaluation.Record.load(tmp_path / "none.npz")
+
+
+def test_nan_in_a_record_is_refused(tmp_path):
+    record = record_of(MASK_PROBS, MASKS[..., :1], "segmentation")
+    record.save(tmp_path / "one_rater.npz")
+    assert np.isnan(evaluation.Record.load(tmp_path / "one_rater.npz")["ged"]).all()  # no raters to compare with
+    record.arrays["nll"][2] = np.nan
+    record.save(tmp_path / "nan.npz")
+    with pytest.raises(ValueError, match="NaN or infinity in 'nll'"):
+        evaluation.Record.load(tmp_path / "nan.npz")
+
+
+# A split
+
+
+def split_of(images=23, side=10, on_disk=None):
+    """A split with raters, patients and names, and a function that predicts from its images."""
+    pixels = RNG.random((images, side, side, 1)).astype("float32")
+    masks = (pixels + 0.3 * RNG.normal(size=(images, side, side, 3)) > 0.5).astype("uint8")
+    if on_disk is not None:
+        np.save(on_disk / "masks.npy", masks)
+    targets = masks if on_disk is None else DiskArray(on_disk / "masks.npy")
+    valid = RNG.random((images, 3)) > 0.3
+    valid[:, 0] = True
+    split = Split("test", "segmentation", pixels, targets, np.arange(images) // 2, np.arange(images), valid)
+
+    def predict_samples(batch):
+        return np.stack([1 / (1 + np.exp(-scale * (batch[..., 0] - 0.5))) for scale in (2, 4, 8)]).astype("float32")
+
+    return split, predict_samples
+
+
+def test_a_split_is_scored_in_batches_as_at_once(tmp_path):
+    split, predict_samples = split_of(on_disk=tmp_path)
+    probs = predict_samples(split.normalised())
+    expected = record_of(probs, np.asarray(split.targets), "segmentation", rater_valid=split.rater_valid)
+    for batch_size in (50, 4):
+        options = {"batch_size": batch_size, "train_prevalence": 0.4, "threshold": 0.4, "verbose": False}
+        record = evaluation.score(predict_samples, split, "segmentation", **options)
+        assert record.digests["images"] == expected.digests["images"] and record.threshold == 0.4
+        np.testing.assert_array_equal(record.groups, split.groups)
+        one = evaluation.evaluate(
+            probs,
+            split.targets,
+            "segmentation",
+            rater_valid=split.rater_valid,
+            train_prevalence=0.4,
+            threshold=0.4,
+            boundary=True,
+        )
+        assert_same(record.metrics(), one)
+    channel = evaluation.score(lambda x: predict_samples(x)[..., None], split, "segmentation", verbose=False)
+    assert channel.metrics() == evaluation.score(predict_samples, split, "segmentation", verbose=False).metrics()
+
+
+def test_predictions_that_are_wrong_name_their_images():
+    split, predict_samples = split_of()
+
+    def diverged(images):
+        probs = predict_samples(images)
+        probs[1, 2 : 2 + (images[0, 0, 0, 0] == split.images[8, 0, 0, 0])] = np.nan
+        return probs
+
+    for wrong, message in (
+        (diverged, r"images 8 to 15 of split 'test'. Received: NaN or infinity for 1 of them, first image 10"),
+        (lambda images: predict_samples(images)[0], r"\(samples, 8, 10, 10\) for images 0 to 7.*\(8, 10, 10\)"),
+        (lambda images: predict_samples(images)[:, :3], r"images 0 to 7.*\(3, 3, 10, 10\)"),
+        (lambda images: predict_samples(images)[:0], r"images 0 to 7.*\(0, 8, 10, 10\)"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            evaluation.score(wrong, split, "segmentation", batch_size=8, verbose=False)
+        assert len(str(error.value).splitlines()) <= 2
+
+
+def test_scoring_a_split_keeps_no_pixels():
+    """Peak memory of 40 images and of 400 differ by their statistics, not by their samples' pixels."""
+    peaks = []
+    for images in (40, 400):
+        split, predict_samples = split_of(images, 32)
+        tracemalloc.start()
+        evaluation.score(predict_samples, split, "segmentation", batch_size=10, boundary=False, verbose=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 360 * 2.5 * 7000 < 360 * 3 * 32 * 32 * 8
+
+
+# Shifted inputs
+
+
+def images_of(count=6, side=12):
+    return RNG.normal(size=(count, side, side, 2)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", ["noise", "blur", "contrast"])
+def test_no_severity_is_no_shift(kind):
+    images = images_of()
+    moved = evaluation.shifted(images, kind, 0)
+    np.testing.assert_allclose(moved, images, atol=1e-6)
+    assert moved is not images and moved.dtype == np.float32
+
+
+def test_noise_has_its_size_and_is_that_of_its_image():
+    images = images_of(8, 32)
+    moved = evaluation.shifted(images, "noise", 2.0, seed=3)
+    assert (moved - images).std() == pytest.approx(0.4, rel=0.05)
+    parts = [evaluation.shifted(images[k : k + 3], "noise", 2.0, seed=3, offset=k) for k in (0, 3, 6)]
+    np.testing.assert_array_equal(np.concatenate(parts), moved)
+    assert not np.allclose(moved, evaluation.shifted(images, "noise", 2.0, seed=4))
+    assert not np.allclose((moved - images)[0], (moved - images)[1])
+
+
+def test_blur_and_contrast_by_their_definitions():
+    images = images_of()
+    expected = ndimage.gaussian_filter(images[2, :, :, 1], 1.5, mode="nearest")
+    np.testing.assert_allclose(evaluation.shifted(images, "blur", 1.5)[2, :, :, 1], expected, atol=1e-6)
+    moved = evaluation.shifted(images, "contrast", 0.75)
+    np.testing.assert_allclose(moved.mean((1, 2)), images.mean((1, 2)), atol=1e-6)
+    np.testing.assert_allclose(moved.std((1, 2)), images.std((1, 2)) / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((images_of()[0], "noise", 1), "batch, height, width, channels"),
+        ((images_of(), "fog", 1), "'fog'"),
+        ((images_of(), "blur", -1), "severity=-1"),
+        ((images_of(), "noise", np.inf), "severity=inf"),
+        ((images_of(), "contrast", 1.5), r"in 0\.\.1 for 'contrast'.*1.5"),
+    ],
+)
+def test_shifts_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.shifted(*arguments)
+
+
+def test_shift_auroc_agrees_with_scikit_learn():
+    split, predict_samples = split_of()
+    options = {"boundary": False, "verbose": False}
+    clean = evaluation.score(predict_samples, split, "segmentation", **options)
+    moved = evaluation.score(predict_samples, split, "segmentation", batch_size=7, shift=("contrast", 0.5), **options)
+    images = evaluation.shifted(split.normalised(), "contrast", 0.5)
+    parts = [metrics.uncertainty(predict_samples(one)) for one in (split.normalised(), images)]
+    found = evaluation.shift_auroc(clean, moved)
+    for key in ("entropy", "mutual_information"):
+        values = np.concatenate([part[key].mean((1, 2)) for part in parts])
+        assert found[key] == pytest.approx(sk.roc_auc_score(np.repeat([0, 1], 23), values))
+    assert found["undefined"] == {} and found["entropy"] > 0.6
+    noise = [
+        evaluation.score(predict_samples, split, "segmentation", batch_size=size, shift=("noise", 1.0), **options)
+        for size in (4, 50)
+    ]
+    assert_same(noise[0].metrics(), noise[1].metrics())
+
+
+def test_shift_auroc_of_one_sample_has_no_mutual_information():
+    records = [record_of(LABEL_PROBS[:1], LABELS, "multi-label") for _ in range(2)]
+    found = evaluation.shift_auroc(*records)
+    assert found["entropy"] == 0.5 and "mutual_information" not in found
+    assert found["undefined"]["mutual_information"].startswith("one sample")
+    with pytest.raises(ValueError, match="one task"):
+        evaluation.shift_auroc(records[0], record_of(LABEL_PROBS[..., :1], LABELS[:, :1], "binary"))
+
+
+# The threshold, chosen on validation
+
+
+def test_threshold_of_labels_has_the_best_balanced_accuracy():
+    mean = LABEL_PROBS.mean(0)
+    labels = np.concatenate([LABELS, np.zeros((60, 1), "uint8")], 1)  # the last label does not occur
+    probs = np.concatenate([mean, mean[:, :1]], 1)
+    cuts = np.arange(5, 100, 5) / 100
+    scores = [np.mean([sk.balanced_accuracy_score(LABELS[:, k], mean[:, k] > c) for k in range(5)]) for c in cuts]
+    found = evaluation.select_threshold(probs, labels, "multi-label")
+    assert found == pytest.approx(cuts[np.argmax(scores)]) and found != 0.5
+
+
+def test_threshold_of_masks_has_the_best_dice(tmp_path):
+    probs, masks = sharp_masks()
+    probs = probs.mean(0) ** 3  # too sure of background
+    cuts = np.arange(5, 100, 5) / 100
+    truth = metrics.majority_mask(masks)
+    scores = [metrics.dice(probs > cut, truth).mean() for cut in cuts]
+    found = evaluation.select_threshold(probs, masks, "segmentation")
+    assert found == pytest.approx(cuts[np.argmax(scores)]) and found < 0.5
+    np.save(tmp_path / "masks.npy", masks)
+    assert evaluation.select_threshold(probs, DiskArray(tmp_path / "masks.npy"), "segmentation") == found
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.0, 1.0, 0.5), (0.1, 0.32, 0.3), (0.62, 0.8, 0.65)])
+def test_of_equal_thresholds_the_one_nearest_a_half(low, high, expected):
+    labels = np.array([[0], [1], [0], [1]])
+    assert evaluation.select_threshold(np.where(labels, high, low), labels, "binary") == pytest.approx(expected)
+
+
+def test_a_threshold_that_nothing_tells_is_a_half():
+    assert evaluation.select_threshold(LABEL_PROBS[0], np.zeros_like(LABELS), "multi-label") == 0.5
+    assert evaluation.select_threshold(CLASS_PROBS[0], ONE_HOT, "multi-class") == 0.5
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        evaluation.select_threshold(LABEL_PROBS[0] * 3, LABELS, "multi-label")
+
+
+# Rows that never look at an image, as records
+
+
+@pytest.mark.parametrize("name", ["phantom_nodule", "phantom_chest"])
+def test_trivial_records_are_the_trivial_rows(name):
+    data = datasets.load(name, size=16, limit=20)
+    task, test = data.card.task, data.test
+    records = evaluation.trivial_records(data, threshold=0.3, boundary=False)
+    rows = evaluation.trivial(
+        task,
+        data.train.targets,
+        test.targets,
+        rater_valid=test.rater_valid,
+        train_rater_valid=data.train.rater_valid,
+    )
+    assert list(records) == list(rows)
+    for key, record in records.items():
+        assert record.threshold == 0.3 and record.num_images == test.num_examples
+        row = record.metrics()
+        assert [row[one] for one in ("nll", "brier", "ece")] == [rows[key][one] for one in ("nll", "brier", "ece")]
+        np.testing.assert_array_equal(record.groups is None, test.groups is None)
+    assert "brier" in evaluation.compare(*records.values(), num_resamples=20)
+
+
+def test_level_sets_are_masks_alone():
+    data = datasets.load("phantom_nodule", size=16, limit=20)
+
+    def predict_samples(images):
+        return 1 / (1 + np.exp(-images[None, ..., 0]))
+
+    record = evaluation.trivial_records(data, boundary=False, deterministic=predict_samples, batch_size=6)["level_sets"]
+    row = record.metrics()
+    assert set(row) == {"ged", "hungarian_iou", "undefined"}
+    assert (
+        row["undefined"]["nll"]
+        == row["undefined"]["dice"]
+        == ("not measured: these predictions are masks, not probabilities")
+    )
+    masks = evaluation.level_sets(predict_samples(data.test.normalised())[0])
+    expected = metrics.generalised_energy_distance(masks, np.asarray(data.test.targets), data.test.rater_valid)
+    assert row["ged"] == pytest.approx(expected[data.test.rater_valid.sum(1) > 1].mean())
+    assert set(record.bootstrap(num_resamples=20)) == {"ged", "hungarian_iou", "undefined"}
+
+
+def test_level_sets_by_hand():
+    probs = np.array([[[0.05, 0.1, 0.2], [0.6, 0.95, 0.3]]])
+    masks = evaluation.level_sets(probs, (0.1, 0.5))
+    np.testing.assert_array_equal(masks, [[[[0, 0, 1], [1, 1, 1]]], [[[0, 0, 0], [1, 1, 0]]]])
+    np.testing.assert_array_equal(evaluation.level_sets(probs[..., None], (0.1, 0.5)), masks)
+    assert evaluation.level_sets(probs).shape == (5, 1, 2, 3) and masks.dtype == np.float32
+    with pytest.raises(ValueError, match=r"\(batch, height, width\).*\(2, 3\)"):
+        evaluation.level_sets(probs[0])

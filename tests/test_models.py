@@ -1,4 +1,4 @@
-"""Networks: parameter counts against published figures, shapes, seeds, saving, precision."""
+"""Networks: parameter counts against published figures, shapes, seeds, saving, precision; dropout."""
 
 import keras
 import numpy as np
@@ -169,6 +169,150 @@ def test_strided_convolutions_pad_both_sides():
     ],
 )
 def test_errors_say_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def shared_dense():
+    """A network that calls one of its layers twice."""
+    inputs, again = keras.Input((4,), name="in"), keras.layers.Dense(4, name="again")
+    x = keras.layers.Dense(4, name="first")(inputs)
+    return keras.Model(
+        inputs, keras.layers.Dense(2, name="last")(keras.layers.Add(name="add")([again(x), again(again(x))]))
+    )
+
+
+def perceptron():
+    return keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, "relu", name="first"), keras.layers.Dense(2, name="last")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "input_shape", "first", "num_dropouts"),
+    [
+        (lambda: models.build("resnet18_small", (8, 8, 1), 3, seed=0, width=4), (8, 8, 1), "stem_conv", 20),
+        (
+            lambda: models.build("unet", (8, 8, 1), 1, widths=(2, 3), upsampling="transpose"),
+            (8, 8, 1),
+            "encoder1_conv1",
+            7,
+        ),
+        (shared_dense, (4,), "first", 2),
+        (perceptron, (4,), "first", 1),
+    ],
+)
+def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, model, input_shape, first, num_dropouts):
+    model = model()
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(4, *input_shape)).astype("float32")
+    model.fit(x, np.zeros((4, *model.output_shape[1:])), verbose=0)  # moves batch norm's statistics too
+    before, names = model.get_weights(), [layer.name for layer in model.layers]
+    copy = models.with_dropout(model, 0.25, seed=0)
+    weighted = [layer.name for layer in model.layers if hasattr(layer, "kernel")]
+    dropouts = {layer.name: layer for layer in copy.layers if isinstance(layer, keras.layers.Dropout)}
+    assert set(dropouts) == {f"{name}_dropout" for name in weighted if name != first}
+    assert len(dropouts) == num_dropouts and {layer.rate for layer in dropouts.values()} == {0.25}
+    for name in dropouts:
+        assert copy.get_layer(name.removesuffix("_dropout")).input is dropouts[name].output
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(copy.predict(x, verbose=0), expected, atol=1e-6)
+    copy.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(models.sample_dropout(again, x, 1), models.sample_dropout(copy, x, 1))
+
+    copy.compile("sgd", "mse")
+    copy.fit(x, np.ones((4, *model.output_shape[1:])), verbose=0)
+    assert [layer.name for layer in model.layers] == names
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+
+
+def test_a_rate_of_0_is_a_plain_copy():
+    model = models.build("unet_small", (8, 8, 1), 1, seed=0)
+    model.get_layer("encoder1_bn1").trainable = False
+    copy = models.with_dropout(model, 0)
+    assert [(x.name, type(x), x.trainable) for x in copy.layers] == [
+        (x.name, type(x), x.trainable) for x in model.layers
+    ]
+    for a, b in zip(model.get_weights(), copy.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not copy.compiled and not {id(w) for w in copy.weights} & {id(w) for w in model.weights}
+
+
+def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():
+    # The output is sum_i w_i x_i keep_i / (1 - rate): its variance sum_i (w_i x_i)^2 * rate / (1 - rate).
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.set_weights([np.eye(3), np.zeros(3), np.array([[1.0], [-2.0], [0.5]]), np.zeros(1)])
+    model, rate, draws = models.with_dropout(model, 0.2, seed=0), 0.2, 4000
+    x = np.tile(np.float32([[1.0, 2.0, 3.0]]), (draws // 20, 1))
+    samples = models.sample_dropout(model, x, 20).ravel()
+    terms = np.array([1.0, -4.0, 1.5])
+    variance = (terms**2).sum() * rate / (1 - rate)
+    assert abs(samples.mean() - terms.sum()) < 4 * np.sqrt(variance / draws)
+    assert samples.var() == pytest.approx(variance, rel=0.1)
+    assert len(np.unique(samples.round(4))) == 8  # every subset of three
+
+
+def test_samples_of_dropout_are_reproducible_and_traced_once(monkeypatch):
+    model = models.with_dropout(models.build("unet_small", (8, 8, 1), 1, seed=0), 0.3, seed=0)
+    traced, call = [], models._DropoutSampler.call
+
+    def counted(self, inputs):
+        traced.append(inputs.shape)
+        return call(self, inputs)
+
+    monkeypatch.setattr(models._DropoutSampler, "call", counted)
+    images = np.random.default_rng(0).normal(size=(7, 8, 8, 1)).astype("float32")
+    first = models.sample_dropout(model, images, 3)
+    assert first.shape == (3, 7, 8, 8, 1) and first.min() >= 0 and first.max() <= 1
+    assert all((first[i] != first[j]).any(axis=(1, 2, 3)).all() for i in range(3) for j in range(i))
+    np.testing.assert_array_equal(first, models.sample_dropout(model, images, 3))
+    other, goes_on = models.sample_dropout(model, images, 3, seed=1), models.sample_dropout(model, images, 3, seed=None)
+    assert not np.array_equal(first, other) and not np.array_equal(other, goes_on)
+    for size in (1, 5, 6, 7):
+        assert models.sample_dropout(model, images[:size], 3, batch_size=size).shape[1] == size
+    assert len(traced) <= 2  # one image, and any number of them
+
+    model.get_layer("head").bias.assign([100.0])  # weights as they are now
+    np.testing.assert_array_equal(models.sample_dropout(model, images, 3), np.ones_like(first))
+    assert len(traced) <= 2
+
+
+def test_only_dropout_is_as_in_training():
+    layers = [
+        keras.layers.Dense(3),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.0),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    x = np.random.default_rng(0).normal(5, 2, size=(16, 3)).astype("float32")
+    batch_statistics = model(x, training=True)  # moves the running ones a little
+    expected = model.predict(x, verbose=0)
+    assert not np.allclose(batch_statistics, expected, atol=0.1)
+    np.testing.assert_allclose(models.sample_dropout(model, x, 1)[0], expected, atol=1e-6)
+    assert model.layers[1].trainable
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.with_dropout(perceptron(), 1.0), "0 <= rate < 1. Received: rate=1.0"),
+        (lambda: models.with_dropout(perceptron(), -0.1), "rate=-0.1"),
+        (lambda: models.with_dropout(perceptron(), "half"), "rate='half'"),
+        (lambda: models.with_dropout(keras.Sequential([keras.layers.Dense(2)]), 0.1), "Expected a built Functional"),
+        (
+            lambda: models.with_dropout(keras.Sequential([perceptron(), keras.layers.Dense(2)]), 0.1),
+            "without models among",
+        ),
+        (lambda: models.sample_dropout(perceptron(), np.ones((2, 4))), "Expected a network with dropout layers"),
+        (lambda: models.sample_dropout(models.with_dropout(perceptron(), 0.1), np.ones((2, 4)), 0), "num_samples=0"),
+    ],
+)
+def test_dropout_that_is_none_is_refused(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert len(str(error.value).splitlines()) <= 2

@@ -9,10 +9,46 @@ import numpy as np
 import pytest
 
 from sbn_tf import metrics, plots
+from sbn_tf.results import Result
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random(200) ** 8
 HISTORIES = {"a": {"loss": [3, 2, 1], "val_loss": [3, 3, 2]}, "b": {"loss": [2.0]}}
+
+CURVES = {
+    "a": (SCORES, SCORES > 0.5),
+    "b": (np.sqrt(SCORES), RNG.random(200) < np.sqrt(SCORES)),
+    "constant": (np.full(200, 0.3), SCORES > 0.5),
+}
+
+
+def row(method, nll, seed=0, cost=2.0, **changes):
+    """A `Result` of masks."""
+    return Result(
+        **{
+            **dict.fromkeys(("title", "recipe", "network", "normalisation"), "x"),
+            **dict.fromkeys(("size", "num_train", "num_val", "num_test"), 9),
+            "dataset": "phantom_nodule",
+            "task": "segmentation",
+            "method": method,
+            "seed": seed,
+            "metrics": {} if nll is None else {"nll": nll},
+            "undefined": {"nll": "no test image was scored"} if nll is None else {},
+            "intervals": {} if nll is None else {"nll": [nll - 0.01, nll + 0.01]},
+            "cost": {} if method.startswith("trivial") else {"train_flops_ratio": cost},
+        }
+        | changes
+    )
+
+
+NAMES = ["deterministic", *(f"method_{number}" for number in range(13))]
+ROWS = [
+    row("trivial_prevalence", 0.11, None),
+    row("trivial_all_background", 9.0, None),
+    *(row(name, 0.1 + 0.001 * (number % 3), cost=1 + number % 4) for number, name in enumerate(NAMES)),
+    row("broken", None),
+    row("far_away", 3.0, cost=7.0),
+]
 
 INTO_AXES = {
     "history": lambda ax: plots.plot_history(HISTORIES, ["loss", "val_loss"], ax),
@@ -24,6 +60,16 @@ INTO_AXES = {
     "scales": lambda ax: plots.plot_scales(ax, SCORES + 0.01, SCORES + 0.02),
     "equal scales": lambda ax: plots.plot_scales(ax, np.full(4, 0.01), np.full(4, 0.01)),
     "reliability": lambda ax: plots.plot_reliability(ax, SCORES.reshape(20, 10), SCORES.reshape(20, 10) > 0.5),
+    "reliability of equal count": lambda ax: plots.plot_reliability(ax, *CURVES["a"], binning="mass"),
+    "reliability of several": lambda ax: plots.plot_reliability_curves(ax, CURVES),
+    "reliability of several, equal count": lambda ax: plots.plot_reliability_curves(ax, CURVES, binning="mass"),
+    "constant prediction": lambda ax: plots.plot_reliability(ax, *CURVES["constant"], binning="mass"),
+    "risk and coverage": lambda ax: plots.plot_risk_coverage(ax, {"a": (SCORES, SCORES), "b": (SCORES, 1 - SCORES)}),
+    "risk of one image": lambda ax: plots.plot_risk_coverage(ax, {"a": ([0.5], [1.0])}, oracle=False),
+    "intervals": lambda ax: plots.plot_intervals(ax, ROWS, "nll"),
+    "intervals of nothing": lambda ax: plots.plot_intervals(ax, ROWS, "ged", band="none"),
+    "cost": lambda ax: plots.plot_cost(ax, ROWS),
+    "cost of nothing": lambda ax: plots.plot_cost(ax, ROWS, y="ged"),
     "one prediction": lambda ax: plots.plot_reliability(ax, [0.5], [1]),
 }
 
@@ -44,7 +90,8 @@ def test_draws_into_the_given_axes_only(name):
     assert not right.has_data() and not right.get_legend()
     assert plt.get_fignums() == [figure.number]
     assert dict(plt.rcParams) == before
-    assert (left.get_xlabel() and left.get_ylabel()) or "mask" in name
+    assert left.get_xlabel()
+    assert left.get_ylabel() or any(tick.get_text() for tick in left.get_yticklabels())
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])
@@ -167,6 +214,152 @@ def test_reliability_agrees_with_the_metric():
     assert f"{metrics.ece(probs, targets):.4f}" in line.get_label()
     counts = ax.figure.axes[1].patches
     assert sum(bar.get_height() for bar in counts) == 500
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+def test_reliability_of_several_methods_agrees_with_the_metric(binning):
+    ax = plots.plot_reliability_curves(plt.figure().add_subplot(), CURVES, 10, binning)
+    lines = ax.get_lines()[1:]
+    assert [line.get_label() for line in lines] == [
+        f"{name}: ECE {metrics.ece(probs, targets, 10, binning=binning):.4f}"
+        for name, (probs, targets) in CURVES.items()
+    ]
+    np.testing.assert_allclose(lines[2].get_xydata(), [[0.3, (SCORES > 0.5).mean()]])  # one bin, of all
+    for line, (probs, _) in zip(lines, CURVES.values(), strict=True):
+        assert line.get_xdata().min() >= probs.min() - 1e-12 and (np.diff(line.get_xdata()) > 0).all()
+
+
+def test_reliability_in_bins_of_equal_count_by_hand():
+    probs, targets = [0.1, 0.2, 0.2, 0.2, 0.5, 0.9], [0, 1, 0, 0, 1, 1]
+    ax = plots.plot_reliability(plt.figure().add_subplot(), probs, targets, 3, binning="mass")
+    # Middles of the ranks 0.5, 2.5, 4.5, 5.5 of 6: bins 0, 1, 2, 2. Equal probabilities stay together.
+    np.testing.assert_allclose(ax.get_lines()[1].get_xydata(), [[0.1, 0], [0.2, 1 / 3], [0.7, 1]])
+    bars = ax.figure.axes[1].patches
+    assert [bar.get_height() for bar in bars] == [1, 3, 2]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+    np.testing.assert_allclose(middles, [(0.1 + 0.15) / 2, (0.15 + 0.35) / 2, (0.35 + 0.9) / 2])
+
+
+def test_reliability_refuses():
+    for curves, binning in (({}, "width"), (CURVES, "depth")):
+        with pytest.raises(ValueError, match="Expected a curve and binning"):
+            plots.plot_reliability_curves(plt.figure().add_subplot(), curves, binning=binning)
+
+
+# ---- risk and coverage, intervals, cost
+
+
+def test_risk_coverage_by_hand():
+    uncertain, risk = [0.1, 0.4, 0.2, 0.3], [0.0, 1.0, 1.0, 0.0]
+    ax = plots.plot_risk_coverage(plt.figure().add_subplot(), {"a": (uncertain, risk)})
+    dotted, solid, dashed = ax.get_lines()
+    coverage, mean_risk = solid.get_data()
+    for share, expected in ((0.25, 0), (0.5, 1 / 2), (0.75, 1 / 3), (1, 1 / 2)):  # kept: images 0, 2, 3, 1
+        assert np.interp(share, coverage, mean_risk) == pytest.approx(expected)
+    for share, expected in ((0.5, 0), (0.75, 1 / 3), (1, 1 / 2)):
+        assert np.interp(share, *dotted.get_data()) == pytest.approx(expected)
+    np.testing.assert_allclose(dashed.get_ydata(), 0.5)
+    areas = [metrics.area_under_risk_coverage(order, risk) for order in (uncertain, risk)]
+    assert solid.get_label() == "a: {:.4f} (oracle {:.4f})".format(*areas)
+    with pytest.raises(ValueError, match="Expected a curve or more"):
+        plots.plot_risk_coverage(ax, {})
+
+
+def test_intervals_show_every_row():
+    ax = plots.plot_intervals(plt.figure().add_subplot(), ROWS, "nll")
+    assert [text.get_text() for text in ax.get_yticklabels()] == [one.method for one in ROWS]
+    assert ax.yaxis_inverted() and ax.get_title("left") == "\u2190 better"
+    points = {float(line.get_ydata()[0]): line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "o"}
+    for place, one in enumerate(ROWS):
+        if one.method in ("trivial_all_background", "broken", "far_away"):
+            assert place not in points
+        else:
+            assert points[place] == one.metrics["nll"]
+    assert {text.get_text() for text in ax.texts} == {"9", "3", "undefined: no test image was scored"}
+    low, high = ax.get_xlim()
+    assert low < 0.09 and 0.112 < high < 0.2  # what is far away does not press the others together
+    for better, side in (("dice", "right"), ("entropy", None)):
+        ax = plots.plot_intervals(plt.figure().add_subplot(), [row("a", 0.1)], better)
+        assert (side is None) or ax.get_title(side) == "better \u2192"
+
+
+def test_intervals_of_several_seeds():
+    rows = [row("a", 0.1, 0), row("a", 0.2, 1), row("b", 0.1)]
+    ax = plots.plot_intervals(plt.figure().add_subplot(), rows, "nll", band="a")
+    seeds = next(line for line in ax.get_lines() if line.get_marker() == "|")
+    np.testing.assert_allclose(seeds.get_xydata(), [[0.1, 0], [0.2, 0]])
+    spread = 0.05 * np.sqrt(2)
+    np.testing.assert_allclose(ax.get_lines()[0].get_xdata(), [0.15 - spread, 0.15 + spread])
+    band = ax.patches[0].get_extents().transformed(ax.transData.inverted())
+    np.testing.assert_allclose([band.x0, band.x1], [0.15 - spread, 0.15 + spread])
+    with pytest.raises(ValueError, match="Expected a key of results"):
+        plots.plot_intervals(ax, rows, "f2")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_cost_numbers_do_not_overlap(together):
+    rows = [row(name, 0.1 + 0.0001 * k, cost=2.4 if together else 1 + k % 3) for k, name in enumerate(NAMES)]
+    figure = plt.figure(figsize=(8, 4), layout="constrained")
+    ax = plots.plot_cost(figure.add_subplot(), rows)
+    figure.canvas.draw()
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in ax.texts]  # without its line
+    assert [text.get_text() for text in ax.texts] == [str(number + 1) for number in range(len(NAMES))]
+    for i, box in enumerate(boxes):
+        assert ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1)
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    legend = ax.get_legend().get_window_extent()
+    assert legend.x0 >= ax.bbox.x1 and legend.x1 <= figure.bbox.x1 + 1
+
+
+def test_cost_legend_names_every_row():
+    ax = plots.plot_cost(plt.figure(figsize=(9, 5), layout="constrained").add_subplot(), ROWS)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0] == "1  deterministic" and texts[14] == "15  far_away (3)"
+    assert texts[15:] == ["trivial_prevalence", "trivial_all_background (9)", "not shown: broken"]
+    assert ax.get_xscale() == "log"
+    with pytest.raises(ValueError, match="Received: x='nll', y='f2'"):
+        plots.plot_cost(ax, ROWS, "nll", "f2")
+
+
+@pytest.mark.parametrize(("better", "expected"), [("lower", [[1, 5], [2, 3], [4, 1]]), ("higher", [[1, 5], [3, 6]])])
+def test_front_by_hand(better, expected):
+    points = [(2, 3), (1, 5), (3, 6), (4, 1), (2, 4), (5, 1)]
+    np.testing.assert_allclose(plots._front(points, better).T, expected)
+
+
+# ---- samples
+
+
+@pytest.mark.parametrize("num_samples", [1, 8])
+@pytest.mark.parametrize("num_raters", [None, 3])
+def test_sample_masks(num_samples, num_raters):
+    probs = RNG.random((num_samples, 3, 16, 12, 1))
+    truths = RNG.random((3, 16, 12, num_raters or 1)) > 0.5
+    probs[:, 1] = 0  # an empty mask has no outline
+    truths = truths if num_raters else truths[..., 0]
+    axes = plots.plot_sample_masks(RNG.random((3, 16, 12, 3)), truths, probs, num_rows=2)
+    drawn = min(5, num_samples)
+    assert axes.shape == (2, 2 + drawn) and len(plt.get_fignums()) == 1
+    axes[0, 0].figure.canvas.draw()
+    first = "raters" if num_raters else "truth"
+    assert [ax.get_title() for ax in axes[0]] == [first, *(f"sample {k + 1}" for k in range(drawn)), "all samples"]
+    for k in range(drawn):
+        shown = axes[0, 1 + k].images[-1].get_array()[..., 3] > 0
+        np.testing.assert_array_equal(shown, probs[k, 0, ..., 0] > 0.5)
+        assert not axes[1, 1 + k].collections
+    share = axes[0, -1].images[0]
+    np.testing.assert_allclose(share.get_array(), (probs[:, 0, ..., 0] > 0.5).mean(0))
+    assert share.get_clim() == (0, 1)
+
+
+def test_sample_masks_outline_the_valid_raters():
+    truths = np.zeros((1, 8, 8, 2))
+    truths[0, 2:5, 3:6] = 1
+    axes = plots.plot_sample_masks(np.zeros((1, 8, 8, 1)), truths, np.zeros((1, 1, 8, 8)), rater_valid=[[0, 1]])
+    assert set(outlines(axes[0, 0])) == {plots.RATERS[1]}
+    for options in ({"num_rows": 0}, {"num_samples": 0}):
+        with pytest.raises(ValueError, match="Expected an image and a sample or more"):
+            plots.plot_sample_masks(np.zeros((1, 8, 8, 1)), truths, np.zeros((1, 1, 8, 8)), **options)
 
 
 def test_table():

@@ -147,6 +147,7 @@ def test_the_loss_of_each_task_with_labels_by_hand(task, class_weights):
         {"optimizer": "lion"},
         {"augment": "flip"},
         {"score": "fischer"},
+        {"keep": "first"},
     ],
 )
 def test_a_recipe_out_of_range_is_refused_at_once(change):
@@ -161,3 +162,39 @@ def test_the_papers_recipes_take_its_networks_and_constants():
     assert recipes.network_for("quick", chest) == "resnet18_small"
     assert [recipes.normalisation_for("paper", card) for card in (chest, lidc)] == ["paper", "train"]
     assert recipes.normalisation_for("quick", chest) == "train"
+
+
+def test_the_last_weights_are_kept_unless_a_recipe_says_otherwise():
+    assert {recipe.keep for recipe in recipes.RECIPES.values()} == {"last"}
+    assert recipes.recipe_for("quick", datasets.card("lidc"), keep="best").keep == "best"
+
+
+def test_cycles_of_one_length_are_kerass_restarts():
+    theirs = keras.optimizers.schedules.CosineDecayRestarts(0.3, 7, t_mul=1.0)
+    ours = recipes.CosineCycles(0.3, [7, 7, 7])
+    found = np.array([[float(schedule(step)) for step in range(21)] for schedule in (ours, theirs)])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-7)
+
+
+def test_each_cycle_of_another_length_is_kerass_cosine_decay():
+    cycles = [3, 1, 5]
+    expected = [
+        float(keras.optimizers.schedules.CosineDecay(0.3, steps)(step)) for steps in cycles for step in range(steps)
+    ]
+    schedule = recipes.CosineCycles(0.3, cycles)
+    np.testing.assert_allclose([float(schedule(step)) for step in range(9)], expected, atol=1e-7)
+    traced = tf.function(schedule)
+    np.testing.assert_allclose([float(traced(tf.constant(step, "int64"))) for step in range(9)], expected, atol=1e-7)
+    assert float(schedule(9)) == pytest.approx(0.0, abs=1e-7) == float(schedule(1000))
+
+
+def test_cycles_are_saved_with_their_optimiser():
+    optimizer = recipes.optimizer_for("sgd", 0.3, decay="cosine", steps=2, cycle_steps=[2, 3])
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again._learning_rate.get_config() == {"learning_rate": 0.3, "cycle_steps": [2, 3]}
+
+
+@pytest.mark.parametrize("cycle_steps", [[], [3, 0], [-1]])
+def test_cycles_without_a_step_are_none(cycle_steps):
+    with pytest.raises(ValueError, match="Expected cycle_steps"):
+        recipes.CosineCycles(0.1, cycle_steps)

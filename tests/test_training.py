@@ -11,8 +11,9 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
-from sbn_tf import datasets, evaluation, models, recipes, training
+from sbn_tf import cost, datasets, evaluation, models, recipes, training
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
@@ -72,6 +73,11 @@ def test_corrupt_checkpoint_is_named(data, tmp_path):
         training.fit(model, data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path)
 
 
+def told(history):
+    """A history without what is measured anew in each process."""
+    return {key: values for key, values in history.items() if key not in ("seconds", "peak_bytes")}
+
+
 def linear(data, learning_rate, **options):
     model = keras.Sequential([keras.Input(data.input_shape), keras.layers.Conv2D(1, 3, padding="same")])
     model.compile(keras.optimizers.SGD(learning_rate, **options), "mse")
@@ -93,7 +99,8 @@ def test_nan_loss_stops_and_keeps_the_last_good_weights(data, tmp_path, batch_si
             seed=0,
             folder=tmp_path,
         )
-    assert history == {"nan_in_epoch": [0]}
+    assert told(history) == {"nan_in_epoch": [0]}
+    assert "seconds" not in history
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert all(np.isfinite(v).all() for v in model.optimizer.variables)
@@ -142,7 +149,8 @@ def test_training_that_was_ended_on_purpose_stays_ended(data, tmp_path):
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e3)
     first = training.fit(model, data.train, None, callbacks=[stop], **options)
     again = linear(data, 1e-3)
-    assert training.fit(again, data.train, None, callbacks=[stop], **options) == first
+    second = training.fit(again, data.train, None, callbacks=[stop], **options)
+    assert told(second) == told(first) and second["seconds"] == first["seconds"]
     for a, b in zip(model.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -463,3 +471,427 @@ def test_each_optimiser_updates_its_own(data):
     for variable in bnn.trainable_weights:
         moved = not np.array_equal(before[variable.path], variable)
         assert moved == variable.name.endswith("untransformed_scale")
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    """A network with a batch norm, and with noise that follows Keras's global seed."""
+
+    def build(input_shape, num_outputs, activation="sigmoid", seed=None):
+        inputs = keras.Input(input_shape)
+        x = keras.layers.Conv2D(4, 3, kernel_initializer=keras.initializers.HeNormal(seed), name="first")(inputs)
+        x = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="norm")(x))
+        x = keras.layers.Dropout(0.3, name="drop")(keras.layers.GlobalAveragePooling2D(name="average")(x))
+        return keras.Model(inputs, keras.layers.Dense(num_outputs, activation=activation, name="head")(x))
+
+    monkeypatch.setitem(models.NETWORKS, "noisy", (build, {}))
+    return "noisy"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, writes):
+    """The process ends after so many epochs were written."""
+    write, count = training.Checkpoint._write, []
+
+    def counted(self, epochs):
+        write(self, epochs)
+        count.append(epochs)
+        if len(count) == writes:
+            raise Interrupted
+
+    monkeypatch.setattr(training.Checkpoint, "_write", counted)
+
+
+def count_traces(monkeypatch):
+    traced, step = [], keras.Model.train_step
+
+    def counted(self, data):
+        traced.append(self)
+        return step(self, data)
+
+    monkeypatch.setattr(keras.Model, "train_step", counted)
+    return traced
+
+
+def assert_equal_weights(first, second):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def quick(data, **changes):
+    return recipes.recipe_for("quick", data.card, **{"epochs": 2, "bayes_epochs": 2, "batch_size": 20, **changes})
+
+
+def test_seeds_of_members_meet_no_other_ensemble():
+    seeds = [training.member_seed(seed, member) for seed in range(50) for member in range(1000)]
+    assert len(set(seeds)) == len(seeds)
+    assert [training.member_seed(3, member) for member in (0, 1, 2)] == [3, 4001, 4002]
+
+
+def test_members_are_deterministic_runs_bit_for_bit_of_one_trace(tmp_path, noisy, monkeypatch):
+    data = in_colours("multi-class")
+    recipe, options = quick(data), {"network": noisy, "verbose": False}  # batches of 20, 20 and 8
+    alone = [
+        training.deterministic_run(data, recipe, seed=seed, runs=tmp_path / "alone", **options)
+        for seed in (7, 8001, 8002)
+    ]
+    step1 = training.deterministic_run(data, recipe, seed=7, runs=tmp_path / "together", **options)
+    traced = count_traces(monkeypatch)
+    members = training.ensemble_runs(data, recipe, seed=7, num_members=3, runs=tmp_path / "together", **options)
+    assert len(traced) == 1  # two networks were trained
+    assert members[0].folder == step1.folder
+    for one, member in zip(alone, members, strict=True):
+        assert one.folder.relative_to(tmp_path / "alone") == member.folder.relative_to(tmp_path / "together")
+        assert_equal_weights(one.model.get_weights(), member.model.get_weights())
+        assert_equal_weights(one.model.optimizer.variables, member.model.optimizer.variables)
+        assert told(one.history) == told(member.history)
+    assert not np.array_equal(members[1].model.get_weights()[0], members[2].model.get_weights()[0])
+
+    again = training.ensemble_runs(data, recipe, seed=7, num_members=3, runs=tmp_path / "together", **options)
+    assert len(traced) == 1 and [run.history for run in again] == [run.history for run in members]
+
+
+def test_an_ensemble_interrupted_in_a_member_goes_on(tmp_path, noisy, monkeypatch):
+    data = in_colours("multi-class")
+    recipe, options = quick(data, epochs=3), {"network": noisy, "verbose": False, "num_members": 3}
+    whole = training.ensemble_runs(data, recipe, runs=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 5)
+        training.ensemble_runs(data, recipe, runs=tmp_path / "broken", **options)
+    found = [(path.parts[-3], path.name) for path in (tmp_path / "broken").rglob("*") if path.is_file()]
+    assert ("seed0", "model.keras") in found and ("seed1001", "checkpoint.npz") in found
+    members = training.ensemble_runs(data, recipe, runs=tmp_path / "broken", **options)
+    for one, member in zip(whole, members, strict=True):
+        assert_equal_weights(one.model.get_weights(), member.model.get_weights())
+        assert told(one.history) == told(member.history) and len(member.history["seconds"]) == 3
+
+
+def test_a_continued_run_is_keras_s_fit_on_the_same_stream(tmp_path, noisy):
+    data = in_colours("multi-class")
+    recipe = quick(data)
+    step1 = training.deterministic_run(data, recipe, network=noisy, runs=tmp_path, verbose=False)
+    before = step1.model.get_weights()
+    run = training.continued_run(step1, data, recipe, method="longer", seed=3, runs=tmp_path, verbose=False)
+    assert_equal_weights(before, step1.model.get_weights())
+    assert run.folder.parent == tmp_path / "colours" / "longer" / "seed3"
+
+    keras.utils.set_random_seed(3)
+    model = keras.models.clone_model(keras.Model(step1.model.inputs[0], step1.model.outputs[0]))
+    model.set_weights(before)
+    model.get_layer("norm").trainable = False
+    rate = keras.optimizers.schedules.CosineDecay(recipe.bayes_learning_rate, 2 * 3)
+    model.compile(keras.optimizers.Adam(rate), "categorical_crossentropy")
+    model.fit(data.train.batches(20, seed=3, epochs=2), epochs=2, steps_per_epoch=3, shuffle=False, verbose=0)
+    assert_equal_weights(model.get_weights(), run.model.get_weights())
+    assert_equal_weights(run.snapshots[0], run.model.get_weights())
+    again = training.continued_run(step1, data, recipe, method="longer", seed=3, runs=tmp_path, verbose=False)
+    assert again.history == run.history and again.model.get_layer("norm").trainable is False
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "moved", "num_trainable"),
+    [("frozen", [], 4), ("statistics", ["moving"], 4), ("train", ["moving", "affine"], 6)],
+)
+def test_batch_norm_of_a_continued_run_is_as_the_recipe_says(
+    tmp_path, noisy, batch_norm, moved, num_trainable, recwarn
+):
+    data = in_colours("multi-class")
+    recipe = quick(data, batch_norm=batch_norm, estimator="all")
+    step1 = training.deterministic_run(data, recipe, network=noisy, runs=tmp_path, verbose=False)
+    for _ in range(2):  # trained, then loaded
+        run = training.continued_run(step1, data, recipe, method="longer", runs=tmp_path, verbose=False)
+        old, new = (model.get_layer("norm") for model in (step1.model, run.model))
+        found = [] if np.array_equal(old.moving_mean, new.moving_mean) else ["moving"]
+        found += [] if np.array_equal(old.gamma, new.gamma) else ["affine"]
+        assert found == moved and len(run.model.trainable_variables) == num_trainable
+    assert not [w for w in recwarn if "Skipping variable" in str(w.message)]
+
+
+def test_a_continued_run_is_step_3_with_empty_masks_but_for_rounding(tmp_path, tiny):
+    data = in_colours("multi-class")
+    recipe = quick(data, num_samples=2)
+    step1 = training.deterministic_run(data, recipe, network=tiny, runs=tmp_path, verbose=False)
+    empty = top_k(saliency(step1.model, None, None, score="magnitude"), 0.0)
+    control = training.partial_run(step1, empty, data, recipe, runs=tmp_path, verbose=False)
+    run = training.continued_run(step1, data, recipe, method="longer", runs=tmp_path, verbose=False)
+    for a, b in zip(control.model.network.get_weights(), run.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert not np.allclose(step1.model.get_weights()[0], run.model.get_weights()[0], atol=1e-3)
+
+
+def test_snapshots_are_the_weights_at_the_end_of_each_cycle(tmp_path, noisy, monkeypatch):
+    data = in_colours("multi-class")
+    recipe = quick(data)
+    step1 = training.deterministic_run(data, recipe, network=noisy, runs=tmp_path, verbose=False)
+
+    def run(folder):
+        options = {"method": "snapshot", "epochs": 5, "cycles": 2, "runs": tmp_path / folder, "verbose": False}
+        return training.continued_run(step1, data, recipe, **options)
+
+    whole = run("whole")
+    assert len(whole.snapshots) == 2
+    assert_equal_weights(whole.snapshots[1], whole.model.get_weights())
+    rate = whole.model.optimizer._learning_rate
+    assert (rate.cycle_steps, rate.learning_rate) == ([2 * 3, 3 * 3], pytest.approx(recipe.bayes_learning_rate))
+
+    # The first cycle alone: two epochs whose rate falls to 0.
+    first = training.continued_run(
+        step1, data, recipe, method="one", epochs=2, cycles=1, runs=tmp_path / "one", verbose=False
+    )
+    for a, b in zip(first.model.get_weights(), whole.snapshots[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 3)
+        run("broken")
+    broken = run("broken")
+    for a, b in zip(whole.snapshots, broken.snapshots, strict=True):
+        assert_equal_weights(a, b)
+    assert told(whole.history) == told(broken.history)
+    for a, b in zip(whole.snapshots, run("whole").snapshots, strict=True):  # loaded
+        assert_equal_weights(a, b)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_a_corrupt_snapshot_is_named(tmp_path, tiny, damage):
+    data = in_colours("multi-class")
+    recipe, options = quick(data), {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, recipe, network=tiny, **options)
+    run = training.continued_run(step1, data, recipe, method="snapshot", cycles=2, **options)
+    path = run.folder / "snapshot1.npz"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        np.savez(path, w0=np.zeros(3))
+    with pytest.raises(ValueError, match=r"Expected a whole run in .*snapshot1.npz.*Delete it") as error:
+        training.continued_run(step1, data, recipe, method="snapshot", cycles=2, **options)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_snapshots_of_a_run_that_diverged_are_those_of_whole_cycles(tmp_path, tiny):
+    data = in_colours("multi-class")
+    recipe = quick(data, optimizer="sgd", bayes_learning_rate=1e30)
+    step1 = training.deterministic_run(data, recipe, network=tiny, runs=tmp_path, verbose=False)
+    options = {"method": "snapshot", "cycles": 2, "runs": tmp_path, "verbose": False}
+    with pytest.warns(UserWarning, match="training stopped"):
+        run = training.continued_run(step1, data, recipe, **options)
+    assert len(run.snapshots) == 1
+    assert_equal_weights(run.snapshots[0], step1.model.get_weights())
+
+
+def test_dropout_goes_on_from_step_1_and_is_the_same_when_loaded(tmp_path, noisy, monkeypatch):
+    data = in_colours("multi-class")
+    recipe, images = quick(data), data.val.normalised()
+    step1 = training.deterministic_run(data, recipe, network=noisy, runs=tmp_path, verbose=False)
+
+    def run(folder):
+        options = {"method": "mc_dropout", "dropout": 0.2, "runs": tmp_path / folder, "verbose": False}
+        return training.continued_run(step1, data, recipe, **options)
+
+    whole = run("whole")
+    rates = [layer.rate for layer in whole.model.layers if isinstance(layer, keras.layers.Dropout)]
+    assert rates == [0.3, 0.2] and whole.model.get_layer("head_dropout").rate == 0.2
+    samples = models.sample_dropout(whole.model, images, 4)
+    assert samples.shape == (4, 18, 3) and samples.std(0).min() > 0
+    np.testing.assert_array_equal(samples, models.sample_dropout(run("whole").model, images, 4))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 1)
+        run("broken")
+    assert_equal_weights(whole.model.get_weights(), run("broken").model.get_weights())
+
+
+def shaken(data, folder, epochs, keep, rates=(1e-3, 1e-3, 0.3, 0.3, 0.3)):
+    """A linear network whose first two epochs are good; later ones move away."""
+
+    class Rates(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = rates[epoch]
+
+    keras.utils.set_random_seed(0)
+    model = linear(data, 1e-3)
+    options = {"batch_size": 8, "seed": 0, "folder": folder, "keep": keep, "callbacks": [Rates()], "verbose": False}
+    return model, training.fit(model, data.train, data.val, epochs=epochs, **options)
+
+
+def test_the_best_epoch_is_kept_also_after_an_interruption(data, tmp_path, monkeypatch):
+    model, history = shaken(data, tmp_path / "whole", 5, "best")
+    best = int(np.argmin(history["val_loss"]))
+    assert history["kept_epoch"] == [best] and best < 4
+    until, _ = shaken(data, tmp_path / "until", best + 1, "last")
+    assert_equal_weights(model.get_weights(), until.get_weights())
+    last, told_last = shaken(data, tmp_path / "last", 5, "last")
+    assert told_last["val_loss"] == history["val_loss"] and "kept_epoch" not in told_last
+    assert not np.array_equal(model.get_weights()[0], last.get_weights()[0])
+    for epoch in (1, 4):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt_after(patch, epoch)
+            shaken(data, tmp_path / str(epoch), 5, "best")
+        again, resumed = shaken(data, tmp_path / str(epoch), 5, "best")
+        assert_equal_weights(model.get_weights(), again.get_weights())
+        assert told(resumed) == told(history)
+        assert len(resumed["seconds"]) == 5 and min(resumed["seconds"]) > 0
+
+
+def test_of_equal_epochs_the_first_is_kept(data, tmp_path):
+    _, history = shaken(data, tmp_path, 3, "best", rates=(0.0, 0.0, 0.0))
+    assert len(set(history["val_loss"])) == 1 and history["kept_epoch"] == [0]
+
+
+def test_an_epoch_that_the_next_batch_shows_to_be_bad_is_not_the_best(data, tmp_path):
+    model = linear(data, 1e-3)
+    before = training.Checkpoint(tmp_path / "checkpoint.npz", training.StopAtNaN(), "best")
+    before.set_model(model)
+    before.guard.stopped = False
+    for epoch, loss in enumerate([2.0, 1.0]):
+        before.on_epoch_begin(epoch)
+        model.set_weights([np.full_like(w, epoch) for w in model.get_weights()])
+        before.on_epoch_end(epoch, {"loss": loss, "val_loss": loss})
+    before.guard.stopped, before.guard.nan_in_epoch = True, 1  # told by the third epoch's first batch
+    before.on_train_end()
+    again = training.Checkpoint(tmp_path / "checkpoint.npz", keep="best")
+    assert again.resume(model) == 1
+    assert again.best[0] == 0 and all((w == 0).all() for w in again.best[1])
+
+
+def test_a_checkpoint_without_a_best_epoch_and_runs_without_validation_keep_none(data, tmp_path):
+    shaken(data, tmp_path, 1, "last")
+    with pytest.raises(ValueError, match=r"holds no best epoch.*Delete it"):
+        shaken(data, tmp_path, 2, "best")
+    with pytest.raises(ValueError, match='"best" with a validation split'):
+        training.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path, keep="best")
+
+
+def test_every_step_keeps_its_best_epoch_in_a_folder_of_its_own(tmp_path, tiny):
+    data = in_colours("multi-class")
+    last = quick(data, epochs=3, bayes_epochs=3, num_samples=2, learning_rate=0.3, decay="none")
+    best, options = dataclasses.replace(last, keep="best"), {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, last, network=tiny, **options)
+    masks = training.masks_run(step1, data, last, 0.2, verbose=False)
+
+    def all_runs(recipe):
+        return [
+            training.deterministic_run(data, recipe, network=tiny, **options),
+            training.partial_run(step1, masks, data, recipe, **options),
+            training.continued_run(step1, data, recipe, method="longer", **options),
+        ]
+
+    for a, b in zip(all_runs(last), all_runs(best), strict=True):
+        assert a.folder.parent == b.folder.parent and a.folder != b.folder
+        assert a.history["val_loss"] == b.history["val_loss"] and "kept_epoch" not in a.history
+        assert b.history["kept_epoch"] == [int(np.argmin(b.history["val_loss"]))]
+        settings = [json.loads((run.folder / "config.json").read_text())["settings"] for run in (a, b)]
+        assert "keep" not in settings[0] and settings[1]["keep"] == "best"
+    deterministic = all_runs(best)[0]
+    found = deterministic.model.evaluate(data.val.batches(20), verbose=0)
+    assert found == pytest.approx(min(deterministic.history["val_loss"]), rel=1e-5)
+
+
+def test_time_and_memory_of_a_run(tmp_path, tiny):
+    data = in_colours("multi-class")
+    run = training.deterministic_run(data, quick(data), network=tiny, runs=tmp_path, verbose=False)
+    assert len(run.history["seconds"]) == 2 and min(run.history["seconds"]) > 0
+    assert run.seconds == pytest.approx(sum(run.history["seconds"]))
+    assert run.peak_bytes == run.history["peak_bytes"][0] > sum(w.nbytes for w in run.model.get_weights())
+    (run.folder / "history.json").write_text(json.dumps(told(run.history)))  # as of a run made before
+    old = training.deterministic_run(data, quick(data), network=tiny, runs=tmp_path, verbose=False)
+    assert old.seconds is None and old.peak_bytes is None
+
+
+def test_a_system_that_does_not_tell_its_memory(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "_peak_bytes", lambda: None)
+    history = training.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
+    assert set(history) == {"loss", "seconds"}
+    assert training.Run(None, history, tmp_path).peak_bytes is None
+
+
+def test_bayesian_locs_from_the_standard_normal(tmp_path, tiny):
+    data = in_colours("multi-class")
+    recipe = quick(data, num_samples=1, optimizer="sgd", bayes_learning_rate=1e-30)
+    options = {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, recipe, network=tiny, **options)
+    scores = saliency(step1.model, None, None, score="random", include=["conv2d*/kernel"])
+    masks = top_k(scores, 0.9)
+    runs = {
+        (seed, method): training.partial_run(
+            step1, masks, data, recipe, seed=seed, method=method, locs="normal", **options
+        )
+        for seed, method in ((0, "bayes_normal"), (0, "again"), (1, "bayes_normal"))
+    }
+    run = runs[0, "bayes_normal"]
+    assert run.folder.parent == tmp_path / "colours" / "bayes_normal" / "seed0"
+    assert run.folder.name == runs[0, "again"].folder.name
+    (key,) = (key for key in masks if masks[key].any())
+    kernel, mask = np.array(run.model.network.layers[1].kernel), masks[key]
+    drawn = kernel[mask]
+    assert drawn.size == round(0.9 * 3 * 3 * 3 * 8) and kstest(drawn, "norm").pvalue > 1e-3
+    np.testing.assert_array_equal(kernel[~mask], np.array(step1.model.layers[1].kernel)[~mask])
+    assert_equal_weights(run.model.network.get_weights(), runs[0, "again"].model.network.get_weights())
+    assert not np.array_equal(drawn, np.array(runs[1, "bayes_normal"].model.network.layers[1].kernel)[mask])
+    trained = training.partial_run(step1, masks, data, recipe, method="bayes_normal", **options)
+    assert trained.folder != run.folder
+    np.testing.assert_array_equal(trained.model.network.layers[1].kernel, step1.model.layers[1].kernel)
+
+
+def test_only_training_and_validation_images_are_read(tmp_path, tiny, monkeypatch):
+    data, read, batches = in_colours("multi-class"), [], datasets.Split.batches
+
+    def told_batches(self, *arguments, **options):
+        read.append(self.name)
+        return batches(self, *arguments, **options)
+
+    monkeypatch.setattr(datasets.Split, "batches", told_batches)
+    recipe, options = quick(data, num_samples=1, keep="best"), {"runs": tmp_path, "verbose": False}
+    step1, _ = training.ensemble_runs(data, recipe, network=tiny, num_members=2, **options)
+    masks = training.masks_run(step1, data, recipe, 0.1, verbose=False)
+    training.partial_run(step1, masks, data, recipe, **options)
+    training.continued_run(step1, data, recipe, method="longer", **options)
+    assert set(read) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cycles": 3}, "Expected cycles, an integer from 1 to epochs=2"),
+        ({"cycles": 0}, "Expected cycles"),
+        ({"cycles": True}, "Expected cycles"),
+        ({"epochs": 0}, "Expected epochs, an integer >= 1"),
+        ({"epochs": 1.5}, "Expected epochs"),
+        ({"dropout": 1.0}, "Expected a dropout rate, 0 <= rate < 1. Received: rate=1.0"),
+        ({"dropout": -0.1}, "Expected a dropout rate"),
+        ({"dropout": float("nan")}, "Expected a dropout rate"),
+        ({"method": "../up"}, "Expected method"),
+        ({"method": ""}, "Expected method"),
+        ({"seed": -1}, "Expected seed"),
+        ({"cycles": 2, "keep": "best"}, 'Expected keep="last" with more than one cycle'),
+    ],
+)
+def test_settings_of_a_continued_run_that_are_none(tmp_path, tiny, change, message):
+    data = in_colours("multi-class")
+    model = models.build(tiny, data.input_shape, 3)
+    recipe = quick(data, keep=change.pop("keep", "last"))
+    with pytest.raises(ValueError, match=message) as error:
+        training.continued_run(
+            training.Run(model, {}, tmp_path), data, recipe, **{"method": "longer", "runs": tmp_path, **change}
+        )
+    assert len(str(error.value).splitlines()) <= 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_members", [0, -1, 1001, 2.0, True])
+def test_numbers_of_members_that_are_none(tmp_path, num_members):
+    data = in_colours("multi-class")
+    with pytest.raises(ValueError, match="Expected num_members, an integer from 1 to 1000"):
+        training.ensemble_runs(data, quick(data), num_members=num_members, runs=tmp_path)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"locs": "zero"}, "Expected locs"), ({"method": "a/b"}, "method")])
+def test_settings_of_step_3_that_are_none(tmp_path, tiny, options, message):
+    data = in_colours("multi-class")
+    step1 = training.Run(models.build(tiny, data.input_shape, 3), {}, tmp_path)
+    masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.1)
+    with pytest.raises(ValueError, match=message):
+        training.partial_run(step1, masks, data, quick(data), runs=tmp_path, **options)

@@ -1,0 +1,782 @@
+"""Every method of the table behind one contract: `fit`, `predict_samples`, `cost`.
+
+    from sbn_tf import baselines, datasets, recipes
+
+    data = datasets.load("phantom_lesion")
+    recipe = recipes.recipe_for("quick", data.card)
+    method = baselines.make("ensemble", recipe, network="unet_small").fit(data)
+    probs = method.predict_samples(data.test.normalised(slice(0, 20)))  # (samples, images, height, width)
+
+All start from the same step 1, see the same batches and choose on the validation split alone. `fit` goes on where it
+was interrupted and loads what is finished; the test split is not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import tensorflow_probability as tfp
+from keras import ops
+from scipy import optimize, special
+
+from sbn_tf import cost as costs
+from sbn_tf import metrics, models, training
+from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.partial_bayes import loss_terms, to_partial_bayes
+from sbn_tf.recipes import Recipe, loss_for, optimizer_for
+from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency, top_k
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "describe",
+    "empirical_fisher",
+    "fit_temperature",
+    "make",
+    "recovered_logits",
+    "tempered",
+]
+
+TEMPERATURES = (0.05, 20.0)
+PRIOR_PRECISIONS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # 1: the prior N(0, 1) of `to_partial_bayes`
+DROPOUT = 0.1
+MAX_CYCLES = 5
+
+
+class Method:
+    """What every method shares: step 1, the contract, and its costs.
+
+    Made by `make`, which explains the arguments. Before `fit` only `title`, `name` and `num_samples` are there.
+
+    Attributes:
+        name: as in `METHODS`.
+        title: one line for a table.
+        takes_r_bayes: whether `r_bayes` shapes it.
+        num_samples: samples of a prediction: the first axis of `predict_samples`.
+        selection: what was chosen on the validation split, such as `{"temperature": 1.31}`; {} where nothing was.
+        folder: `runs/<dataset>/<method>/seed<k>/<settings>`, where its results belong.
+        history: training curves of the run that was trained last.
+        model: the network of its predictions.
+    """
+
+    name = title = ""
+    takes_r_bayes = False
+    num_networks = 1  # that are stored
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        r_bayes: float = 0.01,
+        seed: int = 0,
+        network: str | None = None,
+        runs=None,
+        limit: int | None = None,
+        num_samples: int | None = None,
+        num_members: int = 5,
+        verbose: bool = True,
+    ):
+        check_r_bayes(r_bayes)
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"Expected a Recipe, from recipes.recipe_for(name, card). Received: recipe={recipe!r}")
+        for key, value in (("num_samples", num_samples), ("num_members", num_members)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"Expected {key}, an integer >= 1. Received: {key}={value!r}")
+        self.recipe, self.r_bayes, self.seed, self.network = recipe, float(r_bayes), seed, network
+        self.runs, self.limit, self.verbose, self.num_members = runs, limit, verbose, num_members
+        self.num_samples = self._count_samples(num_samples)
+        self.selection, self.folder, self.history, self.model = {}, None, {}, None
+        self.trained = []  # runs, in the order of their training
+
+    def fit(self, data) -> Method:
+        """Train on the training split of `data`, choose on its validation split; or load what is finished.
+
+        Args:
+            data: `datasets.Data`. Its test split is not read.
+
+        Returns:
+            The method itself.
+
+        Raises:
+            ValueError: what `training` refuses, or a file of an earlier run that is corrupt.
+        """
+        self._task, self._num_train = data.card.task, data.train.num_examples
+        self._loss, self._input_shape = loss_for(self.recipe, data), data.input_shape
+        self._train(data)
+        self.history = self.trained[-1].history
+        return self
+
+    def predict_samples(self, images) -> np.ndarray:
+        """Probabilities of each sample: float32 (samples, batch, labels), or (samples, batch, height, width) of masks.
+
+        Sampled methods draw the same networks in each call: one batch or many, today or after loading, the samples are
+        the same. (Those of dropout, whose masks are drawn for each image, are so for images at the same places.)
+
+        Args:
+            images: normalised (see `datasets.Split.normalised`), (batch, height, width, channels).
+
+        Raises:
+            ValueError: a method that is not fitted, or images of another shape.
+        """
+        self._check_fitted()
+        images = np.asarray(images, "float32")
+        if images.ndim != 4 or images.shape[1:] != self._input_shape or not len(images):
+            raise ValueError(
+                f"Expected normalised images (batch, {', '.join(map(str, self._input_shape))}), one or more. "
+                f"Received: shape {images.shape}"
+            )
+        size = self.recipe.batch_size
+        parts = [self._samples(images[start : start + size]) for start in range(0, len(images), size)]
+        probs = np.concatenate(parts, axis=1)
+        return probs[..., 0] if self._task == SEGMENTATION else probs
+
+    def cost(self) -> dict:
+        """What it took: a dict of numbers, ready for JSON; floating point operations are counted from traced graphs.
+
+        - `num_weights`, `num_trainable`, `num_bayesian`, `weight_bytes`: of all networks that it stores.
+        - `optimizer_bytes`: of the largest of its trainings, which run one after the other.
+        - `num_samples`, `predict_flops_per_sample`, `predict_flops`: of one image.
+        - `train_step_flops_per_image`: of the training that came last.
+        - `train_flops`: of all its trainings and its saliency pass. Validation is left out, for all methods.
+        - `train_flops_ratio`, `predict_flops_ratio`: to step 1's training, and to one pass, of a deterministic network.
+        - `paper_flops`: the paper's number or formula; None where it has none.
+        - `train_seconds`, `train_peak_bytes`: of its trainings, shared ones included, without the saliency pass; None
+          where one was trained before these were kept.
+        """
+        self._check_fitted()
+        batch = min(self.recipe.batch_size, self._num_train)
+        reference = self._reference()
+        steps = {id(m): costs.training_flops(m, batch) for m in (reference, *(run.model for run in self.trained))}
+        images = [self._num_train * len(run.history.get("loss", ())) for run in self.trained]
+        train = sum(count * steps[id(run.model)] for count, run in zip(images, self.trained, strict=True))
+        train += self._num_train * self._saliency_flops(batch)
+        one_pass = costs.prediction_flops(reference, batch)
+        sample = costs.prediction_flops(self.model, batch) / getattr(self.model, "num_samples", 1)
+        sizes = {**costs.parameters(self.model), "weight_bytes": costs.bytes_of(self.model)["weight_bytes"]}
+        found = {key: int(value) * self.num_networks for key, value in sizes.items()}
+        found["optimizer_bytes"] = max(int(costs.bytes_of(run.model)["optimizer_bytes"]) for run in self.trained)
+        seconds, peaks = ([getattr(run, key) for run in self.trained] for key in ("seconds", "peak_bytes"))
+        return {
+            **found,
+            "predict_flops_per_sample": float(sample),
+            "num_samples": self.num_samples,
+            "predict_flops": float(sample * self.num_samples),
+            "train_step_flops_per_image": float(steps[id(self.trained[-1].model)]),
+            "train_flops": float(train),
+            "train_flops_ratio": float(train / (self._num_train * self.recipe.epochs * steps[id(reference)])),
+            "predict_flops_ratio": float(sample * self.num_samples / one_pass),
+            "paper_flops": self._paper_flops(),
+            "train_seconds": None if None in seconds else float(sum(seconds)),
+            "train_peak_bytes": None if None in peaks else int(max(peaks)),
+        }
+
+    # ---- below: what a method may do otherwise ----
+
+    def _count_samples(self, num_samples):
+        """Samples of a prediction, from what was asked for."""
+        return 1
+
+    def _train(self, data):
+        """Set `trained`, `model`, `folder` and `selection`."""
+        self._train_step1(data)
+        self.folder = self.step1.folder
+
+    def _samples(self, images):
+        """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
+        return self.model.predict(images, batch_size=len(images), verbose=0)[None]
+
+    def _reference(self):
+        """The compiled deterministic network."""
+        return self.step1.model
+
+    def _saliency_flops(self, batch):
+        """Operations of the saliency pass, for one image."""
+        return 0.0
+
+    def _paper_flops(self):
+        return None
+
+    # ---- below: tools ----
+
+    def _train_step1(self, data):
+        self.step1 = training.deterministic_run(data, self.recipe, network=self.network, **self._options())
+        self.trained, self.model = [self.step1], self.step1.model
+
+    def _options(self):
+        return {"seed": self.seed, "runs": self.runs, "limit": self.limit, "verbose": self.verbose}
+
+    def _own_folder(self, data, **settings):
+        """The folder of a method that is no run of its own."""
+        settings |= {"step1": self.step1.folder.name, "data": data.digest(), "limit": self.limit}
+        return training.run_folder(self.runs, data.card.name, self.name, self.seed, settings)
+
+    def _check_fitted(self):
+        if not self.trained:
+            raise ValueError(f"Expected a fitted method: call fit(data) first. Received: {self.name!r}, not fitted.")
+
+    def _validation_nll(self, data) -> float:
+        """NLL of the mean prediction on the validation split, in nats a label, pixel or classified image."""
+        total = 0.0
+        for images, targets in _validation(data, self.recipe.batch_size):
+            mean = self.predict_samples(images).mean(axis=0)
+            if self._task in EXCLUSIVE:
+                mean, targets = (mean * targets).sum(axis=-1), np.ones(len(targets))
+            total += len(images) * metrics.nll(mean, targets)
+        return total / data.val.num_examples
+
+
+class Deterministic(Method):
+    """Step 1 and nothing more."""
+
+    name, title = "deterministic", "deterministic"
+
+    def _paper_flops(self):
+        return 1.0
+
+
+class DeterministicLonger(Method):
+    """Step 1, then the epochs of step 3 at its learning rate, without any posterior: the budget of steps 1 and 3."""
+
+    name, title = "deterministic_longer", "deterministic, budget of steps 1 and 3"
+
+    def _train(self, data):
+        self._train_step1(data)
+        run = training.continued_run(self.step1, data, self.recipe, method=self.name, **self._options())
+        self.trained, self.model, self.folder = [self.step1, run], run.model, run.folder
+
+
+# ---------------------------------------------------------------------------
+# Temperature
+# ---------------------------------------------------------------------------
+
+
+def recovered_logits(probs, task: str) -> np.ndarray:
+    """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
+
+    `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
+    float32 number, one of 1 as the largest below 1.
+    """
+    limits = np.finfo("float32")
+    probs = np.clip(np.asarray(probs, "float64"), limits.tiny, 1.0 if task in EXCLUSIVE else 1.0 - limits.epsneg)
+    return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
+
+
+def tempered(probs, temperature: float, task: str) -> np.ndarray:
+    """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
+    logits = recovered_logits(probs, task) / temperature
+    return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
+
+
+def fit_temperature(logits, targets, task: str) -> float:
+    """Temperature that minimises the NLL of `logits / temperature`, within 0.05 to 20.
+
+    The NLL is convex in `1 / temperature`, so the minimum is one.
+
+    Args:
+        logits: (images, ...), of classes on the last axis.
+        targets: of the same shape, 0..1; the mean of raters gives the mean of their NLLs.
+        task: one of `datasets.base.TASKS`.
+
+    Raises:
+        ValueError: shapes that differ, no image, or logits that are not finite.
+
+    Reference: Guo et al. 2017, "On calibration of modern neural networks", section 4.2.
+    """
+    logits, targets = np.asarray(logits), np.asarray(targets)
+    if logits.shape != targets.shape or not len(logits):
+        raise ValueError(
+            f"Expected logits and targets of one shape, one image or more. Received: {logits.shape}, {targets.shape}"
+        )
+    if not np.isfinite(logits).all():
+        raise ValueError("Expected finite logits. Received: NaN or infinity. Did training diverge?")
+    rows = max(1, 2**20 // max(1, logits[0].size))
+    parts = [slice(start, start + rows) for start in range(0, len(logits), rows)]  # logits of many masks are large
+
+    def nll(log_temperature):
+        total = 0.0
+        for part in parts:
+            z = logits[part].astype("float64") / np.exp(log_temperature)
+            normaliser = special.logsumexp(z, axis=-1).sum() if task in EXCLUSIVE else np.logaddexp(0.0, z).sum()
+            total += normaliser - (targets[part] * z).sum()
+        return total / logits.size
+
+    found = optimize.minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-5})
+    return float(np.exp(found.x))
+
+
+class Temperature(Method):
+    """`deterministic` with its logits divided by one number, chosen for the NLL of the validation split."""
+
+    name, title = "temperature", "deterministic, temperature chosen on validation"
+
+    def _train(self, data):
+        self._train_step1(data)
+        self.folder = self._own_folder(data, bounds=TEMPERATURES)
+
+        def choose():
+            logits, truth = [], []
+            for images, targets in _validation(data, self.recipe.batch_size):
+                logits.append(recovered_logits(self._at_one(images), self._task).astype("float32"))
+                truth.append(targets.astype("float32"))
+            return fit_temperature(np.concatenate(logits), np.concatenate(truth), self._task)
+
+        self.selection = _chosen(self.folder, "temperature", choose)
+
+    def _at_one(self, images):
+        probs = self.model.predict(images, batch_size=len(images), verbose=0)
+        return probs[..., 0] if self._task == SEGMENTATION else probs
+
+    def _samples(self, images):
+        return tempered(super()._samples(images), self.selection["temperature"], self._task)
+
+
+# ---------------------------------------------------------------------------
+# Several networks
+# ---------------------------------------------------------------------------
+
+
+class _Networks(Method):
+    """Several sets of weights of one network, each a sample."""
+
+    def _samples(self, images):
+        samples = []
+        for weights in self._weights:  # one traced network for all
+            self.model.set_weights(weights)
+            samples.append(self.model.predict(images, batch_size=len(images), verbose=0))
+        return np.stack(samples)
+
+    @property
+    def num_networks(self):
+        """Sets of weights that are stored."""
+        return self.num_samples
+
+
+class Ensemble(_Networks):
+    """Networks trained alike from other initial weights and orders (Lakshminarayanan et al. 2017).
+
+    Each member is a run of `deterministic` by itself, the first that of this seed. The folder names them all.
+    """
+
+    name, title = "ensemble", "deep ensemble"
+
+    def _count_samples(self, num_samples):
+        return self.num_members
+
+    def _train(self, data):
+        members = training.ensemble_runs(
+            data, self.recipe, num_members=self.num_members, network=self.network, **self._options()
+        )
+        self.step1, self.model, self.trained = members[0], members[0].model, members
+        self._weights = [run.model.get_weights() for run in members]
+        for run in members[1:]:  # of one architecture: one network is held, and its weights
+            run.model = self.model
+        self.folder = self._own_folder(data, members=[run.folder.name for run in members])
+        dataset = self.folder.parents[2]
+        names = [run.folder.relative_to(dataset).as_posix() for run in members]
+        if not (self.folder / "members.json").exists():
+            training.write_json(self.folder / "members.json", {"members": names})
+
+    def _paper_flops(self):
+        return float(self.num_members)
+
+
+class Snapshot(_Networks):
+    """From step 1's weights on, the learning rate restarts in cycles: the weights at the end of each are a sample.
+
+    Five cycles, or one an epoch where step 3 has fewer epochs (Huang et al. 2017, there from initial weights).
+    """
+
+    name, title = "snapshot", "snapshot ensemble from the trained weights"
+
+    def _count_samples(self, num_samples):
+        return min(MAX_CYCLES, self.recipe.bayes_epochs)
+
+    def _train(self, data):
+        self._train_step1(data)
+        recipe = dataclasses.replace(self.recipe, keep="last")  # the end of each cycle is what it is about
+        run = training.continued_run(
+            self.step1, data, recipe, method=self.name, cycles=self.num_samples, **self._options()
+        )
+        self.trained, self.model, self.folder = [self.step1, run], run.model, run.folder
+        self._weights = run.snapshots
+        self.num_samples = len(run.snapshots)  # fewer where training diverged
+
+
+class MCDropout(Method):
+    """Dropout before every weight layer but the first, trained on from step 1, kept on in prediction.
+
+    Gal and Ghahramani 2016; there from initial weights. Rate 0.1.
+    """
+
+    name, title = "mc_dropout", f"MC dropout, rate {DROPOUT:g}, from the trained weights"
+
+    def _count_samples(self, num_samples):
+        return num_samples or self.recipe.num_samples
+
+    def _train(self, data):
+        self._train_step1(data)
+        run = training.continued_run(
+            self.step1, data, self.recipe, method=self.name, dropout=DROPOUT, **self._options()
+        )
+        self.trained, self.model, self.folder = [self.step1, run], run.model, run.folder
+
+    def _samples(self, images):
+        return models.sample_dropout(self.model, images, self.num_samples, seed=self.seed, batch_size=len(images))
+
+
+# ---------------------------------------------------------------------------
+# Bayesian weights
+# ---------------------------------------------------------------------------
+
+
+class _Bayesian(Method):
+    """What predicts with a `PartialBayes`."""
+
+    def _count_samples(self, num_samples):
+        return num_samples or self.recipe.num_samples
+
+    def _hold(self, model):
+        """Take a model whose noise starts now as it will in every call."""
+        self.model = model
+        self._noise = [(state, ops.convert_to_numpy(state)) for state in _noise_states(model)]
+
+    def _samples(self, images):
+        for state, start in self._noise:
+            state.assign(start)
+        return self.model.predict_samples(images, num_samples=self.num_samples, batch_size=len(images))
+
+
+class Partial(_Bayesian):
+    """The paper's method: the most salient weights are Bayesian and trained on the ELBO from step 1's weights.
+
+    Its run is that of notebook 03. Subclasses choose other weights and share everything else.
+    """
+
+    name, title = "partial", "partial Bayesian, salient weights"
+    takes_r_bayes = True
+
+    def _train(self, data):
+        self._train_step1(data)
+        self.masks = self._choose_masks(data)
+        run = training.partial_run(
+            self.step1,
+            self.masks,
+            data,
+            self.recipe,
+            method=None if self.name == "partial" else self.name,
+            **self._options(),
+        )
+        self.trained, self.folder = [self.step1, run], run.folder
+        self._hold(run.model)
+
+    def _choose_masks(self, data):
+        return top_k(training.scores_run(self.step1, data, self.recipe, verbose=self.verbose), self.r_bayes)
+
+    def _saliency_flops(self, batch):
+        return _score_flops(self.step1.model, self._loss, self.recipe.score, batch)
+
+    def _paper_flops(self):
+        return float(costs.paper_flops(self.masks.r_bayes))
+
+
+class PartialRandom(Partial):
+    """As many Bayesian weights as in `partial`, taken at random: what is the saliency worth?"""
+
+    name, title = "partial_random", "partial Bayesian, random weights"
+
+    def _choose_masks(self, data):
+        numbers = saliency(self.step1.model, score="random", seed=self.seed)
+        return top_k({key: numbers[key] for key in _may_be_bayesian(self.step1.model, self.recipe)}, self.r_bayes)
+
+    def _saliency_flops(self, batch):
+        return 0.0
+
+
+class PartialMagnitude(PartialRandom):
+    """As many Bayesian weights as in `partial`, the largest ones."""
+
+    name, title = "partial_magnitude", "partial Bayesian, largest weights"
+
+    def _choose_masks(self, data):
+        return top_k(_may_be_bayesian(self.step1.model, self.recipe), self.r_bayes)
+
+
+class _WholeLayers(PartialRandom):
+    """All weights of some layers are Bayesian."""
+
+    takes_r_bayes = False
+
+    def _choose_masks(self, data):
+        weights = _may_be_bayesian(self.step1.model, self.recipe)
+        layers = list(dict.fromkeys(_layer_of(key) for key in weights))
+        chosen = self._choose_layers(layers)
+        return Masks({key: np.full(w.shape, _layer_of(key) in chosen) for key, w in weights.items()})
+
+    def _choose_layers(self, layers):
+        """Which of the layers, in the network's order."""
+        return layers
+
+
+class FirstLayer(_WholeLayers):
+    """All weights of the first layer are Bayesian."""
+
+    name, title = "first_layer", "Bayesian first layer"
+
+    def _choose_layers(self, layers):
+        return layers[:1]
+
+
+class LastLayer(_WholeLayers):
+    """All weights of the last layer are Bayesian."""
+
+    name, title = "last_layer", "Bayesian last layer"
+
+    def _choose_layers(self, layers):
+        return layers[-1:]
+
+
+class FirstLast(_WholeLayers):
+    """All weights of the first and of the last layer are Bayesian."""
+
+    name, title = "first_last", "Bayesian first and last layer"
+
+    def _choose_layers(self, layers):
+        return [layers[0], layers[-1]]
+
+
+class Bayes(_WholeLayers):
+    """Every weight outside normalisation layers is Bayesian, from step 1's weights."""
+
+    name, title = "bayes", "fully Bayesian, from the trained weights"
+
+
+class BayesNormal(Bayes):
+    """The paper's fully Bayesian baseline as coded: every loc is drawn from N(0, 1), and there is no step 1.
+
+    It starts from nothing, so it trains for the epochs of steps 1 and 3 at step 1's learning rate. Batch norm then
+    trains too, where the recipe would freeze it on the statistics of a network that is none, and the draws see whole
+    batches.
+    """
+
+    name, title = "bayes_normal", "fully Bayesian, means from N(0, 1): the paper's baseline as coded"
+
+    def _train(self, data):
+        recipe = self.recipe
+        changes = {"bayes_epochs": recipe.epochs + recipe.bayes_epochs, "bayes_learning_rate": None}
+        if recipe.batch_norm == "frozen":
+            changes |= {"batch_norm": "train", "estimator": "all"}
+        recipe = dataclasses.replace(recipe, **changes)
+        network = self.network or data.card.network
+        head = {"activation": "softmax"} if data.card.task in EXCLUSIVE else {}
+        untrained = models.build(network, data.input_shape, data.num_outputs, seed=self.seed, **head)
+        # Only to be counted, and for its batch norm and biases before one. The name stands in the run's settings.
+        untrained.compile(optimizer_for(recipe.optimizer, recipe.learning_rate, momentum=recipe.momentum), self._loss)
+        self.step1 = training.Run(untrained, {}, Path(f"untrained_{network}"))
+        self.masks = Masks({k: np.ones(w.shape, bool) for k, w in _may_be_bayesian(untrained, recipe).items()})
+        run = training.partial_run(
+            self.step1, self.masks, data, recipe, method=self.name, locs="normal", **self._options()
+        )
+        self.trained, self.folder = [run], run.folder
+        self._hold(run.model)
+
+    def _paper_flops(self):
+        return 15.0
+
+
+def empirical_fisher(scores, score: str, *, terms: int, num_examples: int, batch_size: int) -> dict[str, np.ndarray]:
+    """Mean over examples of the squared gradient of one example's negative log-likelihood, from a saliency score.
+
+    "per_example" is the mean of squared gradients of a loss that is itself a mean over `terms`: times `terms^2` it is
+    exact. "fisher" squares the gradient of a batch's mean. Where examples are independent and their gradients average
+    to zero, as near an optimum, that square is in expectation the batch's size times smaller: times the mean size it is
+    an approximation, from one pass. Away from an optimum it is too large.
+
+    Args:
+        scores: key -> array, from `saliency`.
+        score: "per_example" or "fisher".
+        terms: of one example, over which the loss averages; see `partial_bayes.loss_terms`.
+        num_examples, batch_size: of the saliency pass.
+
+    Raises:
+        ValueError: another score, of which no Fisher information can be made.
+    """
+    if score not in ("per_example", "fisher"):
+        raise ValueError(f'Expected score "per_example" or "fisher". Received: score={score!r}')
+    size = 1.0 if score == "per_example" else num_examples / math.ceil(num_examples / batch_size)
+    return {key: values.astype("float64") * terms**2 * size for key, values in scores.items()}
+
+
+class Laplace(_Bayesian):
+    """A Gaussian about step 1's weights at the salient ones, as wide as the curvature says, with no training.
+
+    `scale = (num_train * fisher + prior_precision) ** -0.5`, with the empirical Fisher information's diagonal for the
+    Hessian of the negative log-likelihood (see `empirical_fisher`). The prior precision is chosen on the validation
+    split's NLL. The weights are those of `partial`; batch norm is frozen.
+
+    The likelihood is the one of training: under weighted losses the weighted one.
+
+    Reference: Daxberger et al. 2021, "Bayesian deep learning via subnetwork inference", section 4 (there a full
+    covariance of the subnetwork).
+    """
+
+    name, title = "laplace", "diagonal Laplace on the salient weights, no training"
+    takes_r_bayes = True
+
+    def _train(self, data):
+        self._train_step1(data)
+        recipe = self.recipe
+        self.masks = top_k(training.scores_run(self.step1, data, recipe, verbose=self.verbose), self.r_bayes)
+        # Other scores are no Fisher information.
+        exact = recipe if recipe.score == "per_example" else dataclasses.replace(recipe, score="fisher")
+        scores = training.scores_run(self.step1, data, exact, verbose=self.verbose)
+        fisher = empirical_fisher(
+            scores,
+            exact.score,
+            terms=loss_terms(self._loss, self.model.output_shape),
+            num_examples=self._num_train,
+            batch_size=recipe.batch_size,
+        )
+        self._precision = {key: self._num_train * fisher[key] for key in self.masks}
+        model = to_partial_bayes(
+            self.step1.model,
+            self.masks,
+            num_train=self._num_train,
+            num_samples=self.num_samples,
+            batch_norm="frozen",
+            seed=self.seed,
+        )
+        self._hold(model)
+        self.folder = self._own_folder(
+            data,
+            masks=self.masks.digest(),
+            score=exact.score,
+            batch_size=recipe.batch_size,
+            class_weights=recipe.class_weights,
+            num_samples=self.num_samples,
+            grid=PRIOR_PRECISIONS,
+        )
+        self.selection = _chosen(self.folder, "prior_precision", lambda: self._choose(data))
+        self._set_scales(self.selection["prior_precision"])
+
+    def _choose(self, data):
+        def nll(prior_precision):
+            self._set_scales(prior_precision)
+            return self._validation_nll(data)
+
+        return min(PRIOR_PRECISIONS, key=nll)
+
+    def _set_scales(self, prior_precision):
+        weights = named_weights(self.model.network)
+        for key, mask in self.masks.items():
+            if mask.any():
+                scale = (self._precision[key][mask] + prior_precision) ** -0.5
+                rho = tfp.math.softplus_inverse(scale).numpy()
+                weights[f"{key}_posterior_untransformed_scale"].variable.assign(rho.astype("float32"))
+
+    def _saliency_flops(self, batch):
+        scores = {self.recipe.score, "per_example" if self.recipe.score == "per_example" else "fisher"}
+        return sum(_score_flops(self.step1.model, self._loss, score, batch) for score in scores)
+
+
+_CLASSES = (
+    Deterministic,
+    DeterministicLonger,
+    Temperature,
+    Ensemble,
+    Snapshot,
+    MCDropout,
+    Laplace,
+    Partial,
+    PartialRandom,
+    PartialMagnitude,
+    FirstLayer,
+    LastLayer,
+    FirstLast,
+    Bayes,
+    BayesNormal,
+)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}  # in the order of a table
+
+
+def make(name: str, recipe: Recipe, **options) -> Method:
+    """A method by its name, to be fitted.
+
+    Args:
+        name: one of `METHODS`.
+        recipe: a `recipes.Recipe`.
+        r_bayes: fraction of the eligible weights that is Bayesian, 0..1, where a method takes one (default 0.01).
+        seed: of initial weights, stream and noise (default 0).
+        network: a name of `models.NETWORKS`; None: the dataset's.
+        runs: folder of all runs; None: `runs/` of the repository or the working directory.
+        limit: named in the settings only (the data were loaded with it).
+        num_samples: of a prediction, where a method samples; None: the recipe's. Ensembles have one for each network.
+        num_members: networks of "ensemble" (default 5).
+        verbose: show progress bars.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+        TypeError: something else than a recipe.
+    """
+    return _class_of(name)(recipe, **options)
+
+
+def describe(name: str) -> str:
+    """One line about a method, for a table."""
+    return _class_of(name).title
+
+
+def _class_of(name):
+    if name not in METHODS:
+        raise ValueError(f"Expected a method among {', '.join(METHODS)}.\nReceived: {name!r}")
+    return METHODS[name]
+
+
+def _validation(data, batch_size):
+    """(images, targets) of the validation split, of several raters the share who marked each pixel."""
+    val = data.val
+    for start in range(0, val.num_examples, batch_size):
+        part = slice(start, start + batch_size)
+        masks = val.task == SEGMENTATION
+        yield val.normalised(part), val.mean_mask(part)[..., 0] if masks else np.asarray(val.targets[part])
+
+
+def _chosen(folder, key, choose) -> dict[str, float]:
+    """What `choose()` gives, a number > 0, kept in the folder: {key: number}."""
+    path = folder / f"{key}.json"
+    if not path.exists():
+        training.write_json(path, {key: float(choose())})
+    try:
+        value = float(json.loads(path.read_text())[key])
+        if not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected a whole file with {key}, > 0. Received: {path} ({error}).\nDelete it: it is chosen anew."
+        ) from None
+    return {key: value}
+
+
+def _noise_states(model):
+    """States of all noise of a model, each once."""
+    layers = [model, *model._flatten_layers(include_self=False)]
+    return list({id(g): g.state for layer in layers for g in layer._seed_generators}.values())
+
+
+def _may_be_bayesian(model, recipe) -> dict[str, np.ndarray]:
+    """Magnitude of every weight that a posterior may take, as in `training.scores_run`."""
+    idle = biases_before_batch_norm(model) if recipe.batch_norm != "frozen" else ()
+    return {key: values for key, values in saliency(model, score="magnitude").items() if key not in idle}
+
+
+def _layer_of(key):
+    return key.rsplit("/", 1)[0]
+
+
+def _score_flops(model, loss, score, batch):
+    if score in ("magnitude", "random"):
+        return 0.0
+    return costs.saliency_flops(model, loss, 1 if score == "per_example" else batch)

@@ -1,0 +1,426 @@
+"""One honest table: every method on one dataset, trained alike, scored by the same code, with its intervals and costs.
+
+    python -m sbn_tf.compare phantom_nodule --recipe quick
+
+Each row is a run of `baselines` and a `results.Result` beside it. What is finished is read, not made again: the test
+split is predicted once for each trained method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sbn_tf import baselines, datasets, evaluation, plots, recipes, results, training
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
+
+__all__ = ["Experiment", "all_rows", "experiment", "fitted", "main", "row", "shift_table", "tables", "trivial_rows"]
+
+SHIFTS = {"noise": 2.0, "blur": 1.5, "contrast": 0.5}  # kind -> severity, of `evaluation.shifted`
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What all rows of one table share.
+
+    Args:
+        data: `datasets.Data`.
+        recipe: a `recipes.Recipe`.
+        network: a name of `models.NETWORKS`.
+        r_bayes: fraction of the eligible weights that is Bayesian, where a method takes one, 0..1.
+        seed: of initial weights, shuffling and noise.
+        runs: folder of all runs; None: `runs/` of the repository or the working directory.
+        limit: the limit the data were loaded with, or None.
+        options: the dataset's own options that were given, such as `fold`.
+        normalisation: "train" or "paper".
+        threshold: where probabilities are cut into decisions, 0..1, or "validation": chosen there, see
+            `evaluation.select_threshold`.
+        num_resamples: of the bootstrap.
+        shifts: kind -> severity of the shifted copies of the test images; {} for none.
+        verbose: show progress bars.
+    """
+
+    data: datasets.base.Data
+    recipe: recipes.Recipe
+    network: str
+    r_bayes: float = 0.01
+    seed: int = 0
+    runs: str | None = None
+    limit: int | None = None
+    options: dict = field(default_factory=dict)
+    normalisation: str = "train"
+    threshold: float | str = 0.5
+    num_resamples: int = 1000
+    shifts: dict = field(default_factory=lambda: dict(SHIFTS))
+    verbose: bool = True
+
+    def __post_init__(self):
+        chosen = self.threshold == "validation"
+        if not chosen and not (isinstance(self.threshold, int | float) and 0 < self.threshold < 1):
+            raise ValueError(
+                f'Expected threshold between 0 and 1, or "validation". Received: threshold={self.threshold!r}'
+            )
+        if self.num_resamples < 1:
+            raise ValueError(f"Expected num_resamples >= 1. Received: num_resamples={self.num_resamples!r}")
+
+    @property
+    def task(self) -> str:
+        """The dataset's task."""
+        return self.data.card.task
+
+    def prevalence(self) -> np.ndarray:
+        """Training frequency of 1, of each label, class or pixel."""
+        train = self.data.train
+        return evaluation.prevalence(self.task, train.targets, train.rater_valid)
+
+
+def experiment(
+    dataset: str,
+    recipe: str = "quick",
+    *,
+    network: str | None = None,
+    epochs: int | None = None,
+    bayes_epochs: int | None = None,
+    num_samples: int | None = None,
+    keep: str | None = None,
+    limit: int | None = None,
+    size: int | None = None,
+    normalisation: str | None = None,
+    data_root: str | None = None,
+    options: dict | None = None,
+    **shared,
+) -> Experiment:
+    """Load a dataset and settle everything that the rows of a table share, from plain numbers and names.
+
+    Args:
+        dataset: a name of `datasets.names()`, or a folder of images.
+        recipe: a name of `recipes.RECIPES`.
+        network: a name of `models.NETWORKS`; None: a small one for "quick", the paper's own for its recipes.
+        epochs, bayes_epochs, num_samples, keep: changes of the recipe; None: as it is.
+        limit: at most so many images a split; None: all.
+        size: image side in pixels; None: the dataset's default.
+        normalisation: "train" or "paper"; None: the paper's constants for its recipes, where it has some.
+        data_root: folder of the real data; None: the variable SBN_TF_DATA, or data/.
+        options: the dataset's own options, such as `{"fold": 2}`.
+        shared: other fields of `Experiment`.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+        FileNotFoundError: data that are not there; the message says where to get them.
+    """
+    card = datasets.card(dataset)
+    normalisation = normalisation or recipes.normalisation_for(recipe, card)
+    settings = recipes.recipe_for(
+        recipe, card, epochs=epochs, bayes_epochs=bayes_epochs, num_samples=num_samples, keep=keep
+    )
+    data = datasets.load(
+        dataset, root=data_root, size=size, limit=limit, normalisation=normalisation, **(options or {})
+    )
+    return Experiment(
+        data,
+        settings,
+        network or recipes.network_for(recipe, card),
+        limit=limit,
+        options=options or {},
+        normalisation=normalisation,
+        **shared,
+    )
+
+
+def row(settings: Experiment, method: str) -> results.Result:
+    """Train one method and score it on the test split, or read what was scored before.
+
+    Writes `metrics.json` and `record.npz` into the method's run folder.
+    """
+    made = fitted(settings, method)
+    wanted = _evaluation_settings(settings)
+    path = Path(made.folder) / "metrics.json"
+    if path.exists():
+        try:
+            stored = results.read(path)
+        except ValueError as error:
+            warnings.warn(f"{error} It is scored anew.", stacklevel=2)
+        else:
+            if stored.evaluation == wanted:
+                return stored
+    threshold, selection = settings.threshold, dict(made.selection)
+    if threshold == "validation":
+        threshold = _best_threshold(made, settings)
+        selection["threshold"] = threshold
+    record, shift = _score(made, settings, threshold)
+    result = _result(
+        settings,
+        record,
+        method=method,
+        title=baselines.METHODS[method].title,
+        seed=settings.seed,
+        r_bayes=settings.r_bayes if made.takes_r_bayes else None,
+        num_samples=made.num_samples,
+        threshold=threshold,
+        selection=selection,
+        shift=shift,
+        cost=made.cost(),
+    )
+    results.write(result, made.folder, record)
+    return result
+
+
+def fitted(settings: Experiment, method: str):
+    """A method of `baselines`, trained on the experiment's data or loaded."""
+    made = baselines.make(
+        method,
+        settings.recipe,
+        r_bayes=settings.r_bayes,
+        seed=settings.seed,
+        network=settings.network,
+        runs=settings.runs,
+        limit=settings.limit,
+        verbose=settings.verbose,
+    )
+    return made.fit(settings.data)
+
+
+def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
+    """Rows of predictors that never look at an image, and of what is known of phantoms: name -> Result.
+
+    "level_sets", where several raters marked the test images: masks where the probability map of `deterministic`
+    exceeds 0.1, 0.3, 0.5, 0.7, 0.9.
+    """
+    test = settings.data.test
+    records = evaluation.trivial_records(settings.data, threshold=_number(settings.threshold))
+    if test.truth_probs is not None:
+        truth = test.truth_probs[..., 0] if settings.task == SEGMENTATION else test.truth_probs
+        records["scene"] = _record_of(settings, lambda part: truth[part][None])
+    if settings.task == SEGMENTATION and test.num_raters > 1:
+        made = fitted(settings, "deterministic")
+
+        def level_sets(part):
+            return evaluation.level_sets(made.predict_samples(test.normalised(part))[0])
+
+        records["level_sets"] = _record_of(settings, level_sets, only=("ged", "hungarian_iou"))
+    found = {}
+    for name, record in records.items():
+        result = _result(settings, record, method=f"trivial_{name}", title=TRIVIAL[name], threshold=record.threshold)
+        folder = training.run_folder(
+            settings.runs, settings.data.card.name, result.method, 0, _evaluation_settings(settings)
+        )
+        results.write(result, folder, record)
+        found[name] = result
+    return found
+
+
+TRIVIAL = {
+    "all_negative": "never anything, for anyone",
+    "all_background": "no foreground, anywhere",
+    "most_frequent": "the most frequent class of training",
+    "prevalence": "the frequency of each label, class or pixel in training",
+    "level_sets": "five level sets of the deterministic network's map, as masks",
+    "scene": "the probabilities that generated this phantom: a bound",
+}
+
+
+def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
+    """Every method's row, trivial ones first.
+
+    Args:
+        settings: the experiment.
+        methods: names of `baselines.METHODS`; None: all, in their order.
+    """
+    methods = list(baselines.METHODS) if methods is None else list(methods)
+    unknown = [name for name in methods if name not in baselines.METHODS]
+    if unknown:
+        raise ValueError(f"Expected methods among {list(baselines.METHODS)}. Received: {unknown}")
+    rows = list(trivial_rows(settings).values())
+    return rows + [row(settings, name) for name in methods]
+
+
+def tables(rows: list[results.Result], task: str) -> dict[str, str]:
+    """The table in parts that fit a page: title -> Markdown."""
+    parts = {
+        "How good are the probabilities?": results.KEYS[task],
+        "Does the uncertainty help?": ("entropy", "mutual_information", *USE[task]),
+        "Calibration": ("ece", "ece_mass", *(() if task == SEGMENTATION else ("ece_label",))),
+    }
+    if task in PAPER:
+        parts["The paper's metrics, as it defines them"] = PAPER[task]
+    made = {title: results.table(rows, keys) for title, keys in parts.items()}
+    if any(one.shift for one in rows):
+        made["Does it notice shifted images? AUROC against clean ones"] = shift_table(rows)
+    made["What does it cost?"] = results.cost_table(rows)
+    return made
+
+
+def shift_table(rows: list[results.Result]) -> str:
+    """AUROC of each image's uncertainty for its being shifted, against its clean self: Markdown, a row a method."""
+    kept = {one.method: one.shift for one in rows if one.shift}
+    kinds = list(dict.fromkeys(kind for shift in kept.values() for kind in shift))
+    parts = {"entropy": "entropy", "mutual_information": "mutual information"}
+    table = {
+        method: {f"{kind}: {parts[key]}": shift[kind].get(key) for kind in kinds if kind in shift for key in parts}
+        for method, shift in kept.items()
+    }
+    return plots.format_table(table, [f"{kind}: {part}" for kind in kinds for part in parts.values()])
+
+
+_USE = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
+USE = {
+    SEGMENTATION: (*_USE, "pixel_error_auroc", "pixel_error_auroc_mi", "entropy_disagreement_pearson"),
+    MULTI_LABEL: (*_USE, "label_error_auroc"),
+    BINARY: (*_USE, "label_error_auroc"),
+    EXCLUSIVE[0]: _USE,
+    EXCLUSIVE[1]: _USE,
+}
+PAPER = {
+    SEGMENTATION: ("paper_dice", "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_ece"),
+    MULTI_LABEL: ("paper_accuracy", "paper_brier", "paper_entropy", "paper_ece"),
+}
+
+
+def _number(threshold) -> float:
+    return 0.5 if threshold == "validation" else float(threshold)
+
+
+def _evaluation_settings(settings):
+    """What shapes a score beside the trained method."""
+    return {
+        "data": settings.data.digest(),
+        "threshold": settings.threshold,
+        "num_resamples": settings.num_resamples,
+        "shifts": dict(settings.shifts),
+    }
+
+
+def _score(made, settings, threshold):
+    test = settings.data.test
+    options = {
+        "batch_size": settings.recipe.batch_size,
+        "train_prevalence": settings.prevalence(),
+        "threshold": threshold,
+        "verbose": settings.verbose,
+    }
+    record = evaluation.score(made.predict_samples, test, settings.task, **options)
+    shift = {}
+    for kind, severity in settings.shifts.items():
+        moved = evaluation.score(
+            made.predict_samples, test, settings.task, boundary=False, shift=(kind, severity), **options
+        )
+        shift[kind] = {"severity": severity, **evaluation.shift_auroc(record, moved)}
+    return record, shift
+
+
+def _best_threshold(made, settings):
+    val, size = settings.data.val, settings.recipe.batch_size
+    parts = [slice(start, start + size) for start in range(0, val.num_examples, size)]
+    probs = np.concatenate([made.predict_samples(val.normalised(part)).mean(0) for part in parts])
+    return evaluation.select_threshold(probs, val.targets, settings.task, val.rater_valid)
+
+
+def _record_of(settings, probs_of, only=None):
+    """The record of a function from a slice of the test split to its probabilities."""
+    test, size = settings.data.test, settings.recipe.batch_size
+    evaluator = evaluation.Evaluator(
+        settings.task,
+        train_prevalence=settings.prevalence(),
+        threshold=_number(settings.threshold),
+        **({} if only is None else {"only": only}),
+    )
+    for start in range(0, test.num_examples, size):
+        part = slice(start, start + size)
+        extra = {key: None if (value := getattr(test, key)) is None else value[part] for key in ("groups", "ids")}
+        valid = None if test.rater_valid is None else test.rater_valid[part]
+        evaluator.update(probs_of(part), test.targets[part], valid, **extra)
+    return evaluator.record()
+
+
+def _result(settings, record, **given):
+    metrics = record.metrics()
+    undefined = metrics.pop("undefined")
+    intervals = record.bootstrap(num_resamples=settings.num_resamples)
+    data = settings.data
+    return results.Result(
+        dataset=data.card.name,
+        task=settings.task,
+        recipe=settings.recipe.name,
+        network=settings.network,
+        settings=dataclasses.asdict(settings.recipe),
+        options=dict(settings.options),
+        limit=settings.limit,
+        size=data.input_shape[0],
+        normalisation=settings.normalisation,
+        leak=data.leak,
+        num_train=data.train.num_examples,
+        num_val=data.val.num_examples,
+        num_test=data.test.num_examples,
+        num_groups=None if data.test.groups is None else len(np.unique(data.test.groups)),
+        metrics=metrics,
+        intervals={key: list(bounds) for key, bounds in intervals.items() if key in metrics},
+        undefined=undefined,
+        evaluation=_evaluation_settings(settings),
+        **given,
+    )
+
+
+def main(arguments=None) -> None:
+    """Command line: make or read every row, print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sbn_tf.compare",
+        description="Train every method on one dataset, or read what is trained, and print one table with intervals.",
+    )
+    parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
+    parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(baselines.METHODS))
+    parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
+    parser.add_argument("--seeds", default="0", help="comma-separated, such as 0,1,2")
+    parser.add_argument("--recipe", default="quick", help=f"one of {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--network", help="a name of sbn_tf.models.NETWORKS; default: the recipe's")
+    parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
+    parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
+    parser.add_argument("--num-samples", type=int, help="posterior samples; default: the recipe's")
+    parser.add_argument("--keep", choices=("last", "best"), help="weights of the last or of the best validation epoch")
+    parser.add_argument("--limit", type=int, help="at most so many images a split")
+    parser.add_argument("--size", type=int, help="image side in pixels")
+    parser.add_argument("--fold", type=int, help="of lidc and lidc_patches")
+    parser.add_argument("--split", help="of lidc and lidc_patches: patient or paper")
+    parser.add_argument("--normalisation", choices=("train", "paper"))
+    parser.add_argument("--threshold", default=0.5, help='where probabilities are cut: 0..1, or "validation"')
+    parser.add_argument("--num-resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--data-root", help="folder of the real data; default: SBN_TF_DATA, or data/")
+    parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
+    given = parser.parse_args(arguments)
+    logging.getLogger("tensorflow").setLevel("ERROR")  # each network is traced anew: no news
+    try:
+        methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
+        seeds = [int(seed) for seed in given.seeds.split(",")]
+        threshold = given.threshold if given.threshold == "validation" else float(given.threshold)
+        options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
+        keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
+        shared = experiment(
+            given.dataset,
+            given.recipe,
+            **{key: getattr(given, key) for key in keys},
+            data_root=given.data_root,
+            options=options,
+            r_bayes=given.r_bayes,
+            runs=given.runs,
+            threshold=threshold,
+            num_resamples=given.num_resamples,
+        )
+        print(shared.data.card, shared.data, shared.recipe, f"network: {shared.network}", sep="\n")
+        rows = []
+        for index, seed in enumerate(seeds):
+            settings = dataclasses.replace(shared, seed=seed)
+            made = all_rows(settings, methods)
+            rows += made if index == 0 else [one for one in made if one.seed is not None]
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from None
+    for title, text in tables(rows, shared.task).items():
+        print(f"\n## {title}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

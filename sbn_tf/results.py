@@ -1,0 +1,803 @@
+"""Results: the one record that every method writes, and the one table that is made of them.
+
+A result is `metrics.json` in the folder of its run, with the statistics of each test image beside it in `record.npz`
+(`evaluation.Record`), from which intervals and paired tests are made. Both are checked when they are written and when
+they are read, so a number of the table is finite, within the range that its definition allows, and of known origin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sbn_tf import evaluation, training
+from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
+from sbn_tf.plots import format_table
+
+__all__ = [
+    "COSTS",
+    "KEYS",
+    "METRICS",
+    "Metric",
+    "Result",
+    "Row",
+    "cost_table",
+    "describe_metrics",
+    "find",
+    "group",
+    "read",
+    "table",
+    "write",
+]
+
+FORMAT = 1  # of metrics.json: raised when a field changes its meaning
+LEVEL = 0.05  # of the tests behind the marks of a table; its notes say 5 %
+
+
+class Metric(NamedTuple):
+    """What a number of the table is: which way is better, what values it can take, what it says."""
+
+    better: str | None  # "higher", "lower", or None where neither is
+    low: float
+    high: float
+    meaning: str
+
+
+_INFINITY = math.inf
+METRICS = {
+    # All tasks.
+    "nll": Metric("lower", 0, _INFINITY, "negative log likelihood of the truth, nats per label, pixel or image"),
+    "brier": Metric("lower", 0, 2, "squared error of the probabilities, mean; of classes summed, 0 to 2"),
+    "brier_skill": Metric("higher", -_INFINITY, 1, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
+    "ece": Metric("lower", 0, 1, "expected calibration error, 15 bins of equal width, pooled"),
+    "ece_mass": Metric("lower", 0, 1, "expected calibration error, 15 bins of equal count, pooled"),
+    "entropy": Metric(None, 0, _INFINITY, "entropy of the mean prediction, nats: how unsure it is in all"),
+    "expected_entropy": Metric(None, 0, _INFINITY, "mean entropy of the samples, nats: what each is unsure of"),
+    "mutual_information": Metric(None, 0, _INFINITY, "the difference of both, nats: what the samples disagree on"),
+    "risk": Metric("lower", 0, 1, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
+    "aurc": Metric("lower", 0, 1, "area under the risk-coverage curve: mean error if unsure images are refused"),
+    "excess_aurc": Metric("lower", 0, 1, "that area less the oracle's, which refuses the worst images first"),
+    "error_auroc": Metric("higher", 0, 1, "AUROC of an image's entropy for its prediction being wrong"),
+    "error_auroc_mi": Metric("higher", 0, 1, "AUROC of an image's mutual information for its being wrong"),
+    "num_images": Metric(None, 1, _INFINITY, "test images scored"),
+    # Labels and classes.
+    "auc": Metric("higher", 0, 1, "area under the ROC curve, mean over the labels that have both 0 and 1"),
+    "auc_num_labels": Metric(None, 0, _INFINITY, "how many labels these are"),
+    "average_precision": Metric("higher", 0, 1, "average precision, mean over the same labels"),
+    "accuracy": Metric("higher", 0, 1, "share of right decisions; with rare labels, 1 - prevalence is free"),
+    "ece_label": Metric("lower", 0, 1, "expected calibration error of each label or class, mean, equal width"),
+    "ece_label_mass": Metric("lower", 0, 1, "the same in bins of equal count"),
+    "label_error_auroc": Metric("higher", 0, 1, "AUROC of a label's entropy for that label being wrong"),
+    "mean_absolute_error": Metric("lower", 0, _INFINITY, "distance of the predicted from the true grade, in grades"),
+    "quadratic_kappa": Metric("higher", -1, 1, "agreement of the grades beyond chance, quadratic weights"),
+    # Masks.
+    "dice": Metric("higher", 0, 1, "Dice of the foreground with the majority mask, mean over images"),
+    "iou": Metric("higher", 0, 1, "intersection over union with the majority mask, mean over images"),
+    "hausdorff95": Metric("lower", 0, _INFINITY, "95th percentile of the distance between the outlines, pixels"),
+    "ged": Metric("lower", 0, 2, "generalised energy distance of the sampled masks to the raters' masks"),
+    "hungarian_iou": Metric("higher", 0, 1, "IoU of sampled masks and raters' masks, best matched one to one"),
+    "dice_raters": Metric("higher", 0, 1, "Dice with each rater's mask, mean over raters and images"),
+    "entropy_disagreement_pearson": Metric("higher", -1, 1, "correlation over pixels of entropy and raters' variance"),
+    "pixel_error_auroc": Metric("higher", 0, 1, "AUROC of a pixel's entropy for that pixel being wrong"),
+    "pixel_error_auroc_mi": Metric("higher", 0, 1, "AUROC of a pixel's mutual information for its being wrong"),
+    # The paper's, with the directions that it reads them in.
+    "paper_accuracy": Metric("higher", 0, 1, "mostly the share of absent labels: never any finding scores high"),
+    "paper_brier": Metric("lower", 0, 1, "Brier score of one random sample, not of the mean prediction"),
+    "paper_brier_softmax_twice": Metric("lower", 0, 1, "the same after a second softmax: 0.0723 is the least"),
+    "paper_entropy": Metric(None, 0, _INFINITY, "of labels -p ln p without the 1 - p term; of masks the entropy"),
+    "paper_dice": Metric("higher", 0, 1, "mostly the share of background pixels: an empty mask scores 0.99"),
+    "paper_iou": Metric("higher", 0, 1, "IoU of a typical sample, not of the mean prediction"),
+    "paper_ece": Metric("lower", 0, 1, "calibration error of the decisions: mostly whether a sure no is right"),
+}
+
+_LABELS = ("auc", "average_precision", "accuracy", "nll", "brier", "brier_skill", "ece")
+# What a table shows unless it is told: task -> keys.
+KEYS = {
+    BINARY: _LABELS,
+    MULTI_LABEL: _LABELS,
+    MULTI_CLASS: _LABELS,
+    ORDINAL: (*_LABELS, "mean_absolute_error", "quadratic_kappa"),
+    SEGMENTATION: ("dice", "iou", "hausdorff95", "nll", "brier", "brier_skill", "ece", "ged", "hungarian_iou"),
+}
+# Each result has them, or the reason why not.
+_REQUIRED = {
+    **dict.fromkeys(TASKS, ("nll", "brier", "ece", "entropy", "auc", "accuracy")),
+    SEGMENTATION: ("nll", "brier", "ece", "entropy", "dice", "iou"),
+}
+
+# What a method costs: key -> (column of `cost_table`, what the number is divided by there, meaning).
+COSTS = {
+    "num_weights": ("weights", 1, "weights of the network, all members together"),
+    "num_trainable": ("trainable", 1, "numbers that training changes, scales included"),
+    "num_bayesian": ("Bayesian", 1, "weights that have a scale"),
+    "weight_bytes": ("weights, MB", 1e6, "bytes of all variables"),
+    "optimizer_bytes": ("optimiser, MB", 1e6, "bytes of the optimiser's state"),
+    "num_samples": ("samples", 1, "passes behind one prediction"),
+    "predict_flops_per_sample": ("GFLOPs a sample", 1e9, "operations of one pass over one image, counted"),
+    "predict_flops": ("GFLOPs to predict", 1e9, "operations of one prediction of one image, all samples"),
+    "predict_flops_ratio": ("predict, x", 1, "operations of one prediction, relative to one deterministic pass"),
+    "train_step_flops_per_image": ("GFLOPs a step", 1e9, "operations of a training step, per image, every backward"),
+    "train_flops": ("GFLOPs to train", 1e9, "operations of the whole training, all steps and members"),
+    "train_flops_ratio": ("train, x", 1, "operations of the training, relative to the deterministic network's"),
+    "paper_flops": ("paper's, x", 1, "the paper's formula for it, or the number it prints"),
+    "train_seconds": ("train, s", 1, "wall time of the training, on the machine that ran it"),
+    "train_peak_bytes": ("peak, MB", 1e6, "largest memory of the process, or of the GPU, while training"),
+}
+_COST_COLUMNS = (
+    "num_trainable",
+    "num_bayesian",
+    "weight_bytes",
+    "num_samples",
+    "predict_flops_ratio",
+    "train_flops_ratio",
+    "paper_flops",
+    "train_seconds",
+    "train_peak_bytes",
+)
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One row of the table: what was run, on what, how good it was and what it cost.
+
+    Args:
+        dataset, task, network, recipe: names.
+        method: of `baselines.METHODS`, or "trivial_..." for a row that looks at no image.
+        title: one line for people.
+        seed: of the run; None where nothing is random.
+        r_bayes: fraction of the weights that is Bayesian, 0..1; None where the method has none.
+        settings: the recipe's numbers.
+        options: the dataset's own options, such as the fold.
+        limit, size, normalisation, leak: as the data were loaded; `leak` is "" where no patient is in two splits.
+        num_train, num_val, num_test: images of each split.
+        num_groups: patients of the test split, or None where unknown.
+        num_samples: of the posterior, in one prediction.
+        threshold: where probabilities were cut into decisions, 0..1.
+        selection: what was chosen on validation.
+        metrics: key of `METRICS` -> value.
+        intervals: key -> [low, high].
+        undefined: key -> the reason why it has no value.
+        shift: kind of shift -> its severity and AUROCs.
+        cost: key of `COSTS` -> number, or None where unknown; {} for trivial rows.
+        evaluation: what else shaped the score: digest of the data, resamples, severities.
+        versions, commit: set by `write`.
+        format: of the file.
+        folder: where it lies; set by `write` and `read`, not part of the file.
+    """
+
+    dataset: str
+    task: str
+    method: str
+    title: str
+    recipe: str
+    network: str
+    size: int
+    normalisation: str
+    num_train: int
+    num_val: int
+    num_test: int
+    metrics: dict[str, float]
+    seed: int | None = None
+    r_bayes: float | None = None
+    settings: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    limit: int | None = None
+    leak: str = ""
+    num_groups: int | None = None
+    num_samples: int | None = None
+    threshold: float | None = None
+    selection: dict = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    undefined: dict[str, str] = field(default_factory=dict)
+    shift: dict = field(default_factory=dict)
+    cost: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    commit: str | None = None
+    format: int = FORMAT
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether this row never looked at an image."""
+        return self.method.startswith("trivial_")
+
+    def record(self):
+        """The `evaluation.Record` beside it; None where there is none."""
+        path = None if self.folder is None else Path(self.folder) / "record.npz"
+        return evaluation.Record.load(path) if path is not None and path.exists() else None
+
+
+# ---------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------
+
+
+def write(result: Result, folder, record=None) -> Path:
+    """Check a result and write it: `record.npz`, then `metrics.json`, each whole or not at all.
+
+    Args:
+        result: its `versions`, `commit` and `folder` are set to those of now.
+        folder: of the run; what another result left there is replaced.
+        record: `evaluation.Record` of the test images; None: no file, and no paired test later.
+
+    Returns:
+        The path of `metrics.json`.
+
+    Raises:
+        ValueError: a field of another type, a number that is not finite or out of its range.
+    """
+    folder = Path(folder)
+    content = _plain(result)
+    del content["versions"], content["commit"]
+    _check({**content, "versions": {}, "commit": None}, f"the result of {result.method!r}", _TO_WRITE)
+    path, beside = folder / "metrics.json", folder / "record.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Interrupted between the two, there is no metrics.json beside another result's record.
+    path.unlink(missing_ok=True)
+    if record is None:
+        beside.unlink(missing_ok=True)
+    else:
+        record.save(beside)
+    training.write_json(path, content)
+    written = json.loads(path.read_text())
+    result.versions, result.commit, result.folder = written["versions"], written["commit"], folder
+    return path
+
+
+def read(path) -> Result:
+    """Read and check a result.
+
+    Args:
+        path: of `metrics.json`, or its folder.
+
+    Raises:
+        ValueError: not a result, one of another format, a field that is missing, unknown or of another type, a number
+            that is not finite or out of its range. The message names the file and the field.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    path = path / "metrics.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, and of text that is not UTF-8
+        raise ValueError(f"Expected JSON in {path}. Received: {error}. {_TO_READ}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected the fields of a result in {path}. Received: {type(content).__name__}. {_TO_READ}")
+    if content.get("format") != FORMAT:
+        received = content.get("format", "none")
+        raise _OtherFormat(f"Expected format {FORMAT} in {path}. Received: {received!r}. {_TO_READ}")
+    _check(content, path, _TO_READ)
+    return Result(**content, folder=path.parent)
+
+
+def find(runs, dataset: str, **filters) -> list[Result]:
+    """All results of one dataset below a folder of runs, in the order of their paths.
+
+    Args:
+        runs: folder of all runs; None: `runs/` of the repository or the working directory.
+        dataset: its name.
+        filters: field of `Result` -> the value wanted, or a list, tuple or set of such values, as
+            `find("runs", "lidc", method=["partial", "ensemble"], seed=0)`.
+
+    Returns:
+        Results that pass all filters; [] where there are none. Files of another format are left out, with one warning.
+
+    Raises:
+        ValueError: a filter that is no field, or a file that is not a result.
+    """
+    names = {one.name for one in dataclasses.fields(Result)} - {"folder"}
+    if unknown := sorted(set(filters) - names):
+        raise ValueError(f"Expected filters among {sorted(names)}. Received: {unknown}")
+    root = training.run_folder(runs, dataset, "any", 0, {}).parents[2]
+    found, skipped = [], []
+    for path in sorted(root.glob("*/seed*/*/metrics.json")):
+        try:
+            result = read(path)
+        except _OtherFormat:
+            skipped.append(path)
+            continue
+        passes = (
+            getattr(result, key) in value if isinstance(value, list | tuple | set) else getattr(result, key) == value
+            for key, value in filters.items()
+        )
+        if all(passes):
+            found.append(result)
+    if skipped:
+        warnings.warn(
+            f"Left out {len(skipped)} result(s) that are not of format {FORMAT}, as {skipped[0]}. "
+            "Score these methods anew.",
+            stacklevel=2,
+        )
+    return found
+
+
+class _OtherFormat(ValueError):
+    pass
+
+
+_TO_READ = "Delete it: it is made anew."
+_TO_WRITE = "A value that is not known is left out, with its reason in undefined."
+
+# Field -> what it has to be.
+_KINDS = {
+    **dict.fromkeys(("dataset", "task", "method", "title", "recipe", "network", "normalisation"), "text"),
+    **dict.fromkeys(("size", "num_train", "num_val", "num_test", "format"), "an integer >= 1"),
+    **dict.fromkeys(("limit", "num_groups", "num_samples"), "an integer >= 1, or none"),
+    "seed": "an integer >= 0, or none",
+    **dict.fromkeys(("r_bayes", "threshold"), "a number in 0..1, or none"),
+    "leak": "text, or empty",
+    "commit": "text, or none",
+    **dict.fromkeys(("settings", "options", "selection", "shift", "cost", "evaluation", "versions"), "a dict"),
+    **dict.fromkeys(("metrics", "intervals", "undefined"), "a dict"),
+}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value, least) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+_TESTS = {
+    "text": lambda value: isinstance(value, str) and value != "",
+    "text, or empty": lambda value: isinstance(value, str),
+    "text, or none": lambda value: value is None or (isinstance(value, str) and value != ""),
+    "a dict": lambda value: isinstance(value, dict),
+    "an integer >= 1": lambda value: _is_count(value, 1),
+    "an integer >= 1, or none": lambda value: value is None or _is_count(value, 1),
+    "an integer >= 0, or none": lambda value: value is None or _is_count(value, 0),
+    "a number in 0..1, or none": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+}
+
+
+def _plain(result):
+    """The fields as JSON gives them back: tuples become lists."""
+    content = {one.name: getattr(result, one.name) for one in dataclasses.fields(result) if one.name != "folder"}
+    try:
+        return json.loads(json.dumps(content))
+    except TypeError as error:
+        raise ValueError(
+            f"Expected plain numbers, texts, lists and dicts in the result of {result.method!r}. Received: {error}. "
+            "Use float(...) or .tolist()."
+        ) from None
+
+
+def _check(content, where, advice):
+    """Raise where the fields of a result are not what `Result` says."""
+
+    def refuse(expected, key, received):
+        raise ValueError(f"Expected {expected} as {key} of {where}. Received: {received!r}. {advice}")
+
+    missing, unknown = sorted(set(_KINDS) - set(content)), sorted(set(content) - set(_KINDS))
+    if missing or unknown:
+        raise ValueError(
+            f"Expected the fields of a result in {where}. Received: without {missing}, with unknown {unknown}. {advice}"
+        )
+    for key, kind in _KINDS.items():
+        if not _TESTS[kind](content[key]):
+            refuse(kind, key, content[key])
+    if content["task"] not in TASKS:
+        refuse(f"one of {TASKS}", "task", content["task"])
+    metrics, undefined = content["metrics"], content["undefined"]
+    for key, value in metrics.items():
+        if key not in METRICS:
+            refuse("a key of METRICS", "metrics", key)
+        if not _in_range(value, key):
+            refuse(f"a finite number {_range(key)}", f"metrics[{key!r}]", value)
+    for key, bounds in content["intervals"].items():
+        if key not in metrics:
+            refuse("a key of the metrics", "intervals", key)
+        pair = isinstance(bounds, list) and len(bounds) == 2 and all(_in_range(bound, key) for bound in bounds)
+        if not pair or bounds[0] > bounds[1]:
+            refuse(f"[low, high] with low <= high, {_range(key)},", f"intervals[{key!r}]", bounds)
+    for key, reason in undefined.items():
+        if not isinstance(reason, str) or not reason:
+            refuse("a reason", f"undefined[{key!r}]", reason)
+        if key in metrics:
+            refuse("a value or a reason, not both,", f"undefined[{key!r}]", reason)
+    for key in _REQUIRED[content["task"]]:
+        if key not in metrics and key not in undefined:
+            refuse("a value, or a reason in undefined,", f"metrics[{key!r}]", None)
+    for key, value in content["cost"].items():
+        if key not in COSTS:
+            refuse("a key of COSTS", "cost", key)
+        if value is not None and not (_is_number(value) and value >= 0):
+            refuse("a finite number >= 0, or none,", f"cost[{key!r}]", value)
+    for key in ("settings", "options", "selection", "shift", "evaluation", "versions"):
+        for place, value in _leaves(content[key], key):
+            if isinstance(value, float) and not math.isfinite(value):
+                refuse("a finite number", place, value)
+    for kind, scores in content["shift"].items():
+        if not isinstance(scores, dict):
+            refuse("a dict", f"shift[{kind!r}]", scores)
+        for key in ("entropy", "mutual_information"):
+            value = scores.get(key)
+            if value is not None and not (_is_number(value) and 0 <= value <= 1):
+                refuse("an AUROC in 0..1, or none,", f"shift[{kind!r}][{key!r}]", value)
+
+
+def _leaves(value, place):
+    """(place, value) of everything in nested dicts and lists that is neither."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}[{key!r}]")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}[{index}]")
+    else:
+        yield place, value
+
+
+def _in_range(value, key):
+    # Rounding may leave a distance of 0 a little below it.
+    return _is_number(value) and METRICS[key].low - 1e-6 <= value <= METRICS[key].high + 1e-6
+
+
+def _range(key):
+    low, high = METRICS[key].low, METRICS[key].high
+    if math.isinf(low):
+        return f"<= {high:g}"
+    return f">= {low:g}" if math.isinf(high) else f"in {low:g}..{high:g}"
+
+
+# ---------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """The results of one method and setting, one for each seed.
+
+    Args:
+        label: what tells it from the other rows.
+        results: of different seeds.
+    """
+
+    label: str
+    results: list[Result]
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether it never looked at an image."""
+        return self.results[0].is_trivial
+
+    def values(self, key: str) -> dict[int | None, float]:
+        """Seed -> value, of those where it is defined; of the metrics, else of the cost."""
+        found = {}
+        for result in self.results:
+            value = result.metrics.get(key, result.cost.get(key))
+            if value is not None:
+                found[result.seed] = value
+        return found
+
+    def value(self, key: str) -> float | None:
+        """Mean over seeds; None where it is undefined in all."""
+        values = list(self.values(key).values())
+        return float(np.mean(values)) if values else None
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """Of one seed its interval over images or patients, of several mean -+ standard deviation; None: unknown."""
+        values = list(self.values(key).values())
+        if len(values) > 1:
+            spread = float(np.std(values, ddof=1))
+            return self.value(key) - spread, self.value(key) + spread
+        found = [result.intervals[key] for result in self.results if key in result.intervals]
+        return tuple(found[0]) if found else None
+
+    def reason(self, key: str) -> str:
+        """Why it is undefined."""
+        return next((r.undefined[key] for r in self.results if key in r.undefined), "not measured for this row")
+
+
+# What differs between runs of one row.
+_OF_A_SEED = {"seed", "selection", "threshold", "metrics", "intervals", "undefined", "shift", "cost"}
+_OF_A_SEED |= {"versions", "commit", "folder"}
+
+
+def group(results: list[Result]) -> list[Row]:
+    """Put the seeds of one method and setting together, in the order given.
+
+    A row's label is its method, and where several rows share one, the settings in which they differ.
+
+    Raises:
+        ValueError: no result, results of several datasets, or two of one method, setting and seed.
+    """
+    if not results:
+        raise ValueError("Expected one result or more. Received: none. Run a method first.")
+    if len(kinds := {(result.dataset, result.task) for result in results}) > 1:
+        raise ValueError(f"Expected results of one dataset: a table for each. Received: {sorted(kinds)}")
+    contents, found = {}, {}
+    for result in results:
+        content = {key: value for key, value in _plain(result).items() if key not in _OF_A_SEED}
+        name = json.dumps(content, sort_keys=True)
+        contents[name] = dict(_leaves(content, ""))
+        seeds = found.setdefault(name, {})
+        if result.seed in seeds:
+            raise ValueError(
+                f"Expected one result for each method, setting and seed. Received: two of {result.method!r}, "
+                f"seed={result.seed}, in {seeds[result.seed].folder} and {result.folder}"
+            )
+        seeds[result.seed] = result
+    rows = []
+    for name, content in contents.items():
+        method = content["['method']"]
+        alike = [other for other in contents.values() if other["['method']"] == method]
+        # The innermost name of a place is a field or a key: "['settings']['epochs']" is epochs.
+        differ = [f"{place.split('[')[-1][1:-2]}={content.get(place)}" for place in _telling(alike)]
+        rows.append(Row(", ".join([method, *differ]), list(found[name].values())))
+    return rows
+
+
+def _telling(contents):
+    """Few places by whose values all contents are told apart: names and numbers before nested settings."""
+    places = sorted(dict.fromkeys(place for content in contents for place in content), key=lambda p: p.count("["))
+    chosen, kinds = [], 1
+    for place in places:
+        number = len({tuple(content.get(p) for p in [*chosen, place]) for content in contents})
+        if number > kinds and place != "['title']":
+            chosen, kinds = [*chosen, place], number
+    return chosen
+
+
+# ---------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------
+
+
+def table(results: list[Result], keys=None, intervals: bool = True, num_resamples: int = 1000) -> str:
+    """The table of all methods, in Markdown: a row for each, its best values marked, and below it what they are.
+
+    A cell is a value with its interval; of several seeds mean +- standard deviation and their number. "*" marks the
+    best row of a column, and the rows that a paired test cannot tell from it at 5 %, corrected for the number of rows
+    (Holm 1979): of one common seed by a bootstrap of images or patients (`evaluation.compare`), of several by a paired
+    t-test over seeds. Trivial rows are never marked; where one of them is better than all, a line says so.
+
+    Args:
+        results: of one dataset, in the order of the rows.
+        keys: columns, keys of `METRICS`; None: `KEYS` of the task.
+        intervals: show intervals.
+        num_resamples: of the paired bootstrap.
+
+    Returns:
+        The table and its notes, without a final line break.
+
+    Raises:
+        ValueError: an unknown key, no results, or results that do not belong in one table.
+    """
+    rows = group(results)
+    keys = list(KEYS[results[0].task] if keys is None else keys)
+    if unknown := [key for key in keys if key not in METRICS]:
+        raise ValueError(f"Expected keys among {list(METRICS)}. Received: {unknown}")
+    marked, untested = _marks(rows, keys, num_resamples)
+    notes, reasons = [], {}
+    cells = {row.label: {} for row in rows}
+    for key in keys:
+        digits = _digits(rows, key)
+        for row in rows:
+            if row.value(key) is None:
+                number = reasons.setdefault(row.reason(key), len(reasons) + 1)
+                cells[row.label][key] = f"- ({number})"
+            else:
+                star = "*" if row.label in marked.get(key, ()) else ""
+                cells[row.label][key] = _cell(row, key, digits, star, intervals)
+    notes += [f"({number}) {reason}" for reason, number in reasons.items()]
+    notes += _notes(rows, keys, marked, untested)
+    bare = [f"{key} of {row.label}" for key in keys for row in rows if key not in _COUNTS and _is_bare(row, key)]
+    if intervals and bare:
+        notes.append(f"No interval, as more than 5 % of the resamples leave it undefined: {'; '.join(bare)}.")
+    notes.append(_origin(rows, intervals))
+    return format_table(cells, keys) + "\n\n" + "  \n".join(notes)
+
+
+def cost_table(results: list[Result]) -> str:
+    """What each method costs, in Markdown, and below it what the columns are; trivial rows cost nothing.
+
+    Of several seeds the mean. Ratios are to the deterministic network of the same recipe; "-" is unknown.
+
+    Raises:
+        ValueError: no results, or results that do not belong in one table.
+    """
+    rows = [row for row in group(results) if not row.is_trivial]
+    cells = {}
+    for row in rows:
+        cells[row.label] = {}
+        for key in _COST_COLUMNS:
+            name, unit, _ = COSTS[key]
+            value = row.value(key)
+            count = unit == 1 and value is not None and float(value).is_integer() and not key.endswith("ratio")
+            digits = 1 if key == "train_seconds" else 2
+            if value is not None:
+                cells[row.label][name] = f"{value:,.0f}" if count else f"{value / unit:,.{digits}f}"
+    notes = ". ".join(f"{COSTS[key][0]}: {COSTS[key][2]}" for key in _COST_COLUMNS)
+    return format_table(cells, [COSTS[key][0] for key in _COST_COLUMNS]) + f"\n\n{notes}."
+
+
+def describe_metrics(keys) -> str:
+    """A line for each metric, in Markdown: what it says, and which way is better.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    if unknown := [key for key in keys if key not in METRICS]:
+        raise ValueError(f"Expected keys among {list(METRICS)}. Received: {unknown}")
+    ways = {None: "neither way is better", "higher": "higher is better", "lower": "lower is better"}
+    return "\n".join(f"- `{key}`: {METRICS[key].meaning} ({ways[METRICS[key].better]})" for key in keys)
+
+
+_COUNTS = ("num_images", "auc_num_labels")
+
+
+def _digits(rows, key):
+    """Decimals of a column: two figures of its typical half-width, three or more where values are near 1."""
+    if key in _COUNTS:
+        return 0
+    bounds = [row.interval(key) for row in rows if not row.is_trivial]
+    widths = [(high - low) / 2 for low, high in (pair for pair in bounds if pair is not None) if high > low]
+    if not widths:
+        return 3
+    return int(np.clip(1 - math.floor(math.log10(np.median(widths))), 3 if METRICS[key].high <= 2 else 1, 5))
+
+
+def _cell(row, key, digits, star, intervals):
+    values = row.values(key)
+    text = f"{row.value(key):.{digits}f}{star}"
+    bounds = row.interval(key)
+    if intervals and key not in _COUNTS and bounds is not None:
+        if len(values) > 1:
+            text += f" +- {(bounds[1] - bounds[0]) / 2:.{digits}f} (n={len(values)})"
+        else:
+            text += f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+    return text
+
+
+def _is_bare(row, key):
+    """Whether the row has intervals, but none for this value."""
+    return row.value(key) is not None and row.interval(key) is None and any(r.intervals for r in row.results)
+
+
+def _best(rows, key):
+    """The best row that is not trivial, and the trivial ones that are better; (None, []) where nothing is better."""
+    better = METRICS[key].better
+    scored = [row for row in rows if row.value(key) is not None]
+    methods = [row for row in scored if not row.is_trivial]
+    if better is None or not methods:
+        return None, []
+    sign = 1 if better == "higher" else -1
+    best = max(methods, key=lambda row: sign * row.value(key))
+    above = [row for row in scored if row.is_trivial and sign * row.value(key) > sign * best.value(key)]
+    return best, above
+
+
+def _marks(rows, keys, num_resamples):
+    """Key -> labels to mark; and the labels of rows that no test could compare with a best one."""
+    pairs, marked = {}, {}
+    for key in keys:
+        best, _ = _best(rows, key)
+        if best is None:
+            continue
+        marked[key] = {best.label}
+        for row in rows:
+            if row is not best and not row.is_trivial and row.value(key) is not None:
+                pairs.setdefault((best.label, row.label), []).append(key)
+    by_label, records = {row.label: row for row in rows}, {}
+    p_values, untested = {key: {} for key in marked}, set()
+    for (best, other), columns in pairs.items():
+        for key, p_value in _compare(by_label[best], by_label[other], columns, num_resamples, records).items():
+            if p_value is None:
+                untested.add(other)
+            else:
+                p_values[key][other] = p_value
+    for key, found in p_values.items():
+        marked[key] |= {label for label, p_value in _holm(found).items() if p_value >= LEVEL}
+    return marked, sorted(untested)
+
+
+def _compare(row, other, keys, num_resamples, records):
+    """Key -> two-sided p of the paired test between two rows; None where there is none."""
+    found = {key: 1.0 if row.value(key) == other.value(key) else None for key in keys}
+    single = []
+    for key in (key for key in keys if found[key] is None):
+        ours, theirs = row.values(key), other.values(key)
+        common = [seed for seed in ours if seed in theirs]
+        if len(common) > 1:
+            found[key] = _seeds_test([ours[seed] for seed in common], [theirs[seed] for seed in common])
+        elif common:
+            single.append((key, common[0]))
+    for seed in {seed for _, seed in single}:
+        ours, theirs = (_record(one, seed, records) for one in (row, other))
+        if ours is None or theirs is None:
+            continue
+        wanted = [key for key, its in single if its == seed]
+        try:
+            tests = evaluation.compare(ours, theirs, keys=wanted, num_resamples=num_resamples)
+        except ValueError:  # of other images, such as another fold's
+            continue
+        found |= {key: tests[key]["p_value"] for key in wanted if key in tests}
+    return found
+
+
+def _record(row, seed, records):
+    if (row.label, seed) not in records:
+        records[row.label, seed] = next(one for one in row.results if one.seed == seed).record()
+    return records[row.label, seed]
+
+
+def _seeds_test(ours, theirs):
+    from scipy.stats import ttest_rel
+
+    differences = np.subtract(ours, theirs)
+    if np.ptp(differences) == 0:  # t is 0/0 or infinite
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(ttest_rel(ours, theirs).pvalue)
+
+
+def _holm(p_values):
+    """Label -> p adjusted for their number (Holm 1979): the smallest times n, the next times n - 1, never falling."""
+    adjusted, least = {}, 0.0
+    for rank, (label, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_value))
+        adjusted[label] = least
+    return adjusted
+
+
+def _notes(rows, keys, marked, untested):
+    ways = {way: [key for key in keys if METRICS[key].better == way] for way in ("higher", "lower", None)}
+    names = {"higher": "Higher is better", "lower": "Lower is better", None: "Neither way is better"}
+    notes = [". ".join(f"{names[way]}: {', '.join(found)}" for way, found in ways.items() if found) + "."]
+    if marked:
+        notes.append(
+            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows."
+        )
+    if untested:
+        notes.append(
+            "Not tested against the best (no record, other test images, or no common seed): "
+            + "; ".join(untested)
+            + "."
+        )
+    above = {}
+    for key in keys:
+        for row in _best(rows, key)[1]:
+            above.setdefault(row.label, []).append(key)
+    if above:
+        beaten = "; ".join(f"{label} in {', '.join(found)}" for label, found in above.items())
+        notes.append(f"Trivial rows better than every method: {beaten}.")
+    return notes
+
+
+def _origin(rows, intervals):
+    """One line: what was run, on what, and what the intervals are over."""
+    results = [result for row in rows for result in row.results]
+
+    def all_of(key, values=None):
+        values = [getattr(result, key) for result in results] if values is None else values
+        return ", ".join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
+
+    first = results[0]
+    patients = all_of("num_groups")
+    parts = [f"{first.dataset}: {all_of('num_test')} test images" + (f" of {patients} patients" * bool(patients))]
+    if seeds := all_of("seed"):
+        parts.append(f"seed{'s' * (', ' in seeds)} {seeds}")
+    parts += [f"recipe {all_of('recipe')}", f"network {all_of('network')}"]
+    parts += [f"{name} {found}" for name in ("r_bayes", "limit") if (found := all_of(name))]
+    if intervals and any(result.intervals for result in results):
+        over = "patients" if first.num_groups is not None else "images"
+        resamples = all_of("", [result.evaluation.get("num_resamples") for result in results])
+        parts.append(f"[95 % interval] over {over}" + (f", {resamples} resamples" * bool(resamples)))
+    if intervals and any(len(row.results) > 1 for row in rows):
+        parts.append("+- standard deviation over seeds")
+    line = "; ".join(parts) + "."
+    if leaks := all_of("leak"):
+        line += f" Leak: {leaks}"
+    return line
