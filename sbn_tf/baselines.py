@@ -144,8 +144,8 @@ class Method:
         - `train_flops`: of all its trainings and its saliency pass. Validation is left out, for all methods.
         - `train_flops_ratio`, `predict_flops_ratio`: to step 1's training, and to one pass, of a deterministic network.
         - `paper_flops`: the paper's number or formula; None where it has none.
-        - `train_seconds`, `train_peak_bytes`: of its trainings, shared ones included, without the saliency pass; None
-          where one was trained before these were kept.
+        - `train_seconds`, `train_peak_bytes`, `train_grown_bytes` (the peak above what the process held before): of its
+          trainings, shared ones included, without the saliency pass; None where one was trained before these were kept.
         """
         self._check_fitted()
         batch = min(self.recipe.batch_size, self._num_train)
@@ -159,7 +159,9 @@ class Method:
         sizes = {**costs.parameters(self.model), "weight_bytes": costs.bytes_of(self.model)["weight_bytes"]}
         found = {key: int(value) * self.num_networks for key, value in sizes.items()}
         found["optimizer_bytes"] = max(int(costs.bytes_of(run.model)["optimizer_bytes"]) for run in self.trained)
-        seconds, peaks = ([getattr(run, key) for run in self.trained] for key in ("seconds", "peak_bytes"))
+        seconds, peaks, grown = (
+            [getattr(run, key) for run in self.trained] for key in ("seconds", "peak_bytes", "grown_bytes")
+        )
         return {
             **found,
             "predict_flops_per_sample": float(sample),
@@ -172,6 +174,7 @@ class Method:
             "paper_flops": self._paper_flops(),
             "train_seconds": None if None in seconds else float(sum(seconds)),
             "train_peak_bytes": None if None in peaks else int(max(peaks)),
+            "train_grown_bytes": None if None in grown else int(max(grown)),
         }
 
     # ---- below: what a method may do otherwise ----

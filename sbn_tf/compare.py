@@ -20,7 +20,18 @@ import numpy as np
 from sbn_tf import baselines, datasets, evaluation, plots, recipes, results, training
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
 
-__all__ = ["Experiment", "all_rows", "experiment", "fitted", "main", "row", "shift_table", "tables", "trivial_rows"]
+__all__ = [
+    "Experiment",
+    "all_rows",
+    "experiment",
+    "fitted",
+    "main",
+    "paired_table",
+    "row",
+    "shift_table",
+    "tables",
+    "trivial_rows",
+]
 
 SHIFTS = {"noise": 2.0, "blur": 1.5, "contrast": 0.5}  # kind -> severity, of `evaluation.shifted`
 
@@ -192,36 +203,30 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     "level_sets", where several raters marked the test images: masks where the probability map of `deterministic`
     exceeds 0.1, 0.3, 0.5, 0.7, 0.9.
     """
-    test = settings.data.test
-    records = evaluation.trivial_records(settings.data, threshold=_number(settings.threshold))
+    test, size = settings.data.test, settings.recipe.batch_size
+    cut = _number(settings.threshold)
+    rated = settings.task == SEGMENTATION and test.num_raters > 1
+    predict = fitted(settings, "deterministic").predict_samples if rated else None
+    records = evaluation.trivial_records(settings.data, threshold=cut, deterministic=predict, batch_size=size)
+    records = {f"trivial_{name}": record for name, record in records.items()}
     if test.truth_probs is not None:
-        truth = test.truth_probs[..., 0] if settings.task == SEGMENTATION else test.truth_probs
-        records["scene"] = _record_of(settings, lambda part: truth[part][None])
-    if settings.task == SEGMENTATION and test.num_raters > 1:
-        made = fitted(settings, "deterministic")
-
-        def level_sets(part):
-            return evaluation.level_sets(made.predict_samples(test.normalised(part))[0])
-
-        records["level_sets"] = _record_of(settings, level_sets, only=("ged", "hungarian_iou"))
+        records["bound_scene"] = _record_of_scene(settings, cut)
     found = {}
     for name, record in records.items():
-        result = _result(settings, record, method=f"trivial_{name}", title=TRIVIAL[name], threshold=record.threshold)
-        folder = training.run_folder(
-            settings.runs, settings.data.card.name, result.method, 0, _evaluation_settings(settings)
-        )
+        result = _result(settings, record, method=name, title=TRIVIAL[name], threshold=record.threshold)
+        folder = training.run_folder(settings.runs, settings.data.card.name, name, 0, _evaluation_settings(settings))
         results.write(result, folder, record)
         found[name] = result
     return found
 
 
 TRIVIAL = {
-    "all_negative": "never anything, for anyone",
-    "all_background": "no foreground, anywhere",
-    "most_frequent": "the most frequent class of training",
-    "prevalence": "the frequency of each label, class or pixel in training",
-    "level_sets": "five level sets of the deterministic network's map, as masks",
-    "scene": "the probabilities that generated this phantom: a bound",
+    "trivial_all_negative": "never anything, for anyone",
+    "trivial_all_background": "no foreground, anywhere",
+    "trivial_most_frequent": "the most frequent class of training",
+    "trivial_prevalence": "the frequency of each label, class or pixel in training",
+    "trivial_level_sets": "five level sets of the deterministic network's map, as masks",
+    "bound_scene": "the probabilities that generated this phantom",
 }
 
 
@@ -254,6 +259,28 @@ def tables(rows: list[results.Result], task: str) -> dict[str, str]:
         made["Does it notice shifted images? AUROC against clean ones"] = shift_table(rows)
     made["What does it cost?"] = results.cost_table(rows)
     return made
+
+
+def paired_table(rows: list[results.Result], rival: results.Result, key: str = "nll", num_resamples: int = 1000) -> str:
+    """Each method's metric less a rival's, on the same images: Markdown, a row a method.
+
+    Intervals and p-values are of the paired bootstrap, the p-values adjusted for the number of methods (Holm). They
+    speak of other test images, not of other trainings.
+    """
+    ours, found = rival.record(), {}
+    for one in rows:
+        if not one.is_trivial and one.method != rival.method and key in one.metrics:
+            found[one.method] = evaluation.compare(one.record(), ours, keys=[key], num_resamples=num_resamples)[key]
+    adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
+    shown = {
+        name: {
+            f"{key} less {rival.method}'s": f"{one['difference']:+.4f}",
+            "95 % interval": f"[{one['low']:+.4f}, {one['high']:+.4f}]",
+            "p, adjusted": adjusted[name],
+        }
+        for name, one in found.items()
+    }
+    return plots.format_table(shown, [f"{key} less {rival.method}'s", "95 % interval", "p, adjusted"])
 
 
 def shift_table(rows: list[results.Result]) -> str:
@@ -321,27 +348,25 @@ def _best_threshold(made, settings):
     return evaluation.select_threshold(probs, val.targets, settings.task, val.rater_valid)
 
 
-def _record_of(settings, probs_of, only=None):
-    """The record of a function from a slice of the test split to its probabilities."""
+def _record_of_scene(settings, threshold):
+    """The record of the probabilities that generated a phantom's test split."""
     test, size = settings.data.test, settings.recipe.batch_size
-    evaluator = evaluation.Evaluator(
-        settings.task,
-        train_prevalence=settings.prevalence(),
-        threshold=_number(settings.threshold),
-        **({} if only is None else {"only": only}),
-    )
+    evaluator = evaluation.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
     for start in range(0, test.num_examples, size):
         part = slice(start, start + size)
-        extra = {key: None if (value := getattr(test, key)) is None else value[part] for key in ("groups", "ids")}
-        valid = None if test.rater_valid is None else test.rater_valid[part]
-        evaluator.update(probs_of(part), test.targets[part], valid, **extra)
+        extra = {key: None if (value := getattr(test, key)) is None else value[part] for key in _OF_IMAGES}
+        evaluator.update(test.truth_probs[part][None], test.targets[part], **extra)
     return evaluator.record()
+
+
+_OF_IMAGES = ("rater_valid", "groups", "ids")
 
 
 def _result(settings, record, **given):
     metrics = record.metrics()
     undefined = metrics.pop("undefined")
     intervals = record.bootstrap(num_resamples=settings.num_resamples)
+    intervals.pop("undefined")  # of intervals: the table says so
     data = settings.data
     return results.Result(
         dataset=data.card.name,

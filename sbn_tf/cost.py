@@ -693,12 +693,12 @@ def _target_specs(model, loss, batch_size):
 # bars = axes.barh(list(parts), [n / 1e6 for n in parts.values()], color=plt.cm.viridis([0.2, 0.5, 0.8]))
 # axes.bar_label(bars, [f"{n / step:.1%}" for n in parts.values()], padding=3)
 # axes.set(xlabel="million operations per image, batch of 20", title="Backward costs nearly twice forward")
-# axes.margins(x=0.12)
+# axes.margins(x=0.16)
 # axes.invert_yaxis()
 # plt.show()
 
 # %% [markdown]
-# *Reading*: a little under twice, since nobody asks for the first layer's gradient by the image. Adam takes about 14
+# *Reading*: a little under twice, since nobody asks for the first layer's gradient by the image. Adam takes about 12
 # operations a weight, shared by the images of a batch: little for convolutions, which use each weight at every pixel.
 
 # %% [markdown]
@@ -852,11 +852,13 @@ class Used:
     Attributes:
         seconds: wall time.
         peak_bytes: largest memory within the block; None where the system does not tell.
+        start_bytes: memory in use when the block began; None where the system does not tell.
         note: what `peak_bytes` is.
     """
 
     seconds: float | None = None
     peak_bytes: int | None = None
+    start_bytes: int | None = None
     note: str = ""
 
 
@@ -872,6 +874,7 @@ def measured():
     used = Used()
     _see_peak()  # for the blocks around this one, before the system forgets
     used.note = _forget_peak()
+    used.start_bytes = _bytes_in_use()
     _open_blocks.append(used)
     start = time.perf_counter()
     try:
@@ -914,6 +917,17 @@ def _forget_peak() -> str:
         return "largest memory of the process since it began: this system keeps no other"
 
 
+def _bytes_in_use() -> int | None:
+    """Memory in use now."""
+    try:
+        if gpus := _gpus():
+            return sum(tf.config.experimental.get_memory_info(gpu)["current"] for gpu in gpus)
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+    except (OSError, RuntimeError, ValueError, KeyError, StopIteration, tf.errors.OpError):
+        return None
+
+
 def _peak_bytes() -> int | None:
     """Largest memory since the last `_forget_peak`."""
     try:
@@ -942,6 +956,7 @@ def _largest_ever() -> int | None:
 #         held = None
 #         time.sleep(0.01)
 # assert used.peak_bytes > 200e6 and used.seconds > inner.seconds >= 0.01
+# assert used.start_bytes is None or used.peak_bytes - used.start_bytes > 150e6
 
 # %% [markdown]
 # ### Time is not operations

@@ -33,6 +33,7 @@ __all__ = [
     "describe_metrics",
     "find",
     "group",
+    "holm",
     "read",
     "table",
     "write",
@@ -130,6 +131,7 @@ COSTS = {
     "paper_flops": ("paper's, x", 1, "the paper's formula for it, or the number it prints"),
     "train_seconds": ("train, s", 1, "wall time of the training, on the machine that ran it"),
     "train_peak_bytes": ("peak, MB", 1e6, "largest memory of the process, or of the GPU, while training"),
+    "train_grown_bytes": ("memory, MB", 1e6, "largest memory while training, above what the process held before"),
 }
 _COST_COLUMNS = (
     "num_trainable",
@@ -140,7 +142,7 @@ _COST_COLUMNS = (
     "train_flops_ratio",
     "paper_flops",
     "train_seconds",
-    "train_peak_bytes",
+    "train_grown_bytes",
 )
 
 
@@ -150,7 +152,8 @@ class Result:
 
     Args:
         dataset, task, network, recipe: names.
-        method: of `baselines.METHODS`, or "trivial_..." for a row that looks at no image.
+        method: of `baselines.METHODS`; "trivial_..." for a row that looks at no image, or needs no training beyond
+            the deterministic one; "bound_..." for what no method can beat.
         title: one line for people.
         seed: of the run; None where nothing is random.
         r_bayes: fraction of the weights that is Bayesian, 0..1; None where the method has none.
@@ -207,8 +210,8 @@ class Result:
 
     @property
     def is_trivial(self) -> bool:
-        """Whether this row never looked at an image."""
-        return self.method.startswith("trivial_")
+        """Whether this row is no method: a trivial predictor or a bound."""
+        return self.method.startswith(("trivial_", "bound_"))
 
     def record(self):
         """The `evaluation.Record` beside it; None where there is none."""
@@ -676,7 +679,8 @@ def _best(rows, key):
         return None, []
     sign = 1 if better == "higher" else -1
     best = max(methods, key=lambda row: sign * row.value(key))
-    above = [row for row in scored if row.is_trivial and sign * row.value(key) > sign * best.value(key)]
+    trivial = [row for row in scored if row.results[0].method.startswith("trivial_")]
+    above = [row for row in trivial if sign * row.value(key) > sign * best.value(key)]
     return best, above
 
 
@@ -700,7 +704,7 @@ def _marks(rows, keys, num_resamples):
             else:
                 p_values[key][other] = p_value
     for key, found in p_values.items():
-        marked[key] |= {label for label, p_value in _holm(found).items() if p_value >= LEVEL}
+        marked[key] |= {label for label, p_value in holm(found).items() if p_value >= LEVEL}
     return marked, sorted(untested)
 
 
@@ -743,7 +747,7 @@ def _seeds_test(ours, theirs):
     return float(ttest_rel(ours, theirs).pvalue)
 
 
-def _holm(p_values):
+def holm(p_values: dict[str, float]) -> dict[str, float]:
     """Label -> p adjusted for their number (Holm 1979): the smallest times n, the next times n - 1, never falling."""
     adjusted, least = {}, 0.0
     for rank, (label, p_value) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):

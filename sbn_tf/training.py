@@ -257,7 +257,7 @@ def fit(
         and with tracing where it was traced; of an epoch that was interrupted only its second, whole try counts. Of one
         value: `nan_in_epoch` where a loss that was not finite stopped it, `kept_epoch` under `keep="best"`, both
         counted from 0; `peak_bytes`, the peak memory of the process while it trained (the last process, of a run that
-        was resumed), where the system tells it.
+        was resumed), and `grown_bytes`, how much of it was above what the process held before, where the system tells.
 
     Raises:
         ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for; `keep="best"`
@@ -298,6 +298,8 @@ def fit(
                 shown.bar.close()
         if used.peak_bytes is not None:
             checkpoint.history["peak_bytes"] = [int(used.peak_bytes)]
+            if used.start_bytes is not None:
+                checkpoint.history["grown_bytes"] = [max(0, int(used.peak_bytes) - int(used.start_bytes))]
         if guard.stopped:
             checkpoint.history["nan_in_epoch"] = [guard.nan_in_epoch]
     if checkpoint.best is not None:
@@ -342,6 +344,11 @@ class Run:
     def peak_bytes(self) -> int | None:
         """Peak memory of the process that trained it; None where it is not known."""
         return self.history.get("peak_bytes", [None])[0]
+
+    @property
+    def grown_bytes(self) -> int | None:
+        """How much of the peak was new: above what the process held when training began; None where unknown."""
+        return self.history.get("grown_bytes", [None])[0]
 
 
 def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, limit=None, verbose=True) -> Run:

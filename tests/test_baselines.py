@@ -18,7 +18,14 @@ TASKS = ("segmentation", "multi-label", "multi-class")
 COST_KEYS = {
     *("num_weights", "num_trainable", "num_bayesian", "weight_bytes", "optimizer_bytes"),
     *("predict_flops_per_sample", "num_samples", "predict_flops", "train_step_flops_per_image", "train_flops"),
-    *("train_flops_ratio", "predict_flops_ratio", "paper_flops", "train_seconds", "train_peak_bytes"),
+    *(
+        "train_flops_ratio",
+        "predict_flops_ratio",
+        "paper_flops",
+        "train_seconds",
+        "train_peak_bytes",
+        "train_grown_bytes",
+    ),
 }
 
 

@@ -285,6 +285,11 @@ def test_of_a_condition_the_costlier_branch_counts():
 
     assert count_flops(function, spec((3, 3)), spec((), tf.bool)).by_op == {"MatMul": 54}
 
+    def one_of_three(x, number):
+        return tf.switch_case(number, [lambda: x, lambda: x @ x @ x, lambda: x @ x])
+
+    assert count_flops(one_of_three, spec((3, 3)), spec((), tf.int32)).by_op == {"MatMul": 108}
+
 
 def loop(limit, step=1, test=tf.less):
     def function(x):
@@ -377,6 +382,13 @@ def counted_step(estimator=None):
     """A step on 20 images: of the small network, or of a tenth of its weights Bayesian and five samples."""
     network = small_network()
     return training_step(bayesian(network, estimator=estimator) if estimator else network, 20)
+
+
+def test_the_loss_of_a_gradient_pass_may_be_a_name_an_object_or_a_function():
+    network = small_network()
+    named = saliency_flops(network, "mean_squared_error", 4)
+    assert saliency_flops(network, keras.losses.MeanSquaredError(), 4) == pytest.approx(named, rel=1e-3)
+    assert saliency_flops(network, lambda y, p: tf.square(y - p), 4) == pytest.approx(named, rel=1e-3)
 
 
 def test_samples_cost_passes():

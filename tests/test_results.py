@@ -391,9 +391,9 @@ def test_seeds_that_differ_by_the_same_amount():
 
 def test_holm_by_hand():
     # 0.01 * 3; then max(0.03, 0.02 * 2); then max(0.04, 0.03 * 1).
-    adjusted = results._holm({"a": 0.02, "b": 0.01, "c": 0.03})
+    adjusted = results.holm({"a": 0.02, "b": 0.01, "c": 0.03})
     assert adjusted == pytest.approx({"b": 0.03, "a": 0.04, "c": 0.04})
-    assert results._holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0} and results._holm({}) == {}
+    assert results.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0} and results.holm({}) == {}
 
 
 def test_table_marks_what_a_paired_test_cannot_tell_from_the_best(tmp_path):
@@ -441,11 +441,11 @@ def test_cost_table_by_hand():
     rows = [
         result("trivial_prevalence", None),
         result("partial", 0, cost=cost),
-        result("partial", 1, cost=cost | {"train_seconds": 4.0, "train_peak_bytes": None}),
+        result("partial", 1, cost=cost | {"train_seconds": 4.0, "train_grown_bytes": None}),
     ]
     cells, notes = lines_of(cost_table(rows))
     shown = dict(zip(cells[""], cells["partial"], strict=True))
     assert set(cells) == {"", "partial", next(name for name in cells if name.startswith(":"))}
     assert shown["trainable"] == "1,234,567" and shown["weights, MB"] == "2.50" and shown["train, x"] == "2.00"
-    assert shown["train, s"] == "3.5" and shown["peak, MB"] == "-"
+    assert shown["train, s"] == "3.5" and shown["memory, MB"] == "-"
     assert "paper's, x: the paper's formula" in notes[0]
