@@ -45,6 +45,7 @@ TEMPERATURES = (0.05, 20.0)
 PRIOR_PRECISIONS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # 1: the prior N(0, 1) of `to_partial_bayes`
 DROPOUT = 0.1
 MAX_CYCLES = 5
+_STEP_FLOPS = {}  # tracing a step takes seconds, and step 1 is part of nearly every method
 
 
 class Method:
@@ -149,10 +150,9 @@ class Method:
         """
         self._check_fitted()
         batch = min(self.recipe.batch_size, self._num_train)
-        reference = self._reference()
-        steps = {id(m): costs.training_flops(m, batch) for m in (reference, *(run.model for run in self.trained))}
+        reference = self.step1.model
         images = [self._num_train * len(run.history.get("loss", ())) for run in self.trained]
-        train = sum(count * steps[id(run.model)] for count, run in zip(images, self.trained, strict=True))
+        train = sum(n * self._step_flops(run, batch) for n, run in zip(images, self.trained, strict=True))
         train += self._num_train * self._saliency_flops(batch)
         one_pass = costs.prediction_flops(reference, batch)
         sample = costs.prediction_flops(self.model, batch) / getattr(self.model, "num_samples", 1)
@@ -167,9 +167,11 @@ class Method:
             "predict_flops_per_sample": float(sample),
             "num_samples": self.num_samples,
             "predict_flops": float(sample * self.num_samples),
-            "train_step_flops_per_image": float(steps[id(self.trained[-1].model)]),
+            "train_step_flops_per_image": self._step_flops(self.trained[-1], batch),
             "train_flops": float(train),
-            "train_flops_ratio": float(train / (self._num_train * self.recipe.epochs * steps[id(reference)])),
+            "train_flops_ratio": float(
+                train / (self._num_train * self.recipe.epochs * self._step_flops(self.step1, batch))
+            ),
             "predict_flops_ratio": float(sample * self.num_samples / one_pass),
             "paper_flops": self._paper_flops(),
             "train_seconds": None if None in seconds else float(sum(seconds)),
@@ -192,10 +194,6 @@ class Method:
         """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
         return self.model.predict(images, batch_size=len(images), verbose=0)[None]
 
-    def _reference(self):
-        """The compiled deterministic network."""
-        return self.step1.model
-
     def _saliency_flops(self, batch):
         """Operations of the saliency pass, for one image."""
         return 0.0
@@ -204,6 +202,13 @@ class Method:
         return None
 
     # ---- below: tools ----
+
+    def _step_flops(self, run, batch) -> float:
+        """Operations of a training step of a run, for one image; each is traced once in a process, for all methods."""
+        key = (str(run.folder), self.recipe, self._input_shape, run.model.output_shape, batch)
+        if key not in _STEP_FLOPS:
+            _STEP_FLOPS[key] = float(costs.training_flops(run.model, batch))
+        return _STEP_FLOPS[key]
 
     def _train_step1(self, data):
         self.step1 = training.deterministic_run(data, self.recipe, network=self.network, **self._options())

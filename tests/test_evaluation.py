@@ -68,26 +68,6 @@ def test_labels_without_both_classes_are_left_out_of_the_auc():
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
 
 
-def test_ece_by_hand():
-    # Bins of 1/15: {.01, .02} with one of two positive, {.5} and {1.0} with one of one.
-    probs, targets = np.array([0.01, 0.02, 0.5, 1.0]), np.array([0, 1, 1, 1])
-    assert metrics.ece(probs, targets) == pytest.approx((abs(0.03 - 1) + 0.5 + 0) / 4)
-    # Well calibrated: 0.25 with one of four.
-    assert metrics.ece(np.full(4, 0.25), np.array([0, 0, 1, 0])) == 0
-
-
-def test_ece_per_label_is_the_ece_of_each_column():
-    mean = LABEL_PROBS.mean(0)
-    values = metrics.ece(mean, LABELS, per_label=True)
-    assert values.shape == (5,)
-    assert values[2] == metrics.ece(mean[:, 2], LABELS[:, 2])
-
-
-def test_a_certain_mistake_costs_a_finite_log_score():
-    assert metrics.nll([0.0], [1]) == pytest.approx(-np.log(1e-7))
-    assert metrics.nll([0.0, 1.0], [0, 1]) == pytest.approx(0, abs=1e-6)
-
-
 def test_brier_skill_is_against_the_training_prevalence():
     frequency = evaluation.prevalence("multi-label", LABELS)
     row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
@@ -195,51 +175,7 @@ def test_trivial_rows_of_a_binary_task():
     assert rows["all_negative"]["accuracy"] == pytest.approx(1 - LABELS[:, 0].mean())
 
 
-# Uncertainty
-
-
-@pytest.mark.parametrize("probs", [LABEL_PROBS, MASK_PROBS, np.array([[0.0], [1.0]]), np.array([[0.3]])])
-def test_entropy_is_expected_entropy_plus_mutual_information(probs):
-    parts = metrics.uncertainty(probs)
-    np.testing.assert_allclose(parts["entropy"], parts["expected_entropy"] + parts["mutual_information"])
-    assert (parts["mutual_information"] >= -1e-12).all()
-    if len(probs) == 1:
-        np.testing.assert_array_equal(parts["mutual_information"], 0)
-
-
-@pytest.mark.parametrize("task", ["multi-class", "ordinal"])
-def test_entropy_over_classes(task):
-    two = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]]])  # two certain samples of one image that disagree
-    parts = metrics.uncertainty(two, task)
-    assert parts["mean_probs"].shape == (1, 3) and parts["entropy"].shape == (1,)
-    assert parts["expected_entropy"][0] == 0
-    assert parts["mutual_information"][0] == pytest.approx(np.log(2))
-    assert metrics.uncertainty(np.full((1, 1, 3), 1 / 3), task)["entropy"][0] == pytest.approx(np.log(3))
-
-
-def test_entropy_by_hand():
-    np.testing.assert_allclose(metrics.binary_entropy([0, 0.5, 1]), [0, np.log(2), 0])
-    parts = metrics.uncertainty(np.array([[0.0], [1.0]]))  # two certain samples that disagree
-    assert parts["expected_entropy"] == 0
-    assert parts["mutual_information"] == pytest.approx(np.log(2))
-
-
 # Segmentation
-
-
-def test_majority_mask_gives_a_tie_to_the_foreground():
-    masks = np.array([[[[1, 1, 0, 0], [1, 0, 0, 0]]]])
-    np.testing.assert_array_equal(metrics.majority_mask(masks), [[[True, False]]])
-    np.testing.assert_array_equal(metrics.majority_mask(masks, [[1, 1, 1, 0]]), [[[True, False]]])
-
-
-def test_dice_and_iou_by_hand():
-    a = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
-    b = np.array([[[0, 1, 1, 1]], [[0, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 1, 0, 0]]])
-    np.testing.assert_allclose(metrics.dice(a, b), [2 / 5, 1, 0, 0])
-    np.testing.assert_allclose(metrics.iou(a, b), [1 / 4, 1, 0, 0])
-    np.testing.assert_allclose(metrics.dice(a[:1], b[:1])[0], sk.f1_score(b[0].ravel(), a[0].ravel()))
-    np.testing.assert_allclose(metrics.iou(a[:1], b[:1])[0], sk.jaccard_score(b[0].ravel(), a[0].ravel()))
 
 
 def test_segmentation_scores_are_means_over_valid_raters():
@@ -314,26 +250,6 @@ def test_masks_on_disk_score_as_those_in_memory(tmp_path):
     np.save(tmp_path / "wrong.npy", MASKS * 2)
     with pytest.raises(ValueError, match=r"0 or 1.*0 to 2"):
         evaluation.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
-
-
-def test_energy_distance_laws():
-    masks = np.moveaxis((MASK_PROBS > 0.5), 0, -1)
-    np.testing.assert_allclose(metrics.generalised_energy_distance(MASK_PROBS, masks), 0, atol=1e-12)
-    distance = metrics.generalised_energy_distance(MASK_PROBS, MASKS, VALID)
-    assert distance.shape == (6,) and (distance >= 0).all()
-    # Repeating all samples leaves their distribution as it was.
-    twice = np.concatenate([MASK_PROBS, MASK_PROBS])
-    np.testing.assert_allclose(metrics.generalised_energy_distance(twice, MASKS, VALID), distance)
-
-
-def test_energy_distance_by_hand():
-    # Samples {a}, {a, b}; raters {a}, {}. d(S, Y): 0, 1, 1/2, 1. d(S, S'): 1/2, twice. d(Y, Y'): 1, twice.
-    probs = np.array([[[[1, 0]]], [[[1, 1]]]])
-    masks = np.array([[[[1, 0], [0, 0]]]])
-    expected = 2 * (0 + 1 + 0.5 + 1) / 4 - (0.5 + 0.5) / 4 - (1 + 1) / 4
-    np.testing.assert_allclose(metrics.generalised_energy_distance(probs, masks), [expected])
-    empty = metrics.generalised_energy_distance(np.zeros((2, 1, 1, 2)), np.zeros((1, 1, 2, 3)))
-    np.testing.assert_array_equal(empty, [0])
 
 
 def test_one_rater_leaves_rater_metrics_undefined():
@@ -421,19 +337,7 @@ def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, messag
     assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
-def test_scores_refuse_to_broadcast():
-    for score in (metrics.nll, metrics.brier, metrics.accuracy, metrics.ece, metrics.auc_per_label):
-        with pytest.raises(ValueError, match="one shape"):
-            score(LABEL_PROBS, LABELS)
-
-
 # The paper's metrics, and trivial predictors
-
-
-def test_papers_binary_brier_is_the_brier_of_the_mean_plus_the_samples_variance():
-    variance = LABEL_PROBS.astype("float64").var(0).mean()
-    brier = metrics.brier(LABEL_PROBS.mean(0, dtype="float64"), LABELS)
-    assert metrics.paper_brier(LABEL_PROBS, LABELS) == pytest.approx(brier + variance)
 
 
 def test_papers_softmax_applied_twice_has_a_floor():
@@ -442,28 +346,6 @@ def test_papers_softmax_applied_twice_has_a_floor():
     row = evaluation.evaluate(masks, MASKS[..., :1], "segmentation")
     assert row["paper_brier_softmax_twice"] == pytest.approx(0.0723, abs=5e-5)
     assert row["paper_brier"] == row["brier"] == 0
-
-
-def test_papers_accuracy_is_a_vote():
-    probs = np.array([[[0.6]], [[0.6]], [[0.0]]])  # mean 0.4, two votes of three
-    assert metrics.paper_accuracy(probs, [[1]]) == 1
-    assert metrics.accuracy(probs.mean(0), [[1]]) == 0
-    assert metrics.paper_accuracy(probs[1:], [[1]]) == 0  # a tie
-
-
-def test_papers_dice_by_its_formula():
-    probs, truth, eps = MASK_PROBS.astype("float64"), MASKS[..., 0], 1e-5
-    both_p, both_y = np.stack([1 - probs, probs]), np.stack([1 - truth, truth])[:, None]
-    expected = ((2 * both_p * both_y + eps) / (both_p + both_y + eps)).mean((0, 1, 3, 4))
-    np.testing.assert_allclose(metrics.paper_dice(probs, truth), expected)
-
-
-def test_papers_iou_sums_over_samples():
-    probs = np.array([[[[1, 0]]], [[[1, 1]]]])
-    np.testing.assert_allclose(metrics.paper_iou(probs, np.array([[[0, 1]]])), [1 / 4])
-    np.testing.assert_array_equal(metrics.paper_iou(np.zeros((2, 1, 1, 2)), np.zeros((1, 1, 2))), [1])
-    one = metrics.iou(MASK_PROBS[0] > 0.5, MASKS[..., 0])
-    np.testing.assert_allclose(metrics.paper_iou(MASK_PROBS[:1], MASKS[..., 0]), one)
 
 
 def test_trivial_rows_of_labels_as_in_the_paper():
