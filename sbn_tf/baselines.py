@@ -205,7 +205,7 @@ class Method:
 
     def _step_flops(self, run, batch) -> float:
         """Operations of a training step of a run, for one image; each is traced once in a process, for all methods."""
-        key = (str(run.folder), self.recipe, self._input_shape, run.model.output_shape, batch)
+        key = (str(run.folder), self.recipe, self._input_shape, run.model.count_params(), batch)
         if key not in _STEP_FLOPS:
             _STEP_FLOPS[key] = float(costs.training_flops(run.model, batch))
         return _STEP_FLOPS[key]
