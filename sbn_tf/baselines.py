@@ -205,7 +205,8 @@ class Method:
 
     def _step_flops(self, run, batch) -> float:
         """Operations of a training step of a run, for one image; each is traced once in a process, for all methods."""
-        key = (str(run.folder), self.recipe, self._input_shape, run.model.count_params(), batch)
+        alike = next(one for one in (self.step1, *self.trained) if one.model is run.model)  # members share a network
+        key = (str(alike.folder), self.recipe, self._input_shape, run.model.count_params(), batch)
         if key not in _STEP_FLOPS:
             _STEP_FLOPS[key] = float(costs.training_flops(run.model, batch))
         return _STEP_FLOPS[key]
@@ -378,9 +379,15 @@ class Ensemble(_Networks):
         members = training.ensemble_runs(
             data, self.recipe, num_members=self.num_members, network=self.network, **self._options()
         )
-        self.step1, self.model, self.trained = members[0], members[0].model, members
+        self.step1 = members[0]
+        self._hold(members, data)
+        self.trained = members
+
+    def _hold(self, members, data):
+        """Take the members' weights, in one network, and name their runs in the method's folder."""
+        self.model = members[0].model
         self._weights = [run.model.get_weights() for run in members]
-        for run in members[1:]:  # of one architecture: one network is held, and its weights
+        for run in members[1:]:  # of one architecture
             run.model = self.model
         self.folder = self._own_folder(data, members=[run.folder.name for run in members])
         dataset = self.folder.parents[2]
@@ -390,6 +397,27 @@ class Ensemble(_Networks):
 
     def _paper_flops(self):
         return float(self.num_members)
+
+
+class EnsembleLonger(Ensemble):
+    """The ensemble of `deterministic_longer`: each member has the budget of steps 1 and 3, as the partial model has."""
+
+    name, title = "ensemble_longer", "deep ensemble, each member with the budget of steps 1 and 3"
+
+    def _train(self, data):
+        super()._train(data)
+        members, longer = self.trained, []
+        for index, weights in enumerate(self._weights):
+            members[index].model.set_weights(weights)
+            options = {**self._options(), "seed": training.member_seed(self.seed, index)}
+            method = DeterministicLonger.name
+            longer.append(training.continued_run(members[index], data, self.recipe, method=method, **options))
+        members[0].model.set_weights(self._weights[0])
+        self._hold(longer, data)
+        self.trained = [*members, *longer]
+
+    def _paper_flops(self):
+        return None
 
 
 class Snapshot(_Networks):
@@ -695,6 +723,7 @@ _CLASSES = (
     DeterministicLonger,
     Temperature,
     Ensemble,
+    EnsembleLonger,
     Snapshot,
     MCDropout,
     Laplace,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import numpy as np
 
 from sbn_tf import baselines, datasets, evaluation, plots, recipes, results, training
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
+from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
     "Experiment",
@@ -150,19 +153,19 @@ def row(settings: Experiment, method: str) -> results.Result:
     Writes `metrics.json` and `record.npz` into the method's run folder.
     """
     made = fitted(settings, method)
-    wanted = _evaluation_settings(settings)
-    path = Path(made.folder) / "metrics.json"
-    if path.exists():
+    wanted = _evaluation_settings(settings, made)
+    if (Path(made.folder) / "metrics.json").exists():
         try:
-            stored = results.read(path)
+            stored = results.read(made.folder)
+            record = stored.record()
         except ValueError as error:
             warnings.warn(f"{error} It is scored anew.", stacklevel=2)
         else:
-            if stored.evaluation == wanted:
-                return stored
-    threshold, selection = settings.threshold, dict(made.selection)
-    if threshold == "validation":
-        threshold = _best_threshold(made, settings)
+            if stored.evaluation == wanted and record is not None:
+                return _under(settings, stored, record)
+    val, selection = settings.data.val, dict(made.selection)
+    threshold = _cut(settings, lambda part: made.predict_samples(val.normalised(part)).mean(0))
+    if settings.threshold == "validation":
         selection["threshold"] = threshold
     record, shift = _score(made, settings, threshold)
     result = _result(
@@ -177,9 +180,19 @@ def row(settings: Experiment, method: str) -> results.Result:
         selection=selection,
         shift=shift,
         cost=made.cost(),
+        made=made,
     )
     results.write(result, made.folder, record)
     return result
+
+
+def _under(settings, stored, record):
+    """A stored result under this experiment's recipe: a run of step 1 alone is shared by recipes of other steps 3."""
+    wanted = dataclasses.asdict(settings.recipe)
+    if stored.settings != wanted or stored.recipe != settings.recipe.name:
+        stored = dataclasses.replace(stored, settings=wanted, recipe=settings.recipe.name)
+        results.write(stored, stored.folder, record)
+    return stored
 
 
 def fitted(settings: Experiment, method: str):
@@ -203,18 +216,24 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     "level_sets", where several raters marked the test images: masks where the probability map of `deterministic`
     exceeds 0.1, 0.3, 0.5, 0.7, 0.9.
     """
-    test, size = settings.data.test, settings.recipe.batch_size
-    cut = _number(settings.threshold)
-    rated = settings.task == SEGMENTATION and test.num_raters > 1
-    predict = fitted(settings, "deterministic").predict_samples if rated else None
-    records = evaluation.trivial_records(settings.data, threshold=cut, deterministic=predict, batch_size=size)
+    data, size = settings.data, settings.recipe.batch_size
+    rated = settings.task == SEGMENTATION and data.test.num_raters > 1
+    step1 = fitted(settings, "deterministic") if rated else None
+    predict = None if step1 is None else step1.predict_samples
+    cut = _constant_threshold(settings)
+    records = evaluation.trivial_records(data, threshold=cut, deterministic=predict, batch_size=size)
     records = {f"trivial_{name}": record for name, record in records.items()}
-    if test.truth_probs is not None:
-        records["bound_scene"] = _record_of_scene(settings, cut)
+    if data.test.truth_probs is not None:
+        records["bound_scene"] = _record_of_scene(settings)
     found = {}
     for name, record in records.items():
-        result = _result(settings, record, method=name, title=TRIVIAL[name], threshold=record.threshold)
-        folder = training.run_folder(settings.runs, settings.data.card.name, name, 0, _evaluation_settings(settings))
+        made = step1 if name == "trivial_level_sets" else None
+        seed = None if made is None else settings.seed
+        result = _result(
+            settings, record, made=made, method=name, title=TRIVIAL[name], seed=seed, threshold=record.threshold
+        )
+        shaping = _evaluation_settings(settings, made)
+        folder = training.run_folder(settings.runs, data.card.name, name, seed or 0, shaping)
         results.write(result, folder, record)
         found[name] = result
     return found
@@ -238,11 +257,14 @@ def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
         methods: names of `baselines.METHODS`; None: all, in their order.
     """
     methods = list(baselines.METHODS) if methods is None else list(methods)
-    unknown = [name for name in methods if name not in baselines.METHODS]
-    if unknown:
-        raise ValueError(f"Expected methods among {list(baselines.METHODS)}. Received: {unknown}")
+    _check_methods(methods)
     rows = list(trivial_rows(settings).values())
     return rows + [row(settings, name) for name in methods]
+
+
+def _check_methods(methods):
+    if unknown := [name for name in methods if name not in baselines.METHODS]:
+        raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}. Received: {unknown}")
 
 
 def tables(rows: list[results.Result], task: str) -> dict[str, str]:
@@ -262,15 +284,22 @@ def tables(rows: list[results.Result], task: str) -> dict[str, str]:
 
 
 def paired_table(rows: list[results.Result], rival: results.Result, key: str = "nll", num_resamples: int = 1000) -> str:
-    """Each method's metric less a rival's, on the same images: Markdown, a row a method.
+    """Each method's metric less a rival's, on the same images and of the same seed: Markdown, a row a method.
 
     Intervals and p-values are of the paired bootstrap, the p-values adjusted for the number of methods (Holm). They
-    speak of other test images, not of other trainings.
+    speak of other test images, not of other trainings: of several seeds only the rival's is compared.
+
+    Raises:
+        ValueError: a rival without a record or without this metric.
     """
     ours, found = rival.record(), {}
+    if ours is None or key not in rival.metrics:
+        raise ValueError(f"Expected a rival with a record and {key!r}. Received: {rival.method!r} in {rival.folder}")
     for one in rows:
-        if not one.is_trivial and one.method != rival.method and key in one.metrics:
-            found[one.method] = evaluation.compare(one.record(), ours, keys=[key], num_resamples=num_resamples)[key]
+        same = one.seed == rival.seed and (one.method != rival.method or one.r_bayes != rival.r_bayes)
+        if not one.is_trivial and same and key in one.metrics and (record := one.record()) is not None:
+            label = one.method if one.r_bayes is None else f"{one.method} r={one.r_bayes:g}"
+            found[label] = evaluation.compare(record, ours, keys=[key], num_resamples=num_resamples)[key]
     adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
     shown = {
         name: {
@@ -284,15 +313,22 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
 
 
 def shift_table(rows: list[results.Result]) -> str:
-    """AUROC of each image's uncertainty for its being shifted, against its clean self: Markdown, a row a method."""
-    kept = {one.method: one.shift for one in rows if one.shift}
-    kinds = list(dict.fromkeys(kind for shift in kept.values() for kind in shift))
+    """AUROC of each image's uncertainty for its being shifted, against its clean self: Markdown, a row a method.
+
+    Of several seeds the mean and the standard deviation. "-": one sample has no mutual information.
+    """
     parts = {"entropy": "entropy", "mutual_information": "mutual information"}
-    table = {
-        method: {f"{kind}: {parts[key]}": shift[kind].get(key) for kind in kinds if kind in shift for key in parts}
-        for method, shift in kept.items()
-    }
-    return plots.format_table(table, [f"{kind}: {part}" for kind in kinds for part in parts.values()])
+    table, columns = {}, {}
+    for group in results.group([one for one in rows if one.shift]):
+        cells = table.setdefault(group.label, {})
+        for kind, key in itertools.product(group.results[0].shift, parts):
+            columns[column := f"{kind}: {parts[key]}"] = None
+            values = [v for one in group.results if (v := one.shift.get(kind, {}).get(key)) is not None]
+            if len(values) == 1:
+                cells[column] = values[0]
+            elif values:
+                cells[column] = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
+    return plots.format_table(table, list(columns))
 
 
 _USE = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
@@ -309,18 +345,39 @@ PAPER = {
 }
 
 
-def _number(threshold) -> float:
-    return 0.5 if threshold == "validation" else float(threshold)
+def _cut(settings, probs_of) -> float:
+    """The threshold, chosen on the validation split where it is to be: `probs_of` gives probabilities of its slices."""
+    if settings.threshold != "validation":
+        return float(settings.threshold)
+    val, size = settings.data.val, settings.recipe.batch_size
+    parts = [slice(start, start + size) for start in range(0, val.num_examples, size)]
+    probs = np.concatenate([probs_of(part) for part in parts])
+    return evaluation.select_threshold(probs, val.targets, settings.task, val.rater_valid)
 
 
-def _evaluation_settings(settings):
-    """What shapes a score beside the trained method."""
-    return {
+def _constant_threshold(settings) -> float:
+    """The cut of the prevalence; that of a map of zeros makes no difference."""
+    frequency, num = settings.prevalence(), settings.data.val.num_examples
+    return _cut(settings, lambda part: np.broadcast_to(frequency, (len(range(num)[part]), *frequency.shape)))
+
+
+def _without_channel(probs):
+    return probs[..., 0] if probs.ndim == 4 else probs
+
+
+def _evaluation_settings(settings, made=None):
+    """What a score depends on: the test images and patients, how they are scored, and the weights of a method."""
+    groups = settings.data.test.groups
+    found = {
         "data": settings.data.digest(),
+        "groups": None if groups is None else zlib.crc32("\n".join(map(str, groups)).encode()),
         "threshold": settings.threshold,
         "num_resamples": settings.num_resamples,
         "shifts": dict(settings.shifts),
     }
+    if made is not None:
+        found["weights"] = [zlib.crc32((run.folder / "model.keras").read_bytes()) for run in made.trained]
+    return found
 
 
 def _score(made, settings, threshold):
@@ -341,15 +398,9 @@ def _score(made, settings, threshold):
     return record, shift
 
 
-def _best_threshold(made, settings):
-    val, size = settings.data.val, settings.recipe.batch_size
-    parts = [slice(start, start + size) for start in range(0, val.num_examples, size)]
-    probs = np.concatenate([made.predict_samples(val.normalised(part)).mean(0) for part in parts])
-    return evaluation.select_threshold(probs, val.targets, settings.task, val.rater_valid)
-
-
-def _record_of_scene(settings, threshold):
+def _record_of_scene(settings):
     """The record of the probabilities that generated a phantom's test split."""
+    threshold = _cut(settings, lambda part: _without_channel(settings.data.val.truth_probs[part]))
     test, size = settings.data.test, settings.recipe.batch_size
     evaluator = evaluation.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
     for start in range(0, test.num_examples, size):
@@ -362,7 +413,7 @@ def _record_of_scene(settings, threshold):
 _OF_IMAGES = ("rater_valid", "groups", "ids")
 
 
-def _result(settings, record, **given):
+def _result(settings, record, made=None, **given):
     metrics = record.metrics()
     undefined = metrics.pop("undefined")
     intervals = record.bootstrap(num_resamples=settings.num_resamples)
@@ -386,7 +437,7 @@ def _result(settings, record, **given):
         metrics=metrics,
         intervals={key: list(bounds) for key, bounds in intervals.items() if key in metrics},
         undefined=undefined,
-        evaluation=_evaluation_settings(settings),
+        evaluation=_evaluation_settings(settings, made),
         **given,
     )
 
@@ -420,7 +471,9 @@ def main(arguments=None) -> None:
     logging.getLogger("tensorflow").setLevel("ERROR")  # each network is traced anew: no news
     try:
         methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
-        seeds = [int(seed) for seed in given.seeds.split(",")]
+        _check_methods(methods or ())
+        seeds = [training._check_seed(int(seed)) for seed in given.seeds.split(",")]
+        check_r_bayes(given.r_bayes)
         threshold = given.threshold if given.threshold == "validation" else float(given.threshold)
         options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
         keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")

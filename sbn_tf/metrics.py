@@ -118,8 +118,9 @@ SUM_TOLERANCE = 1e-4
 # ## 1. What comes in?
 #
 # Probabilities, never logits, with the posterior samples on axis 0; a deterministic network gives one sample. The
-# prediction is their mean over samples. All scores accept *soft* targets, the mean of several raters, where the score
-# is linear in the target: it is then the expectation over a rater drawn at random.
+# prediction is their mean over samples. Some scores accept *soft* targets, the mean of several raters. Where a score is
+# linear in the target, as `nll`, that gives its expectation over a rater drawn at random; `brier` is not, and lacks the
+# raters' own variance (exercise 2).
 #
 # A NaN in a table hides a mistake, so what cannot be scored is refused here, in the functions that all others call.
 
@@ -427,7 +428,7 @@ def ece(mean_probs, targets, num_bins: int = 15, per_label: bool = False, binnin
         mean_probs: any shape, probabilities of 1; p = 1 belongs to the last bin.
         targets: same shape, in 0..1.
         num_bins: number of bins.
-        per_label: give one value for each index of the last axis, instead of pooling all.
+        per_label: give one value for each index of the last of two or more axes, instead of pooling all.
         binning: "width" (bins of equal width over [0, 1]) or "mass" (of equally many values; equal values
             stay together, so the order of images does not matter).
 
@@ -439,6 +440,8 @@ def ece(mean_probs, targets, num_bins: int = 15, per_label: bool = False, binnin
     """
     mean_probs, targets = _pair(mean_probs, targets)
     if per_label:
+        if mean_probs.ndim < 2:
+            raise ValueError(f"Expected (..., labels) with per_label=True. Received: shape {mean_probs.shape}")
         columns = range(mean_probs.shape[-1])
         return np.array([ece(mean_probs[..., i], targets[..., i], num_bins, False, binning) for i in columns])
     return _ece_of_bins(_calibration_bins(mean_probs, targets, num_bins, binning))
@@ -526,6 +529,10 @@ def brier_decomposition(mean_probs, targets, num_bins: int = 15) -> dict[str, fl
 # %%
 def _per_label(function, mean_probs, labels):
     mean_probs, labels = _pair(mean_probs, labels)
+    if labels.ndim != 2:
+        raise ValueError(f"Expected mean_probs and labels (batch, labels). Received: shape {labels.shape}")
+    if (soft := labels[(labels != 0) & (labels != 1)]).size:
+        raise ValueError(f"Expected labels to be 0 or 1. Received: {soft[0]:g}; cut soft labels first.")
     scores = np.full(labels.shape[1], np.nan)
     for index in range(labels.shape[1]):
         if 0 < labels[:, index].sum() < len(labels):
@@ -926,7 +933,8 @@ def hungarian_iou(probs, masks, rater_valid=None) -> np.ndarray:
         rater_valid: (batch, raters) bool; None if all are.
 
     Returns:
-        (batch,) float64: 1 if the two sets are identical. With one sample, or one rater, the plain mean IoU.
+        (batch,) float64: 1 if the two sets are identical. With one sample, or one rater, the plain mean IoU. It rises
+        with the number of samples drawn from one distribution: compare only equal numbers.
 
     Reference: Kohl et al. 2019, "A Hierarchical Probabilistic U-Net for Modeling Multi-Scale Ambiguities",
         section 3.
@@ -1237,7 +1245,7 @@ def paper_iou(probs, truth) -> np.ndarray:
     """IoU of all samples' masks together, the sum of intersections over the sum of unions, for each image.
 
     It measures the overlap of a typical sample, not of the mean prediction. 1 if truth and all samples are
-    empty.
+    empty. One sample differs from many of the same distribution: the mean of ratios is not the ratio of means.
 
     Args:
         probs: (samples, batch, height, width), probabilities of foreground, cut at `p > 0.5`.
@@ -1320,14 +1328,19 @@ def paper_ece(probs, targets, num_bins: int = 15) -> float:
 # | do the masks overlap? | `dice`, `iou` | 0; 1 for empty truths | where they differ, and how unsure |
 # | how far off is the outline? | `hausdorff95` | the diagonal | the size of what was missed |
 # | do samples vary as raters do? | GED, `hungarian_iou` | the mean mask's | was anything sampled? level sets do well |
-# | does it see where raters differ? | correlation with `disagreement` | undefined | the scale of the uncertainty |
-# | does it know its mistakes? | `excess_area`, `error_auroc` | 0.5 (AUROC) | how many mistakes there are |
+# | does it see where raters differ? | correlation with `disagreement` | the mean mask's: 0.55 | was anything seen? |
+# | does it know its wrong images? | `excess_area`, `error_auroc` | 0.5 (AUROC) | how many mistakes there are |
+# | does it know its wrong pixels? | `error_auroc` | the mean mask's: 0.93 | was anything seen? |
+#
+# The mean mask's numbers are of `phantom_nodule`'s test split (`evaluation.trivial`, "prevalence"). It is unsure where
+# lesions usually end, and raters differ and errors lie nowhere else: both numbers reward location alone.
 #
 # ## Summary
 #
 # - Put the trivial predictor's score beside every number.
-# - Proper scores (NLL, Brier) judge the whole; ECE, AUC and entropy each judge a part, and each can be perfect for a
-#   useless predictor.
+# - Proper scores (NLL, Brier) judge the whole; ECE, AUC and entropy each judge a part. The prevalence has a perfect ECE,
+#   a predictor that is certain and always wrong the lowest entropy, and with a perfect AUC every probability may be
+#   false.
 # - With several raters the target is a random one, and level sets of one map are a baseline of every sampled method.
 # - Undefined is said, never averaged: NaN comes only from `auc_per_label`, `average_precision_per_label`, `brier_skill`
 #   and `error_auroc`, where their docstrings say so.
@@ -1358,7 +1371,8 @@ def paper_ece(probs, targets, num_bins: int = 15) -> float:
 #
 #    <details><summary>Answer</summary>
 #
-#    NLL, Brier and ECE get worse. AUC, average precision and the curve depend on the order alone.
+#    NLL, Brier and ECE get worse. AUC and average precision depend on the order alone, and so does the curve as long as
+#    the risks stay: they do not if they are errors of decisions at 0.5, since $0.6$ becomes $0.36$.
 #    </details>
 # 5. In the toy of section 7, replace the raters' mean by the map of a network that is too sure: 1 where at least half
 #    of the raters mark, else 0. What are its level sets worth?

@@ -234,14 +234,15 @@ def plot_reliability_curves(ax: Axes, curves: dict[str, tuple], num_bins: int = 
         steps for several; of equal-count bins of several methods the label tells them. The ECE is in the legend.
 
     Raises:
-        ValueError: no curve, or an unknown binning.
+        ValueError: no curve, or an unknown binning; probabilities or targets outside 0..1, NaN or of different shapes.
     """
     if not curves or binning not in ("width", "mass"):
         raise ValueError(f'Expected a curve and binning "width" or "mass". Received: {len(curves)}, {binning!r}')
+    curves = {name: [values.ravel() for values in metrics._pair(*pair)] for name, pair in curves.items()}
+    num_bins = metrics._check_bins(num_bins)
     counts, most = ax.twinx(), 1.0
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
     for (name, (probs, targets)), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        probs, targets = np.asarray(probs, "float64").ravel(), np.asarray(targets, "float64").ravel()
         edges, count, mean_probs, frequency = _bins(probs, targets, num_bins, binning)
         value = metrics.ece(probs, targets, num_bins, binning=binning)
         ax.plot(mean_probs, frequency, "o-", color=colour, markersize=4, label=f"{name}: ECE {value:.4f}")
@@ -274,25 +275,16 @@ def plot_reliability_curves(ax: Axes, curves: dict[str, tuple], num_bins: int = 
 
 def _bins(probs, targets, num_bins, binning):
     """Edges and counts of the bins; mean probability and frequency of 1 of those that are not empty."""
-    if binning == "width":
-        index = np.minimum((probs * num_bins).astype(int), num_bins - 1)
-        edges = np.linspace(0, 1, num_bins + 1)
-    else:
-        index = _equal_mass(probs, num_bins)
+    index = metrics._bin_index(probs, num_bins, binning)
+    edges = np.linspace(0, 1, num_bins + 1)
+    if binning == "mass":
+        index = np.unique(index, return_inverse=True)[1]  # numbered without gaps
         borders = [(probs[index == k].min(), probs[index == k].max()) for k in range(index.max() + 1)]
         inner = [(left[1] + right[0]) / 2 for left, right in itertools.pairwise(borders)]
         edges = np.array([borders[0][0], *inner, borders[-1][1]])
     count, sum_probs, sum_targets = (np.bincount(index, w, len(edges) - 1) for w in (None, probs, targets))
     used = count > 0
     return edges, count, sum_probs[used] / count[used], sum_targets[used] / count[used]
-
-
-def _equal_mass(probs, num_bins):
-    """Bin of each probability, numbered without gaps: equal probabilities are in one bin."""
-    _, inverse, count = np.unique(probs, return_inverse=True, return_counts=True)
-    middle = np.cumsum(count) - count / 2  # of the ranks of each value
-    index = np.minimum((middle * num_bins / probs.size).astype(int), num_bins - 1)
-    return np.unique(index, return_inverse=True)[1][inverse]
 
 
 def _colours(number):
@@ -709,7 +701,8 @@ def plot_sample_masks(
         (rows, 2 + drawn samples) array of axes of a new figure.
 
     Raises:
-        ValueError: fewer than one row or sample.
+        ValueError: fewer than one row or sample; fewer predictions or truths than rows, or of another size;
+            probabilities outside 0..1 or NaN.
     """
     images, truths, probs = np.asarray(images), np.asarray(truths), np.asarray(probs)
     truths = truths[..., None] if truths.ndim == 3 else truths
@@ -717,6 +710,13 @@ def plot_sample_masks(
     rows, drawn = min(len(images) if num_rows is None else num_rows, len(images)), min(num_samples, len(probs))
     if rows < 1 or drawn < 1:
         raise ValueError(f"Expected an image and a sample or more. Received: {rows} images, {drawn} samples")
+    for name, values in (("probs", probs[0]), ("truths", truths)):
+        if len(values) < rows or values.shape[1:3] != images.shape[1:3]:
+            raise ValueError(
+                f"Expected {name} of {rows} images or more, {images.shape[1:3]}. "
+                f"Received: {len(values)}, {values.shape[1:3]}"
+            )
+    metrics._check_range(probs)
     num_raters = truths.shape[-1]
     valid = np.ones((len(images), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
     masks = probs[:, :rows] > 0.5

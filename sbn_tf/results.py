@@ -39,7 +39,7 @@ __all__ = [
     "write",
 ]
 
-FORMAT = 1  # of metrics.json: raised when a field changes its meaning
+FORMAT = 2  # of metrics.json: raised when a field changes its meaning
 LEVEL = 0.05  # of the tests behind the marks of a table; its notes say 5 %
 
 
@@ -108,6 +108,9 @@ KEYS = {
     ORDINAL: (*_LABELS, "mean_absolute_error", "quadratic_kappa"),
     SEGMENTATION: ("dice", "iou", "hausdorff95", "nll", "brier", "brier_skill", "ece", "ged", "hungarian_iou"),
 }
+# These depend on the number of samples, whatever distribution they are drawn from.
+_OF_SAMPLES = ("ged", "hungarian_iou", "paper_iou")
+_BOUNDED = ("nll", "brier", "brier_skill")  # what no method can expect to beat the "bound_..." rows in
 # Each result has them, or the reason why not.
 _REQUIRED = {
     **dict.fromkeys(TASKS, ("nll", "brier", "ece", "entropy", "auc", "accuracy")),
@@ -153,7 +156,8 @@ class Result:
     Args:
         dataset, task, network, recipe: names.
         method: of `baselines.METHODS`; "trivial_..." for a row that looks at no image, or needs no training beyond
-            the deterministic one; "bound_..." for what no method can beat.
+            the deterministic one; "bound_..." for what no method can beat in "nll", "brier" and "brier_skill", but by
+            chance. It is no bound for other metrics.
         title: one line for people.
         seed: of the run; None where nothing is random.
         r_bayes: fraction of the weights that is Bayesian, 0..1; None where the method has none.
@@ -499,6 +503,14 @@ class Row:
         found = [result.intervals[key] for result in self.results if key in result.intervals]
         return tuple(found[0]) if found else None
 
+    @property
+    def num_samples(self) -> int | None:
+        """Samples behind one prediction; None: unknown."""
+        first = self.results[0]
+        if first.num_samples is None and (record := first.record()) is not None:
+            return record.num_samples
+        return first.num_samples
+
     def reason(self, key: str) -> str:
         """Why it is undefined."""
         return next((r.undefined[key] for r in self.results if key in r.undefined), "not measured for this row")
@@ -524,6 +536,7 @@ def group(results: list[Result]) -> list[Row]:
     contents, found = {}, {}
     for result in results:
         content = {key: value for key, value in _plain(result).items() if key not in _OF_A_SEED}
+        content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "weights"}
         name = json.dumps(content, sort_keys=True)
         contents[name] = dict(_leaves(content, ""))
         seeds = found.setdefault(name, {})
@@ -559,19 +572,21 @@ def _telling(contents):
 # ---------------------------------------------------------------------------
 
 
-def table(results: list[Result], keys=None, intervals: bool = True, num_resamples: int = 1000) -> str:
+def table(results: list[Result], keys=None, intervals: bool = True, num_resamples: int | None = None) -> str:
     """The table of all methods, in Markdown: a row for each, its best values marked, and below it what they are.
 
     A cell is a value with its interval; of several seeds mean +- standard deviation and their number. "*" marks the
     best row of a column, and the rows that a paired test cannot tell from it at 5 %, corrected for the number of rows
     (Holm 1979): of one common seed by a bootstrap of images or patients (`evaluation.compare`), of several by a paired
-    t-test over seeds. Trivial rows are never marked; where one of them is better than all, a line says so.
+    t-test over seeds. Trivial rows are never marked; where one of them is better than all, a line says so. "ged",
+    "hungarian_iou" and "paper_iou" depend on the number of samples: there only rows of one number are compared, the
+    most frequent above 1, and a line says which.
 
     Args:
         results: of one dataset, in the order of the rows.
         keys: columns, keys of `METRICS`; None: `KEYS` of the task.
         intervals: show intervals.
-        num_resamples: of the paired bootstrap.
+        num_resamples: of the paired bootstrap; None: as many as the intervals were made with.
 
     Returns:
         The table and its notes, without a final line break.
@@ -583,20 +598,22 @@ def table(results: list[Result], keys=None, intervals: bool = True, num_resample
     keys = list(KEYS[results[0].task] if keys is None else keys)
     if unknown := [key for key in keys if key not in METRICS]:
         raise ValueError(f"Expected keys among {list(METRICS)}. Received: {unknown}")
-    marked, untested = _marks(rows, keys, num_resamples)
+    if num_resamples is None:
+        num_resamples = max((one.evaluation.get("num_resamples", 0) for one in results), default=0) or 1000
+    counts = {row.label: row.num_samples for row in rows} if set(keys) & set(_OF_SAMPLES) else {}
+    marks = _marks(rows, keys, num_resamples, counts)
     notes, reasons = [], {}
     cells = {row.label: {} for row in rows}
     for key in keys:
         digits = _digits(rows, key)
         for row in rows:
-            if row.value(key) is None:
-                number = reasons.setdefault(row.reason(key), len(reasons) + 1)
-                cells[row.label][key] = f"- ({number})"
-            else:
-                star = "*" if row.label in marked.get(key, ()) else ""
-                cells[row.label][key] = _cell(row, key, digits, star, intervals)
+            star = "*" if row.label in marks.labels.get(key, ()) else ""
+            text = "-" if row.value(key) is None else _cell(row, key, digits, star, intervals)
+            if len(row.values(key)) < len(row.results):
+                text += f" ({reasons.setdefault(row.reason(key), len(reasons) + 1)})"
+            cells[row.label][key] = text
     notes += [f"({number}) {reason}" for reason, number in reasons.items()]
-    notes += _notes(rows, keys, marked, untested)
+    notes += _notes(rows, keys, marks, num_resamples, counts)
     bare = [f"{key} of {row.label}" for key in keys for row in rows if key not in _COUNTS and _is_bare(row, key)]
     if intervals and bare:
         notes.append(f"No interval, as more than 5 % of the resamples leave it undefined: {'; '.join(bare)}.")
@@ -654,15 +671,16 @@ def _digits(rows, key):
 
 
 def _cell(row, key, digits, star, intervals):
-    values = row.values(key)
+    number, of = len(row.values(key)), len(row.results)
     text = f"{row.value(key):.{digits}f}{star}"
     bounds = row.interval(key)
     if intervals and key not in _COUNTS and bounds is not None:
-        if len(values) > 1:
-            text += f" +- {(bounds[1] - bounds[0]) / 2:.{digits}f} (n={len(values)})"
+        if number > 1:
+            text += f" +- {(bounds[1] - bounds[0]) / 2:.{digits}f}"
         else:
             text += f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
-    return text
+        text += f" (n={number})" * (1 < number == of)
+    return text + f" (n={number} of {of})" * (number < of)
 
 
 def _is_bare(row, key):
@@ -670,10 +688,10 @@ def _is_bare(row, key):
     return row.value(key) is not None and row.interval(key) is None and any(r.intervals for r in row.results)
 
 
-def _best(rows, key):
+def _best(rows, key, counts):
     """The best row that is not trivial, and the trivial ones that are better; (None, []) where nothing is better."""
     better = METRICS[key].better
-    scored = [row for row in rows if row.value(key) is not None]
+    scored = [row for row in _comparable(rows, key, counts) if row.value(key) is not None]
     methods = [row for row in scored if not row.is_trivial]
     if better is None or not methods:
         return None, []
@@ -684,39 +702,64 @@ def _best(rows, key):
     return best, above
 
 
-def _marks(rows, keys, num_resamples):
-    """Key -> labels to mark; and the labels of rows that no test could compare with a best one."""
+def _comparable(rows, key, counts):
+    """The rows whose values of a metric may be compared."""
+    return [row for row in rows if counts[row.label] == _count(rows, counts)] if key in _OF_SAMPLES else rows
+
+
+def _count(rows, counts):
+    """The number of samples most frequent among the methods, above 1 if there is one; 0 if none is known."""
+    known = [counts[row.label] for row in rows if not row.is_trivial and counts[row.label] is not None]
+    return max(known, key=lambda number: (number > 1, known.count(number), number), default=0)
+
+
+class _Marks(NamedTuple):
+    """What the tests between rows say."""
+
+    labels: dict[str, set[str]]  # key -> rows to mark
+    untested: list[str]  # rows that no test could compare with a best one
+    too_few_resamples: list[str]  # keys for which no difference could have reached 5 %
+    of_two_seeds: bool  # whether a test had one degree of freedom
+
+
+def _marks(rows, keys, num_resamples, counts):
     pairs, marked = {}, {}
     for key in keys:
-        best, _ = _best(rows, key)
+        best, _ = _best(rows, key, counts)
         if best is None:
             continue
         marked[key] = {best.label}
-        for row in rows:
+        for row in _comparable(rows, key, counts):
             if row is not best and not row.is_trivial and row.value(key) is not None:
                 pairs.setdefault((best.label, row.label), []).append(key)
     by_label, records = {row.label: row for row in rows}, {}
-    p_values, untested = {key: {} for key in marked}, set()
+    p_values, untested, resampled, of_two_seeds = {key: {} for key in marked}, set(), set(), False
     for (best, other), columns in pairs.items():
-        for key, p_value in _compare(by_label[best], by_label[other], columns, num_resamples, records).items():
+        tests = _compare(by_label[best], by_label[other], columns, num_resamples, records)
+        for key, (p_value, num_seeds) in tests.items():
             if p_value is None:
                 untested.add(other)
             else:
                 p_values[key][other] = p_value
+                of_two_seeds |= num_seeds == 2
+                if num_seeds == 1:
+                    resampled.add(key)
     for key, found in p_values.items():
         marked[key] |= {label for label, p_value in holm(found).items() if p_value >= LEVEL}
-    return marked, sorted(untested)
+    too_few = [key for key in keys if key in resampled and len(p_values[key]) / (num_resamples + 1) >= LEVEL]
+    return _Marks(marked, sorted(untested), too_few, of_two_seeds)
 
 
 def _compare(row, other, keys, num_resamples, records):
-    """Key -> two-sided p of the paired test between two rows; None where there is none."""
-    found = {key: 1.0 if row.value(key) == other.value(key) else None for key in keys}
+    """Key -> (two-sided p of the paired test between two rows, number of seeds); p is None where there is none."""
+    found = {key: (1.0 if row.value(key) == other.value(key) else None, 0) for key in keys}
     single = []
-    for key in (key for key in keys if found[key] is None):
+    for key in (key for key in keys if found[key][0] is None):
         ours, theirs = row.values(key), other.values(key)
         common = [seed for seed in ours if seed in theirs]
         if len(common) > 1:
-            found[key] = _seeds_test([ours[seed] for seed in common], [theirs[seed] for seed in common])
+            p_value = _seeds_test([ours[seed] for seed in common], [theirs[seed] for seed in common])
+            found[key] = p_value, len(common)
         elif common:
             single.append((key, common[0]))
     for seed in {seed for _, seed in single}:
@@ -728,7 +771,7 @@ def _compare(row, other, keys, num_resamples, records):
             tests = evaluation.compare(ours, theirs, keys=wanted, num_resamples=num_resamples)
         except ValueError:  # of other images, such as another fold's
             continue
-        found |= {key: tests[key]["p_value"] for key in wanted if key in tests}
+        found |= {key: (tests[key]["p_value"], 1) for key in wanted if key in tests}
     return found
 
 
@@ -756,28 +799,61 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def _notes(rows, keys, marked, untested):
+def _notes(rows, keys, marks, num_resamples, counts):
     ways = {way: [key for key in keys if METRICS[key].better == way] for way in ("higher", "lower", None)}
     names = {"higher": "Higher is better", "lower": "Lower is better", None: "Neither way is better"}
     notes = [". ".join(f"{names[way]}: {', '.join(found)}" for way, found in ways.items() if found) + "."]
-    if marked:
+    if marks.labels:
         notes.append(
-            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows."
+            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows. "
+            "Which is best is picked on the same images."
         )
-    if untested:
+    if marks.too_few_resamples:
+        notes.append(
+            f"{num_resamples} resamples are too few for a test of so many rows to reach 5 %, so none is told from the "
+            f"best: {', '.join(marks.too_few_resamples)}."
+        )
+    if marks.of_two_seeds:
+        notes.append("Two seeds can hardly tell rows apart: their test has one degree of freedom.")
+    notes += _notes_of_samples(rows, keys, marks, counts)
+    bounds = [row.label for row in rows if row.results[0].method.startswith("bound_")]
+    if bounds and (others := [key for key in keys if METRICS[key].better and key not in _BOUNDED]):
+        notes.append(
+            f"{', '.join(bounds)} is a bound for nll, brier and brier_skill alone: it can be beaten in {', '.join(others)}."
+        )
+    if marks.untested:
         notes.append(
             "Not tested against the best (no record, other test images, or no common seed): "
-            + "; ".join(untested)
+            + "; ".join(marks.untested)
             + "."
         )
     above = {}
     for key in keys:
-        for row in _best(rows, key)[1]:
+        for row in _best(rows, key, counts)[1]:
             above.setdefault(row.label, []).append(key)
     if above:
         beaten = "; ".join(f"{label} in {', '.join(found)}" for label, found in above.items())
         notes.append(f"Trivial rows better than every method: {beaten}.")
     return notes
+
+
+def _notes_of_samples(rows, keys, marks, counts):
+    """How many samples each row has, where a number of the table depends on it."""
+    shown = [key for key in keys if key in _OF_SAMPLES and any(row.value(key) is not None for row in rows)]
+    if not shown:
+        return []
+    labels = {}
+    for row in rows:
+        if any(row.value(key) is not None for key in shown):
+            labels.setdefault(counts[row.label], []).append(row.label)
+    texts = [
+        f"{'unknown' if number is None else number} in {', '.join(labels[number])}"
+        for number in sorted(labels, key=lambda number: number or 0)
+    ]
+    note = f"Depends on the number of samples: {', '.join(shown)}. Samples: {'; '.join(texts)}."
+    if any(key in marks.labels for key in shown):
+        note += f" Compared and marked there: rows with {_count(rows, counts)}."
+    return [note]
 
 
 def _origin(rows, intervals):

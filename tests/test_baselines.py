@@ -188,6 +188,8 @@ def test_costs_add_up(data, runs):
     assert spent["temperature"] == {**alone, "paper_flops": None}
     assert spent["ensemble"]["train_flops_ratio"] == spent["ensemble"]["predict_flops_ratio"] == 2
     assert spent["ensemble"]["paper_flops"] == 2  # members; the paper has 5
+    longer = 2 * spent["deterministic_longer"]["train_flops_ratio"]
+    assert spent["ensemble_longer"]["train_flops_ratio"] == pytest.approx(longer)
     for key in ("num_weights", "num_trainable", "weight_bytes"):
         assert spent["ensemble"][key] == 2 * alone[key]
     for name in ("deterministic_longer", "snapshot"):  # 3 epochs, of which one without batch norm's own
@@ -403,6 +405,18 @@ def test_members_and_continued_runs_start_from_the_same_step_1(data, runs):
     seed = int(names[1].split("/")[1].removeprefix("seed"))
     member = made("deterministic", labels, runs, seed=seed).fit(labels)
     np.testing.assert_array_equal(ensemble.predict_samples(images)[1], member.predict_samples(images)[0])
+
+
+def test_the_longer_ensemble_is_of_longer_trained_members(data, runs):
+    labels, images = data["multi-label"], images_of(data["multi-label"])
+    ensemble = made("ensemble_longer", labels, runs).fit(labels)
+    names = json.loads((ensemble.folder / "members.json").read_text())["members"]
+    for index, name in enumerate(names):
+        seed = int(name.split("/")[1].removeprefix("seed"))
+        alone = made("deterministic_longer", labels, runs, seed=seed).fit(labels)
+        assert alone.folder.name == name.split("/")[2]
+        np.testing.assert_array_equal(ensemble.predict_samples(images)[index], alone.predict_samples(images)[0])
+    assert len(names) == 2 and len(ensemble.trained) == 4
 
 
 def test_the_papers_recipe_as_coded(data, tmp_path):

@@ -1,0 +1,193 @@
+"""One table: rows are made once, read afterwards, and say what they are."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sbn_tf import compare, evaluation, results
+
+# Two trainings of one epoch, shared by all tests.
+METHODS = ("deterministic", "partial")
+
+
+def made(runs, dataset="phantom_nodule", **changes):
+    size = {} if dataset == "phantom_chest" else {"size": 16}
+    return compare.experiment(
+        dataset,
+        "quick",
+        epochs=1,
+        bayes_epochs=1,
+        limit=12,
+        r_bayes=0.05,
+        runs=str(runs),
+        num_resamples=50,
+        verbose=False,
+        **size,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def settings(runs):
+    return made(runs)
+
+
+@pytest.fixture(scope="module")
+def rows(settings):
+    return compare.all_rows(settings, METHODS)
+
+
+def test_trivial_rows_and_the_bound_come_first(rows):
+    names = ["trivial_all_background", "trivial_prevalence", "trivial_level_sets", "bound_scene", *METHODS]
+    assert [row.method for row in rows] == names
+    by_name = {row.method: row for row in rows}
+    assert by_name["trivial_prevalence"].metrics["brier_skill"] == pytest.approx(0, abs=1e-12)
+    assert by_name["bound_scene"].metrics["nll"] < min(by_name[name].metrics["nll"] for name in METHODS)
+    assert set(by_name["trivial_level_sets"].metrics) <= {"ged", "hungarian_iou", "num_images"}
+
+
+def test_a_row_scores_the_test_split_of_its_own_method(settings, rows):
+    row = rows[-1]
+    test = settings.data.test
+    method = compare.fitted(settings, "partial")
+    probs = method.predict_samples(test.normalised())
+    expected = evaluation.evaluate(
+        probs,
+        test.targets,
+        "segmentation",
+        rater_valid=test.rater_valid,
+        train_prevalence=settings.prevalence(),
+        boundary=True,
+    )
+    undefined = expected.pop("undefined")
+    assert row.metrics == pytest.approx(expected, rel=1e-5) and set(row.undefined) == set(undefined)
+    assert (row.seed, row.r_bayes, row.num_test, row.num_samples) == (0, 0.05, 12, 5)
+    assert row.cost["num_bayesian"] == round(0.05 * method.masks.num_weights)
+    for key, (low, high) in row.intervals.items():
+        assert low <= high, key
+
+
+def test_what_is_scored_is_read_and_the_test_split_predicted_once(settings, rows, monkeypatch):
+    stored = json.loads((rows[-1].folder / "metrics.json").read_text())
+    monkeypatch.setattr(compare.evaluation, "score", lambda *_, **__: pytest.fail("the test split was predicted again"))
+    again = compare.row(settings, "partial")
+    assert again == rows[-1]
+    assert json.loads((again.folder / "metrics.json").read_text()) == stored
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 1}', '{"deterministic (step 1)": {"nll": 0.1}}'])
+def test_a_file_that_is_no_result_is_made_anew(settings, rows, content):
+    path = rows[-1].folder / "metrics.json"
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="scored anew"):
+        again = compare.row(settings, "partial")
+    assert again.metrics == rows[-1].metrics == results.read(path).metrics
+
+
+def test_a_score_without_its_record_or_of_other_weights_is_made_anew(settings, rows):
+    row = compare.row(settings, "deterministic")
+    (row.folder / "record.npz").unlink()
+    assert compare.row(settings, "deterministic").record().num_images == 12
+    path = row.folder / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {**row.metrics, "nll": 0.123}}))
+    assert compare.row(settings, "deterministic").metrics["nll"] == 0.123  # what is stored is read
+    (row.folder / "model.keras").unlink()  # and trained again
+    assert compare.row(settings, "deterministic").metrics["nll"] == pytest.approx(row.metrics["nll"])
+
+
+def test_a_shared_step_1_is_told_under_the_recipe_that_asks(settings, rows):
+    recipe = dataclasses.replace(settings.recipe, bayes_epochs=7)
+    row = compare.row(dataclasses.replace(settings, recipe=recipe), "deterministic")
+    assert row.settings["bayes_epochs"] == 7 and row.metrics == compare.row(settings, "deterministic").metrics
+    assert results.read(row.folder).settings["bayes_epochs"] == 1
+
+
+def test_several_seeds_are_shown_with_their_spread_and_compared_within_one(settings, rows):
+    other = [compare.row(dataclasses.replace(settings, seed=1), name) for name in METHODS]
+    both = [*rows, *other]
+    text = compare.shift_table(both)
+    values = [one.shift["noise"]["entropy"] for one in (rows[-1], other[-1])]
+    assert f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" in text
+    difference = other[1].metrics["nll"] - other[0].metrics["nll"]
+    assert f"{difference:+.4f}" in compare.paired_table(both, other[0], num_resamples=50)
+
+
+def test_other_settings_of_the_score_are_another_score(settings, rows):
+    other = dataclasses.replace(settings, threshold="validation", shifts={"noise": 2.0})
+    row = compare.row(other, "deterministic")
+    val = settings.data.val
+    probs = compare.fitted(settings, "deterministic").predict_samples(val.normalised()).mean(0)
+    best = evaluation.select_threshold(probs, val.targets, "segmentation", val.rater_valid)
+    assert row.threshold == row.selection["threshold"] == best
+    assert set(row.shift) == {"noise"} and row.metrics["nll"] == rows[-2].metrics["nll"]
+    assert compare.row(settings, "deterministic").threshold == 0.5
+    trivial = compare.trivial_rows(other)
+    frequency = np.broadcast_to(settings.prevalence(), val.targets.shape[:3])
+    expected = evaluation.select_threshold(frequency, val.targets, "segmentation", val.rater_valid)
+    assert trivial["trivial_prevalence"].threshold == expected
+    truth = evaluation.select_threshold(val.truth_probs[..., 0], val.targets, "segmentation", val.rater_valid)
+    assert trivial["bound_scene"].threshold == truth
+
+
+def test_shifted_images_are_scored_against_clean_ones(rows):
+    assert rows[0].shift == {}
+    assert set(rows[-1].shift) == {"noise", "blur", "contrast"}
+    for found in rows[-1].shift.values():
+        assert 0 <= found["entropy"] <= 1 and 0 <= found["mutual_information"] <= 1
+    assert compare.shift_table(rows).count("\n") == 1 + len(METHODS)
+
+
+def test_the_paired_table_is_the_paired_test(rows):
+    found = evaluation.compare(rows[-1].record(), rows[-2].record(), keys=["nll"], num_resamples=50)["nll"]
+    text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
+    assert text.count("\n") == 2 and f"{found['difference']:+.4f}" in text
+    assert found["difference"] == pytest.approx(rows[-1].metrics["nll"] - rows[-2].metrics["nll"])
+
+
+@pytest.mark.parametrize("dataset", ["phantom_chest", "phantom_lesion"])
+def test_the_command_prints_every_table(dataset, tmp_path, capsys):
+    arguments = ["--methods", "deterministic,partial", "--epochs", "1", "--bayes-epochs", "1"]
+    arguments += ["--limit", "12", "--num-resamples", "20"]
+    arguments += ["--size", "16"] if dataset == "phantom_lesion" else []
+    compare.main([dataset, *arguments, "--runs", str(tmp_path)])
+    text = capsys.readouterr().out
+    task = "segmentation" if dataset == "phantom_lesion" else "multi-label"
+    for key in (*results.KEYS[task], *compare.USE[task], *compare.PAPER[task]):
+        assert f" {key} |" in text
+    assert "What does it cost?" in text and "nan" not in text.lower().replace("nanograms", "")
+    for name in (*METHODS, "trivial_prevalence", "bound_scene"):
+        assert f"| {name} " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_set"], "no_such_set"),
+        (["phantom_nodule", "--methods", "partial,best"], r"Received: \['best'\]"),
+        (["phantom_nodule", "--recipe", "mine"], "recipe='mine'"),
+        (["phantom_nodule", "--r-bayes", "1.3"], "1.3"),
+        (["phantom_nodule", "--threshold", "1.5"], "threshold=1.5"),
+        (["phantom_nodule", "--threshold", "half"], "half"),
+        (["phantom_nodule", "--num-resamples", "0"], "num_resamples=0"),
+        (["phantom_nodule", "--seeds", "0,-1"], "-1"),
+        (["phantom_nodule", "--seeds", "0,one"], "one"),
+    ],
+)
+def test_bad_arguments_are_told_in_two_lines(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=message) as error:
+        compare.main([*arguments, "--limit", "6", "--size", "16", "--runs", str(tmp_path)])
+    assert str(error.value).count("\n") <= 1 and not list(tmp_path.iterdir())
+
+
+def test_every_number_of_a_result_has_a_meaning(rows):
+    for row in rows:
+        assert set(row.metrics) <= set(results.METRICS)
+        assert np.isfinite(list(row.metrics.values())).all()
+        assert all(reason for reason in row.undefined.values())
