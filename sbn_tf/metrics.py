@@ -1338,9 +1338,9 @@ def paper_ece(probs, targets, num_bins: int = 15) -> float:
 # ## Summary
 #
 # - Put the trivial predictor's score beside every number.
-# - Proper scores (NLL, Brier) judge the whole; ECE, AUC and entropy each judge a part. The prevalence has a perfect ECE,
-#   a predictor that is certain and always wrong the lowest entropy, and with a perfect AUC every probability may be
-#   false.
+# - Proper scores (NLL, Brier) judge the whole; ECE, AUC and entropy each judge a part. The prevalence has a perfect
+#   ECE, a predictor that is certain and always wrong has the lowest entropy, and with a perfect AUC every probability
+#   may be false.
 # - With several raters the target is a random one, and level sets of one map are a baseline of every sampled method.
 # - Undefined is said, never averaged: NaN comes only from `auc_per_label`, `average_precision_per_label`, `brier_skill`
 #   and `error_auroc`, where their docstrings say so.

@@ -818,9 +818,8 @@ def _notes(rows, keys, marks, num_resamples, counts):
     notes += _notes_of_samples(rows, keys, marks, counts)
     bounds = [row.label for row in rows if row.results[0].method.startswith("bound_")]
     if bounds and (others := [key for key in keys if METRICS[key].better and key not in _BOUNDED]):
-        notes.append(
-            f"{', '.join(bounds)} is a bound for nll, brier and brier_skill alone: it can be beaten in {', '.join(others)}."
-        )
+        beatable = ", ".join(others)
+        notes.append(f"{', '.join(bounds)} is a bound for nll, brier and brier_skill alone; not for {beatable}.")
     if marks.untested:
         notes.append(
             "Not tested against the best (no record, other test images, or no common seed): "

@@ -567,3 +567,37 @@ def test_bad_input_is_refused_in_two_lines(call, message):
 def test_every_public_name_exists():
     assert sorted(metrics.__all__[1:]) == metrics.__all__[1:] and metrics.__all__[0] == "TASKS"
     assert all(hasattr(metrics, name) for name in metrics.__all__)
+
+
+@pytest.mark.parametrize("function", [metrics.auc_per_label, metrics.average_precision_per_label])
+@pytest.mark.parametrize(
+    ("probs", "labels", "message"),
+    [
+        ([0.2, 0.7], [0, 1], r"\(batch, labels\). Received: shape \(2,\)"),
+        (0.2, 1, r"\(batch, labels\). Received: shape \(\)"),
+        ([[0.2], [0.7], [0.1]], [[0], [1], [0.25]], "0 or 1. Received: 0.25"),
+    ],
+)
+def test_rankings_of_bad_labels_are_refused(function, probs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        function(probs, labels)
+
+
+@pytest.mark.parametrize(("probs", "targets"), [(0.3, 1), ([0.3, 0.2], [1, 0])])
+def test_ece_per_label_needs_labels(probs, targets):
+    with pytest.raises(ValueError, match=r"\(..., labels\) with per_label=True. Received: shape"):
+        metrics.ece(probs, targets, per_label=True)
+
+
+def test_matched_iou_and_the_papers_depend_on_the_number_of_samples():
+    """One distribution of masks, a single pixel or the whole row: more samples match two raters better."""
+    raters = np.array([[1, 0, 0, 0], [1, 1, 1, 1]]).T[None, None]  # (1, 1, 4, 2)
+    one, other = (np.moveaxis(raters, -1, 0)[[k]].astype(float) for k in (0, 1))
+    both = np.concatenate([one, other])
+    single = [metrics.hungarian_iou(samples, raters)[0] for samples in (one, other)]
+    assert np.mean(single) == pytest.approx(5 / 8) and metrics.hungarian_iou(both, raters)[0] == 1
+    single = [metrics.generalised_energy_distance(samples, raters)[0] for samples in (one, other)]
+    assert np.mean(single) == pytest.approx(3 / 8) and metrics.generalised_energy_distance(both, raters)[0] == 0
+    single = [metrics.paper_iou(samples, raters[..., 0])[0] for samples in (one, other)]  # 1/1 and 1/4
+    assert np.mean(single) == pytest.approx(5 / 8)
+    assert metrics.paper_iou(both, raters[..., 0])[0] == pytest.approx((1 + 1) / (1 + 4))

@@ -246,6 +246,28 @@ def test_reliability_refuses():
             plots.plot_reliability_curves(plt.figure().add_subplot(), curves, binning=binning)
 
 
+@pytest.mark.parametrize(
+    ("probs", "targets", "message"),
+    [
+        ([0.2, np.nan], [0, 1], "NaN"),
+        ([0.2, 0.3], [0, np.nan], "targets.*NaN"),
+        ([0.2, 1.3], [0, 1], "max=1.3"),
+        ([0.2, 0.3], [0, 1, 1], r"one shape.*\(2,\) and \(3,\)"),
+        ([], [], "not empty"),
+    ],
+)
+@pytest.mark.parametrize("binning", ["width", "mass"])
+def test_reliability_of_bad_input_draws_nothing(probs, targets, message, binning):
+    ax = plt.figure().add_subplot()
+    for draw in (
+        lambda: plots.plot_reliability(ax, probs, targets, binning=binning),
+        lambda: plots.plot_reliability_curves(ax, {**CURVES, "bad": (probs, targets)}, binning=binning),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw()
+    assert not ax.has_data() and ax.figure.axes == [ax]
+
+
 # ---- risk and coverage, intervals, cost
 
 
@@ -360,6 +382,23 @@ def test_sample_masks_outline_the_valid_raters():
     for options in ({"num_rows": 0}, {"num_samples": 0}):
         with pytest.raises(ValueError, match="Expected an image and a sample or more"):
             plots.plot_sample_masks(np.zeros((1, 8, 8, 1)), truths, np.zeros((1, 1, 8, 8)), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probs": np.full((2, 3, 8, 8), np.nan)}, "NaN"),
+        ({"probs": np.full((2, 3, 8, 8), 4.0)}, "max=4.0"),
+        ({"probs": np.zeros((2, 2, 8, 8))}, r"probs of 3 images or more, \(8, 8\). Received: 2"),
+        ({"probs": np.zeros((2, 3, 8, 9))}, r"Received: 3, \(8, 9\)"),
+        ({"truths": np.zeros((1, 8, 8))}, "truths of 3 images or more"),
+    ],
+)
+def test_sample_masks_refuse(changes, message):
+    given = {"images": np.zeros((3, 8, 8, 1)), "truths": np.zeros((3, 8, 8)), "probs": np.zeros((2, 3, 8, 8))}
+    with pytest.raises(ValueError, match=message):
+        plots.plot_sample_masks(**(given | changes))
+    assert not plt.get_fignums()
 
 
 def test_table():

@@ -176,9 +176,9 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path):
         ("", "Expected JSON"),
         ('{"format": 1', "Expected JSON"),
         ("[1]", "Expected the fields of a result .* Received: list"),
-        ("{}", "Expected format 1 .* Received: 'none'"),
-        ('{"format": 99}', "Expected format 1 .* Received: 99"),
-        ('{"format": 1, "task": "binary"}', "Received: without .*'dataset'"),
+        ("{}", "Expected format 2 .* Received: 'none'"),
+        ('{"format": 99}', "Expected format 2 .* Received: 99"),
+        ('{"format": 2, "task": "binary"}', "Received: without .*'dataset'"),
     ],
 )
 def test_files_that_are_no_results(text, message, tmp_path):
@@ -334,8 +334,8 @@ def test_table_by_hand():
             "",
             "(1) no image has two or more valid raters  ",
             "Higher is better: dice. Lower is better: nll, ged. Neither way is better: entropy.  ",
-            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows."
-            "  ",
+            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows. "
+            "Which is best is picked on the same images.  ",
             "Not tested against the best (no record, other test images, or no common seed): deterministic.  ",
             "Trivial rows better than every method: trivial_prevalence in nll.  ",
             "No interval, as more than 5 % of the resamples leave it undefined: nll of deterministic; nll of partial; "
@@ -358,7 +358,7 @@ def test_table_without_intervals_and_of_the_task():
 def test_table_gives_every_reason_once():
     reasons = {"ged": "one rater", "error_auroc": "no errors"}
     rows = [result(undefined=reasons), result("a", undefined={"ged": "one rater"}), result("b", metrics={"ged": 0.2})]
-    rows[2].undefined = {}
+    rows[2].num_samples, rows[2].undefined = 5, {}
     cells, notes = lines_of(table(rows, ["ged", "error_auroc"]))
     assert cells["partial"] == ["- (1)", "- (2)"] and cells["a"] == ["- (1)", "- (3)"]
     assert cells["b"] == ["0.200*", "- (3)"]
@@ -414,6 +414,90 @@ def test_table_marks_what_a_paired_test_cannot_tell_from_the_best(tmp_path):
     assert cells["best"][0].endswith("*") and cells["alike"][0].endswith("*")
     assert not cells["worse"][0].endswith("*") and not cells["elsewhere"][0].endswith("*")
     assert any(note.endswith("no common seed): elsewhere.") for note in notes)
+
+
+@pytest.mark.parametrize("key", ["ged", "hungarian_iou", "paper_iou"])
+def test_rows_of_other_numbers_of_samples_are_not_compared(key):
+    better = 1 if METRICS[key].better == "higher" else -1
+    counts = {
+        "trivial_level_sets": 5,
+        "trivial_prevalence": 1,
+        "one": 1,
+        "two": 1,
+        "ensemble": 5,
+        "partial": 5,
+        "ten": 10,
+    }
+    rows = [
+        result(name, metrics={key: 0.5 + 0.01 * better * place}, num_samples=number, undefined={})
+        for place, (name, number) in enumerate(counts.items())
+    ]
+    rows.append(result("old", metrics={key: 0.5 + better * 0.4}, undefined={}))
+    rows[0].metrics[key] = 0.5 + better * 0.3
+    cells, notes = lines_of(table(rows, [key]))
+    assert [label for label, row in cells.items() if row[0].endswith("*")] == ["partial"]  # not "ten", not "old"
+    note = next(note for note in notes if note.startswith("Depends"))
+    assert note == (
+        f"Depends on the number of samples: {key}. Samples: unknown in old; 1 in trivial_prevalence, one, two; "
+        "5 in trivial_level_sets, ensemble, partial; 10 in ten. Compared and marked there: rows with 5."
+    )
+    assert "Trivial rows better than every method: trivial_level_sets in " + key + "." in notes
+    cells, notes = lines_of(table(rows, ["dice"]))
+    assert not any(note.startswith("Depends") for note in notes) and cells["ten"] == ["0.800*"]
+
+
+def test_of_single_samples_alone_the_marks_are_among_them():
+    rows = [result(name, metrics={"ged": ged}, num_samples=1, undefined={}) for name, ged in (("a", 0.4), ("b", 0.5))]
+    cells, notes = lines_of(table(rows, ["ged"]))
+    assert cells["a"] == ["0.400*"] and any(note.endswith("rows with 1.") for note in notes)
+
+
+def test_the_record_tells_the_samples_of_a_trivial_row(tmp_path):
+    record = record_of(RNG.random((3, 8, 2)), np.eye(2, dtype="uint8")[np.arange(8) % 2])
+    one = result("trivial_level_sets", None)
+    write(one, tmp_path, record)
+    assert group([one])[0].num_samples == 3 and group([result()])[0].num_samples is None
+
+
+def test_a_bound_is_one_for_proper_scores_alone():
+    rows = [result("bound_scene", None), result(metrics={"dice": 0.9})]
+    _, notes = lines_of(table(rows, ["nll", "brier", "entropy", "dice", "ece"]))
+    assert "bound_scene is a bound for nll, brier and brier_skill alone; not for dice, ece." in notes
+    for shown, keys in ((rows, ["nll", "brier"]), (rows[1:], ["nll", "dice"])):
+        assert not any("bound" in note for note in lines_of(table(shown, keys))[1])
+
+
+def test_too_few_resamples_are_said(tmp_path, monkeypatch):
+    targets = (RNG.random((40, 2)) < 0.4).astype("uint8")
+    rows = []
+    for name, noise in (("a", 0.0), ("b", 0.2), ("c", 0.3)):
+        record = record_of(np.abs(targets - 0.1 - noise * RNG.random(targets.shape))[None], targets)
+        metrics = record.metrics()
+        rows.append(of_task(MULTI_LABEL, metrics, metrics.pop("undefined"), name))
+        rows[-1].evaluation = {"num_resamples": 30}
+        write(rows[-1], tmp_path / name, record)
+    # The smallest p is 1/31, times the two tests 0.065.
+    cells, notes = lines_of(table(rows, ["brier"]))
+    assert all(cells[name][0].endswith("*") for name in "abc")
+    assert any(note.startswith("30 resamples are too few") and note.endswith("from the best: brier.") for note in notes)
+    cells, notes = lines_of(table(rows, ["brier"], num_resamples=300))
+    assert not cells["b"][0].endswith("*") and not any("too few" in note for note in notes)
+
+
+def test_two_seeds_can_hardly_tell_and_a_missing_value_is_said():
+    dice = {"a": (0.8, 0.82), "b": (0.7, 0.73)}
+    rows = [result(name, seed, {"dice": value}) for name, values in dice.items() for seed, value in enumerate(values)]
+    cells, notes = lines_of(table(rows, ["dice"]))
+    assert cells["a"] == ["0.810* +- 0.014 (n=2)"]
+    assert "Two seeds can hardly tell rows apart: their test has one degree of freedom." in notes
+    del rows[1].metrics["dice"]
+    rows[1].undefined = {"dice": "it diverged"}
+    cells, notes = lines_of(table(rows, ["dice"]))
+    assert cells["a"] == ["0.800* (n=1 of 2) (1)"] and notes[0] == "(1) it diverged"
+    three = [result("c", seed, {"nll": 0.1 + 0.1 * seed}) for seed in range(3)]
+    del three[2].metrics["nll"]
+    three[2].undefined = {"nll": "it diverged"}
+    assert lines_of(table(three, ["nll"]))[0]["c"] == ["0.150* +- 0.071 (n=2 of 3) (1)"]
 
 
 @pytest.mark.parametrize(
