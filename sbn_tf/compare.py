@@ -162,7 +162,9 @@ def row(settings: Experiment, method: str) -> results.Result:
             warnings.warn(f"{error} It is scored anew.", stacklevel=2)
         else:
             if stored.evaluation == wanted and record is not None:
-                return _under(settings, stored, record)
+                # A run of step 1 alone is shared by recipes of other steps 3: told under the one that asks.
+                used = {"recipe": settings.recipe.name, "settings": dataclasses.asdict(made.recipe_used)}
+                return dataclasses.replace(stored, **used)
     val, selection = settings.data.val, dict(made.selection)
     threshold = _cut(settings, lambda part: made.predict_samples(val.normalised(part)).mean(0))
     if settings.threshold == "validation":
@@ -184,15 +186,6 @@ def row(settings: Experiment, method: str) -> results.Result:
     )
     results.write(result, made.folder, record)
     return result
-
-
-def _under(settings, stored, record):
-    """A stored result under this experiment's recipe: a run of step 1 alone is shared by recipes of other steps 3."""
-    wanted = dataclasses.asdict(settings.recipe)
-    if stored.settings != wanted or stored.recipe != settings.recipe.name:
-        stored = dataclasses.replace(stored, settings=wanted, recipe=settings.recipe.name)
-        results.write(stored, stored.folder, record)
-    return stored
 
 
 def fitted(settings: Experiment, method: str):
@@ -383,6 +376,7 @@ def _evaluation_settings(settings, made=None):
         "shifts": dict(settings.shifts),
     }
     if made is not None:
+        found["num_samples"] = made.num_samples
         found["weights"] = [zlib.crc32((run.folder / "model.keras").read_bytes()) for run in made.trained]
     return found
 
@@ -431,7 +425,7 @@ def _result(settings, record, made=None, **given):
         task=settings.task,
         recipe=settings.recipe.name,
         network=settings.network,
-        settings=dataclasses.asdict(settings.recipe),
+        settings=dataclasses.asdict(settings.recipe if made is None else made.recipe_used),
         options=dict(settings.options),
         limit=settings.limit,
         size=data.input_shape[0],

@@ -528,8 +528,16 @@ class PartialBayes(keras.Model):
             return self.network(inputs, training=training)
 
     def _part(self, inputs, sample):
-        """The share of a batch that one sample sees under "split": every `num_samples`-th example."""
-        return keras.tree.map_structure(lambda t: t[sample :: self.num_samples], inputs)
+        """The share of a batch that one sample sees under "split": every `num_samples`-th example.
+
+        Of a batch with fewer examples than samples, as the last one of an epoch may be, some are seen twice.
+        """
+
+        def share(t):
+            size = ops.shape(t)[0]
+            return t[sample if size is None else sample % size :: self.num_samples]
+
+        return keras.tree.map_structure(share, inputs)
 
     def _inputs(self):
         return getattr(self.network, "_inputs_struct", self.network.inputs[0])

@@ -127,14 +127,22 @@ COSTS = {
     "num_samples": ("samples", 1, "passes behind one prediction"),
     "predict_flops_per_sample": ("GFLOPs a sample", 1e9, "operations of one pass over one image, counted"),
     "predict_flops": ("GFLOPs to predict", 1e9, "operations of one prediction of one image, all samples"),
-    "predict_flops_ratio": ("predict, x", 1, "operations of one prediction, relative to one deterministic pass"),
+    "predict_flops_ratio": (
+        "predict, x",
+        1,
+        "operations of one prediction, each sample a whole pass, relative to one deterministic pass",
+    ),
     "train_step_flops_per_image": ("GFLOPs a step", 1e9, "operations of a training step, per image, every backward"),
     "train_flops": ("GFLOPs to train", 1e9, "operations of the whole training, all steps and members"),
     "train_flops_ratio": ("train, x", 1, "operations of the training, relative to the deterministic network's"),
     "paper_flops": ("paper's, x", 1, "the paper's formula for it, or the number it prints"),
-    "train_seconds": ("train, s", 1, "wall time of the training, on the machine that ran it"),
+    "train_seconds": ("train, s", 1, "wall time of the training, tracing included: of a first run in a process more"),
     "train_peak_bytes": ("peak, MB", 1e6, "largest memory of the process, or of the GPU, while training"),
-    "train_grown_bytes": ("memory, MB", 1e6, "largest memory while training, above what the process held before"),
+    "train_grown_bytes": (
+        "memory, MB",
+        1e6,
+        "largest memory while training, above what the process held: what ran before matters",
+    ),
 }
 _COST_COLUMNS = (
     "num_trainable",

@@ -186,6 +186,7 @@ def test_costs_add_up(data, runs):
     assert alone["train_flops"] == pytest.approx(22 * 2 * step)
     assert alone["train_flops_ratio"] == alone["predict_flops_ratio"] == alone["paper_flops"] == 1
     assert spent["temperature"] == {**alone, "paper_flops": None}
+    assert spent["laplace"]["num_trainable"] == alone["num_trainable"]  # nothing more is trained
     assert spent["ensemble"]["train_flops_ratio"] == spent["ensemble"]["predict_flops_ratio"] == 2
     assert spent["ensemble"]["paper_flops"] == 2  # members; the paper has 5
     longer = 2 * spent["deterministic_longer"]["train_flops_ratio"]
@@ -443,6 +444,18 @@ def test_a_broken_choice_is_named(content, data, runs):
     with pytest.raises(ValueError, match=r"Expected a whole file with temperature.*\nDelete it"):
         made("temperature", labels, runs).fit(labels)
     (folder / "temperature.json").write_text(whole)
+
+
+def test_cycles_end_at_different_weights_and_are_read_again(data, runs):
+    labels, images = data["multi-label"], images_of(data["multi-label"])
+    recipe = dataclasses.replace(recipe_of(labels, bayes_epochs=3), keep="best")
+    method = made("snapshot", labels, runs, recipe=recipe).fit(labels)
+    samples = method.predict_samples(images)
+    assert len(samples) == 3 and not np.array_equal(samples[0], samples[1])
+    assert "kept_epoch" not in method.history and method.recipe_used.keep == "last"
+    assert "kept_epoch" in made("deterministic_longer", labels, runs, recipe=recipe).fit(labels).history
+    again = made("snapshot", labels, runs, recipe=recipe).fit(labels)
+    np.testing.assert_array_equal(again.predict_samples(images), samples)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,21 @@ def test_sample_weight_and_validation_loss():
         np.testing.assert_allclose(bnn.evaluate(x, y, verbose=0, return_dict=True)["loss"], each.mean(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_batch_of_fewer_examples_than_samples_under_split(size):
+    x, y = np.random.default_rng(0).normal(size=(10 + size, 4, 4, 1)).astype("float32"), np.zeros((10 + size, 4, 4, 1))
+    bnn = bayesian(conv("sigmoid", 1), num_samples=5, initial_scale=1e-6, estimator="split", beta=0.0)
+    bnn.compile(keras.optimizers.SGD(0.0), "binary_crossentropy")
+    with layers.posterior_mean():
+        each = np.array(keras.losses.binary_crossentropy(y, bnn.network(x))).mean(axis=(1, 2))
+    seen = np.arange(5) % size  # each sample sees one
+    loss = bnn.compute_loss(x[-size:], y[-size:], bnn(x[-size:], training=True))
+    np.testing.assert_allclose(loss, each[-size:][seen].mean(), rtol=1e-4)
+    history = bnn.fit(x, y, batch_size=10, shuffle=False, verbose=0).history
+    expected = (10 * each[:10].mean() + size * each[-size:][seen].mean()) / (10 + size)
+    np.testing.assert_allclose(history["loss"], [expected], rtol=1e-4)
+
+
 def conv(activation, channels):
     x = keras.Input((4, 4, 1))
     return keras.Model(x, kl.Conv2D(channels, 3, padding="same", activation=activation, name="c")(x))
