@@ -263,6 +263,8 @@ def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
 
 
 def _check_methods(methods):
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"Expected each method once. Received: {', '.join(methods)}")
     if unknown := [name for name in methods if name not in baselines.METHODS]:
         raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}. Received: {unknown}")
 
@@ -272,7 +274,7 @@ def tables(rows: list[results.Result], task: str) -> dict[str, str]:
     parts = {
         "How good are the probabilities?": results.KEYS[task],
         "Does the uncertainty help?": ("entropy", "mutual_information", *USE[task]),
-        "Calibration": ("ece", "ece_mass", *(() if task == SEGMENTATION else ("ece_label",))),
+        "Calibration": _CALIBRATION if task != SEGMENTATION else _CALIBRATION[:2],
     }
     if task in PAPER:
         parts["The paper's metrics, as it defines them"] = PAPER[task]
@@ -315,7 +317,8 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
 def shift_table(rows: list[results.Result]) -> str:
     """AUROC of each image's uncertainty for its being shifted, against its clean self: Markdown, a row a method.
 
-    Of several seeds the mean and the standard deviation. "-": one sample has no mutual information.
+    0.5: the uncertainty does not tell them apart; below: it is *lower* on shifted images. Of several seeds the mean and
+    the standard deviation. "-": one sample has no mutual information.
     """
     parts = {"entropy": "entropy", "mutual_information": "mutual information"}
     table, columns = {}, {}
@@ -328,9 +331,12 @@ def shift_table(rows: list[results.Result]) -> str:
                 cells[column] = values[0]
             elif values:
                 cells[column] = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
-    return plots.format_table(table, list(columns))
+    severities = ", ".join(f"{kind} {found['severity']:g}" for kind, found in rows[-1].shift.items())
+    note = f"0.5: blind to the shift; below 0.5: surer of shifted images; -: one sample. Severities: {severities}."
+    return f"{plots.format_table(table, list(columns))}\n\n{note}"
 
 
+_CALIBRATION = ("ece", "ece_mass", "ece_label")
 _USE = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
 USE = {
     SEGMENTATION: (*_USE, "pixel_error_auroc", "pixel_error_auroc_mi", "entropy_disagreement_pearson"),
@@ -464,7 +470,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--fold", type=int, help="of lidc and lidc_patches")
     parser.add_argument("--split", help="of lidc and lidc_patches: patient or paper")
     parser.add_argument("--normalisation", choices=("train", "paper"))
-    parser.add_argument("--threshold", default=0.5, help='where probabilities are cut: 0..1, or "validation"')
+    parser.add_argument("--threshold", default="0.5", help='where probabilities are cut: 0..1, or "validation"')
     parser.add_argument("--num-resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--data-root", help="folder of the real data; default: SBN_TF_DATA, or data/")
     parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
@@ -473,9 +479,9 @@ def main(arguments=None) -> None:
     try:
         methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
         _check_methods(methods or ())
-        seeds = [training._check_seed(int(seed)) for seed in given.seeds.split(",")]
+        seeds = _seeds(given.seeds)
         check_r_bayes(given.r_bayes)
-        threshold = given.threshold if given.threshold == "validation" else float(given.threshold)
+        threshold = _threshold(given.threshold)
         options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
         keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
         shared = experiment(
@@ -495,10 +501,33 @@ def main(arguments=None) -> None:
             settings = dataclasses.replace(shared, seed=seed)
             made = all_rows(settings, methods)
             rows += made if index == 0 else [one for one in made if one.seed is not None]
+        parts = tables(rows, shared.task)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
-    for title, text in tables(rows, shared.task).items():
+    for title, text in parts.items():
         print(f"\n## {title}\n\n{text}")
+    print("\n## What the rows and columns are\n")
+    print("\n".join(f"- {name}: {title}" for name, title in {one.method: one.title for one in rows}.items()))
+    keys = dict.fromkeys((*results.KEYS[shared.task], *_CALIBRATION, *USE[shared.task], *PAPER.get(shared.task, ())))
+    print(f"\n{results.describe_metrics(keys)}")
+    print(f"\nEach row is a metrics.json with its settings in {rows[-1].folder.parents[2]}")
+
+
+def _seeds(text):
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected --seeds, integers >= 0 with commas between, as 0,1,2. Received: {text}") from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"Expected each of --seeds once. Received: {text}")
+    return [training._check_seed(seed) for seed in seeds]
+
+
+def _threshold(text):
+    try:
+        return text if text == "validation" else float(text)
+    except ValueError:
+        raise ValueError(f'Expected --threshold, between 0 and 1, or "validation". Received: {text}') from None
 
 
 if __name__ == "__main__":

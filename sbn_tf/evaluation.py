@@ -1159,11 +1159,17 @@ def evaluate(
     0.01 to 0.03. A map from 0.1 to 0.11 fills eight bins: there 0.82 is given for an AUROC of 0.97. Then "paper_dice",
     "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_ece", where a rater is random too.
 
+    For one deterministic prediction of a Keras model, and masks (batch, height, width):
+
+        row = evaluate(model.predict(x)[None], masks[..., None], "segmentation")
+
+    Intervals and paired tests: `Evaluator`, `Record.bootstrap`, `compare`.
+
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):
             probabilities of 1; of classes they sum to 1, but for rounding, and are scaled to do so exactly.
         targets: (batch, labels), or (batch, height, width, raters): 0 or 1; one-hot for classes.
-        task: one of `TASKS`.
+        task: "binary", "multi-class", "multi-label", "ordinal" or "segmentation".
         rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all
             are.
         train_prevalence: training frequency of 1 (see `prevalence`): a number, (labels,) or (height, width).

@@ -231,8 +231,8 @@ def _check(probs, targets, task, rater_valid):
     batch_shape = targets.shape[:-1] if task == SEGMENTATION else targets.shape
     if probs.ndim != 1 + len(batch_shape) or probs.shape[1:] != batch_shape or probs.shape[0] == 0:
         raise ValueError(
-            f"Expected probs of shape (samples, {', '.join(map(str, batch_shape))}), as the targets. "
-            f"Received: probs.shape={probs.shape}"
+            f"Expected probs of shape (samples, {', '.join(map(str, batch_shape))}), as the targets (one sample: "
+            f"probs[None]). Received: probs.shape={probs.shape}"
         )
     # NaN passes through both; rounding may leave a mean of float32 probabilities a little above 1.
     low, high = float(probs.min()), float(probs.max())

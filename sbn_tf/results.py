@@ -120,7 +120,11 @@ _REQUIRED = {
 # What a method costs: key -> (column of `cost_table`, what the number is divided by there, meaning).
 COSTS = {
     "num_weights": ("weights", 1, "weights of the network, all members together"),
-    "num_trainable": ("trainable", 1, "numbers that training changes, scales included"),
+    "num_trainable": (
+        "trainable",
+        1,
+        "numbers that the last training changes, scales included; step 3 may freeze batch norm",
+    ),
     "num_bayesian": ("Bayesian", 1, "weights that have a scale"),
     "weight_bytes": ("weights, MB", 1e6, "bytes of all variables"),
     "optimizer_bytes": ("optimiser, MB", 1e6, "bytes of the optimiser's state"),
@@ -136,7 +140,11 @@ COSTS = {
     "train_flops": ("GFLOPs to train", 1e9, "operations of the whole training, all steps and members"),
     "train_flops_ratio": ("train, x", 1, "operations of the training, relative to the deterministic network's"),
     "paper_flops": ("paper's, x", 1, "the paper's formula for it, or the number it prints"),
-    "train_seconds": ("train, s", 1, "wall time of the training, tracing included: of a first run in a process more"),
+    "train_seconds": (
+        "train, s",
+        1,
+        "wall time of all its trainings, tracing included; a first run in a process takes more",
+    ),
     "train_peak_bytes": ("peak, MB", 1e6, "largest memory of the process, or of the GPU, while training"),
     "train_grown_bytes": (
         "memory, MB",
@@ -606,6 +614,9 @@ def table(results: list[Result], keys=None, intervals: bool = True, num_resample
     keys = list(KEYS[results[0].task] if keys is None else keys)
     if unknown := [key for key in keys if key not in METRICS]:
         raise ValueError(f"Expected keys among {list(METRICS)}. Received: {unknown}")
+    empty = [key for key in keys if all(row.value(key) is None for row in rows)]
+    if len(empty) < len(keys):
+        keys = [key for key in keys if key not in empty]
     if num_resamples is None:
         num_resamples = max((one.evaluation.get("num_resamples", 0) for one in results), default=0) or 1000
     counts = {row.label: row.num_samples for row in rows} if set(keys) & set(_OF_SAMPLES) else {}
@@ -621,6 +632,7 @@ def table(results: list[Result], keys=None, intervals: bool = True, num_resample
                 text += f" ({reasons.setdefault(row.reason(key), len(reasons) + 1)})"
             cells[row.label][key] = text
     notes += [f"({number}) {reason}" for reason, number in reasons.items()]
+    notes += [f"Not defined here: {key} ({rows[-1].reason(key)})" for key in empty if key not in keys]
     notes += _notes(rows, keys, marks, num_resamples, counts)
     bare = [f"{key} of {row.label}" for key in keys for row in rows if key not in _COUNTS and _is_bare(row, key)]
     if intervals and bare:
@@ -707,7 +719,7 @@ def _best(rows, key, counts):
     best = max(methods, key=lambda row: sign * row.value(key))
     trivial = [row for row in scored if row.results[0].method.startswith("trivial_")]
     above = [row for row in trivial if sign * row.value(key) > sign * best.value(key)]
-    return best, above
+    return best if len(methods) > 1 else None, above  # one method is no comparison
 
 
 def _comparable(rows, key, counts):
@@ -863,6 +875,9 @@ def _notes_of_samples(rows, keys, marks, counts):
     return [note]
 
 
+_TOLD = ("epochs", "bayes_epochs", "num_samples", "keep")
+
+
 def _origin(rows, intervals):
     """One line: what was run, on what, and what the intervals are over."""
     results = [result for row in rows for result in row.results]
@@ -877,7 +892,17 @@ def _origin(rows, intervals):
     if seeds := all_of("seed"):
         parts.append(f"seed{'s' * (', ' in seeds)} {seeds}")
     parts += [f"recipe {all_of('recipe')}", f"network {all_of('network')}"]
-    parts += [f"{name} {found}" for name in ("r_bayes", "limit") if (found := all_of(name))]
+    parts += [f"{name} {found}" for name in ("r_bayes", "limit", "size") if (found := all_of(name))]
+    parts += [f"normalisation {found}" for found in [all_of("normalisation")] if found != "train"]
+    parts += [f"threshold {found}" for found in [all_of("threshold")] if found not in ("0.5", "")]
+    for where in ("settings", "options"):  # what a recipe's name does not tell: the epochs may have been changed
+        told = (*_TOLD, *(key for key in getattr(first, where) if where == "options"))
+        names = [key for key in told if any(key in getattr(result, where) for result in results)]
+        parts += [
+            f"{key} {all_of('', [getattr(result, where).get(key) for result in results if not result.is_trivial])}"
+            for key in names
+        ]
+    parts = [part for part in parts if not part.endswith(" ")]
     if intervals and any(result.intervals for result in results):
         over = "patients" if first.num_groups is not None else "images"
         resamples = all_of("", [result.evaluation.get("num_resamples") for result in results])

@@ -326,14 +326,14 @@ def test_table_by_hand():
     ]
     assert table(rows, ["dice", "nll", "entropy", "ged"]) == "\n".join(
         [
-            "|                    |                  dice |    nll | entropy |   ged |",
-            "| :----------------- | --------------------: | -----: | ------: | ----: |",
-            "| trivial_prevalence |                 0.100 |  0.050 |   0.200 | - (1) |",
-            "| deterministic      |  0.612 [0.580, 0.641] |  0.100 |   0.200 | - (1) |",
-            "| partial            | 0.700* [0.660, 0.720] | 0.090* |   0.200 | - (1) |",
+            "|                    |                  dice |    nll | entropy |",
+            "| :----------------- | --------------------: | -----: | ------: |",
+            "| trivial_prevalence |                 0.100 |  0.050 |   0.200 |",
+            "| deterministic      |  0.612 [0.580, 0.641] |  0.100 |   0.200 |",
+            "| partial            | 0.700* [0.660, 0.720] | 0.090* |   0.200 |",
             "",
-            "(1) no image has two or more valid raters  ",
-            "Higher is better: dice. Lower is better: nll, ged. Neither way is better: entropy.  ",
+            "Not defined here: ged (no image has two or more valid raters)  ",
+            "Higher is better: dice. Lower is better: nll. Neither way is better: entropy.  ",
             "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows. "
             "Which is best is picked on the same images.  ",
             "Not tested against the best (no record, other test images, or no common seed): deterministic.  ",
@@ -341,16 +341,16 @@ def test_table_by_hand():
             "No interval, as more than 5 % of the resamples leave it undefined: nll of deterministic; nll of partial; "
             "entropy of deterministic; entropy of partial.  ",
             "phantom_nodule: 5 test images of 3 patients; seed 0; recipe quick; network unet_small; r_bayes 0.01; "
-            "[95 % interval] over patients, 1000 resamples.",
+            "size 32; [95 % interval] over patients, 1000 resamples.",
         ]
     )
 
 
 def test_table_without_intervals_and_of_the_task():
     cells, notes = lines_of(table([result(intervals={"dice": [0.7, 0.9]}, leak="twins.")], intervals=False))
-    assert cells[""] == list(results.KEYS[SEGMENTATION])
-    assert cells["partial"][0] == "0.800*"
-    assert "interval" not in notes[-1] and notes[-1].endswith("network unet_small. Leak: twins.")
+    assert cells[""] == [key for key in results.KEYS[SEGMENTATION] if key in result().metrics]
+    assert cells["partial"][0] == "0.800"  # alone it is no best
+    assert "interval" not in notes[-1] and notes[-1].endswith("network unet_small; size 32. Leak: twins.")
     with pytest.raises(ValueError, match=r"Expected keys among .* Received: \['f2'\]"):
         table([result()], ["f2"])
 
@@ -360,9 +360,20 @@ def test_table_gives_every_reason_once():
     rows = [result(undefined=reasons), result("a", undefined={"ged": "one rater"}), result("b", metrics={"ged": 0.2})]
     rows[2].num_samples, rows[2].undefined = 5, {}
     cells, notes = lines_of(table(rows, ["ged", "error_auroc"]))
+    assert cells["partial"] == ["- (1)"] and cells["a"] == ["- (1)"] and cells["b"] == ["0.200"]
+    assert notes[0] == "(1) one rater" and notes[1].startswith("Not defined here: error_auroc (")
+    rows[2].metrics["error_auroc"] = 0.7
+    cells, notes = lines_of(table(rows, ["ged", "error_auroc"]))
     assert cells["partial"] == ["- (1)", "- (2)"] and cells["a"] == ["- (1)", "- (3)"]
-    assert cells["b"] == ["0.200*", "- (3)"]
     assert notes[:3] == ["(1) one rater", "(2) no errors", "(3) not measured for this row"]
+
+
+def test_the_line_below_tells_what_a_recipes_name_does_not():
+    changed = {"epochs": 1, "bayes_epochs": 2, "num_samples": 7, "keep": "best", "momentum": 0.0}
+    row = result(settings=changed, options={"fold": 2}, threshold=0.3, normalisation="paper")
+    last = lines_of(table([row], ["dice"]))[1][-1]
+    told = "normalisation paper; threshold 0.3; epochs 1; bayes_epochs 2; num_samples 7; keep best; fold 2"
+    assert told in last and "momentum" not in last
 
 
 def test_table_of_several_seeds():
@@ -497,17 +508,17 @@ def test_two_seeds_can_hardly_tell_and_a_missing_value_is_said():
     three = [result("c", seed, {"nll": 0.1 + 0.1 * seed}) for seed in range(3)]
     del three[2].metrics["nll"]
     three[2].undefined = {"nll": "it diverged"}
-    assert lines_of(table(three, ["nll"]))[0]["c"] == ["0.150* +- 0.071 (n=2 of 3) (1)"]
+    assert lines_of(table(three, ["nll"]))[0]["c"] == ["0.150 +- 0.071 (n=2 of 3) (1)"]
 
 
 @pytest.mark.parametrize(
     ("value", "bounds", "text"),
     [
-        (0.6123, [0.58, 0.64], "0.612* [0.580, 0.640]"),
-        (0.09712, [0.0951, 0.0991], "0.0971* [0.0951, 0.0991]"),
-        (12.345, [11.5, 13.1], "12.35* [11.50, 13.10]"),
-        (123.45, [114, 132], "123.5* [114.0, 132.0]"),
-        (0.5, [0.5, 0.5], "0.500* [0.500, 0.500]"),
+        (0.6123, [0.58, 0.64], "0.612 [0.580, 0.640]"),
+        (0.09712, [0.0951, 0.0991], "0.0971 [0.0951, 0.0991]"),
+        (12.345, [11.5, 13.1], "12.35 [11.50, 13.10]"),
+        (123.45, [114, 132], "123.5 [114.0, 132.0]"),
+        (0.5, [0.5, 0.5], "0.500 [0.500, 0.500]"),
     ],
 )
 def test_decimals_follow_the_interval(value, bounds, text):
