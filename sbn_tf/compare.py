@@ -182,7 +182,8 @@ def row(settings: Experiment, method: str) -> results.Result:
         selection=selection,
         shift=shift,
         cost=made.cost(),
-        made=made,
+        settings=dataclasses.asdict(made.recipe_used),
+        evaluation=wanted,
     )
     results.write(result, made.folder, record)
     return result
@@ -222,17 +223,18 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     for name, record in records.items():
         made = step1 if name == "trivial_level_sets" else None
         seed = None if made is None else settings.seed
+        shaping = _evaluation_settings(settings, made)
         result = _result(
             settings,
             record,
-            made=made,
             method=name,
             title=TRIVIAL[name],
             seed=seed,
             num_samples=record.num_samples,
             threshold=record.threshold,
+            settings=dataclasses.asdict(settings.recipe),
+            evaluation=shaping,
         )
-        shaping = _evaluation_settings(settings, made)
         folder = training.run_folder(settings.runs, data.card.name, name, seed or 0, shaping)
         results.write(result, folder, record)
         found[name] = result
@@ -420,22 +422,21 @@ def _record_of_scene(settings):
 _OF_IMAGES = ("rater_valid", "groups", "ids")
 
 
-def _result(settings, record, made=None, **given):
+def _result(experiment, record, **given):
     metrics = record.metrics()
     undefined = metrics.pop("undefined")
-    intervals = record.bootstrap(num_resamples=settings.num_resamples)
+    intervals = record.bootstrap(num_resamples=experiment.num_resamples)
     intervals.pop("undefined")  # of intervals: the table says so
-    data = settings.data
+    data = experiment.data
     return results.Result(
         dataset=data.card.name,
-        task=settings.task,
-        recipe=settings.recipe.name,
-        network=settings.network,
-        settings=dataclasses.asdict(settings.recipe if made is None else made.recipe_used),
-        options=dict(settings.options),
-        limit=settings.limit,
+        task=experiment.task,
+        recipe=experiment.recipe.name,
+        network=experiment.network,
+        options=dict(experiment.options),
+        limit=experiment.limit,
         size=data.input_shape[0],
-        normalisation=settings.normalisation,
+        normalisation=experiment.normalisation,
         leak=data.leak,
         num_train=data.train.num_examples,
         num_val=data.val.num_examples,
@@ -444,7 +445,6 @@ def _result(settings, record, made=None, **given):
         metrics=metrics,
         intervals={key: list(bounds) for key, bounds in intervals.items() if key in metrics},
         undefined=undefined,
-        evaluation=_evaluation_settings(settings, made),
         **given,
     )
 

@@ -920,23 +920,29 @@ def _forget_peak() -> str:
 def _bytes_in_use() -> int | None:
     """Memory in use now."""
     try:
-        if gpus := _gpus():
-            return sum(tf.config.experimental.get_memory_info(gpu)["current"] for gpu in gpus)
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
-    except (OSError, RuntimeError, ValueError, KeyError, StopIteration, tf.errors.OpError):
+        return _memory("current", "VmRSS")
+    except _UNTOLD:
         return None
 
 
 def _peak_bytes() -> int | None:
     """Largest memory since the last `_forget_peak`."""
     try:
-        if gpus := _gpus():
-            return sum(tf.config.experimental.get_memory_info(gpu)["peak"] for gpu in gpus)
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, RuntimeError, ValueError, KeyError, StopIteration, tf.errors.OpError):
+        return _memory("peak", "VmHWM")
+    except _UNTOLD:
         return _largest_ever()
+
+
+# A system that does not tell its memory raises one of these.
+_UNTOLD = (OSError, RuntimeError, ValueError, KeyError, StopIteration, tf.errors.OpError)
+
+
+def _memory(on_gpu: str, on_linux: str) -> int:
+    """Bytes under a name of TensorFlow's GPU statistics, or of the process's status where there is no GPU."""
+    if gpus := _gpus():
+        return sum(tf.config.experimental.get_memory_info(gpu)[on_gpu] for gpu in gpus)
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(on_linux))
 
 
 def _largest_ever() -> int | None:

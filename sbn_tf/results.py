@@ -875,6 +875,7 @@ def _notes_of_samples(rows, keys, marks, counts):
     return [note]
 
 
+# What a recipe's name does not tell: these may have been changed.
 _TOLD = ("epochs", "bayes_epochs", "num_samples", "keep")
 
 
@@ -895,14 +896,10 @@ def _origin(rows, intervals):
     parts += [f"{name} {found}" for name in ("r_bayes", "limit", "size") if (found := all_of(name))]
     parts += [f"normalisation {found}" for found in [all_of("normalisation")] if found != "train"]
     parts += [f"threshold {found}" for found in [all_of("threshold")] if found not in ("0.5", "")]
-    for where in ("settings", "options"):  # what a recipe's name does not tell: the epochs may have been changed
-        told = (*_TOLD, *(key for key in getattr(first, where) if where == "options"))
-        names = [key for key in told if any(key in getattr(result, where) for result in results)]
-        parts += [
-            f"{key} {all_of('', [getattr(result, where).get(key) for result in results if not result.is_trivial])}"
-            for key in names
-        ]
-    parts = [part for part in parts if not part.endswith(" ")]
+    methods = [result for result in results if not result.is_trivial]
+    told = [(key, [one.settings.get(key) for one in methods]) for key in _TOLD]
+    told += [(key, [one.options.get(key) for one in methods]) for key in first.options]
+    parts += [f"{key} {found}" for key, values in told if (found := all_of("", values))]
     if intervals and any(result.intervals for result in results):
         over = "patients" if first.num_groups is not None else "images"
         resamples = all_of("", [result.evaluation.get("num_resamples") for result in results])
