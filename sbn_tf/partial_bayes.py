@@ -45,7 +45,7 @@ from keras import ops
 from sbn_tf.layers import MaskedGaussian, _at_mean, _Box, masked_layers, partial_class, posterior_sample
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights
 
-__all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "to_partial_bayes"]
+__all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_norm", "to_partial_bayes"]
 
 # %% [markdown]
 # ## 1. Which network comes out?
@@ -285,7 +285,7 @@ class PartialBayes(keras.Model):
         self.kl_weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
         for layer in masked_layers(network):
             layer.kl_weight = self.kl_weight
-        self._settle_batch_norm()
+        settle_batch_norm(network, batch_norm)
         self.beta = beta
         self.kl_tracker = keras.metrics.Mean(name="kl")
         self.built = True
@@ -445,7 +445,7 @@ class PartialBayes(keras.Model):
     def trainable(self, value):
         keras.Model.trainable.fset(self, value)
         if hasattr(self, "batch_norm"):
-            self._settle_batch_norm()
+            settle_batch_norm(self.network, self.batch_norm)
 
     @property
     def num_samples(self) -> int:
@@ -623,16 +623,6 @@ class PartialBayes(keras.Model):
             return None  # Keras says what is wrong
         known = {loss_terms(one, tuple(out.shape)) for one, out in zip(losses, outputs, strict=True) if one is not None}
         return known.pop() if len(known) == 1 else None
-
-    def _settle_batch_norm(self):
-        for layer in self.network._flatten_layers(include_self=False):
-            if isinstance(layer, keras.layers.BatchNormalization):
-                if self.batch_norm == "frozen":  # Keras then runs it in inference mode
-                    layer.trainable = False
-                elif self.batch_norm == "statistics":
-                    for variable in (layer.gamma, layer.beta):
-                        if variable is not None:
-                            variable.trainable = False
 
     def _sampler(self, kind, num_samples):
         num_samples = self.num_samples if num_samples is None else num_samples
@@ -833,6 +823,18 @@ def _check_count(name, value):
 def _check_choice(name, value, known):
     if value not in known:
         raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
+
+
+def settle_batch_norm(network, how: str):
+    """What of batch norm trains: nothing ("frozen"), its running statistics alone ("statistics"), or all of it."""
+    for layer in network._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            if how == "frozen":  # Keras then runs it in inference mode
+                layer.trainable = False
+            elif how == "statistics":
+                for variable in (layer.gamma, layer.beta):
+                    if variable is not None:
+                        variable.trainable = False
 
 
 def _is_samples(y_pred):

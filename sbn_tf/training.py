@@ -29,7 +29,7 @@ from sbn_tf import models
 from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.layers import masked_layers
-from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, settle_batch_norm, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency, top_k
 
@@ -616,7 +616,7 @@ def continued_run(
     cycle_steps = [steps * int(length) for length in np.diff([0, *ends])] if cycles > 1 else None
 
     def ready(model):
-        _settle_batch_norm(model, recipe.batch_norm)
+        settle_batch_norm(model, recipe.batch_norm)
         model.compile(_optimizer(gentle, epochs * steps, cycle_steps), loss_for(recipe, data))
         model.optimizer.build(model.trainable_variables)
 
@@ -628,16 +628,6 @@ def continued_run(
     snapshots = [_Snapshots(folder, ends)] if cycles > 1 else []
     _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks=snapshots, verbose=verbose)
     return _finished(folder, ready=ready, ends=ends)
-
-
-def _settle_batch_norm(model, how):
-    """What of batch norm trains: nothing ("frozen", in inference mode), the statistics alone, or all of it."""
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = how != "frozen"
-            for variable in (layer.gamma, layer.beta):
-                if variable is not None and how == "statistics":
-                    variable.trainable = False
 
 
 class _Snapshots(keras.callbacks.Callback):
