@@ -44,6 +44,7 @@ __all__ = [
 TEMPERATURES = (0.05, 20.0)
 PRIOR_PRECISIONS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # 1: the prior N(0, 1) of `to_partial_bayes`
 DROPOUT = 0.1
+FAN_OUT = 0.5  # highest share of the operations that run anew for each sample, of `partial_late`
 MAX_CYCLES = 5
 _STEP_FLOPS = {}  # tracing a step takes seconds, and step 1 is part of nearly every method
 
@@ -547,6 +548,29 @@ class PartialMagnitude(PartialRandom):
         return top_k(_may_be_bayesian(self.step1.model, self.recipe), self.r_bayes)
 
 
+class PartialChannel(Partial):
+    """Whole output channels of the most saliency per entry, at most as many weights as in `partial`."""
+
+    name, title = "partial_channel", "partial Bayesian, whole salient channels"
+
+    def _choose_masks(self, data):
+        scores = training.scores_run(self.step1, data, self.recipe, verbose=self.verbose)
+        return top_k(scores, self.r_bayes, scope="channel", model=self.step1.model)
+
+
+class PartialLate(Partial):
+    """As many Bayesian weights as in `partial`, the most salient after which half of the operations or less remain.
+
+    Only these run anew for each sample: five samples then cost three passes at most.
+    """
+
+    name, title = "partial_late", f"partial Bayesian, salient late weights (fan-out {FAN_OUT:g})"
+
+    def _choose_masks(self, data):
+        scores = training.scores_run(self.step1, data, self.recipe, verbose=self.verbose)
+        return top_k(scores, self.r_bayes, model=self.step1.model, cost_aware=FAN_OUT)
+
+
 class _WholeLayers(PartialRandom):
     """All weights of some layers are Bayesian.
 
@@ -745,6 +769,8 @@ _CLASSES = (
     Partial,
     PartialRandom,
     PartialMagnitude,
+    PartialChannel,
+    PartialLate,
     FirstLayer,
     LastLayer,
     FirstLast,

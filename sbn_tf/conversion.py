@@ -1,31 +1,44 @@
-"""Conversion of trained Keras models: chosen weights become Gaussian, everything else is copied.
+"""Conversion of trained Keras models: chosen weights become Gaussian, everything else is copied; and the way back.
 
 What comes out is a plain Keras model with masked layers in it; `sbn_tf.partial_bayes` gives it the ELBO.
 """
 
 import contextlib
+import copy
+import inspect
+import itertools
+import tempfile
 
 import keras
 import numpy as np
+from keras import ops
+from keras.src.models.functional import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
 
-from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
+from sbn_tf.layers import MaskedGaussian, _stock_class, masked_layers, partial_class
 from sbn_tf.saliency import Masks, named_weights
+from sbn_tf.wrapper import MaskedWrapper
 
-__all__ = ["convert"]
+__all__ = ["convert", "to_deterministic"]
 
 
 def convert(model, masks, layer_options: dict, seed: int | None = None):
-    """Copy of a built Functional or Sequential model whose masked weights are Gaussian.
+    """Copy of a built Keras model whose masked weights are Gaussian, as a Functional or Sequential model.
+
+    A layer that holds masked weights becomes its namesake in `sbn_tf.layers`, or, where none stands for it (attention,
+    recurrent and normalisation layers, custom ones), it is put into a `MaskedWrapper` of its name. A model that has no
+    graph of layers, a subclassed one, is wrapped whole.
 
     Args:
-        model: built Functional or Sequential `keras.Model`, nested models and shared layers included.
+        model: built `keras.Model`, nested models and shared layers included. A subclassed one must come back from
+            `from_config(get_config())`, and must have been called on data: its inputs are those of that call.
         masks: `sbn_tf.saliency.Masks` (or a dict key -> boolean array) of this model.
         layer_options: keyword arguments of every masked layer (`initial_scale`, `prior`, `kl_weight`, ...).
         seed: int; each masked layer derives its own noise seed from it.
 
     Raises:
-        ValueError: another kind of model, masks of another model, masked weights in a layer without a twin, or a model
-            that is Bayesian already.
+        ValueError: masks of another model or of weights that its outputs do not depend on, a layer that cannot be
+            copied, or a model that is Bayesian already.
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
@@ -34,45 +47,257 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
             f"Expected a deterministic network. Received: '{model.name}', which has Bayesian entries already. Convert "
             "the network that it was made of, or change a layer's entries by layer.set_mask."
         )
-    if not (isinstance(model, keras.Sequential) or hasattr(model, "_functional") or _is_functional(model)):
-        raise ValueError(
-            f"Expected a Functional or Sequential model. Received: the subclassed {type(model).__name__} "
-            f"'{model.name}'. Convert the Functional part of it, or build it from sbn_tf.layers by hand."
-        )
     masks = masks if isinstance(masks, Masks) else Masks(masks)
     masks.check(model)
-    wanted, names = {}, {}
-    for weight in named_weights(model).values():
-        if weight.key in masks and masks[weight.key].any():
-            wanted.setdefault(id(weight.layer), {})[weight.name] = np.asarray(masks[weight.key])
-            names[id(weight.layer)] = f"{weight.key} ({type(weight.layer).__name__})"
-    twins = {}
+    left = {
+        id(weight.variable): (weight.key, np.asarray(masks[weight.key]))
+        for weight in named_weights(model).values()
+        if weight.key in masks and np.any(masks[weight.key])
+    }
+    position = {}
 
-    def twin(layer):
-        chosen = wanted.get(id(layer))
+    def masked(layer):
+        chosen = {}
+        for name, weight in named_weights(layer).items() if left and layer.built else ():
+            if id(weight.variable) in left:
+                chosen[name] = left.pop(id(weight.variable))[1]
+        if not chosen:
+            return _copied(layer)
+        position[id(layer)] = len(position)
+        options = {**layer_options, "mask": chosen, "seed": _layer_seed(seed, position[id(layer)])}
         cls = partial_class(layer)
-        if chosen is None or cls is None or set(chosen) - set(cls.posterior_weights):
-            return layer.__class__.from_config(layer.get_config())
-        position = list(wanted).index(id(layer))
-        layer_seed = _layer_seed(seed, position)
-        twins[id(layer)] = layer
+        if cls is None or set(chosen) - set(cls.posterior_weights):
+            return _wrapped(layer, options)
         try:
-            return cls.from_config({**layer.get_config(), **layer_options, "mask": chosen, "seed": layer_seed})
+            return cls.from_config({**layer.get_config(), **options})
         except TypeError as error:  # Keras wraps the layer's own message in its whole config
             if isinstance(error.__context__, ValueError):
                 raise error.__context__ from None
             raise
 
-    with _uncompiled(model):
-        copy = keras.models.clone_model(model, clone_function=twin, recursive=True)
-    stuck = [names[i] for i in wanted if i not in twins]
-    if stuck:
+    network = _Copier(masked).network(model)
+    if left:
+        keys = [key for key, _ in left.values()]
         raise ValueError(
-            f"No masked layer stands for: {', '.join(stuck[:5])}{' ...' if len(stuck) > 5 else ''}. Leave these "
-            f"weights out of the selection: saliency(..., exclude={stuck[0].split(' ')[0].rsplit('/', 1)[0] + '/*'!r})."
+            f"The outputs of '{model.name}' do not depend on: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}. "
+            f"Leave these weights out of the selection: saliency(..., exclude={keys[0]!r})."
         )
-    _copy_variables(model, copy)
-    return copy
+    return network
+
+
+def to_deterministic(model):
+    """Plain Keras model of the posterior means: the way back from `convert` and `to_partial_bayes`.
+
+    Stock layers of the same names with the locs as weights; a wrapped layer comes out of its wrapper. Which weights
+    are frozen stays as it is: after `to_partial_bayes(..., batch_norm="frozen")` batch norm is. The result is not
+    compiled, knows nothing of this package, and equals the network under `posterior_mean()`.
+
+    Args:
+        model: `PartialBayes`, or any Functional or Sequential model with masked layers.
+
+    Raises:
+        ValueError: a custom layer that makes masked layers itself.
+    """
+    network = model.network if hasattr(model, "predict_uncertainty") else model
+
+    def stock(layer):
+        name = layer.name
+        while isinstance(layer, MaskedWrapper):
+            layer = layer.layer
+        cls = _stock_class(type(layer)) if isinstance(layer, MaskedGaussian) else type(layer)
+        plain = _copied(layer, cls, _stock_config(layer))
+        plain.name = name
+        inside = [x.name for x in plain._flatten_layers() if isinstance(x, MaskedGaussian)]
+        if inside:
+            raise ValueError(
+                f"'{name}' ({type(layer).__name__}) makes the masked layers {inside[:5]} itself. Build it with stock "
+                "layers and give it these weights."
+            )
+        return plain
+
+    return _Copier(stock).network(network)
+
+
+class _Copier:
+    """Copies models graph by graph, each layer once; `make(layer)` copies what is no graph."""
+
+    def __init__(self, make):
+        self.make, self.copies = make, {}
+
+    def network(self, model):
+        """Copy of a whole model with its variables' values, as a Functional or Sequential model."""
+        with _uncompiled(model):
+            new = self(model) if _has_graph(model) else _as_graph(self(model), model)
+        self._copy_state()
+        return new
+
+    def __call__(self, operation):
+        if not isinstance(operation, keras.layers.Layer):  # of keras.ops: it holds nothing
+            return _copied_operation(operation)
+        if id(operation) not in self.copies:
+            new = self._graph(operation) if _has_graph(operation) else self.make(operation)
+            self.copies[id(operation)] = (operation, new)
+        return self.copies[id(operation)][1]
+
+    def _graph(self, model):
+        if isinstance(model, keras.Sequential):
+            return keras.models.clone_model(model, clone_function=self)
+        return keras.models.clone_model(model, clone_function=self, input_tensors=_inputs_like(model))
+
+    def _copy_state(self):
+        """Every variable's value, and what trains."""
+        new_of = {}
+        for old, new in self.copies.values():
+            if _has_graph(old):
+                new._trainable = old._trainable
+                continue
+            pairs = list(itertools.zip_longest(_parts(old), _parts(new)))
+            if not all(a and b and _shapes(a) == _shapes(b) for a, b in pairs):
+                raise ValueError(
+                    f"'{old.name}' ({type(old).__name__}) has other weights when it is made again from its config. "
+                    "Let get_config and from_config describe it in full, weights made in build()."
+                )
+            for a, b in pairs:
+                b._trainable = a._trainable
+                for before, after in zip(_own_variables(a), _own_variables(b), strict=True):
+                    if new_of.setdefault(id(before), after) is not after:
+                        raise ValueError(
+                            f"Two layers share the weight '{before.path}', which their configs do not tell. "
+                            "Share the layer instead."
+                        )
+                    after.assign(ops.copy(before))  # on JAX an assignment shares the buffer, and `fit` gives it away
+                    after.trainable = before.trainable
+                if isinstance(b, keras.layers.Normalization):
+                    b.finalize_state()
+
+
+def _made_again(layer, cls=None, config=None):
+    own = {type(x).__name__: type(x) for x in layer._flatten_layers() if not type(x).__module__.startswith("keras.")}
+    with keras.saving.custom_object_scope(own), SafeModeScope(False):  # a live layer is no foreign file
+        return (cls or type(layer)).from_config(layer.get_config() if config is None else config)
+
+
+def _can_be_made_again(layer) -> bool:
+    try:
+        return _made_again(layer) is not None
+    except Exception:  # whatever a foreign constructor raises
+        return False
+
+
+def _copied(layer, cls=None, config=None):
+    """A layer made again from its config; not built."""
+    try:
+        new = _made_again(layer, cls, config)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(
+            f"'{layer.name}' ({type(layer).__name__}) cannot be made again by from_config(get_config()): {reason}\n"
+            "Give its class a get_config that names every argument of its __init__."
+        ) from error
+    for a, b in zip(layer._flatten_layers(), new._flatten_layers(), strict=False):
+        if hasattr(a, "save_assets"):  # vocabularies
+            with tempfile.TemporaryDirectory() as folder:
+                a.save_assets(folder)
+                b.load_assets(folder)
+    return new
+
+
+def _wrapped(layer, options):
+    names = list(named_weights(layer))
+    return MaskedWrapper(_copied(layer), name=layer.name, trainable=layer.trainable, weight_names=names, **options)
+
+
+def _copied_operation(operation):
+    new = copy.copy(operation)
+    new._inbound_nodes, new._outbound_nodes = [], []
+    return new
+
+
+def _stock_config(layer):
+    """A layer's config in which every masked layer is its stock layer."""
+    return _without_masks(layer.get_config(), isinstance(layer, MaskedGaussian))
+
+
+def _without_masks(config, is_masked=False):
+    if isinstance(config, list | tuple):
+        return type(config)(_without_masks(x) for x in config)
+    if not isinstance(config, dict):
+        return config
+    cls = keras.saving.get_registered_object(config.get("registered_name") or "")
+    if cls is MaskedWrapper:
+        inner = _without_masks(config["config"]["layer"])
+        return {**inner, "config": {**inner["config"], "name": config["config"]["name"]}}
+    if isinstance(cls, type) and issubclass(cls, MaskedGaussian):
+        stock = _stock_class(cls)
+        named = {"module": "keras.layers", "class_name": stock.__name__, "registered_name": None}
+        return {**config, **named, "config": _without_masks(config["config"], is_masked=True)}
+    return {k: _without_masks(v) for k, v in config.items() if not (is_masked and k in _POSTERIOR_OPTIONS)}
+
+
+_POSTERIOR_OPTIONS = {
+    p.name
+    for p in inspect.signature(MaskedGaussian.__init__).parameters.values()
+    if p.kind is inspect.Parameter.KEYWORD_ONLY
+}
+
+
+def _has_graph(layer) -> bool:
+    """Whether a model is no more than the graph of its layers: Functional or Sequential, with the call of these.
+
+    A class of its own may know how to make layers that cannot be made again by themselves, as some of KerasHub's.
+    """
+    if isinstance(layer, keras.Sequential):
+        return type(layer).call is keras.Sequential.call and layer._functional is not None
+    if not isinstance(layer, Functional) or type(layer).call is not Functional.call:
+        return False
+    return type(layer) is Functional or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
+
+
+def _inputs_like(model):
+    """New Inputs in the structure of a Functional model's."""
+
+    def like(x):
+        made_by = x._keras_history.operation
+        return keras.Input(
+            batch_shape=x.shape,
+            dtype=x.dtype,
+            sparse=x.sparse,
+            name=made_by.name,
+            optional=getattr(made_by, "optional", False),
+        )
+
+    return keras.tree.map_structure(like, model.input)
+
+
+def _as_graph(new, old):
+    """Functional model of one layer: the copy `new` of a model without a graph, on inputs like those of `old`."""
+    if isinstance(old, Functional):
+        inputs = _inputs_like(old)
+        return keras.Model(inputs, new(inputs), name=old.name)
+    shapes = getattr(old, "_build_shapes_dict", None) or {}
+    if not shapes:
+        raise ValueError(f"The inputs of '{old.name}' ({type(old).__name__}) are unknown. Call it once on data.")
+    reasons = []
+    for dtype in (old.input_dtype, "int32"):  # a model keeps the shapes of its inputs, not their dtypes
+        inputs = {key.removesuffix("_shape"): _inputs_of_shapes(shape, dtype) for key, shape in shapes.items()}
+        first = next(iter(inputs.values())) if len(inputs) == 1 else inputs
+        try:
+            outputs = new(first) if len(inputs) == 1 else new(**inputs)
+            return keras.Model(first, outputs, name=old.name)
+        except Exception as error:
+            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+    raise ValueError(
+        f"'{old.name}' ({type(old).__name__}) cannot be called on symbolic inputs of shapes {shapes}: {reasons[0]}\n"
+        "Its call must run on symbolic tensors (keras.ops), and its get_config name every argument of its __init__."
+    )
+
+
+def _inputs_of_shapes(shapes, dtype, name=None):
+    if isinstance(shapes, dict):
+        return {key: _inputs_of_shapes(shape, dtype, key) for key, shape in shapes.items()}
+    if shapes and isinstance(shapes[0], list | tuple | dict):
+        return [_inputs_of_shapes(shape, dtype) for shape in shapes]
+    return keras.Input(batch_shape=(None, *shapes[1:]), dtype=dtype, name=name)
 
 
 @contextlib.contextmanager
@@ -92,8 +317,20 @@ def _layer_seed(seed, position):
     return None if seed is None else int(np.random.default_rng([seed, position]).integers(2**31))
 
 
-def _is_functional(model) -> bool:
-    return type(model).__name__ == "Functional" or hasattr(model, "_nodes_by_depth")
+def _parts(layer) -> list:
+    """A layer and its sublayers, each once, without wrappers around them."""
+    found = {}
+
+    def walk(part):
+        while isinstance(part, MaskedWrapper):
+            part = part.layer
+        if id(part) not in found:
+            found[id(part)] = part
+            for child in part._layers:
+                walk(child)
+
+    walk(layer)
+    return list(found.values())
 
 
 def _own_variables(layer) -> list:
@@ -103,11 +340,5 @@ def _own_variables(layer) -> list:
     return layer._trainable_variables + layer._non_trainable_variables
 
 
-def _copy_variables(old_model, new_model):
-    """Every variable's value, and whether it trains, from one model to its copy."""
-    old_layers, new_layers = ([m, *m._flatten_layers(include_self=False)] for m in (old_model, new_model))
-    for old, new in zip(old_layers, new_layers, strict=True):
-        for a, b in zip(_own_variables(old), _own_variables(new), strict=True):
-            b.assign(a)
-            if not a.trainable and b.trainable:
-                b.trainable = False
+def _shapes(layer) -> list:
+    return [tuple(variable.shape) for variable in _own_variables(layer)]

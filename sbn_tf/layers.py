@@ -46,6 +46,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.draws import BatchDraws, call_in_batch, touched_channels
+
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
     import tensorflow_probability as tfp
@@ -67,6 +69,7 @@ __all__ = [
     "MaskedGaussian",
     "SeparableConv1D",
     "SeparableConv2D",
+    "batch_draws",
     "masked_layers",
     "partial_class",
     "posterior_mean",
@@ -121,15 +124,17 @@ def scatter_entries(values, index, shape):
 
 
 # %%
-def standard_normal(size: int, seed_generator, dtype: str = "float32"):
-    """Standard normal noise of shape (size,), different for each call and for each replica of a strategy."""
+def standard_normal(size, seed_generator, dtype: str = "float32"):
+    """Standard normal noise of `size`, a count or a shape; different for each call and each replica of a strategy."""
+    shape = (size,) if isinstance(size, int) else size
     if keras.backend.backend() == "tensorflow":
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
             replica = tf.cast(context.replica_id_in_sync_group, "int32")
-            seed = tf.cast(seed_generator.next(ordered=False), "int32") + tf.stack([0, replica * 7919])
-            return tf.random.stateless_normal((size,), seed, dtype=dtype)
-    return keras.random.normal((size,), dtype=dtype, seed=seed_generator)
+            # In the seed, not in the counter beside it: no replica meets later what another has drawn.
+            seed = tf.cast(seed_generator.next(ordered=False), "int32") + tf.stack([replica * 1013904243, 0])
+            return tf.random.stateless_normal(shape, seed, dtype=dtype)
+    return keras.random.normal(shape, dtype=dtype, seed=seed_generator)
 
 
 # %% [markdown]
@@ -229,6 +234,7 @@ def make_prior(prior: dict, dtype="float32"):
 _draws: contextvars.ContextVar[dict] = contextvars.ContextVar("sbn_tf_draws", default={})  # noqa: B039
 _at_mean: contextvars.ContextVar[bool] = contextvars.ContextVar("sbn_tf_at_mean", default=False)
 _kept: contextvars.ContextVar[dict | None] = contextvars.ContextVar("sbn_tf_kept", default=None)
+_batch: contextvars.ContextVar[BatchDraws | None] = contextvars.ContextVar("sbn_tf_batch", default=None)
 
 
 @contextlib.contextmanager
@@ -237,11 +243,12 @@ def posterior_sample():
 
     Outside it every call draws anew. In a loop that TensorFlow itself traces (`tf.while_loop`) the draw is the loop's.
     """
-    token = _kept.set({})
+    token, batch_token = _kept.set({}), _batch.set(None)
     try:
         yield
     finally:
         _kept.reset(token)
+        _batch.reset(batch_token)
 
 
 @contextlib.contextmanager
@@ -256,6 +263,31 @@ def posterior_mean():
         yield
     finally:
         _at_mean.reset(token)
+
+
+@contextlib.contextmanager
+def batch_draws(how: str, num_samples: int = 5, shared=()):
+    """Within this context one call of a network on a batch holds several draws, at about the cost of one.
+
+    Axis 0 of every masked layer's inputs must be the batch, in the same order throughout the network.
+
+    Args:
+        how: "split": draw s serves part s of the batch, the rows from s * B // S to (s + 1) * B // S. "flipout": every
+            example sees a draw of its own, one noise times random signs. "local": each output of a `Dense` on (batch,
+            features) has noise of its own, exact in mean and variance; flipout elsewhere. A layer that is not linear in
+            one kernel (separable, wrapped) splits under all three.
+        num_samples: number of parts S. >= 1.
+        shared: layers that the network uses twice: "local" draws them by flipout. Within one context a layer's draws,
+            and signs, are the same at each use.
+
+    With the same seeds, "split" gives what S calls on the parts give, each within `posterior_sample`.
+    """
+    token, kept_token = _batch.set(BatchDraws(how, num_samples, shared)), _kept.set(None)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+        _kept.reset(kept_token)
 
 
 def _seam(name: str, stock):
@@ -359,6 +391,9 @@ class MaskedGaussian:
         kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
         seed: int; fixes the mask chosen at random and the noise.
 
+    A stock layer's `kernel_regularizer` acts on the loc, and so does its `kernel_constraint`, after each step: a draw may
+    leave the constraint's set. An `activity_regularizer` sees the outputs of the draw.
+
     Raises:
         ValueError: a count, mask, scale, reduction or `kl_weight` that does not fit, or a missing `kl_weight`.
 
@@ -407,6 +442,7 @@ class MaskedGaussian:
                 f"Received: num_bayesian={num_bayesian}"
             )
         self.num_bayesian = {k: int(v) for k, v in counts.items()}
+        self._touched = _Box({})  # weight -> how many indices of its last two axes hold Bayesian entries
         if self._masks.value:
             if any(self.num_bayesian.values()):
                 raise ValueError(f"Expected num_bayesian or mask. Received: both, num_bayesian={num_bayesian}")
@@ -439,12 +475,9 @@ class MaskedGaussian:
         names = [] if _at_mean.get() else self._bayesian_names()
         if not names:
             return super().call(inputs)
-        drawn = {(id(self), name): self._kept_draw(name) for name in names}
-        token = _draws.set({**_draws.get(), **drawn})
-        try:
-            return super().call(inputs)
-        finally:
-            _draws.reset(token)
+        if _batch.get() is not None:
+            return call_in_batch(self, inputs, _batch.get(), self._call_with)
+        return self._call_with(inputs, {name: self._kept_draw(name) for name in names})
 
     def get_config(self):
         """The stock layer's config and the posterior's; the mask itself is saved among the weights."""
@@ -551,6 +584,9 @@ class MaskedGaussian:
                     f"Received: {tuple(store[name].shape)}. Build it with the same num_bayesian as when it was saved."
                 )
             posterior[name].assign(store[name])
+            if name.endswith("_index"):
+                weight = name.removesuffix("_posterior_index")
+                self._touched.value[weight] = touched_channels(self, weight, store[name])
 
     def enable_lora(self, *args, **kwargs):
         """Refused with Bayesian entries: a layer holds a posterior or LoRA factors, not both."""
@@ -565,6 +601,14 @@ class MaskedGaussian:
         super().quantize(*args, **kwargs)
 
     # ---- below: how it is done ----
+
+    def _call_with(self, inputs, drawn):
+        """The stock layer's `call` with the weights `drawn` (name -> tensor)."""
+        token = _draws.set({**_draws.get(), **{(id(self), name): value for name, value in drawn.items()}})
+        try:
+            return super().call(inputs)
+        finally:
+            _draws.reset(token)
 
     def _by_weight(self, value, argument):
         if value is None or isinstance(value, dict):
@@ -614,12 +658,39 @@ class MaskedGaussian:
         return kept[key]
 
     def _draw(self, name):
-        loc = ops.convert_to_tensor(self._loc(name))
-        noise = standard_normal(self.num_bayesian[name], self._noise_seed, self._posterior_dtype())
-        values = ops.cast(self._masked_scale(name) * noise, loc.dtype)
+        return self._drawn({name: self._noise(name)})[name]
+
+    def _noise(self, name):
+        """New noise of the Bayesian entries, scaled: (k,)."""
+        return self._masked_scale(name) * self._normal(self.num_bayesian[name])
+
+    def _normal(self, size):
+        return standard_normal(size, self._noise_seed, self._posterior_dtype())
+
+    def _drawn(self, noise, *names):
+        """Dense draws of the weights `names` (default: all) from their noise (name -> (k,))."""
+        return {n: ops.convert_to_tensor(self._loc(n)) + self._delta(n, noise[n]) for n in names or noise}
+
+    def _delta(self, name, values):
+        """`values` (k,) at the Bayesian entries of a tensor shaped as weight `name`, 0 elsewhere."""
+        loc = self._loc(name)
         index = getattr(self, f"{name}_posterior_index", None)
         index = index if index is None else ops.convert_to_tensor(index)
-        return loc + scatter_entries(values, index, tuple(loc.shape))
+        dtype = ops.convert_to_tensor(loc).dtype  # the layer's compute dtype, within its call
+        return scatter_entries(ops.cast(values, dtype), index, tuple(loc.shape))
+
+    def _batch_draws(self, batch, num_samples):
+        """Noise (name -> (k,)) of each sample, kept in `batch`: in the order in which separate calls would draw it."""
+        names = self._bayesian_names()
+        key = (id(self), num_samples, _graph())
+        return batch.keep(key, lambda: [{name: self._noise(name) for name in names} for _ in range(num_samples)])
+
+    def _signs(self, batch, place, tensor, axes):
+        """Random signs of each example along `axes`, kept in `batch`: 1 along every other axis of `tensor`."""
+        rank, shape = len(tensor.shape), ops.shape(tensor)
+        kept = [size if i == 0 or i - rank in axes else 1 for i, size in enumerate(shape)]
+        signs = batch.keep((id(self), place, _graph()), lambda: ops.where(self._normal(kept) < 0, -1.0, 1.0))
+        return ops.cast(signs, tensor.dtype)
 
     def _posterior_dtype(self):
         return "float64" if self.variable_dtype == "float64" else "float32"
@@ -643,12 +714,14 @@ class MaskedGaussian:
                 raise ValueError(
                     f"Expected at most {size} Bayesian entries in `{name}` of layer '{self.name}'. Received: {k}"
                 )
+            self._touched.value.pop(name, None)
             if k < size:
                 chosen = np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
+                self._touched.value[name] = touched_channels(self, name, chosen)
                 index = self.add_weight(
                     name=f"{name}_posterior_index",
                     shape=(k,),
-                    dtype="int64",
+                    dtype="int64" if keras.backend.backend() == "tensorflow" else "int32",  # JAX has no int64
                     initializer=lambda shape, dtype, chosen=chosen: ops.convert_to_tensor(chosen, dtype=dtype),
                     trainable=False,
                     autocast=False,

@@ -33,6 +33,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import itertools
 import math
 import warnings
 
@@ -40,10 +43,14 @@ import h5py
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from sbn_tf.conversion import convert
-from sbn_tf.layers import _at_mean, _Box, masked_layers, posterior_sample
-from sbn_tf.saliency import biases_before_batch_norm, named_weights
+from sbn_tf.distribution import Distributed
+from sbn_tf.graph import Graph, one_after_another
+from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
+from sbn_tf.saliency import biases_before_batch_norm, named_weights, saliency, top_k
 
 __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_norm", "to_partial_bayes"]
 
@@ -128,7 +135,7 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 
 # %%
 @keras.saving.register_keras_serializable(package="sbn_tf")
-class PartialBayes(keras.Model):
+class PartialBayes(Distributed, keras.Model):
     """A network with masked Gaussian weights, trained on the ELBO, predicting with posterior samples.
 
     Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
@@ -168,7 +175,7 @@ class PartialBayes(keras.Model):
         _check_count("num_samples", num_samples)
         if terms_per_example is not None:
             _check_count("terms_per_example", terms_per_example)
-        _check_choice("estimator", estimator, ("all", "split"))
+        _check_choice("estimator", estimator, ("all", "split", "flipout", "local"))
         _check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
         _check_choice("kl_reduction", kl_reduction, ("sum", "mean"))
         self.network = network
@@ -182,6 +189,8 @@ class PartialBayes(keras.Model):
             raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
         self._beta, self._terms = _Box(None), _Box(terms_per_example)  # terms: None until the loss is known
         self._samplers = _Box({})  # models that hold this one
+        self._graph = _Box(Graph(network))
+        self._check_one_pass()
         self.kl_weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
         for layer in masked_layers(network):
             layer.kl_weight = self.kl_weight
@@ -211,42 +220,52 @@ class PartialBayes(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=None):
-        """Posterior predictive mean of `num_samples` draws; in training `{"samples": [one output a draw]}`."""
+        """Posterior predictive mean of `num_samples` draws.
+
+        In training `{"samples": [one output a draw]}` of the estimator "all", and of the others the batch's outputs, to
+        which several draws contributed.
+        """
         if not training:
-            return self._predictive_mean([self._one_draw(inputs, False) for _ in range(self.num_samples)])
-        if self._get_call_context().entry_layer is not self:
+            return self._predictive_mean(inputs)
+        if _is_a_part(self):
             raise ValueError(
                 f"'{self.name}' cannot be trained as a part of another model, which would see one of its samples only. "
                 "Build that model of the trained network and convert it whole."
             )
         if self.estimator == "all":
-            return {"samples": [self._one_draw(inputs, True) for _ in range(self.num_samples)]}
-        return {"samples": [self._one_draw(self._part(inputs, s), True) for s in range(self.num_samples)]}
+            with self._graph.value.sharing(training=True) as losses:
+                samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
+            _added.set((frozenset(losses), self.num_samples))
+            return {"samples": samples}
+        if self._graph.value.mixes_batch() is not None:
+            _added.set((frozenset(), self.num_samples))
+            return self._in_parts(inputs)
+        _added.set((frozenset(), 1))
+        with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
+            return self.network(inputs, training=True)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean of the samples' losses and of what they added by `add_loss`, plus the KL and the regularizers, once."""
         if self._compile_loss is None:
             raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
+        self.kl_tracker.update_state(self.kl_divergence() / self.num_train)  # JAX hides the weights from metrics
         if not _is_samples(y_pred):
-            return super().compute_loss(x, y, y_pred, sample_weight)
-        samples = y_pred["samples"]
-        if self.estimator == "split":
-            data = self._compile_loss(*self._one_batch(y, y_pred, sample_weight))
+            data = self._compile_loss(y, y_pred, sample_weight)
         else:
+            samples = y_pred["samples"]
             data = sum(self._compile_loss(y, sample, sample_weight) for sample in samples) / len(samples)
         once = self._get_regularization_losses()
-        each = self.losses[: len(self.losses) - len(once)]  # of activity regularizers and add_loss: one a sample
+        ran_once, draws = _added.get()
         added = [self._aggregate_additional_loss(loss) for loss in once]
-        added += [self._aggregate_additional_loss(loss) / len(samples) for loss in each]
+        for loss in self.losses[: len(self.losses) - len(once)]:  # of activity regularizers and add_loss
+            added.append(self._aggregate_additional_loss(loss) / (1 if id(loss) in ran_once else draws))
         return data + sum(ops.cast(loss, data.dtype) for loss in added)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Metrics of the predictive mean, and the KL in nats per training example."""
-        self.kl_tracker.update_state(self.kl_divergence() / self.num_train)
-        if _is_samples(y_pred) and self.estimator == "split":
-            y, y_pred, sample_weight = self._one_batch(y, y_pred, sample_weight)
-        elif _is_samples(y_pred):
-            y_pred = self._predictive_mean(y_pred["samples"])
+        """Metrics of the predictive mean; `compute_loss` has counted the KL in nats per training example."""
+        if _is_samples(y_pred):
+            first, *others = (self._to_average(sample) for sample in y_pred["samples"])
+            y_pred = self._averaged(functools.reduce(self._plus, others, first), y_pred["samples"][0])
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def fit(self, *args, **kwargs):
@@ -266,22 +285,50 @@ class PartialBayes(keras.Model):
             )
         return history
 
-    def evaluate(self, *args, **kwargs):
-        """`keras.Model.evaluate` of the posterior predictive mean."""
+    def make_train_function(self, force=False):
+        """`keras.Model.make_train_function`, of `fit` and `train_on_batch`; not within `posterior_mean()`."""
         self._refuse_posterior_mean()
-        return super().evaluate(*args, **kwargs)
+        return super().make_train_function(force)
 
-    def predict(self, *args, **kwargs):
-        """`keras.Model.predict`: the posterior predictive mean."""
+    def make_test_function(self, force=False):
+        """`keras.Model.make_test_function`, of `evaluate` and `test_on_batch`; not within `posterior_mean()`."""
         self._refuse_posterior_mean()
-        return super().predict(*args, **kwargs)
+        return super().make_test_function(force)
 
-    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
-        """`keras.Model.export`: the predictive mean of `num_samples` draws a call."""
+    def make_predict_function(self, force=False):
+        """`keras.Model.make_predict_function`, of `predict` and `predict_on_batch`; not within `posterior_mean()`."""
+        self._refuse_posterior_mean()
+        return super().make_predict_function(force)
+
+    def export(
+        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, outputs: str = "mean", **kwargs
+    ):
+        """`keras.Model.export` for serving, with `num_samples` draws in each call.
+
+        The states of the noise seeds are part of what is exported: each call of the served model goes on from them, so
+        two calls differ, and whoever loads it afresh gets the same sequence, the one that this model goes on with too.
+
+        Args:
+            filepath, format, verbose, input_signature: as in Keras.
+            outputs: "mean": what `predict` gives. "uncertainty": what `predict_uncertainty` gives: a dict with mean,
+                total_entropy, expected_entropy and mutual_information.
+            kwargs: as in Keras.
+
+        Raises:
+            ValueError: an unknown kind of outputs, outputs without an entropy, or another backend than TensorFlow.
+        """
+        _check_choice("outputs", outputs, ("mean", "uncertainty"))
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
+        self._refuse_posterior_mean()
         if input_signature is None:
             shapes = keras.tree.map_structure(lambda t: keras.InputSpec(t.dtype, t.shape, name=t.name), self._inputs())
             input_signature = [shapes]
-        super().export(filepath, format, verbose, input_signature, **kwargs)
+        if outputs == "mean":
+            super().export(filepath, format, verbose, input_signature, **kwargs)
+        else:
+            self._check_entropies()
+            self._sampler("uncertainty", None).export(filepath, format, verbose, input_signature, **kwargs)
 
     def load_weights(self, filepath, **kwargs):
         """`keras.Model.load_weights`; the file of a deterministic network of these layers gives the locs."""
@@ -348,6 +395,11 @@ class PartialBayes(keras.Model):
             settle_batch_norm(self.network, self.batch_norm)
 
     @property
+    def output_names(self) -> list[str]:
+        """The network's: losses, weights of losses and metrics may be given by them."""
+        return self.network.output_names
+
+    @property
     def num_samples(self) -> int:
         """Posterior draws in each step and prediction. Setting it traces the compiled functions anew."""
         return self._num_samples
@@ -408,12 +460,7 @@ class PartialBayes(keras.Model):
             ValueError: outputs that are not probabilities.
         """
         self._refuse_posterior_mean()
-        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
-        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
-            raise ValueError(
-                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
-                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits).'
-            )
+        self._check_entropies()
         return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
 
     # ---- below: how it is done ----
@@ -427,17 +474,42 @@ class PartialBayes(keras.Model):
         with posterior_sample():
             return self.network(inputs, training=training)
 
-    def _part(self, inputs, sample):
-        """The share of a batch that one sample sees under "split": every `num_samples`-th example.
+    def _in_parts(self, inputs):
+        """The estimator "split" by one call a draw, each on its part of the batch. Outputs in the batch's order.
 
-        Of a batch with fewer examples than samples, as the last one of an epoch may be, some are seen twice.
+        A draw that is left without examples, as by the last batch of an epoch, runs on one: a mean over none is NaN.
         """
+        size = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        bounds, outputs = [s * size // self.num_samples for s in range(self.num_samples + 1)], []
+        for start, stop in itertools.pairwise(bounds):
+            end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
+            part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
+            drawn = self._one_draw(part, True)
+            outputs.append(keras.tree.map_structure(lambda t, n=stop - start: _first(t, n), drawn))
+        return keras.tree.map_structure(_joined, *outputs)
 
-        def share(t):
-            size = ops.shape(t)[0]
-            return t[sample if size is None else sample % size :: self.num_samples]
+    def _check_one_pass(self):
+        """Refuse what one call of the network cannot do for several draws."""
+        mixing = self._graph.value.mixes_batch()
+        if mixing is not None and self.estimator in ("flipout", "local"):
+            raise ValueError(
+                f"Expected a network that keeps axis 0 as the batch for estimator={self.estimator!r}. Received: "
+                f"'{self.network.name}', whose '{mixing}' is not known to. Use \"split\" or \"all\"."
+            )
+        norms = [x for x in self.network._flatten_layers() if isinstance(x, keras.layers.BatchNormalization)]
+        if mixing is not None and self.estimator == "split" and norms and self.batch_norm != "frozen":
+            raise ValueError(
+                f"estimator=\"split\" would show batch norm batch/num_samples images a draw, since '{mixing}' is not "
+                'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
+            )
 
-        return keras.tree.map_structure(share, inputs)
+    def _check_entropies(self):
+        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
+        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
+            raise ValueError(
+                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
+                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits).'
+            )
 
     def _inputs(self):
         return getattr(self.network, "_inputs_struct", self.network.inputs[0])
@@ -455,6 +527,7 @@ class PartialBayes(keras.Model):
     def _spare_scales_weight_decay(self):
         """Decay would pull an untransformed scale to 0, a scale to 0.69: away from the data and from the prior."""
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        optimizer = getattr(optimizer, "scale_optimizer", optimizer)
         if getattr(optimizer, "weight_decay", None) and not optimizer.built:
             spared = {optimizer._var_key(v) for v in self.trainable_variables if _is_scale(v)}
             optimizer._exclude_from_weight_decay = spared | getattr(optimizer, "_exclude_from_weight_decay", set())
@@ -467,32 +540,44 @@ class PartialBayes(keras.Model):
         link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
         return keras.tree.map_structure(link, outputs)
 
-    def _predictive_mean(self, samples):
+    def _predictive_mean(self, inputs):
         """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
-        samples = [keras.tree.map_structure(_at_least_float32, sample) for sample in samples]
+        with self._graph.value.sharing() as losses:
+            first = self._one_draw(inputs, False)
+
+            def step(_, state):
+                return self._plus(state, self._to_average(self._one_draw(inputs, False)))
+
+            state = self._to_average(first)
+            if any(layer._get_own_losses() for layer in self.network._flatten_layers()):  # evaluate needs each of them
+                for sample in range(1, self.num_samples):
+                    state = step(sample, state)
+            else:
+                state = one_after_another(step, state, 1, self.num_samples)
+        _added.set((frozenset(losses), self.num_samples))
+        return self._averaged(state, first)
+
+    def _to_average(self, outputs) -> list:
+        """One sample's probabilities, as what is summed: themselves, or logarithms that are added as exponentials."""
+        outputs = [_at_least_float32(x) for x in keras.tree.flatten(outputs)]
         if not self.from_logits:
-            return keras.tree.map_structure(lambda *s: sum(s) / len(s), *samples)
+            return outputs
+        if self.probabilities == "sigmoid":
+            return [ops.log_sigmoid(z) for x in outputs for z in (x, -x)]
+        return [ops.log_softmax(x) for x in outputs]
 
-        def log_mean(*logs):  # of exponentials: stable however sure the samples are
-            return ops.logsumexp(ops.stack(logs), axis=0) - math.log(len(logs))
+    def _plus(self, state, more) -> list:
+        return [(ops.logaddexp if self.from_logits else ops.add)(a, b) for a, b in zip(state, more, strict=True)]
 
-        def logit(*z):
-            return log_mean(*map(ops.log_sigmoid, z)) - log_mean(*(ops.log_sigmoid(-x) for x in z))
-
-        def log_softmax(*z):
-            return log_mean(*map(ops.log_softmax, z))
-
-        return keras.tree.map_structure(logit if self.probabilities == "sigmoid" else log_softmax, *samples)
-
-    def _one_batch(self, y, y_pred, sample_weight):
-        """The split estimator's parts as one batch again, targets in the same order."""
-
-        def reorder(t):
-            return ops.concatenate([self._part(t, s) for s in range(self.num_samples)], axis=0)
-
-        outputs = keras.tree.map_structure(_joined, *y_pred["samples"])
-        y = keras.tree.map_structure(reorder, y)
-        return y, outputs, None if sample_weight is None else keras.tree.map_structure(reorder, sample_weight)
+    def _averaged(self, state, like):
+        """The samples' mean of what was summed, in the structure of `like`: stable however sure the samples are."""
+        if not self.from_logits:
+            state = [total / self.num_samples for total in state]
+        elif self.probabilities == "sigmoid":
+            state = [yes - no for yes, no in zip(state[::2], state[1::2], strict=True)]
+        else:
+            state = [total - math.log(self.num_samples) for total in state]
+        return keras.tree.pack_sequence_as(like, state)
 
     def _settle_terms(self, loss):
         terms = self._terms_of(loss)
@@ -562,6 +647,14 @@ def entropy(probs, kind: str):
     return -ops.sum(xlogx(probs), axis=-1)
 
 
+def _first(x, number):
+    """The first `number` examples of `x`, with the logits that Keras's losses look for."""
+    cut = x[:number]
+    if hasattr(x, "_keras_logits"):
+        cut._keras_logits = x._keras_logits[:number]
+    return cut
+
+
 def _joined(*parts):
     """Parts of a batch as one, with the logits that Keras's losses look for beside probabilities.
 
@@ -573,37 +666,54 @@ def _joined(*parts):
     return whole
 
 
-class _Sampler(keras.Model):
+class _Sampler(Distributed, keras.Model):
     """Runs S draws of a `PartialBayes`'s network for one batch, in one compiled call."""
 
     def __init__(self, model, kind, num_samples):
         super().__init__(name=f"{kind}_of_{num_samples}")
-        self._model, self._kind, self._num_samples = _Box(model), kind, num_samples
+        self._model, self._kind, self._num_samples = model, kind, num_samples  # tracked: JAX passes its variables
         self.built = True
 
     def call(self, inputs):
-        draws = (self._draw(inputs) for _ in range(self._num_samples))
-        if self._kind == "samples":
-            return keras.tree.map_structure(lambda *s: ops.stack(s, axis=1), *draws)
-        mean, aleatoric = None, None
-        for outputs in draws:  # running sums: no (samples, batch, ...) array
-            p, nats = keras.tree.flatten(outputs), self._entropies(outputs)
-            mean = p if mean is None else [a + b for a, b in zip(mean, p, strict=True)]
-            aleatoric = nats if aleatoric is None else [a + b for a, b in zip(aleatoric, nats, strict=True)]
-        mean = [p / self._num_samples for p in mean]
-        whole, expected = self._entropies(mean), [nats / self._num_samples for nats in aleatoric]
+        with self._model._graph.value.sharing():
+            return self._array(inputs) if self._kind == "samples" else self._sums(inputs)
+
+    def _array(self, inputs):
+        """The samples' outputs: (batch, samples, ...)."""
+        first, number = self._draw(inputs), ops.arange(self._num_samples)
+
+        def write(i, state):
+            new = keras.tree.flatten(self._draw(inputs))
+            at = [ops.reshape(number == i, (1, -1, *(1 for _ in x.shape[1:]))) for x in new]
+            return [ops.where(a, x[:, None], old) for a, x, old in zip(at, new, state, strict=True)]
+
+        state = [ops.repeat(x[:, None], self._num_samples, axis=1) for x in keras.tree.flatten(first)]
+        return keras.tree.pack_sequence_as(first, one_after_another(write, state, 1, self._num_samples))
+
+    def _sums(self, inputs):
+        """Mean and entropies by running sums: no (samples, batch, ...) array."""
+        first = self._draw(inputs)
+
+        def terms(outputs):
+            return [*keras.tree.flatten(outputs), *self._entropies(outputs)]
+
+        def add(_, state):
+            return [total + x for total, x in zip(state, terms(self._draw(inputs)), strict=True)]
+
+        sums = one_after_another(add, terms(first), 1, self._num_samples)
+        means = [total / self._num_samples for total in sums]
+        mean, expected = means[: len(means) // 2], means[len(means) // 2 :]
         results = [
             {"mean": p, "total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
-            for p, h, e in zip(mean, whole, expected, strict=True)
+            for p, h, e in zip(mean, self._entropies(mean), expected, strict=True)
         ]
-        return results[0] if len(results) == 1 else keras.tree.pack_sequence_as(outputs, results)
+        return results[0] if len(results) == 1 else keras.tree.pack_sequence_as(first, results)
 
     def _draw(self, inputs):
-        model = self._model.value
-        return model._as_probabilities(model._one_draw(inputs, False))
+        return self._model._as_probabilities(self._model._one_draw(inputs, False))
 
     def _entropies(self, outputs):
-        outputs, kinds = keras.tree.flatten(outputs), self._model.value.probabilities
+        outputs, kinds = keras.tree.flatten(outputs), self._model.probabilities
         kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
         return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
 
@@ -630,9 +740,12 @@ class _Sampler(keras.Model):
 # %%
 def to_partial_bayes(
     model,
-    masks,
+    masks=None,
     *,
     num_train: int,
+    r_bayes: float | None = None,
+    data=None,
+    loss=None,
     num_samples: int = 5,
     beta: float = 1.0,
     kl_reduction: str = "sum",
@@ -650,14 +763,19 @@ def to_partial_bayes(
 
     Args:
         model: built Functional or Sequential `keras.Model`. It is not changed.
-        masks: `saliency.Masks` of this model: which entries are Bayesian.
+        masks: `saliency.Masks` of this model: which entries are Bayesian. None: chosen here, by `r_bayes`.
         num_train: examples in the training set; the ELBO divides the KL by it.
+        r_bayes: share of the eligible weight entries that is Bayesian, 0 to 1, instead of masks: the most salient ones
+            by the Fisher score, after one pass over `data` (`saliency` and `top_k` with their own options do the same).
+        data: training data for that pass: a tuple of arrays (x, y), a `tf.data.Dataset` or an iterable of batches.
+        loss: loss for that pass, as in `saliency`; None: the one that the model was compiled with.
         num_samples: posterior draws in each training step and each prediction.
         beta: factor of the KL; 1 is the ELBO. A schedule: the callback `BetaSchedule`.
         kl_reduction: "sum" over entries (the ELBO), or "mean" over each weight's entries, not divided by
             `num_train`, as in the paper's code.
         terms_per_example: terms of one example that the loss averages over; None: known from a Keras loss at `compile`.
-        estimator: "all" (each draw sees the batch) or "split" (each draw sees 1/num_samples of it).
+        estimator: "all" (each draw sees the batch), "split" (each draw sees 1/num_samples of it), "flipout" or "local"
+            (each example sees a draw of its own): section 4.
         initial_scale: standard deviation at which each posterior starts, in the weights' unit.
         untransformed_scale_initializer: Keras initializer of the untransformed scales instead; the paper's is
             `RandomNormal(-3, 1)`.
@@ -672,11 +790,15 @@ def to_partial_bayes(
         A `PartialBayes`, to be compiled and fitted.
 
     Raises:
-        ValueError: masks of another model, a layer without a masked twin, an option out of range, or a
-            trap of the table above.
+        ValueError: masks of another model, neither masks nor r_bayes with data, an option out of range, an estimator
+            that does not fit the network, or a trap of the table above.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
+    if (masks is None) == (r_bayes is None):
+        raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
+    if masks is None:
+        masks = _salient_masks(model, r_bayes, data, loss, exclude_biases=batch_norm != "frozen")
     if batch_norm != "frozen":
         masked = {key for key, mask in dict(masks).items() if np.any(mask)}
         biases = [key for key in biases_before_batch_norm(model) if key in masked]
@@ -684,12 +806,6 @@ def to_partial_bayes(
             raise ValueError(
                 f"Bayesian biases right before a batch norm in training mode have no effect there: {biases[:5]}. "
                 'Leave them out of the saliency pass (exclude=...), or use batch_norm="frozen".'
-            )
-        has_norm = any(isinstance(x, keras.layers.BatchNormalization) for x in model._flatten_layers())
-        if estimator == "split" and has_norm:
-            raise ValueError(
-                'estimator="split" shows batch norm only batch/num_samples images a draw. '
-                'Use batch_norm="frozen" with it, or estimator="all".'
             )
     options = {
         "initial_scale": initial_scale,
@@ -715,6 +831,17 @@ def to_partial_bayes(
 
 
 # %%
+def _salient_masks(model, r_bayes, data, loss, exclude_biases):
+    loss = getattr(model, "loss", None) if loss is None else loss
+    if data is None or loss is None:
+        missing = "data" if data is None else "loss, and the model is not compiled"
+        raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
+    if isinstance(loss, dict | list):
+        loss = model._compile_loss
+    exclude = biases_before_batch_norm(model) if exclude_biases else None
+    return top_k(saliency(model, data, loss, exclude=exclude or None), r_bayes)
+
+
 def _check_count(name, value):
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"Expected {name} to be an integer >= 1. Received: {name}={value!r}")
@@ -737,6 +864,10 @@ def settle_batch_norm(network, how: str):
                         variable.trainable = False
 
 
+# Ids of the added losses that ran once, and the number of draws that added the others, in the latest call.
+_added: contextvars.ContextVar[tuple] = contextvars.ContextVar("sbn_tf_added", default=(frozenset(), 1))
+
+
 def _is_samples(y_pred):
     return isinstance(y_pred, dict) and set(y_pred) == {"samples"}
 
@@ -756,6 +887,14 @@ def _kind_of(output):
         return None
     name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
     return name if name in ("sigmoid", "softmax") else None
+
+
+def _is_a_part(model):
+    """Whether another model is calling this one. Keras's JAX trainer runs `call` of the outermost without a context."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    if keras.backend.backend() == "jax" and in_stateless_scope():
+        return context is not None
+    return context is not None and context.entry_layer is not model
 
 
 def _at_least_float32(x):
@@ -793,14 +932,16 @@ def _is_of_network(path, network):
 class LocScaleOptimizer(keras.optimizers.Optimizer):
     """One optimiser for the locs (and everything else), another for the untransformed scales.
 
-    Clipping, weight decay and moving averages are settings of the two, not of this one.
+    Clipping, weight decay, moving averages and gradient accumulation are settings of the two, not of this one: each
+    `global_clipnorm` is of its own variables' gradients. Loss scaling goes around it, as Keras does by itself under
+    `mixed_float16`: `LossScaleOptimizer(LocScaleOptimizer(...))`.
 
     Args:
         loc_optimizer: Keras optimiser or its name; `learning_rate` and Keras's schedules act on it.
         scale_optimizer: Keras optimiser of the scales; default `Adam(0.01)`.
 
     Raises:
-        ValueError: one optimiser given for both.
+        ValueError: one optimiser given for both, or one that scales the loss, which it would not see.
     """
 
     def __init__(self, loc_optimizer="adam", scale_optimizer=None, name="loc_scale"):
@@ -811,6 +952,12 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
             )
         self.loc_optimizer = keras.optimizers.get(loc_optimizer)
         self.scale_optimizer = keras.optimizers.get(scale_optimizer or keras.optimizers.Adam(0.01))
+        for one in (self.loc_optimizer, self.scale_optimizer):
+            if isinstance(one, keras.optimizers.LossScaleOptimizer) or one.loss_scale_factor is not None:
+                raise ValueError(
+                    "Expected loss scaling around the two: LossScaleOptimizer(LocScaleOptimizer(...)). Received: "
+                    f"{type(one).__name__} with loss_scale_factor={one.loss_scale_factor} inside."
+                )
 
     def build(self, variables):
         """Make each optimiser's slots for its own variables."""

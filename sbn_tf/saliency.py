@@ -37,7 +37,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
 import hashlib
 import itertools
 import os
@@ -49,18 +51,25 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 from tqdm import tqdm
+
+from sbn_tf.graph import Graph
+
+if keras.backend.backend() == "tensorflow":  # elsewhere masks and selections do without
+    import tensorflow as tf
 
 __all__ = [
     "Masks",
+    "SaliencyRecorder",
     "Weight",
     "biases_before_batch_norm",
+    "captured",
     "check_r_bayes",
     "eligible_weights",
     "named_weights",
     "overlap",
     "saliency",
+    "saliency_against_cost",
     "top_k",
 ]
 
@@ -257,6 +266,7 @@ def saliency(
     if data is None or loss is None:
         missing = "data" if data is None else "loss"
         raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}=None")
+    _check_backend(f"score={score!r}")
     training = score == "paper" if batch_statistics is None else batch_statistics
     gradients = _Gradients(model, weights, loss, training)
     sums = _Sums(weights, score)
@@ -288,6 +298,14 @@ def saliency(
     if gradients.missing:
         warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=2)
     return sums.scores(num_examples)
+
+
+def _check_backend(what):
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, whose GradientTape takes the gradients, for {what}. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()}. Make the masks there, save them, and load them here."
+        )
 
 
 # %% [markdown]
@@ -452,14 +470,19 @@ class _Sums:
         raise ValueError(f"Gradients of {keys[:3]} are not finite in batch {number}. Check the loss there.")
 
     def scores(self, num_examples):
-        scores = {key: total.numpy() for key, total in zip(self.weights, self.sums, strict=True)}
-        if self.score == "paper":
-            return {key: total**2 for key, total in scores.items()}
-        scores = {key: total / np.float32(num_examples) for key, total in scores.items()}
-        if self.score == "taylor":
-            loc = {key: keras.ops.convert_to_numpy(w.variable).astype("float32") for key, w in self.weights.items()}
-            return {key: loc[key] ** 2 * value for key, value in scores.items()}
-        return scores
+        totals = {key: total.numpy() for key, total in zip(self.weights, self.sums, strict=True)}
+        return _scores_of(self.score, self.weights, totals, num_examples)
+
+
+def _scores_of(score, weights, totals, num_examples):
+    """Scores from the sums over batches."""
+    if score == "paper":
+        return {key: total**2 for key, total in totals.items()}
+    scores = {key: total / np.float32(num_examples) for key, total in totals.items()}
+    if score == "taylor":
+        locs = {key: keras.ops.convert_to_numpy(weights[key].variable).astype("float32") for key in scores}
+        return {key: locs[key] ** 2 * value for key, value in scores.items()}
+    return scores
 
 
 # %% tags=["active-ipynb"]
@@ -470,7 +493,219 @@ class _Sums:
 # print(score_by_hand([3, -3]), score_by_hand([1, 1]))
 
 # %% [markdown]
-# ## 3. Which entries are chosen?
+# ## 3. Must it be a pass of its own?
+#
+# No: the last epoch of training has every batch's gradient in hand. A callback adds up what the optimiser is given,
+#
+# $$T \leftarrow T + n_b\, g_b^2 ,$$
+#
+# and the scores are there when `fit` returns. What differs from a pass of its own: the weights still move during that
+# epoch, and the network runs in training mode (batch norm by the batch, dropout on). With a learning rate of 0, no
+# dropout and the same batches both are equal to float rounding: the check below.
+#
+# Where is the gradient to be had? Each Keras training step ends in `optimizer.apply(gradients, variables)`. During the
+# recorded epoch that method first hands its gradients to the recorder: before clipping, weight decay and momentum,
+# and, under loss scaling, unscaled and of those steps alone that are applied. In a pass of its own regularisers are
+# left out; here their gradient is subtracted again.
+
+
+# %%
+class SaliencyRecorder(keras.callbacks.Callback):
+    """Scores of `saliency` from the gradients of an epoch of `fit`: no pass of their own.
+
+    `total += num_examples * gradient ** 2` at each step of the recorded epoch, one float32 array a weight; other epochs
+    cost nothing. The model is as before afterwards, also when `fit` raises (after an error in another callback, as soon
+    as it trains again). The step is traced once more, unless the recorded epoch is the first.
+
+    The gradients are those of training: in training mode (dropout on), with class and sample weights, at weights that
+    move. Gradients of weight regularisers are taken out, other losses that layers add are left in. Each call of
+    `optimizer.apply` is a batch, of accumulated gradients too. Under `tf.distribute` a batch is the global one: its
+    gradients are summed over the replicas once more, before any clipping.
+
+    Args:
+        score: "fisher", "paper" or "taylor" (with the weights as they are after the epoch).
+        epoch: "last", or "every": each epoch starts anew, so that the last one counts wherever early stopping ends; or
+            one epoch's number, from 0.
+        include, exclude: patterns on keys, see `eligible_weights`.
+
+    Raises:
+        ValueError: a score that needs other gradients; in `fit`, Keras on another backend than TensorFlow.
+
+    Reference: Abboud, Lombaert, Kadoury (2024), section 2.2: "at no extra pass".
+    """
+
+    def __init__(self, score: str = "fisher", *, epoch: int | str = "last", include=None, exclude=None):
+        super().__init__()
+        if score not in ("fisher", "paper", "taylor"):
+            raise ValueError(f'Expected score "fisher", "paper" or "taylor". Received: score={score!r}')
+        number = isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0
+        if not number and epoch not in ("last", "every"):
+            raise ValueError(f'Expected epoch "last", "every" or a number from 0. Received: epoch={epoch!r}')
+        self.score, self.epoch, self.include, self.exclude = score, epoch, include, exclude
+        self._scores, self._missing = None, "no fit with this callback"
+        self._function = None
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Key -> float32 array of the weight's shape, as from `saliency`.
+
+        Raises:
+            ValueError: no epoch was recorded to its end, or a gradient was not finite.
+        """
+        if self._scores is None:
+            raise ValueError(f"Expected an epoch recorded to its end. Received: {self._missing}.")
+        bad = [key for key, values in self._scores.items() if not np.isfinite(values).all()]
+        if bad:
+            raise ValueError(f"Expected finite gradients in the recorded epoch. Received: NaN or infinity in {bad[:3]}")
+        return self._scores
+
+    def on_train_begin(self, logs=None):
+        """Find the weights; forget an earlier fit."""
+        _check_backend("SaliencyRecorder")
+        self._weights = eligible_weights(self.model, self.include, self.exclude)
+        last = self.params["epochs"] - 1
+        self._recorded = {"last": last, "every": None}.get(self.epoch, self.epoch)
+        self._scores = self._function = None
+        self._missing = f"training ended before epoch {0 if self._recorded is None else self._recorded}, counted from 0"
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Put the recording step in the place of the ordinary one."""
+        if self._recorded not in (None, epoch):
+            return
+        self._scores, self._missing = None, f"epoch {epoch}, counted from 0, did not run to its end"
+        if self._function is None:
+            self._make()
+        for variable in (*self._totals.values(), self._num_examples, self._num_steps):
+            variable.assign(tf.zeros_like(variable))
+        self._iterator, self._ran_out = None, False
+        self._ordinary, self.model.train_function = self.model.train_function, self._step
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Take the scores, if the epoch is whole, and put the ordinary step back."""
+        if self._recorded not in (None, epoch):
+            return
+        self.model.train_function = self._ordinary
+        steps, found = self.params["steps"], int(_local(self._num_steps))
+        if not (self._ran_out if steps is None else found >= steps):
+            return
+        num_examples = int(_local(self._num_examples))
+        if not num_examples:
+            self._missing = "no gradient: the model's train_step calls no optimizer.apply, or every step was skipped"
+            return
+        totals = {key: _local(total) for key, total in self._totals.items()}
+        self._scores = _scores_of(self.score, self._weights, totals, num_examples)
+
+    def on_train_end(self, logs=None):
+        """Give the memory on the device back."""
+        self._function = self._totals = self._ordinary = self._iterator = None
+
+    def _give_up(self):
+        """After an error, in this step or elsewhere."""
+        self.model.train_function = self._ordinary
+        self.on_train_end()
+
+    def _make(self):
+        """The step that records, and what it adds to: one local copy a replica."""
+        options = {"trainable": False, "synchronization": tf.VariableSynchronization.ON_READ}
+        options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        with self.model.distribute_strategy.scope():
+            self._totals = {k: tf.Variable(tf.zeros(w.variable.shape), **options) for k, w in self._weights.items()}
+            self._num_examples, self._num_steps = (tf.Variable(tf.zeros((), "int64"), **options) for _ in range(2))
+        self._sizes, ordinary, before = {}, self.model.train_step, self.model.train_function
+
+        def train_step(data):
+            x = next(t for t in keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(data)[0]) if t is not None)
+            self._sizes[_replica()] = tf.shape(x, out_type="int64")[0]
+            self._num_steps.assign_add(1)
+            return ordinary(data)
+
+        with _replaced(self.model, "train_step", train_step):
+            self.model.make_train_function(force=True)
+            self._function, self.model.train_function = self.model.train_function, before
+
+    def _step(self, iterator):
+        """One call of the training function, with the optimiser's `apply` listened to."""
+        if self._iterator is None:
+            self._iterator = iterator
+        if iterator is not self._iterator:  # another fit, after one that an error in a callback ended
+            ordinary = self._ordinary
+            self._give_up()
+            return ordinary(iterator)
+        optimizer = self.model.optimizer
+        while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        apply = optimizer.apply
+
+        def recorded(grads, trainable_variables=None):
+            variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
+            grads = list(grads)
+            self._add({id(v): g for v, g in zip(variables, grads, strict=True)}, optimizer.loss_scale_factor)
+            return apply(grads, variables)
+
+        try:
+            with _replaced(optimizer, "apply", recorded):
+                return self._function(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            self._ran_out = True
+            raise
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _add(self, gradients, loss_scale):
+        found = {k: gradients.get(id(w.variable)) for k, w in self._weights.items()}
+        found = {key: tf.convert_to_tensor(g) for key, g in found.items() if g is not None}  # an embedding's: dense
+        size = self._sizes[_replica()]
+        if self.model.distribute_strategy.num_replicas_in_sync > 1:
+            total = functools.partial(tf.distribute.get_replica_context().all_reduce, tf.distribute.ReduceOp.SUM)
+            size, found = total(size), dict(zip(found, total(list(found.values())), strict=True))
+        self._num_examples.assign_add(size)
+        for key, gradient in found.items():
+            if loss_scale is not None:
+                gradient /= tf.cast(loss_scale, gradient.dtype)
+            gradient = tf.cast(_without_penalty(self._weights[key].variable, gradient), "float32")
+            squared = self.score != "paper"
+            # `total += n * g ** 2` in place, n without a pass over memory of its own.
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=self._totals[key].handle,
+                alpha=-tf.cast(size, "float32") if squared else -1.0,
+                delta=tf.square(gradient) if squared else gradient,
+            )
+
+
+def _without_penalty(variable, gradient):
+    """The gradient less that of the variable's regulariser."""
+    if variable.regularizer is None:
+        return gradient
+    value = tf.convert_to_tensor(variable.value)
+    with tf.GradientTape() as tape:
+        tape.watch(value)
+        penalty = variable.regularizer(value)
+    return gradient - tf.cast(tape.gradient(penalty, value), gradient.dtype)
+
+
+@contextlib.contextmanager
+def _replaced(owner, name, value):
+    """`owner.name` is `value` meanwhile."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is None else setattr(owner, name, before)
+
+
+def _replica():
+    return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+
+
+def _local(variable):
+    """The value of the first replica here."""
+    values = tf.distribute.get_strategy().experimental_local_results(variable)
+    return values[0].numpy()
+
+
+# %% [markdown]
+# ## 4. Which entries are chosen?
 #
 # Exactly `round(r_bayes * n)`, where `n` counts all entries that were scored: the largest scores, ties to the earlier
 # key and position. A threshold on the score would take more than asked where scores are equal (dead units have 0).
@@ -589,38 +824,73 @@ class Masks(Mapping):
 
 
 # %%
-def top_k(scores: Mapping, r_bayes: float, *, scope: str = "global") -> Masks:
-    """Masks of the `round(r_bayes * n)` largest scores.
+def top_k(
+    scores: Mapping, r_bayes: float, *, scope: str = "global", model=None, cost_aware: float | None = None
+) -> Masks:
+    """Masks of the `k = round(r_bayes * n)` largest scores, of whole channels, or of weights late in the network.
 
     Args:
         scores: key -> array, from `saliency`.
         r_bayes: fraction of all scored entries to be Bayesian, 0..1.
-        scope: "global" (one ranking), or "layer" (the same share of each weight; the total is exact, what rounding
-            leaves over goes to the weights with the largest remainders).
+        scope: "global" (one ranking); "layer" (the same share of each weight; the total is exact, what rounding leaves
+            over goes to the weights with the largest remainders); "channel" (whole output channels, each with its bias
+            entry, by saliency per entry: every channel that still fits into k, so at most k entries).
+        model: the network of the scores; needed by "channel" and `cost_aware`.
+        cost_aware: highest share of the network's operations that may run anew for each sample, 0..1 (see
+            `sbn_tf.graph.Graph.fan_out`); None: any. Exactly k entries (scopes "global" and "layer"), all in weights
+            that are late enough; `n` counts all.
 
     Raises:
-        ValueError: `r_bayes` outside [0, 1] or not a number, empty or non-finite scores, unknown scope.
+        ValueError: `r_bayes` or `cost_aware` that is no fraction, empty or non-finite scores, an unknown scope, no or
+            another model where one is needed, no channel that fits, or fewer than k entries late enough.
     """
     check_r_bayes(r_bayes)
-    if scope not in ("global", "layer"):
-        raise ValueError(f'Expected scope "global" or "layer". Received: scope={scope!r}')
+    if scope not in ("global", "layer", "channel"):
+        raise ValueError(f'Expected scope "global", "layer" or "channel". Received: scope={scope!r}')
     if not scores or not all(np.size(s) for s in scores.values()):
         raise ValueError("Expected scores of at least one weight, from saliency(...). Received: empty scores.")
     for key, values in scores.items():
         if not np.isfinite(values).all():
             raise ValueError(f"Expected finite scores. Received: NaN or infinity in {key!r}.")
-    sizes = np.array([np.size(s) for s in scores.values()])
-    k = round(float(r_bayes) * int(sizes.sum()))
-    if scope == "global":
-        chosen = _largest(np.concatenate([np.ravel(s) for s in scores.values()]), k)
-        parts = np.split(chosen, np.cumsum(sizes)[:-1])
+    if model is None and (scope == "channel" or cost_aware is not None):
+        raise ValueError('Expected the model of the scores for scope="channel" or cost_aware. Received: model=None')
+    weights = None if model is None else _weights_of(scores, model)
+    if cost_aware is None:
+        return _select(scores, r_bayes, scope, weights, set(scores))
+    if isinstance(cost_aware, bool) or not isinstance(cost_aware, int | float | np.number) or not 0 <= cost_aware <= 1:
+        raise ValueError(f"Expected cost_aware, a fraction in [0, 1]. Received: cost_aware={cost_aware!r}")
+    return _late(scores, r_bayes, scope, weights, Graph(model), cost_aware)
+
+
+def _select(scores, r_bayes, scope, weights, allowed):
+    """Masks of k entries, all of them in the weights `allowed`."""
+    n = sum(np.size(s) for s in scores.values())
+    k = round(float(r_bayes) * n)
+    masks = {key: np.zeros(np.shape(s), bool) for key, s in scores.items()}
+    found = {key: np.ravel(s) for key, s in scores.items() if key in allowed}
+    sizes = np.array([s.size for s in found.values()])
+    if scope == "channel":
+        parts = _channels(found, {key: weights[key] for key in found}, k)
+    elif scope == "global":
+        parts = np.split(_largest(np.concatenate(list(found.values())), k), np.cumsum(sizes)[:-1])
     else:
-        share = r_bayes * sizes
+        share = r_bayes * (n / sizes.sum()) * sizes
         counts = np.floor(share).astype(int)
         order = np.argsort(counts - share, kind="stable")
         counts[order[: k - counts.sum()]] += 1
-        parts = [_largest(np.ravel(s), c) for s, c in zip(scores.values(), counts, strict=True)]
-    return Masks({key: p.reshape(np.shape(s)) for (key, s), p in zip(scores.items(), parts, strict=True)})
+        parts = [_largest(s, c) for s, c in zip(found.values(), counts, strict=True)]
+    masks |= {key: part.reshape(masks[key].shape) for key, part in zip(found, parts, strict=True)}
+    return Masks(masks)
+
+
+def _weights_of(scores, model):
+    weights = named_weights(model)
+    other = [k for k, s in scores.items() if k not in weights or tuple(weights[k].variable.shape) != np.shape(s)]
+    if other:
+        raise ValueError(
+            f"Expected scores of this model. Received: {other[:3]}, not among the weights of {model.name!r}"
+        )
+    return weights
 
 
 def check_r_bayes(r_bayes) -> None:
@@ -645,13 +915,187 @@ def overlap(a: Mapping, b: Mapping) -> float:
     return sum(int((a[k] & b[k]).sum()) for k in a if k in b) / max(sum(int(m.sum()) for m in a.values()), 1)
 
 
+def captured(scores: Mapping, masks: Mapping) -> float:
+    """Share of all saliency that the chosen entries hold, 0..1."""
+    total = sum(float(np.sum(s, dtype="float64")) for s in scores.values())
+    held = sum(float(np.sum(scores[key][mask], dtype="float64")) for key, mask in masks.items())
+    return held / total if total else 0.0
+
+
 # %% tags=["active-ipynb"]
 # masks = top_k({"a/kernel": np.array([3.0, 1.0, 2.0]), "b/kernel": np.array([2.0, 2.0])}, 0.4)
 # print({key: mask.astype(int).tolist() for key, mask in masks.items()})
 # assert masks.num_bayesian == round(0.4 * 5)
 
 # %% [markdown]
-# ## 4. Is the score a signal, or noise?
+# ## 5. Whole channels
+#
+# Single entries are scattered over a kernel. Entries that fill whole output channels make the random part of a
+# convolution a small dense convolution, which is cheap; the price is saliency left behind. Which channels? Each costs
+# its number of entries $n_c$ and holds the saliency $s_c = \sum_{i \in c} s_i$:
+#
+# $$\max_C \sum_{c \in C} s_c \quad\text{such that}\quad \sum_{c \in C} n_c \le k .$$
+#
+# A knapsack: channels are taken in the order of $s_c / n_c$, each that still fits, so that fewer than $k$ entries may
+# be chosen, never more. By the sum $s_c$ alone the widest layers would win.
+#
+# An output channel is an entry of the last axis of a Dense or convolution kernel, of the second last of a transposed
+# one, an (input channel, multiplier) pair of a depthwise one, the kernel's output letters of an EinsumDense, a column
+# of an Embedding (a Dense of one-hot words), and the entry of the layer's bias that is added to it.
+
+
+# %%
+def _channels(scores, weights, k):
+    """Flat boolean arrays: whole channels of the most saliency per entry, at most k entries."""
+    groups = {}
+    for key, weight in weights.items():
+        axes = _channel_axes(weight)
+        count = int(np.prod([weight.variable.shape[a] for a in axes]))
+        apart = weight.name if weight.name == "depthwise_kernel" else None  # its channels are not the layer's outputs
+        groups.setdefault((id(weight.layer), count, apart), []).append((key, axes))
+    totals, sizes = [], []
+    for (_, count, _), members in groups.items():
+        rows = [_by_channel(scores[key].reshape(weights[key].variable.shape), axes, count) for key, axes in members]
+        totals.append(sum(r.sum(axis=1, dtype="float64") for r in rows))
+        sizes.append(np.full(count, sum(r.shape[1] for r in rows)))
+    ends = np.cumsum([len(s) for s in sizes])[:-1]
+    totals, sizes = np.concatenate(totals), np.concatenate(sizes)
+    if 0 < k < sizes.min():
+        raise ValueError(
+            f"Expected an r_bayes of one channel or more: {sizes.min()} entries. Received: an r_bayes of {k} entries."
+        )
+    chosen, left = np.zeros(len(sizes), bool), k
+    for c in np.argsort(-totals / sizes, kind="stable"):
+        if sizes[c] <= left:
+            chosen[c], left = True, left - sizes[c]
+    masks = {}
+    for members, channels in zip(groups.values(), np.split(chosen, ends), strict=True):
+        for key, axes in members:
+            shape = tuple(weights[key].variable.shape)
+            mask = np.zeros(shape, bool)
+            _by_channel(mask, axes, len(channels), write=channels)
+            masks[key] = mask.ravel()
+    return [masks[key] for key in scores]
+
+
+def _by_channel(values, axes, count, write=None):
+    """(channels, entries of each); with `write` each channel's entries are set."""
+    moved = np.moveaxis(values, axes, range(len(axes)))
+    if write is not None:
+        moved[...] = write.reshape(moved.shape[: len(axes)] + (1,) * (values.ndim - len(axes)))
+    return moved.reshape(count, -1)
+
+
+def _channel_axes(weight):
+    """Axes of a weight that count its layer's output channels."""
+    layer, rank, layers = weight.layer, len(weight.variable.shape), keras.layers
+    if isinstance(layer, layers.EinsumDense):
+        if weight.name == "bias":
+            return tuple(range(rank))
+        terms, outputs = layer.equation.replace(" ", "").split("->")
+        letters = terms.split(",")[1]
+        axes = tuple(axis for axis, letter in enumerate(letters) if letter in outputs)
+        return axes or (rank - 1,)
+    transposed = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+    if isinstance(layer, transposed) and weight.name == "kernel":
+        return (rank - 2,)
+    depthwise = isinstance(layer, layers.DepthwiseConv1D | layers.DepthwiseConv2D) and weight.name == "kernel"
+    if depthwise or weight.name == "depthwise_kernel":
+        return (rank - 2, rank - 1)
+    return (rank - 1,)
+
+
+# %% tags=["active-ipynb"]
+# small = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a")])
+# by_hand = {"a/kernel": np.array([[1.0, 5.0, 0.0], [1.0, 0.0, 2.0]]), "a/bias": np.array([1.0, 1.0, 0.0])}
+# channels = top_k(by_hand, 0.4, scope="channel", model=small)  # sums 3, 6, 2, of 3 entries each; k = 4: one fits
+# print({key: mask.astype(int).tolist() for key, mask in channels.items()})
+# assert channels["a/kernel"].tolist() == [[False, True, False]] * 2 and channels.num_bayesian == 3
+# entries = top_k(by_hand, 0.4)
+# print(f"saliency kept: channels {captured(by_hand, channels):.2f}, single entries {captured(by_hand, entries):.2f}")
+
+# %% [markdown]
+# ## 6. Late weights are cheaper
+#
+# What comes before the first Bayesian weight gives the same for every sample and runs once. Let $f(W)$ be the *fan-out*
+# of a set $W$ of weights: the share of the network's multiply-adds that use one of them, or depend on what does. $S$
+# samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$:
+#
+# $$\max_M \sum_{i \in M} s_i \quad\text{such that}\quad |M| = k, \quad f(W(M)) \le \texttt{cost\_aware},$$
+#
+# with $W(M)$ the weights that hold an entry of $M$. More weights to choose from never hold less saliency, so in a chain
+# of layers, where $f$ only falls from input to output, the best set is the whole tail that the bound admits: exact.
+# Where the graph branches, the number of such sets grows exponentially, and the better of two is taken, each grown
+# weight by weight as long as the bound holds: latest first, and most salient first.
+
+
+# %%
+def _late(scores, r_bayes, scope, weights, graph, most):
+    """The best masks found whose fan-out is at most `most`."""
+    own = {key: graph.fan_out([key]) for key in scores}
+    latest_first = sorted(scores, key=own.get)
+    k = round(float(r_bayes) * sum(np.size(s) for s in scores.values()))
+    if not k:
+        return _select(scores, r_bayes, scope, weights, set(scores))
+    sums = {key: float(np.sum(s, dtype="float64")) for key, s in scores.items()}
+    found = []
+    for order in (latest_first, sorted(scores, key=sums.get, reverse=True)):
+        keys = []
+        for key in order:
+            if own[key] <= most and graph.fan_out([*keys, key]) <= most:
+                keys.append(key)
+        if set(keys) not in found:
+            found.append(set(keys))
+    enough = [keys for keys in found if sum(np.size(scores[key]) for key in keys) >= k]
+    if not enough:
+        most_entries = max(sum(np.size(scores[key]) for key in keys) for keys in found)
+        sizes = np.cumsum([np.size(scores[key]) for key in latest_first])
+        needed = graph.fan_out(latest_first[: int(np.searchsorted(sizes, k)) + 1])
+        raise ValueError(
+            f"Expected {k:,} entries in weights of a fan-out of {most:g} or less. Received: weights with "
+            f"{most_entries:,}. Take cost_aware={np.ceil(needed * 1e3) / 1e3:g}, or a smaller r_bayes."
+        )
+    return max((_select(scores, r_bayes, scope, weights, keys) for keys in enough), key=lambda m: captured(scores, m))
+
+
+def saliency_against_cost(
+    scores: Mapping, r_bayes: float, model, *, num_samples: int = 5, scope: str = "global", num_points: int = 30
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `top_k(..., cost_aware=...)` keeps of all saliency, against what its samples cost.
+
+    Args:
+        scores, r_bayes, model, scope: as in `top_k`.
+        num_samples: S of the cost.
+        num_points: at most so many bounds, evenly among the weights' own fan-outs, the highest always.
+
+    Returns:
+        `(costs, kept)`, each of shape (points,), both rising: passes of the whole network, `1 + (S - 1) * fan_out`, and
+        the share of all saliency. Bounds that leave fewer than k entries, or keep no more than a lower one, are left
+        out.
+
+    Raises:
+        ValueError: as `top_k`.
+    """
+    unbounded = top_k(scores, r_bayes, scope=scope, model=model)
+    weights, graph = named_weights(model), Graph(model)
+    bounds = np.unique([graph.fan_out([key]) for key in scores])
+    bounds = bounds[np.unique(np.linspace(0, len(bounds) - 1, num_points).round().astype(int))]
+    points = []
+    for bound in [*bounds, 1.0]:
+        try:
+            masks = unbounded if bound == 1 else _late(scores, r_bayes, scope, weights, graph, bound)
+        except ValueError:  # too few entries as late as this
+            continue
+        fan_out = graph.fan_out([key for key, mask in masks.items() if mask.any()])
+        kept = captured(scores, masks)
+        if not points or kept > points[-1][1]:
+            points.append((1 + (num_samples - 1) * fan_out, kept))
+    costs, kept = np.array(points).T
+    return costs, kept
+
+
+# %% [markdown]
+# ## 7. Is the score a signal, or noise?
 #
 # Three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that means something
 # should be nearly the same when it is made from half of the training data.
@@ -711,7 +1155,7 @@ def overlap(a: Mapping, b: Mapping) -> float:
 # weights.
 
 # %% [markdown]
-# ## 5. Where do the chosen weights lie?
+# ## 8. Where do the chosen weights lie?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -761,7 +1205,7 @@ def overlap(a: Mapping, b: Mapping) -> float:
 #    <details><summary>Answer</summary>
 #
 #    Far from the optimum the batch gradients point the same way, their sum does not cancel, and it rises (0.56 to 0.79
-#    for half of the data and all when this was written). The claim of section 4 is about trained networks only.
+#    for half of the data and all when this was written). The claim of section 7 is about trained networks only.
 #    </details>
 #
 # ## References

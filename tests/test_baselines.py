@@ -112,7 +112,8 @@ def images_of(data):
 @pytest.mark.parametrize("name", baselines.METHODS)
 def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs, monkeypatch):
     masks, images = data["segmentation"], images_of(data["segmentation"])
-    method = made(name, masks, runs)
+    share = {"r_bayes": 0.01} if name == "partial_late" else {}  # the head alone is late enough, and has 7 weights
+    method = made(name, masks, runs, **share)
     assert method.fit(masks) is method
     samples = method.predict_samples(images)
     deterministic = name in ("deterministic", "deterministic_longer", "temperature")
@@ -131,7 +132,7 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
         raise AssertionError("trained again")
 
     monkeypatch.setattr(keras.Model, "fit", trained_again)
-    again = made(name, masks, runs).fit(masks)
+    again = made(name, masks, runs, **share).fit(masks)
     assert again.folder == method.folder and again.selection == method.selection and again.history == method.history
     np.testing.assert_array_equal(again.predict_samples(images), samples)
     # Neither what was predicted before nor the size of a call changes the samples (one pass: up to rounding).
@@ -168,7 +169,8 @@ def test_labels_and_classes(name, task, data, runs):
 
 def test_costs_add_up(data, runs):
     masks = data["segmentation"]
-    alike = ("partial_magnitude", "first_layer", "first_last")  # as partial_random and last_layer
+    # As partial, partial_random and last_layer.
+    alike = ("partial_magnitude", "partial_channel", "partial_late", "first_layer", "first_last")
     names = [name for name in baselines.METHODS if name not in alike]
     methods = {name: made(name, masks, runs).fit(masks) for name in names}
     spent = {name: method.cost() for name, method in methods.items()}
@@ -240,6 +242,20 @@ def test_which_weights_are_bayesian(data, runs):
         others.append(size[key][~mask])
     assert np.concatenate(largest).min() >= np.concatenate(others).max()
     assert made("partial_random", masks, runs, seed=0).fit(masks).masks == chosen["partial_random"]
+
+
+def test_channels_are_whole_and_late_weights_late(data, runs):
+    masks = data["segmentation"]
+    channels = made("partial_channel", masks, runs, r_bayes=0.2).fit(masks).masks
+    assert 0 < channels.num_bayesian <= round(0.2 * channels.num_weights)
+    for key, mask in channels.items():
+        whole = mask.reshape(-1, mask.shape[-1])
+        assert (whole == whole[0]).all(), key
+    late = made("partial_late", masks, runs, r_bayes=0.01).fit(masks).masks
+    assert late.num_bayesian == round(0.01 * late.num_weights)
+    assert {key for key, mask in late.items() if mask.any()} <= {"head/kernel", "head/bias"}
+    with pytest.raises(ValueError, match=r"a fan-out of 0\.5 or less. Received: weights with 7"):
+        made("partial_late", masks, runs, r_bayes=0.05).fit(masks)
 
 
 def test_random_weights_are_others_for_another_seed(data, runs):

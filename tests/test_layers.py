@@ -124,6 +124,125 @@ def test_without_noise_it_is_the_stock_layer(kind):
     assert np.max(np.abs(wide(x) - wide(x))) > 1e-3  # each call draws anew
 
 
+# Options beyond those of KINDS, one line each: class, arguments, input shape. Batches of 5 in 3 parts are uneven.
+OPTIONS = {
+    "dense, three axes, no bias": ("Dense", {"units": 3, "use_bias": False}, (5, 2, 4)),
+    "dense, float64": ("Dense", {"units": 3, "activation": "tanh", "dtype": "float64"}, (5, 4)),
+    "einsum, two outputs": (
+        "EinsumDense",
+        {"equation": "abc,cde->abde", "output_shape": (3, 2, 2), "bias_axes": "de"},
+        (5, 3, 4),
+    ),
+    "einsum, ellipsis": ("EinsumDense", {"equation": "...x,xy->...y", "output_shape": 3, "bias_axes": "y"}, (5, 2, 4)),
+    "einsum, a weight for each position": (
+        "EinsumDense",
+        {"equation": "abh,bhd->abd", "output_shape": (2, 3)},
+        (5, 2, 4),
+    ),
+    "embedding, masked": ("Embedding", {"input_dim": 5, "output_dim": 3, "mask_zero": True}, (5, 4)),
+    "conv1d, dilated": ("Conv1D", {"filters": 3, "kernel_size": 3, "padding": "same", "dilation_rate": 2}, (5, 8, 2)),
+    "conv1d, causal and strided": (
+        "Conv1D",
+        {"filters": 3, "kernel_size": 3, "padding": "causal", "strides": 2},
+        (5, 8, 2),
+    ),
+    "conv2d, groups": ("Conv2D", {"filters": 4, "kernel_size": 3, "groups": 2}, (5, 6, 6, 4)),
+    "conv2d, float64": (
+        "Conv2D",
+        {"filters": 3, "kernel_size": 3, "padding": "same", "dtype": "float64"},
+        (5, 6, 6, 2),
+    ),
+    "conv3d, dilated": ("Conv3D", {"filters": 2, "kernel_size": 2, "dilation_rate": 2}, (5, 4, 4, 4, 2)),
+    "conv1d transpose, output padding": (
+        "Conv1DTranspose",
+        {"filters": 3, "kernel_size": 3, "strides": 2, "padding": "same", "output_padding": 1},
+        (5, 4, 2),
+    ),
+    "conv2d transpose, output padding": (
+        "Conv2DTranspose",
+        {"filters": 3, "kernel_size": 3, "strides": 2, "padding": "same", "output_padding": 1},
+        (5, 3, 3, 2),
+    ),
+    "conv3d transpose, strided": ("Conv3DTranspose", {"filters": 2, "kernel_size": 2, "strides": 2}, (5, 2, 2, 2, 2)),
+    "depthwise1d, channels first": ("DepthwiseConv1D", {"kernel_size": 3, "data_format": "channels_first"}, (5, 2, 6)),
+    "depthwise2d, strided": ("DepthwiseConv2D", {"kernel_size": 3, "strides": 2, "padding": "same"}, (5, 5, 5, 2)),
+    "depthwise2d, dilated": ("DepthwiseConv2D", {"kernel_size": 2, "dilation_rate": 2}, (5, 5, 5, 2)),
+    "separable1d, multiplied": ("SeparableConv1D", {"filters": 3, "kernel_size": 3, "depth_multiplier": 2}, (5, 6, 2)),
+    "separable2d, same": ("SeparableConv2D", {"filters": 3, "kernel_size": 3, "padding": "same"}, (5, 5, 5, 2)),
+}
+
+
+def of_option(option, **ours):
+    """A stock layer, the masked layer of half its entries with the same weights, and inputs."""
+    kind, arguments, shape = OPTIONS[option]
+    x = np.random.normal(size=shape).astype(arguments.get("dtype", "float32"))
+    x = np.random.randint(0, 5, shape) if kind == "Embedding" else x
+    stock = getattr(keras.layers, kind)(**arguments)
+    stock.build((None, *shape[1:]))
+    names = [n for n in getattr(layers, kind).posterior_weights if getattr(stock, n, None) is not None]
+    half = {n: max(1, int(np.prod(getattr(stock, n).shape)) // 2) for n in names}
+    layer = getattr(layers, kind)(**arguments, **{"num_bayesian": half, "kl_weight": 0.1, "seed": 0, **ours})
+    layer.build((None, *shape[1:]))
+    for value in stock.weights:
+        getattr(layer, value.name).assign(value)
+    return stock, layer, x
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_against_the_stock_layer(option):
+    stock, points, x = of_option(option, num_bayesian=0)
+    np.testing.assert_array_equal(points(x), stock(x))
+    stock, tiny, x = of_option(option, initial_scale=1e-12)
+    np.testing.assert_allclose(tiny(x), stock(x), atol=1e-6)
+    for how in ("split", "flipout", "local"):
+        with layers.batch_draws(how, num_samples=3):
+            np.testing.assert_allclose(tiny(x), stock(x), atol=1e-6)
+        assert tiny(x).shape == stock(x).shape and tiny(x).dtype == stock(x).dtype
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_one_split_call_is_separate_calls_on_the_parts(option):
+    """Outputs and the gradients of every loc and scale, with the same seeds."""
+    _, layer, x = of_option(option, initial_scale=0.5)
+    state, found = layer._noise_seed.state.numpy(), []
+    weights = np.random.normal(size=layer.compute_output_shape(x.shape))
+    for at_once in (True, False):
+        layer._noise_seed.state.assign(state)
+        with tf.GradientTape() as tape:
+            if at_once:
+                with layers.batch_draws("split", num_samples=3):
+                    y = layer(x)
+            else:
+                parts = []
+                for rows in (slice(0, 1), slice(1, 3), slice(3, 5)):
+                    with layers.posterior_sample():
+                        parts.append(layer(x[rows]))
+                y = ops.concatenate(parts)
+            loss = ops.sum(y * ops.cast(weights, y.dtype))
+        found.append([y, *tape.gradient(loss, layer.trainable_weights)])
+    for name, once, parts in zip(["y"] + [w.name for w in layer.trainable_weights], *found, strict=True):
+        once, parts = ops.convert_to_numpy(once), ops.convert_to_numpy(parts)
+        np.testing.assert_allclose(once, parts, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.any(once != 0), name
+
+
+def test_regularizers_act_on_the_loc_and_constraints_after_the_step():
+    options = {"kernel_regularizer": "l2", "activity_regularizer": "l1", "kernel_constraint": "non_neg"}
+    stock, layer = keras.layers.Dense(3, **options), dense(num_bayesian=5, initial_scale=0.5, kl_weight=0.0, **options)
+    stock.build((None, 4))
+    stock.set_weights([layer.kernel, layer.bias])
+    x = np.random.normal(size=(6, 4)).astype("float32")
+    with layers.posterior_mean():
+        layer(x)
+    stock(x)
+    np.testing.assert_allclose(sum(layer.losses), sum(stock.losses), rtol=1e-6)  # both regularizers, and a KL of 0
+    model = keras.Sequential([layer])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.fit(x, np.full((6, 3), -9.0), verbose=0)
+    assert np.min(layer.kernel) == 0  # the loc is projected
+    assert np.min(layer._draw("kernel")) < 0  # its draws may leave the set
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_partial_class(kind):
     stock = getattr(keras.layers, kind)

@@ -1,17 +1,26 @@
 """Saliency scores against formulas and finite differences, exact selections, and what must not change."""
 
+import functools
+import itertools
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from sbn_tf.graph import Graph
 from sbn_tf.saliency import (
     Masks,
+    SaliencyRecorder,
     biases_before_batch_norm,
+    captured,
     eligible_weights,
     named_weights,
     overlap,
     saliency,
+    saliency_against_cost,
     top_k,
 )
 
@@ -482,3 +491,382 @@ def test_weight_without_gradient_warns_and_scores_zero(score):
         found = saliency(model, (x, y), lambda a, b: squared(a, b[0]), score=score, verbose=False)
     assert found["used/kernel"].min() > 0
     assert found["unused/kernel"].max() == 0
+
+
+# The recorder
+
+
+def recorded_network(dtype=None, regularizer=None):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Conv2D(3, 3, name="conv", dtype=dtype, kernel_regularizer=regularizer, use_bias=False),
+        keras.layers.BatchNormalization(dtype=dtype),
+        keras.layers.Activation("tanh", dtype=dtype),
+        keras.layers.Flatten(dtype=dtype),
+        keras.layers.Dense(2, name="out", dtype=dtype),
+    ]
+    return keras.Sequential([keras.Input((4, 4, 2)), *layers])
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(10, 4, 4, 2)).astype("float32"), rng.normal(size=(10, 2)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def own_pass(images):
+    """The scores of a pass of its own, over batches of 4, 4 and 2, in training mode."""
+
+    @functools.cache
+    def scores(score="fisher", dtype=None):
+        options = {"batch_size": BATCH, "batch_statistics": True, "verbose": False}
+        return saliency(recorded_network(dtype), images, "mse", score=score, **options)
+
+    return scores
+
+
+def recorded(images, optimizer, score="fisher", epochs=1, model=None, **options):
+    """A recorder after `fit` on the batches of `own_pass`, its model, and that all but training is as it was."""
+    model = recorded_network() if model is None else model
+    model.compile(optimizer, "mse", **options)
+    recorder = SaliencyRecorder(score)
+    model.fit(*images, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, callbacks=[recorder])
+    return recorder, model
+
+
+def equal(scores, want):
+    assert list(scores) == list(want)
+    for key, values in want.items():
+        assert scores[key].dtype == np.float32
+        np.testing.assert_allclose(scores[key], values, rtol=1e-4, atol=1e-6 * values.max(), err_msg=key)
+
+
+SGD = keras.optimizers.SGD
+
+
+@pytest.mark.parametrize("score", ["fisher", "paper", "taylor"])
+def test_recorder_equals_a_pass_of_its_own(score, images, own_pass):
+    recorder, _ = recorded(images, SGD(0.0), score, epochs=2)
+    equal(recorder.scores(), own_pass(score))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (lambda: keras.optimizers.Adam(0.0, global_clipnorm=1e-3), {}),
+        (lambda: SGD(0.0, clipvalue=1e-4, weight_decay=0.1, momentum=0.9), {"steps_per_execution": 2}),
+        (lambda: SGD(0.0, loss_scale_factor=64.0), {"run_eagerly": True}),
+        (lambda: SGD(0.0, gradient_accumulation_steps=2), {}),
+        (lambda: SGD(0.0), {"jit_compile": True}),
+    ],
+)
+def test_recorder_takes_gradients_before_what_the_optimiser_does_to_them(optimizer, options, images, own_pass):
+    recorder, _ = recorded(images, optimizer(), **options)
+    equal(recorder.scores(), own_pass())
+
+
+def test_recorder_leaves_regularisers_out(images, own_pass):
+    recorder, _ = recorded(images, SGD(0.0), model=recorded_network(regularizer=keras.regularizers.L1L2(0.1, 1.0)))
+    equal(recorder.scores(), own_pass())
+
+
+def test_recorder_unscales_and_leaves_skipped_steps_out(images):
+    x, y = images
+    # The first batch overflows under this scale, is skipped, and halves it: its gradient is in no score.
+    optimizer = keras.optimizers.LossScaleOptimizer(SGD(0.0), initial_scale=2.0**15)
+    model = recorded_network("mixed_float16")
+    model.compile(optimizer, "mse")
+    recorder = SaliencyRecorder()
+    weight = np.ones(10, "float32")
+    weight[:BATCH] = 1e4
+    model.fit(x, y, sample_weight=weight, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[recorder])
+    assert int(optimizer.inner_optimizer.iterations) == 2 and float(optimizer.dynamic_scale) == 2.0**14
+    options = {"batch_size": BATCH, "batch_statistics": True, "verbose": False}
+    want = saliency(recorded_network("mixed_float16"), (x[BATCH:], y[BATCH:]), "mse", **options)
+    for key, values in want.items():
+        np.testing.assert_allclose(recorder.scores()[key], values, rtol=0.02, atol=0.01 * values.max())
+
+
+def test_recorder_with_sparse_gradients_and_an_unused_weight():
+    x, y = np.array([[1, 1], [1, 3]]), np.zeros((2, 2, 1), "float32")
+    inputs = keras.Input((2,), dtype="int32")
+    model = keras.Model(inputs, keras.layers.Embedding(5, 1, name="emb")(inputs))
+    model.compile(SGD(0.0), lambda a, b: tf.reduce_sum(b, axis=(1, 2)))
+    recorder = SaliencyRecorder()
+    model.fit(x, y, batch_size=2, verbose=0, callbacks=[recorder])
+    np.testing.assert_allclose(recorder.scores()["emb/embeddings"][:, 0], np.array([0, 1.5, 0, 0.5, 0]) ** 2)
+
+
+def test_recorder_over_replicas_counts_the_global_batch():
+    """In a process of its own: two logical processors must be asked for before TensorFlow starts."""
+    code = """
+import keras, numpy as np, tensorflow as tf
+halves = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
+from sbn_tf.saliency import SaliencyRecorder, saliency
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(12, 3)).astype("float32"), rng.normal(size=(12, 1)).astype("float32")
+def network():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, name="out", kernel_regularizer="l2")])
+want = saliency(network(), (x, y), "mse", batch_size=4, verbose=False)
+inner = lambda: keras.optimizers.SGD(0.0, clipnorm=1e-3)
+for optimizer in (inner, lambda: keras.optimizers.LossScaleOptimizer(inner(), initial_scale=8.0)):
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = network()
+        model.compile(optimizer(), "mse", jit_compile=False)
+    recorder = SaliencyRecorder()
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[recorder])
+    for key, values in recorder.scores().items():
+        np.testing.assert_allclose(values, want[key], rtol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def untouched(model, function):
+    own = {"train_step", "apply"} & (set(vars(model)) | set(vars(model.optimizer)))
+    return not own and model.train_function is function
+
+
+def test_recorder_costs_nothing_in_other_epochs_and_trains_alike(images):
+    seen = []
+    look = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda b, logs: seen.append(model.train_function))
+    recorder, weights = SaliencyRecorder(), []
+    for callbacks in ([recorder, look], []):
+        model = recorded_network()
+        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model.fit(*images, batch_size=5, epochs=3, verbose=0, shuffle=False, callbacks=callbacks)
+        weights.append(model.get_weights())
+        if callbacks:
+            assert len(set(seen[:4])) == 1 and set(seen[4:]) != set(seen[:4])
+            assert untouched(model, seen[0])
+            scores = recorder.scores()
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert all(values.max() > 0 for values in scores.values())
+
+
+class Raise(keras.callbacks.Callback):
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == self.at:
+            raise KeyboardInterrupt
+
+
+def test_recorder_counts_whole_epochs_only_and_cleans_up(images):
+    recorder = SaliencyRecorder()
+    with pytest.raises(ValueError, match="Received: no fit with this callback"):
+        recorder.scores()
+    model = recorded_network()
+    model.compile(SGD(0.0), "mse")
+    options = {"batch_size": 5, "shuffle": False, "verbose": 0}
+    model.fit(*images, **options)
+    function = model.train_function
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            model.stop_training = True
+
+    model.fit(*images, **options, callbacks=[recorder, Stop()])  # after one batch of two
+    with pytest.raises(ValueError, match="epoch 0, counted from 0, did not run to its end"):
+        recorder.scores()
+    assert untouched(model, function)
+    early = keras.callbacks.LambdaCallback(on_epoch_end=lambda e, logs: setattr(model, "stop_training", True))
+    model.fit(*images, **options, epochs=3, callbacks=[recorder, early])
+    with pytest.raises(ValueError, match="ended before epoch 2, counted from 0"):
+        recorder.scores()
+    every = SaliencyRecorder(epoch="every")
+    model.fit(*images, **options, epochs=3, callbacks=[every, early])
+    model.fit(*images, **options, epochs=3, initial_epoch=2, callbacks=[recorder])  # as a resumed one does
+    equal(every.scores(), recorder.scores())
+    assert untouched(model, function)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(*images, **options, callbacks=[recorder, Raise(0)])
+    with pytest.raises(ValueError, match="did not run to its end"):
+        recorder.scores()
+    model.fit(*images, **options)
+    assert untouched(model, function)
+    with pytest.raises(ValueError, match="Dimensions must be equal"):  # while the step is traced
+        model.fit(images[0], images[1][:, :1].repeat(3, 1), **options, callbacks=[recorder])
+    assert untouched(model, function)
+
+
+def test_recorder_with_data_of_unknown_length(images):
+    def stream():
+        yield from batches(*images, 5)
+
+    spec = tuple(tf.TensorSpec((None, *part.shape[1:]), "float32") for part in images)
+    model = recorded_network()
+    model.compile(SGD(0.0), "mse")
+    unknown, known = SaliencyRecorder(), SaliencyRecorder()
+    model.fit(tf.data.Dataset.from_generator(stream, output_signature=spec), verbose=0, callbacks=[unknown])
+    model.fit(*images, batch_size=5, shuffle=False, verbose=0, callbacks=[known])
+    equal(unknown.scores(), known.scores())
+
+
+def test_recorder_errors(images):
+    with pytest.raises(ValueError, match="score='per_example'"):
+        SaliencyRecorder("per_example")
+    for epoch in ("first", -1, True, 1.5):
+        with pytest.raises(ValueError, match="Expected epoch"):
+            SaliencyRecorder(epoch=epoch)
+    x, y = images
+    model = recorded_network()
+    model.compile(SGD(0.0), "mse")
+    recorder = SaliencyRecorder()
+    model.fit(x * np.nan, y, verbose=0, callbacks=[recorder])
+    with pytest.raises(ValueError, match=r"NaN or infinity in \['conv/kernel'"):
+        recorder.scores()
+
+
+# Channels
+
+
+def channel_network():
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 2))
+    x = layers.Conv2D(4, 3, name="conv")(inputs)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    x = layers.SeparableConv2D(3, 3, name="separable")(x)
+    x = layers.Conv2DTranspose(5, 2, name="transposed")(x)
+    x = layers.EinsumDense("bhwc,cde->bhwde", (3, 3, 2, 3), bias_axes="de", name="einsum")(x)
+    return keras.Model(inputs, layers.Dense(6, name="dense")(layers.Flatten()(x)))
+
+
+CHANNELS = {  # where a channel's entries lie: for kernel and bias the index of the channel of a flat number
+    "conv": lambda c: {"kernel": np.s_[..., c], "bias": c},
+    "depthwise": lambda c: {"kernel": np.s_[:, :, c // 2, c % 2], "bias": c},
+    "separable": lambda c: {"pointwise_kernel": np.s_[..., c], "bias": c},
+    "transposed": lambda c: {"kernel": np.s_[:, :, c, :], "bias": c},
+    "einsum": lambda c: {"kernel": np.s_[:, c // 3, c % 3], "bias": (c // 3, c % 3)},
+    "dense": lambda c: {"kernel": np.s_[:, c], "bias": c},
+}
+
+
+@pytest.mark.parametrize("layer", CHANNELS)
+def test_a_channel_is_what_changes_one_output_channel(layer):
+    model = channel_network()
+    scores = {key: np.zeros(w.variable.shape, "float32") for key, w in named_weights(model).items()}
+    wanted = {f"{layer}/{name}": at for name, at in CHANNELS[layer](2).items()}
+    for key, at in wanted.items():
+        scores[key][at] = 1.0
+    k = sum(int((scores[key] > 0).sum()) for key in wanted)
+    masks = top_k(scores, k / sum(s.size for s in scores.values()), scope="channel", model=model)
+    assert captured(scores, masks) == 1 and masks.num_bayesian == k
+    if layer == "separable":
+        return  # in between comes the depthwise part
+    part = keras.Model(model.input, model.get_layer(layer).output)  # outside truth: what an entry moves
+    x = np.random.default_rng(0).normal(size=(1, 8, 8, 2))
+    before = np.array(part(x))
+    for key, mask in masks.items():
+        if mask.any():
+            variable = named_weights(model)[key].variable
+            variable.assign(variable + np.where(mask, 0.5, 0.0))
+    moved = np.array(part(x)) != before
+    channels = moved.reshape(-1, 6) if layer == "einsum" else moved.reshape(-1, moved.shape[-1])
+    assert np.flatnonzero(channels.any(0)).tolist() == [2]
+
+
+def test_channels_by_hand():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")])
+    scores = {
+        "a/kernel": np.array([[1.0, 5.0, 0.0], [1.0, 0.0, 2.0]]),  # channels of 3 entries: 3, 6 and 2
+        "a/bias": np.array([1.0, 1.0, 0.0]),
+        "b/kernel": np.array([[4.0, 0.0], [3.0, 0.0], [0.0, 0.0]]),  # of 4 entries: 7 and 0
+        "b/bias": np.zeros(2),
+    }
+    chosen = {k: top_k(scores, k / 17, scope="channel", model=model) for k in (0, 3, 6, 7, 8, 17)}
+    sums = {k: round(18 * captured(scores, masks)) for k, masks in chosen.items()}
+    assert {k: m.num_bayesian for k, m in chosen.items()} == {0: 0, 3: 3, 6: 6, 7: 7, 8: 7, 17: 17}
+    assert sums == {0: 0, 3: 6, 6: 9, 7: 13, 8: 13, 17: 18}
+    assert chosen[7]["b/kernel"].tolist() == [[True, False]] * 3 and chosen[7]["b/bias"].tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"3 entries\. Received: an r_bayes of 2 entries"):
+        top_k(scores, 2 / 17, scope="channel", model=model)
+    with pytest.raises(ValueError, match="model=None"):
+        top_k(scores, 0.5, scope="channel")
+    with pytest.raises(ValueError, match=r"scores of this model. Received: \['c/kernel'\]"):
+        top_k({"c/kernel": np.ones(3)}, 0.5, scope="channel", model=model)
+
+
+def test_captured():
+    scores = {"a": np.array([1.0, 2.0]), "b": np.array([5.0])}
+    assert captured(scores, {"a": np.array([False, True]), "b": np.array([True])}) == 7 / 8
+    assert captured({"a": np.zeros(2)}, {"a": np.ones(2, bool)}) == 0
+
+
+# Cost-aware selections
+
+
+def chain(widths=(4, 4, 4, 2)):
+    stack = [keras.layers.Dense(n, use_bias=False, name=f"d{i}") for i, n in enumerate(widths)]
+    return keras.Sequential([keras.Input((4,)), *stack])  # 16, 16, 16 and 8 multiply-adds
+
+
+def best_by_trying_all(scores, k, model, most):
+    """The most saliency of k entries whose weights keep the fan-out, over all sets of weights."""
+    graph, best = Graph(model), 0.0
+    for number in range(1, len(scores) + 1):
+        for keys in itertools.combinations(scores, number):
+            values = np.sort(np.concatenate([scores[key].ravel() for key in keys]))[::-1]
+            if len(values) >= k and graph.fan_out(keys) <= most:
+                best = max(best, values[:k].sum())
+    return best / sum(s.sum() for s in scores.values())
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("cost_aware", [8 / 56, 24 / 56, 0.6, 1.0])
+def test_cost_aware_is_exact_in_chains(cost_aware, scope):
+    model = chain()
+    scores = {k: np.random.default_rng(1).random(w.variable.shape) for k, w in named_weights(model).items()}
+    masks = top_k(scores, 5 / 56, scope=scope, model=model, cost_aware=cost_aware)
+    assert masks.num_bayesian == 5 and list(masks) == list(scores)
+    assert Graph(model).fan_out([key for key, mask in masks.items() if mask.any()]) <= cost_aware
+    if scope == "global":
+        assert captured(scores, masks) == pytest.approx(best_by_trying_all(scores, 5, model, cost_aware))
+    if cost_aware == 1:
+        assert masks == top_k(scores, 5 / 56, scope=scope)
+
+
+def test_cost_aware_over_branches_takes_the_better_set():
+    inputs = keras.Input((4,))
+    dense = functools.partial(keras.layers.Dense, 4, use_bias=False)
+    left = dense(name="left_late")(dense(name="left_early")(inputs))
+    right = dense(name="right_late")(dense(name="right_early")(inputs))
+    model = keras.Model(inputs, keras.layers.Add()([left, right]))
+    scores = {key: np.full((4, 4), 0.1) for key in named_weights(model)}
+    scores["left_early/kernel"][0] = 9.0
+    bound = Graph(model).fan_out(["left_early/kernel"])
+    assert bound < Graph(model).fan_out(["left_early/kernel", "right_late/kernel"])
+    masks = top_k(scores, 4 / 64, model=model, cost_aware=bound)
+    assert masks["left_early/kernel"][0].all() and masks.num_bayesian == 4
+    assert captured(scores, masks) == pytest.approx(best_by_trying_all(scores, 4, model, bound))
+
+
+def test_cost_aware_errors_and_none():
+    model = chain()
+    scores = {k: np.random.default_rng(1).random(w.variable.shape) for k, w in named_weights(model).items()}
+    for cost_aware in (-0.1, 1.1, float("nan"), True, "0.5"):
+        with pytest.raises(ValueError, match="Expected cost_aware"):
+            top_k(scores, 0.1, model=model, cost_aware=cost_aware)
+    with pytest.raises(ValueError, match=r"Expected 28 entries .* of 0\.43 or less.*with 24\. Take cost_aware=0\.715"):
+        top_k(scores, 0.5, model=model, cost_aware=0.43)
+    with pytest.raises(ValueError, match=r"with 0\. Take cost_aware=0\.143"):
+        top_k(scores, 0.1, model=model, cost_aware=0.1)
+    assert top_k(scores, 0.0, model=model, cost_aware=0.0).num_bayesian == 0
+    channels = top_k(scores, 0.2, model=model, cost_aware=0.45, scope="channel")
+    assert channels.num_bayesian == 8 and not channels["d0/kernel"].any() and not channels["d1/kernel"].any()
+
+
+def test_saliency_against_cost_by_hand():
+    model = chain()
+    scores = {key: np.zeros(w.variable.shape) for key, w in named_weights(model).items()}
+    for key, value in zip(scores, (5.0, 0.0, 2.0, 1.0), strict=True):
+        scores[key][0, 0] = value
+    costs, kept = saliency_against_cost(scores, 1 / 56, model, num_samples=5)
+    np.testing.assert_allclose(costs, 1 + 4 * np.array([8, 24, 56]) / 56)
+    np.testing.assert_allclose(kept, np.array([1, 2, 5]) / 8)

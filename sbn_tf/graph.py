@@ -1,0 +1,450 @@
+"""The graph of a Keras network: which operations depend on which weights, and running what does not depend once.
+
+Nested Functional and Sequential models are entered: their operations count as the network's own. What holds several
+operations in one (an LSTM, an attention, a wrapped or subclassed model) is one operation.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import math
+from dataclasses import dataclass
+
+import keras
+from keras import ops
+
+from sbn_tf.layers import MaskedGaussian, _graph, masked_layers
+
+__all__ = ["Graph", "Operation"]
+
+
+@dataclass
+class Operation:
+    """One use of one layer (or of one `keras.ops` function) in a network.
+
+    Attributes:
+        name: the layer's name, those of nested models before it: "encoder/conv1"; a second use is "encoder/conv1:1".
+        layer: the layer, or the Keras operation where it is none.
+        sources: positions, in `Graph.steps`, of the operations whose outputs it takes.
+        multiply_adds: multiplications with an addition, for one example.
+    """
+
+    name: str
+    layer: object
+    sources: frozenset
+    multiply_adds: float
+
+
+class Graph:
+    """The operations of a Functional or Sequential model in the order in which they run.
+
+    Any other model, a subclassed one for instance, is one single operation.
+
+    Args:
+        model: built `keras.Model`.
+        open_size: what a size that the model leaves open counts as (height and width of an image, length of a text).
+
+    Attributes:
+        steps: list of `Operation`s.
+
+    Raises:
+        ValueError: a model that is not built.
+    """
+
+    def __init__(self, model, open_size: int = 64):
+        if not isinstance(model, keras.Model) or not model.built:
+            raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
+        self.model, self._open_size = model, open_size
+        self.steps: list[Operation] = []
+        self._positions, self._within, self._functionals = {}, {}, {}
+        functional = functional_of(model)
+        if functional is None:
+            weights = sum(math.prod(w.shape) for w in model.weights)
+            self.steps.append(Operation(model.name, model, frozenset(), float(weights)))
+        else:
+            tensors = {id(x): (self._sized(x), frozenset()) for x in functional.inputs}
+            self._walk(functional, (), "", tensors)
+        self._steps_of, self._costs = self._by_weight(), [step.multiply_adds for step in self.steps]
+        self._after = self._with_all_after()
+
+    @property
+    def operations(self) -> dict[str, float]:
+        """Multiply-adds of one example, by operation.
+
+        Convolutions, Dense, EinsumDense, depthwise and transposed layers by their formula; any other operation takes
+        the size of its output, and each entry of its matrices once for every position of its input.
+        """
+        return {step.name: step.multiply_adds for step in self.steps}
+
+    def fan_out(self, keys) -> float:
+        """Share of the multiply-adds that run anew for each sample if the weights `keys` are Bayesian: 0 to 1.
+
+        These are the operations that use such a weight, and all that depend on them.
+
+        Args:
+            keys: names of weights as in `sbn_tf.saliency.named_weights`, such as "encoder/conv1/kernel".
+
+        Raises:
+            ValueError: a key that the model does not have.
+        """
+        anew = 0
+        for key in [keys] if isinstance(keys, str) else keys:
+            if key not in self._steps_of:
+                raise ValueError(f"No weight is called {key!r}. Keys look like: {list(self._steps_of)[:3]}")
+            anew |= self._dependent(key)
+        total = sum(self._costs)
+        return sum(cost for i, cost in enumerate(self._costs) if anew >> i & 1) / total if total else 0.0
+
+    def runs_once(self, training: bool = False) -> list[str]:
+        """Names of the operations whose outputs are the same for every posterior sample, masked as the model is now.
+
+        In training what is random, dropout for one, and all after it runs anew for each sample as well.
+        """
+        anew = self._anew(training)
+        return [step.name for i, step in enumerate(self.steps) if not anew[i]]
+
+    def mixes_batch(self) -> str | None:
+        """Name of the first operation that may not keep axis 0 as the batch, in order; None: all keep it.
+
+        Known to keep it are Keras's own layers other than Lambda, layers that act along axis 0, and TimeDistributed
+        around a masked layer; `sbn_tf`'s layers; operations of `keras.ops` that act entry by entry or along other axes.
+        """
+        if functional_of(self.model) is None:
+            return self.model.name
+        return next((step.name for step in self.steps if not _keeps_batch(step.layer)), None)
+
+    def reused_layers(self) -> list:
+        """Layers that the model uses more than once."""
+        uses = collections.Counter(id(step.layer) for step in self.steps)
+        return list({id(step.layer): step.layer for step in self.steps if uses[id(step.layer)] > 1}.values())
+
+    @contextlib.contextmanager
+    def sharing(self, training: bool = False):
+        """Within it the model may be called again and again: what no posterior draw changes runs at the first call.
+
+        The inputs and `training` must be the same at every call. Where the model is not Functional everything runs
+        anew.
+
+        Yields:
+            A set that fills with the ids of the losses (`add_loss`, activity regularizers) of what has run once.
+        """
+        shared = _Shared(self._shared_paths(training))
+        for functional in self._functionals.values():
+            if "_run_through_graph" not in functional.__dict__:
+                object.__setattr__(functional, "_run_through_graph", _Runner(functional))
+        token = _shared.set(shared)
+        try:
+            yield shared.losses
+        finally:
+            _shared.reset(token)
+
+    # ---- below: how it is done ----
+
+    def _walk(self, functional, path, prefix, tensors):
+        """Append a Functional's operations; `tensors`: id -> (KerasTensor of known size, positions it comes from)."""
+        self._functionals[id(functional)] = functional
+        for node in _nodes(functional):
+            if any(id(x) not in tensors for x in node.input_tensors):
+                continue
+            here, name = (*path, id(node)), f"{prefix}{node.operation.name}"
+            sources = frozenset().union(*(tensors[id(x)][1] for x in node.input_tensors))
+            inner = functional_of(node.operation)
+            first = len(self.steps)
+            if inner is None:
+                outputs = self._outputs_of(node, tensors)
+                cost = _multiply_adds(node.operation, [tensors[id(x)][0] for x in node.input_tensors], outputs)
+                self.steps.append(Operation(self._new_name(name), node.operation, sources, cost))
+                self._positions[here] = first
+                made = [(x, frozenset([first])) for x in outputs]
+            else:
+                entering = {
+                    id(x): given for x, given in zip(inner.inputs, _entering(node, inner, tensors), strict=True)
+                }
+                self._walk(inner, here, f"{name}/", entering)
+                made = [entering[id(x)] for x in inner.outputs]
+            self._within[here] = (range(first, len(self.steps)), sources)
+            tensors.update({id(x): out for x, out in zip(node.outputs, made, strict=False)})
+
+    def _new_name(self, name):
+        uses = sum(step.name == name or step.name.startswith(f"{name}:") for step in self.steps)
+        return f"{name}:{uses}" if uses else name
+
+    def _sized(self, x):
+        if None not in x.shape[1:]:
+            return x
+        shape = (x.shape[0], *(self._open_size if size is None else size for size in x.shape[1:]))
+        return keras.KerasTensor(shape, dtype=x.dtype, sparse=x.sparse, record_history=False)
+
+    def _outputs_of(self, node, tensors):
+        """A node's outputs, of known size: its own, or computed anew where the model leaves a size open."""
+        if not any(None in x.shape[1:] for x in (*node.input_tensors, *node.outputs)):
+            return node.outputs
+        args, kwargs = node.arguments.fill_in({key: x for key, (x, _) in tensors.items()})
+        return [self._sized(x) for x in keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))]
+
+    def _by_weight(self):
+        """Key of each weight -> positions of the operations that use it."""
+        users = {}
+        for i, step in enumerate(self.steps):
+            for variable in getattr(step.layer, "variables", ()):
+                users.setdefault(id(variable), []).append(i)
+        return {key: users.get(variable, []) for key, variable in _keys(self.model).items()}
+
+    def _with_all_after(self):
+        """For each operation itself and all that depend on it, as the bits of an int."""
+        after = [1 << i for i in range(len(self.steps))]
+        for i in reversed(range(len(self.steps))):
+            for source in self.steps[i].sources:
+                after[source] |= after[i]
+        return after
+
+    def _dependent(self, key):
+        bits = 0
+        for i in self._steps_of[key]:
+            bits |= self._after[i]
+        return bits
+
+    def _anew(self, training):
+        anew = []
+        for step in self.steps:
+            own = _is_bayesian(step.layer) or _is_random(step.layer, training)
+            anew.append(own or any(anew[source] for source in step.sources))
+        return anew
+
+    def _shared_paths(self, training):
+        anew = self._anew(training)
+        return {
+            path
+            for path, (inside, sources) in self._within.items()
+            if not any(anew[i] for i in inside) and not any(anew[i] for i in sources)
+        }
+
+
+def functional_of(operation):
+    """The Functional behind a Functional or Sequential model whose `call` is Keras's own; None for anything else."""
+    if isinstance(operation, keras.Sequential):
+        own = type(operation).call is keras.Sequential.call
+        return operation._functional if own else None
+    own = getattr(type(operation), "call", None) is _FUNCTIONAL.call
+    return operation if own else None
+
+
+# Keras has no public name for the class that keras.Model(inputs, outputs) makes.
+_FUNCTIONAL = type(keras.Model(*[keras.Input((1,))] * 2))
+
+
+def _nodes(functional):
+    """Nodes in the order in which Keras runs them, the inputs left out."""
+    by_depth = functional._nodes_by_depth
+    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if n.operation and not n.is_input]
+
+
+def _entering(node, inner, tensors):
+    """What a nested model's inputs get: (tensor, positions) for each."""
+    first = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs.get("inputs")
+    if isinstance(first, dict) and not isinstance(inner._inputs_struct, dict):
+        first = [first.get(x.name) for x in inner.inputs]
+    given = [tensors.get(id(x)) for x in keras.tree.flatten(first)]
+    known = {id(x) for x in keras.tree.flatten(first)}
+    others = [tensors[id(x)][1] for x in node.input_tensors if id(x) not in known]  # a mask given as an argument
+    return [
+        (x, frozenset()) if got is None else (got[0], got[1].union(*others))
+        for x, got in zip(inner.inputs, given, strict=True)
+    ]
+
+
+def _keys(model) -> dict[str, int]:
+    """Key of each variable, as in `sbn_tf.saliency.named_weights` -> its id."""
+    found, seen = {}, set()
+
+    def walk(layer, path):
+        for variable in layer._trainable_variables + layer._non_trainable_variables:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                found["/".join([*path, variable.name])] = id(variable)
+        for child in layer._layers:
+            walk(child, [*path, child.name])
+
+    walk(model, [])
+    return found
+
+
+# ---- what an operation costs ----
+
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+_TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+
+
+def _multiply_adds(operation, inputs, outputs) -> float:
+    first = getattr(operation, "data_format", None) == "channels_first"
+    size = float(sum(math.prod(x.shape[1:]) for x in outputs))
+
+    def positions(x):
+        return math.prod(x.shape[2:] if first else x.shape[1:-1])
+
+    if isinstance(operation, _SEPARABLE):
+        kernels = (operation.depthwise_kernel, operation.pointwise_kernel)
+        return float(positions(outputs[0]) * sum(math.prod(k.shape) for k in kernels))
+    if isinstance(operation, _TRANSPOSED):
+        return float(positions(inputs[0]) * math.prod(operation.kernel.shape))
+    if isinstance(operation, (*_CONVOLUTIONS, *_DEPTHWISE, keras.layers.Dense)):
+        return float(positions(outputs[0]) * math.prod(operation.kernel.shape))
+    if isinstance(operation, keras.layers.EinsumDense):
+        return float(_einsum(operation, inputs[0]))
+    if isinstance(operation, keras.layers.Embedding) or not isinstance(operation, keras.layers.Layer):
+        return size
+    matrices = sum(math.prod(w.shape) for w in operation.weights if len(w.shape) > 1)
+    return size + (positions(inputs[0]) * matrices if inputs and matrices else 0.0)
+
+
+def _einsum(layer, x):
+    """Each entry of the kernel once for every position that the inputs have beside the kernel's axes."""
+    given, kernel = layer.equation.replace(" ", "").split("->")[0].split(",")
+    before, dots, after = given.partition("...")
+    shape = list(x.shape)
+    end = len(shape) - len(after)
+    sizes = [*zip(before, shape[: len(before)], strict=True), *zip(after, shape[end:], strict=True)]
+    sizes += [("...", size) for size in shape[len(before) : end]] if dots else []
+    batch = 0 if before else next((i for i, (label, _) in enumerate(sizes) if label == "..."), 0)
+    positions = (size for i, (label, size) in enumerate(sizes) if i != batch and label not in kernel)
+    return math.prod(layer.kernel.shape) * math.prod(positions)
+
+
+# ---- what an operation depends on ----
+
+
+def _layers_of(operation):
+    if not isinstance(operation, keras.layers.Layer):
+        return []
+    return [operation, *operation._flatten_layers(include_self=False, recursive=True)]
+
+
+def _is_bayesian(operation):
+    return isinstance(operation, keras.layers.Layer) and bool(masked_layers(operation))
+
+
+def _is_random(operation, training):
+    """Whether two calls may differ: dropout and its like in training; of layers that are not Keras's own, always."""
+    for layer in _layers_of(operation):
+        if isinstance(layer, MaskedGaussian):
+            continue
+        seeded = bool(getattr(layer, "_seed_generators", ()))
+        if not _is_of_keras(layer):
+            if seeded or hasattr(layer, "seed"):
+                return True
+        elif training and seeded:
+            rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
+            if any(rates) or all(rate is None for rate in rates):  # an LSTM has a seed without any dropout
+                return True
+    return False
+
+
+def _is_of_keras(operation):
+    return type(operation).__module__.split(".")[0] == "keras"
+
+
+_NAMES_ENTRY_BY_ENTRY = """
+Abs Absolute Add Cast Celu Clip Cos Cosh Divide Elu Equal Erf Exp Expm1 Gelu Glu Greater GreaterEqual HardSigmoid
+HardSilu HardTanh Identity LeakyRelu Less LessEqual Log Log1p LogSigmoid LogicalAnd LogicalNot LogicalOr Maximum Minimum
+Mod Multiply Negative NotEqual OnesLike Power Reciprocal Relu Relu6 Round Rsqrt Selu Sigmoid Sign Silu Sin Sinh Softplus
+Softsign Sqrt Square Subtract Tan Tanh Threshold TrueDivide Where ZerosLike
+"""
+_NAMES_ALONG_AXES = "Amax Amin Concatenate LogSoftmax Logsumexp Max Mean Min Prod Softmax Std Sum Var"
+_ENTRY_BY_ENTRY, _ALONG_AXES = frozenset(_NAMES_ENTRY_BY_ENTRY.split()), frozenset(_NAMES_ALONG_AXES.split())
+
+
+def _keeps_batch(operation):
+    if isinstance(operation, keras.layers.Layer):
+        known = _is_of_keras(operation) or isinstance(operation, MaskedGaussian)
+        mixing = isinstance(operation, keras.layers.Lambda)
+        if isinstance(operation, keras.layers.TimeDistributed):  # a masked layer in it gets one time step after another
+            mixing = bool(masked_layers(operation))
+        wrapped = getattr(operation, "layer", None)  # what a wrapper holds may be anything
+        inside = not isinstance(wrapped, keras.layers.Layer) or _keeps_batch(wrapped)
+        return known and not mixing and inside and 0 not in _axes(operation)
+    name = type(operation).__name__
+    return name in _ENTRY_BY_ENTRY or (name in _ALONG_AXES and _axes(operation) and 0 not in _axes(operation))
+
+
+def _axes(operation):
+    """The axes that an operation names; none of its own: ()."""
+    axis = getattr(operation, "axis", None)
+    axes = () if axis is None else tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+    return tuple(
+        a + len(node.input_tensors[0].shape) if a < 0 else a for node in operation._inbound_nodes[:1] for a in axes
+    )
+
+
+# ---- running what is shared once ----
+
+
+class _Shared:
+    """What runs once: its nodes by the way down to each, their results and losses; and the way to what runs now."""
+
+    def __init__(self, once):
+        self.once, self.results, self.losses, self.path = once, {}, set(), ()
+
+
+_shared: contextvars.ContextVar[_Shared | None] = contextvars.ContextVar("sbn_tf_shared", default=None)
+
+
+class _Runner:
+    """A Functional's run through its graph as Keras does it, taking what has run once within `Graph.sharing`."""
+
+    def __init__(self, functional):
+        self.functional = functional
+
+    def __call__(self, inputs, operation_fn=lambda operation: operation, call_fn=None):
+        functional, shared = self.functional, _shared.get()
+        if shared is None or call_fn is not None:
+            return type(functional)._run_through_graph(functional, inputs, operation_fn, call_fn)
+        tensors = {id(x): y for x, y in zip(functional.inputs, keras.tree.flatten(inputs), strict=True)}
+        for node in _nodes(functional):
+            if any(id(x) not in tensors for x in node.input_tensors):
+                continue
+            results = self._results(node, tensors, operation_fn, shared)
+            tensors.update({id(x): y for x, y in zip(node.outputs, results, strict=False)})
+        return keras.tree.pack_sequence_as(functional._outputs_struct, [tensors[id(x)] for x in functional.outputs])
+
+    def _results(self, node, tensors, operation_fn, shared):
+        outer = shared.path
+        here = (*outer, id(node))
+        if here in shared.results:
+            return shared.results[here]
+        args, kwargs = node.arguments.fill_in(tensors)
+        before = _added_losses(node.operation)
+        shared.path = here
+        try:
+            operation = self.functional._get_operation_for_node(node)
+            results = keras.tree.flatten(operation_fn(operation)(*args, **kwargs))
+        finally:
+            shared.path = outer
+        if here in shared.once:
+            shared.results[here] = results
+            shared.losses.update(_added_losses(node.operation) - before)
+        return results
+
+
+def _added_losses(operation) -> set:
+    return {id(loss) for layer in _layers_of(operation) for loss in layer._get_own_losses()}
+
+
+def one_after_another(step, state: list, start: int, stop: int) -> list:
+    """`state = step(i, state)` for i from `start` to `stop` - 1; also in a TensorFlow graph none runs beside another.
+
+    An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
+    memory of all.
+    """
+    if _graph() is None or stop - start < 2:
+        for i in range(start, stop):
+            state = step(i, state)
+        return state
+    return list(
+        ops.while_loop(
+            lambda i, *_: i < stop, lambda i, *state: (i + 1, *step(i, list(state))), (start, *state), stop - start
+        )[1:]
+    )

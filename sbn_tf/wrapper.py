@@ -1,0 +1,274 @@
+"""A wrapper that gives chosen weights of any Keras layer or model a masked Gaussian posterior.
+
+The layers of `sbn_tf.layers` have their own classes; attention, recurrent and normalisation layers, custom layers and
+whole subclassed models go through this one.
+"""
+
+import keras
+from keras import ops
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+
+from sbn_tf.layers import MaskedGaussian, _at_mean, _batch, _Box
+from sbn_tf.saliency import named_weights
+
+__all__ = ["MaskedWrapper"]
+
+
+@keras.saving.register_keras_serializable(package="sbn_tf")
+class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
+    """Any layer or model of which chosen weight entries are Gaussian, the rest points.
+
+    `weight = loc + softplus(untransformed_scale) * eps` at the masked entries, for the time of the layer's own call.
+
+    It is called as the wrapped layer is: arguments, masks, `training`, states and outputs are those of that layer,
+    which keeps its weights (the locs), dtype policies, regularizers and updates. A weight is named by its path in the
+    wrapped layer: `"query/kernel"`, `"forward_lstm/lstm_cell/recurrent_kernel"`.
+
+    Args:
+        layer: a `keras.layers.Layer` or `keras.Model`, built or not.
+        num_bayesian: dict such as `{"query/kernel": 10}`: how many entries of a weight are Bayesian, chosen at random.
+        mask: dict of boolean arrays instead: which entries are Bayesian.
+        weight_names: list of str: names of all weights of the layer, in their order. Keras numbers the sublayers and
+            unnamed weights of a custom layer anew at each making, and their paths change. None: the paths of now.
+        name, trainable, and the keyword arguments of `sbn_tf.layers.MaskedGaussian`.
+
+    Input shape: the wrapped layer's. Output shape: the wrapped layer's.
+
+    Raises:
+        ValueError: a weight that the layer does not have, or one that the layer itself assigns to during its call.
+    """
+
+    def __init__(self, layer, *, weight_names=None, name=None, trainable=True, **kwargs):
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(f"Expected a keras layer or model. Received: layer={layer!r}")
+        self._variables, self._weight_names = _Box(None), _Box(weight_names)
+        # Draws are made in the precision of the weights; the wrapped layer casts them and its inputs by its own policy.
+        dtype = keras.DTypePolicy(layer.variable_dtype)
+        super().__init__(layer, name=name or layer.name, trainable=trainable, dtype=dtype, autocast=False, **kwargs)
+        self._convert_input_args = False
+        self._allow_non_tensor_positional_args = True
+        self.supports_masking = layer.supports_masking
+        for attribute in (
+            "_call_signature",
+            "call_signature_parameters",
+            "_call_has_training_arg",
+            "_call_has_mask_arg",
+            "_call_context_args",
+            "_call_has_context_arg",
+        ):
+            setattr(self, attribute, getattr(layer, attribute))
+
+    def __call__(self, *args, **kwargs):
+        """The wrapped layer's output for one draw; the first call builds."""
+        if not self.built:
+            if not self._has_weights():
+                # As in a Functional model: some layers make their weights, or sublayers, only when they are called.
+                symbolic_args, symbolic_kwargs = keras.tree.map_structure(_symbolic, (args, kwargs))
+                self.layer(*symbolic_args, **symbolic_kwargs)
+            self.build()
+        return super().__call__(*args, **kwargs)
+
+    def build(self, input_shape=None):
+        """Build the posterior, and the wrapped layer if need be."""
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        self._variables.value = None
+        self.posterior_weights = tuple(self._by_name())
+        for argument, value in (("num_bayesian", self.num_bayesian), ("mask", self._masks.value)):
+            self._by_weight(value, argument)
+        self._build_posterior(self._masks.value)
+
+    def call(self, *args, **kwargs):
+        """The wrapped layer's call with one new draw of the masked entries."""
+        names = [] if _at_mean.get() else self._bayesian_names()
+        if not names:
+            return self.layer(*args, **kwargs)
+        if _batch.get() is not None:
+            return self._call_in_parts(_batch.get(), args, kwargs)
+        return self._call_layer({name: self._kept_draw(name) for name in names}, args, kwargs)
+
+    def compute_mask(self, inputs, previous_mask=None):
+        """The wrapped layer's mask."""
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def compute_output_spec(self, *args, **kwargs):
+        """The wrapped layer's output."""
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, *args, **kwargs):
+        """The wrapped layer's output shape."""
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def get_config(self):
+        """The wrapped layer and the posterior's config; the mask itself is saved among the weights."""
+        config = super().get_config()
+        del config["dtype"]  # the wrapped layer's
+        return {**config, "weight_names": self._names()}
+
+    def get_build_config(self):
+        """Nothing: the wrapped layer has its own."""
+        return {}
+
+    def build_from_config(self, config):
+        """Build if the wrapped layer is; else the first call does."""
+        if self._has_weights():
+            self.build()
+
+    def save_own_variables(self, store):
+        """The posterior, under names without slashes; the wrapped layer saves its weights itself."""
+        for name, variable in self._posterior_variables().items():
+            store[name.replace("/", ".")] = variable
+
+    def load_own_variables(self, store):
+        """Load the posterior."""
+        names = {name.replace("/", "."): name for name in self._posterior_variables()}
+        super().load_own_variables({names.get(key, key): store[key] for key in list(store.keys())})
+
+    # ---- below: how it is done ----
+
+    def add_weight(self, *args, name=None, **kwargs):
+        """`Layer.add_weight`; Keras allows no slash in a variable's name."""
+        return super().add_weight(*args, name=name and name.replace("/", "."), **kwargs)
+
+    def _names(self):
+        """Names of the wrapped layer's weights, in their order; None as long as it has none and none were given."""
+        if self._weight_names.value is None and self.layer.built:
+            return list(named_weights(self.layer))
+        return self._weight_names.value
+
+    def _by_name(self):
+        """The wrapped layer's weights of floating point by name."""
+        if self._variables.value is None:
+            variables = [weight.variable for weight in named_weights(self.layer).values()]
+            if len(variables) != len(self._names()):
+                raise ValueError(
+                    f"Expected {len(self._names())} weights in the layer that '{self.name}' wraps, as its weight_names "
+                    f"tell. Received: {len(variables)}"
+                )
+            named = zip(self._names(), variables, strict=True)
+            self._variables.value = {n: v for n, v in named if keras.backend.is_float_dtype(v.dtype)}
+        return self._variables.value
+
+    def _has_weights(self):
+        """Whether the wrapped layer has made the weights that are named. Some make them only when they are called."""
+        if not self.layer.built:
+            return False
+        found = named_weights(self.layer)
+        if self._weight_names.value is not None:
+            return len(found) == len(self._weight_names.value)
+        return {name for name, count in self.num_bayesian.items() if count} <= set(found)
+
+    def _by_weight(self, value, argument):
+        if value is None or (isinstance(value, int) and value == 0):
+            return None
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"Expected {argument} of '{self.name}' as a dict by weight, such as "
+                f"{{'query/kernel': ...}}. Received: {type(value).__name__}"
+            )
+        unknown = set(value) - set(self.posterior_weights) if self.posterior_weights else ()
+        if unknown:
+            raise ValueError(
+                f"Expected {argument} for weights among {_some(self.posterior_weights)} of layer '{self.name}'. "
+                f"Received: {_some(sorted(unknown))}"
+            )
+        return value
+
+    def _loc(self, name):
+        return self._by_name()[name]
+
+    def _stock_variables(self):
+        return []  # they are the wrapped layer's, saved with it
+
+    def _call_layer(self, draws, args, kwargs, share=None):
+        """The wrapped layer's call with these weights; what it assigns to others and adds as loss is kept.
+
+        `share` of a batch: what its losses count for.
+        """
+        with keras.StatelessScope(
+            [(self._loc(name), draw) for name, draw in draws.items()], collect_losses=True, initialize_variables=False
+        ) as scope:
+            if scope.original_scope is not None:  # a scope hides the values of the one around it
+                scope.state_mapping = {**scope.original_scope.state_mapping, **scope.state_mapping}
+            before = dict(scope.state_mapping)
+            outputs = self.layer(*args, **kwargs)
+        drawn = {id(self._loc(name)): name for name in draws}
+        for variable in self.layer.variables:
+            after = scope.get_current_value(variable)
+            if after is None or after is before.get(id(variable)):
+                continue
+            if id(variable) in drawn:
+                raise ValueError(
+                    f"'{self.name}' assigns to its weight '{drawn[id(variable)]}' when called: it cannot be Bayesian. "
+                    "Leave it out of the mask."
+                )
+            variable.assign(after)
+        for loss in scope.losses:  # a tensor of its own each: the wrapped layer claims the one that it added
+            self.add_loss(loss + 0.0 if share is None else loss * ops.cast(share, loss.dtype))
+        return outputs
+
+    def _call_in_parts(self, batch, args, kwargs):
+        """One call for each part of the batch with a draw of its own, outputs joined."""
+        if any(getattr(part, "stateful", False) for part in self.layer._flatten_layers()):
+            raise ValueError(
+                f"'{self.name}' is stateful: it keeps states of a whole batch, and cannot be called on its parts. "
+                'Use the estimator "all".'
+            )
+        draws = self._batch_draws(batch, batch.num_samples)
+        leaves = keras.tree.flatten((args, kwargs))
+        size = next(leaf.shape[0] for leaf in leaves if _rank(leaf))
+        batch_size = next(ops.shape(leaf)[0] for leaf in leaves if _rank(leaf))
+        results = []
+        for s in range(batch.num_samples):
+            start, stop = s * batch_size // batch.num_samples, (s + 1) * batch_size // batch.num_samples
+            if isinstance(batch_size, int) and start == stop:
+                continue
+            # Of a batch whose size is unknown yet no part is empty: one example too many is computed, and dropped.
+            end = stop if isinstance(batch_size, int) else ops.maximum(stop, start + 1)
+
+            def rows(leaf, start=start, end=end):
+                return _with_mask(leaf, lambda t: t[start:end]) if _rank(leaf) and leaf.shape[0] == size else leaf
+
+            part_args, part_kwargs = keras.tree.map_structure(rows, (args, kwargs))
+            outputs = self._call_layer(self._drawn(draws[s]), part_args, part_kwargs, (stop - start) / batch_size)
+            results.append(outputs if end is stop else _rows_up_to(outputs, stop - start))
+        return keras.tree.map_structure(_joined, *results)
+
+
+def _symbolic(leaf):
+    if isinstance(leaf, keras.KerasTensor) or not hasattr(leaf, "shape"):
+        return leaf
+    return keras.KerasTensor(leaf.shape, dtype=keras.backend.standardize_dtype(leaf.dtype))
+
+
+def _rank(leaf):
+    return len(getattr(leaf, "shape", ()))
+
+
+def _rows_up_to(outputs, count):
+    return keras.tree.map_structure(lambda t: _with_mask(t, lambda x: x[:count]), outputs)
+
+
+def _with_mask(tensor, rows):
+    """`rows(tensor)`, with the same rows of what Keras attaches to it: a mask, the logits of probabilities."""
+    part = rows(tensor)
+    if get_keras_mask(tensor) is not None:
+        set_keras_mask(part, rows(get_keras_mask(tensor)))
+    if hasattr(tensor, "_keras_logits"):
+        part._keras_logits = rows(tensor._keras_logits)
+    return part
+
+
+def _joined(*parts):
+    whole = ops.concatenate(parts, axis=0)
+    masks = [get_keras_mask(part) for part in parts]
+    if all(mask is not None for mask in masks):
+        set_keras_mask(whole, ops.concatenate(masks, axis=0))
+    if all(hasattr(part, "_keras_logits") for part in parts):
+        whole._keras_logits = ops.concatenate([part._keras_logits for part in parts], axis=0)
+    return whole
+
+
+def _some(names):
+    names = list(names)
+    return f"{names[:5]}{' ...' if len(names) > 5 else ''}"

@@ -1,0 +1,376 @@
+"""One pass for several draws: each estimator against closed forms, stock Keras on squares, and separate calls."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from sbn_tf import draws, layers
+
+HOW = ("split", "flipout", "local")
+
+
+def built(kind, shape, mask=None, initial_scale=0.5, **arguments):
+    """A built masked layer with a seed; its mask is random where none is given."""
+    ours = {"kl_weight": 0.1, "initial_scale": initial_scale, "seed": 3}
+    layer = getattr(layers, kind)(**arguments, **ours)
+    layer.build((None, *shape))
+    layer.kl_weight = 0.1
+    random = np.random.default_rng(0)
+    names = [n for n in layer.posterior_weights if getattr(layer, n) is not None]
+    layer.set_mask(mask or {n: random.random(layer._loc(n).shape) < 0.6 for n in names})
+    return layer
+
+
+def repeated(layer, x, how, num_samples=3, repeats=600):
+    """`repeats` outputs under new contexts: (repeats, *outputs)."""
+
+    @tf.function
+    def draw():
+        def one(_):
+            with layers.batch_draws(how, num_samples):
+                return layer(x)
+
+        return tf.map_fn(one, tf.range(repeats), fn_output_signature=layer.compute_dtype)
+
+    return draw().numpy()
+
+
+def moments(layer, x):
+    """Mean and variance of the outputs of a layer without activation, by its stock layer on squares."""
+    stock = type(layer).__mro__[2]
+    config = {k: v for k, v in layer.get_config().items() if k in stock(**KINDS[type(layer).__name__][1]).get_config()}
+    mean, variance = stock.from_config(config), stock.from_config(config)
+    for one in (mean, variance):
+        one.build((None, *x.shape[1:]))
+    for a, b in zip(mean.weights, variance.weights, strict=True):
+        a.assign(getattr(layer, a.name))
+        b.assign(layer.scale(b.name) ** 2)
+    squares = x if type(layer).__name__ == "Embedding" else x**2
+    return ops.convert_to_numpy(mean(x)), ops.convert_to_numpy(variance(squares))
+
+
+# ---- parts of a batch ----
+
+
+@pytest.mark.parametrize(("batch", "samples", "sizes"), [(50, 5, [10] * 5), (7, 3, [2, 2, 3]), (2, 5, [0, 0, 1, 0, 1])])
+def test_parts_are_contiguous(batch, samples, sizes):
+    assert draws.part_sizes(batch, samples) == sizes
+    x = np.arange(2 * batch).reshape(batch, 2)
+    parts = draws.split_batch(x, samples)
+    assert [s for s, _ in parts] == [s for s, size in enumerate(sizes) if size]
+    assert [len(part) for _, part in parts] == [size for size in sizes if size]
+    np.testing.assert_array_equal(draws.join_batch([part for _, part in parts], batch, samples), x)
+    numbers = np.repeat(np.arange(samples), sizes)
+    np.testing.assert_array_equal(draws.part_of_example(batch, samples), numbers)
+    traced = tf.function(lambda rows: draws.part_of_example(tf.shape(rows)[0], samples))
+    np.testing.assert_array_equal(traced(tf.ones(batch)), numbers)
+
+
+@pytest.mark.parametrize("kind", ["Conv2D", "SeparableConv2D"])
+@pytest.mark.parametrize("batch", [2, 7])
+def test_an_open_batch_size_gives_the_same(kind, batch):
+    layer = built(kind, (5, 5, 2), filters=3, kernel_size=3)
+    x = np.random.normal(size=(batch, 5, 5, 2)).astype("float32")
+    state, found = layer._noise_seed.state.numpy(), []
+
+    def step(x):
+        with tf.GradientTape() as tape, layers.batch_draws("split", num_samples=5):
+            loss = ops.sum(ops.tanh(layer(x)))
+        return [loss, *tape.gradient(loss, layer.trainable_weights)]
+
+    for signature in ([tf.TensorSpec((None, 5, 5, 2))], [tf.TensorSpec(x.shape)]):
+        layer._noise_seed.state.assign(state)
+        found.append(tf.function(step, input_signature=signature)(x))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---- few touched channels ----
+
+# class: (input shape, arguments, which entries of the two last axes of the kernel)
+FEW = {
+    "Dense": ((6,), {"units": 8}, ([1, 4], [0, 5])),
+    "Conv1D": ((5, 6), {"filters": 8, "kernel_size": 3, "padding": "causal"}, ([2], slice(None))),
+    "Conv2D": ((4, 4, 6), {"filters": 8, "kernel_size": 3, "padding": "same"}, (slice(None), [6])),
+    "Conv2DTranspose": ((3, 3, 6), {"filters": 8, "kernel_size": 2, "strides": 2}, ([1, 7], [0, 2, 3])),
+}
+
+
+def few(kind):
+    shape, arguments, (rows, columns) = FEW[kind]
+    stock = getattr(keras.layers, kind)(**arguments)
+    stock.build((None, *shape))
+    mask = np.zeros(stock.kernel.shape, bool)
+    mask[..., np.arange(mask.shape[-2])[rows][:, None], np.arange(mask.shape[-1])[columns]] = True
+    mask &= np.random.default_rng(1).random(mask.shape) < 0.8
+    return built(kind, shape, {"kernel": mask}, **arguments), np.random.normal(size=(7, *shape)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_noise_apart_from_the_loc_gives_what_whole_draws_give(monkeypatch, kind):
+    layer, x = few(kind)
+    assert layer._touched.value["kernel"] == tuple(
+        int(layer.kernel_mask.any(axis=tuple(i for i in range(layer.kernel_mask.ndim) if i != axis)).sum())
+        for axis in (layer.kernel_mask.ndim - 2, layer.kernel_mask.ndim - 1)
+    )
+    state, found = layer._noise_seed.state.numpy(), []
+    for apart in (True, False):
+        monkeypatch.setattr(draws, "_decomposes", lambda *_, apart=apart: apart)
+        layer._noise_seed.state.assign(state)
+        with tf.GradientTape() as tape, layers.batch_draws("split", num_samples=3):
+            y = layer(x)
+            loss = ops.sum(ops.tanh(y))
+        found.append([y, *tape.gradient(loss, layer.trainable_weights)])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert np.any(ops.convert_to_numpy(a) != 0)
+
+
+@pytest.mark.parametrize(
+    ("units", "touched", "apart"),
+    [(64, (8, 64), True), (64, (9, 64), False), (64, (64, 8), True), (64, (16, 16), True), (64, (64, 64), False)],
+)
+def test_which_way_is_settled_by_touched_channels(monkeypatch, units, touched, apart):
+    """64 inputs: up to 1/8 of the pairs. 64 entries for each output: more than 32."""
+    mask = np.zeros((64, units), bool)
+    mask[: touched[0], : touched[1]] = True
+    layer, kernels = built("Dense", (64,), {"kernel": mask}, units=units), []
+    whole = layer._drawn
+    monkeypatch.setattr(layer, "_drawn", lambda *arguments: kernels.append(1) or whole(*arguments))
+    with layers.batch_draws("split", num_samples=3):
+        layer(np.ones((6, 64), "float32"))
+    assert len(kernels) == (0 if apart else 3)
+
+
+def test_an_image_too_large_for_its_kernel_takes_whole_draws(monkeypatch):
+    mask = np.zeros((3, 3, 8, 8), bool)
+    mask[..., 0] = True
+    layer = built("Conv2D", (8, 8, 8), {"kernel": mask}, filters=8, kernel_size=3, padding="same")
+    taken = []
+    monkeypatch.setattr(draws._Touched, "take", lambda self, x: taken.append(x) or x)
+    with layers.batch_draws("split", num_samples=2):
+        layer(np.ones((4, 8, 8, 8), "float32"))
+    assert not taken  # 576 entries of the kernel, 512 outputs
+
+
+def test_loaded_masks_count(tmp_path):
+    """A new trace follows the mask that was loaded; an old one that has no room for it says so by NaN."""
+
+    def model(columns):
+        mask = np.zeros((64, 16), bool)
+        mask[:, columns] = True
+        layer = built("Dense", (64,), {"kernel": mask}, units=16)
+        return keras.Sequential([keras.Input((64,)), layer])
+
+    one, other, x = model([3]), model([5]), np.ones((4, 64), "float32")
+    mask = np.zeros((64, 16), bool)
+    mask[:32, [7, 8]] = True
+    two = model([3])
+    two.layers[0].set_mask({"kernel": mask})
+
+    @tf.function
+    def call():
+        with layers.batch_draws("split", num_samples=2):
+            return one(x)
+
+    def noisy():
+        with layers.posterior_mean():
+            at_mean = one(x).numpy()
+        return np.flatnonzero(np.any(np.abs(call().numpy() - at_mean) > 1e-4, axis=0)), call().numpy()
+
+    np.testing.assert_array_equal(noisy()[0], [3])
+    for given, columns in ((other, [5]), (two, [7, 8])):
+        given.save_weights(tmp_path / "given.weights.h5")
+        one.load_weights(tmp_path / "given.weights.h5")
+        if given is two:
+            assert np.isnan(noisy()[1]).any()
+            call = tf.function(call.python_function)
+        np.testing.assert_array_equal(noisy()[0], columns)
+
+
+def test_rows_of_an_embedding_that_are_points_have_no_noise():
+    mask = np.zeros((6, 3), bool)
+    mask[[1, 4]] = True
+    layer = built("Embedding", (4,), {"embeddings": mask}, input_dim=6, output_dim=3)
+    ids = np.tile(np.arange(6), (5, 1))
+    for how in HOW:
+        noise = repeated(layer, ids, how, repeats=3) - layer.embeddings.numpy()
+        assert np.all((np.abs(noise) > 1e-6).any(axis=(0, 1, 3)) == mask.any(axis=1))
+
+
+# ---- closed forms ----
+
+# class: (input shape, arguments)
+KINDS = {
+    "Dense": ((2, 4), {"units": 3}),
+    "EinsumDense": ((3, 4), {"equation": "abc,cde->abde", "output_shape": (3, 2, 2), "bias_axes": "de"}),
+    "Embedding": ((4,), {"input_dim": 5, "output_dim": 3}),
+    "Conv1D": ((6, 2), {"filters": 3, "kernel_size": 3, "dilation_rate": 2}),
+    "Conv2D": ((4, 4, 4), {"filters": 4, "kernel_size": 3, "groups": 2}),
+    "Conv3DTranspose": ((2, 2, 2, 2), {"filters": 2, "kernel_size": 2, "strides": 2}),
+    "DepthwiseConv1D": ((2, 5), {"kernel_size": 3, "depth_multiplier": 2, "data_format": "channels_first"}),
+}
+
+
+def inputs(kind, batch=3):
+    shape, _ = KINDS[kind]
+    if kind == "Embedding":
+        return np.random.randint(0, 5, (batch, *shape))
+    return np.random.normal(size=(batch, *shape)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flipout_has_the_exact_marginals_and_independent_examples(kind):
+    layer, x = built(kind, KINDS[kind][0], **KINDS[kind][1]), inputs(kind)
+    x[1] = x[0]
+    repeats = 600
+    values = repeated(layer, x, "flipout", repeats=repeats)
+    mean, variance = moments(layer, x)
+    noise = values - mean
+    # Five standard errors; flipout's noise of one example is Gaussian, as its weights are.
+    np.testing.assert_array_less(np.abs(noise.mean(0)), 5 * np.sqrt(variance / repeats) + 1e-5)
+    np.testing.assert_array_less(np.abs(noise.var(0) - variance), 5 * variance * np.sqrt(2 / repeats) + 1e-5)
+    # The same input twice: separate draws would have uncorrelated noise, one shared draw a covariance of `variance`.
+    products = noise[:, 0] * noise[:, 1]
+    error = products.std(0) / np.sqrt(repeats)
+    np.testing.assert_array_less(np.abs(products.mean(0)), 5 * error + 1e-5)
+
+
+@pytest.mark.parametrize("touched", [[0, 1, 2], [1]])
+def test_local_noise_has_the_exact_marginals(touched):
+    mask = np.zeros((4, 3), bool)
+    mask[1:, touched] = True
+    bias = np.array([False, True, False])
+    layer = built("Dense", (4,), {"kernel": mask, "bias": bias}, units=3)
+    x = np.random.normal(size=(2, 4)).astype("float32")
+    x[1] = x[0]
+    repeats = 2000
+    noise = repeated(layer, x, "local", repeats=repeats) - (x @ layer.kernel.numpy() + layer.bias.numpy())
+    variance = x**2 @ layer.scale("kernel") ** 2 + layer.scale("bias") ** 2
+    np.testing.assert_array_less(np.abs(noise.mean(0)), 5 * np.sqrt(variance / repeats) + 1e-5)
+    np.testing.assert_array_less(np.abs(noise.var(0) - variance), 5 * variance * np.sqrt(2 / repeats) + 1e-5)
+    products = noise[:, 0] * noise[:, 1]
+    np.testing.assert_array_less(np.abs(products.mean(0)), 5 * products.std(0) / np.sqrt(repeats) + 1e-5)
+    assert np.all((noise.std(0) > 1e-4) == np.isin(np.arange(3), touched))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_loss_and_gradients_are_unbiased_on_a_linear_model(how):
+    """E[loss] = (x mu + b - t)^2 + x^2 sigma^2 + sigma_b^2, and its derivatives by mu and sigma, averaged over x."""
+    mask = np.array([[True], [False], [True]])
+    layer = built("Dense", (3,), {"kernel": mask, "bias": np.array([True])}, units=1)
+    x = np.random.normal(size=(6, 3)).astype("float32")
+    target = np.random.normal(size=(6, 1)).astype("float32")
+    repeats = 4000
+    weights = [layer.kernel, layer.bias, *(w for w in layer.trainable_weights if "scale" in w.name)]
+
+    @tf.function
+    def draw():
+        def one(_):
+            with tf.GradientTape() as tape, layers.batch_draws(how, num_samples=3):
+                loss = ops.mean((layer(x) - target) ** 2)
+            return [loss, *tape.gradient(loss, weights)]
+
+        return tf.map_fn(one, tf.range(repeats), fn_output_signature=[tf.float32] * (1 + len(weights)))
+
+    found = [values.numpy().reshape(repeats, -1) for values in draw()]
+    residual = x @ layer.kernel.numpy() + layer.bias.numpy() - target
+    scale, scale_of_bias = layer.scale("kernel")[mask[:, 0]], layer.scale("bias")
+    squares = x[:, mask[:, 0]] ** 2
+    expected = [
+        np.mean(residual**2 + squares @ scale**2 + scale_of_bias**2),
+        np.mean(2 * residual * x, axis=0),
+        np.mean(2 * residual),
+        # d sigma / d rho of sigma = softplus(rho) is 1 - exp(-sigma)
+        np.mean(2 * squares, axis=0) * scale[:, 0] * -np.expm1(-scale[:, 0]),
+        2 * scale_of_bias * -np.expm1(-scale_of_bias),
+    ]
+    for values, value in zip(found, expected, strict=True):
+        error = values.std(0) / np.sqrt(repeats)
+        np.testing.assert_array_less(np.abs(values.mean(0) - np.ravel(value)), 4 * error)
+
+
+def test_local_gradients_are_finite_where_there_is_no_variance():
+    mask = np.zeros((3, 2), bool)
+    mask[0] = True
+    layer = built("Dense", (3,), {"kernel": mask}, units=2)
+    x = tf.constant([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]])  # the first example has no Bayesian input
+    with tf.GradientTape() as tape, layers.batch_draws("local"):
+        tape.watch(x)
+        loss = ops.sum(layer(x) ** 2)
+    for gradient in tape.gradient(loss, [x, *layer.trainable_weights]):
+        assert np.all(np.isfinite(ops.convert_to_numpy(gradient)))
+
+
+# ---- a layer used twice ----
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["Conv2D", "SeparableConv2D"])
+def test_a_layer_used_twice_has_the_same_draws(kind, how):
+    layer = built(kind, (4, 4, 2), filters=3, kernel_size=2)
+    x = np.random.normal(size=(4, 4, 4, 2)).astype("float32")
+    with layers.batch_draws(how, num_samples=2):
+        first, second = layer(x), layer(x)
+    with layers.batch_draws(how, num_samples=2):
+        third = layer(x)
+    np.testing.assert_array_equal(first, second)
+    assert np.max(np.abs(first - third)) > 1e-3
+
+
+def test_local_noise_is_for_layers_that_are_used_once():
+    layer, x = built("Dense", (4,), units=3), np.ones((2, 4), "float32")
+    with layers.batch_draws("local"), pytest.raises(ValueError, match=r"used twice.*shared=\[layer\]"):
+        layer(x)
+        layer(x)
+    with layers.batch_draws("local", shared=[layer]):
+        np.testing.assert_array_equal(layer(x), layer(x))
+    once = keras.Input((4,))
+    model = keras.Model(once, layer(once) - layer(2.0 * once))  # Keras knows of both uses
+    with layers.batch_draws("local"):
+        model(x)
+
+
+def test_contexts_within_contexts():
+    layer, x = built("Dense", (4,), units=3), np.ones((4, 4), "float32")
+    with layers.batch_draws("flipout"):
+        with layers.posterior_mean():
+            np.testing.assert_allclose(layer(x), x @ layer.kernel.numpy() + layer.bias.numpy(), rtol=1e-6)
+        with layers.posterior_sample():
+            y = layer(x).numpy()
+            np.testing.assert_array_equal(y, np.tile(y[:1], (4, 1)))  # one draw for all
+        assert np.max(np.ptp(layer(x).numpy(), axis=0)) > 1e-3
+
+
+# ---- precision, errors ----
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["Dense", "Conv2DTranspose", "Embedding"])
+def test_mixed_precision(how, kind):
+    if kind == "Embedding":
+        layer, x = built(kind, (4,), input_dim=5, output_dim=3, dtype="mixed_bfloat16"), np.zeros((5, 4), int)
+    else:
+        shape, arguments, _ = FEW[kind]
+        layer = built(kind, shape, **arguments, dtype="mixed_bfloat16")
+        x = np.random.normal(size=(5, *shape)).astype("float32")
+    with tf.GradientTape() as tape, layers.batch_draws(how, num_samples=2):
+        y = layer(x)
+        loss = ops.sum(ops.cast(y, "float32") ** 2)
+    assert y.dtype == "bfloat16" and np.all(np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))))
+    assert all(np.any(ops.convert_to_numpy(g) != 0) for g in tape.gradient(loss, layer.trainable_weights))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("halves",), r"one of \('split', 'flipout', 'local'\). Received: how='halves'"),
+        (("split", 0), "num_samples >= 1. Received: num_samples=0"),
+        (("split", 2.0), "Received: num_samples=2.0"),
+    ],
+)
+def test_errors_say_what_was_expected_and_received(arguments, message):
+    with pytest.raises(ValueError, match=message), layers.batch_draws(*arguments):
+        pass
