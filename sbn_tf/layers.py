@@ -391,8 +391,8 @@ class MaskedGaussian:
         kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
         seed: int; fixes the mask chosen at random and the noise.
 
-    A stock layer's `kernel_regularizer` acts on the loc, and so does its `kernel_constraint`, after each step: a draw may
-    leave the constraint's set. An `activity_regularizer` sees the outputs of the draw.
+    A stock layer's `kernel_regularizer` acts on the loc, and so does its `kernel_constraint`, after each step: a draw
+    may leave the constraint's set. An `activity_regularizer` sees the outputs of the draw.
 
     Raises:
         ValueError: a count, mask, scale, reduction or `kl_weight` that does not fit, or a missing `kl_weight`.

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sbn_tf import metrics
 from sbn_tf.metrics import majority_mask, uncertainty
@@ -29,6 +29,7 @@ __all__ = [
     "plot_reliability",
     "plot_reliability_curves",
     "plot_risk_coverage",
+    "plot_saliency_against_cost",
     "plot_sample_masks",
     "plot_scales",
     "plot_scores",
@@ -163,6 +164,30 @@ def plot_scores(ax: Axes, scores: np.ndarray, chosen: np.ndarray) -> Axes:
     ax.set_xlabel("log10 of the saliency")
     ax.set_ylabel("weights")
     ax.legend(handles=handles, frameon=False, fontsize="small")
+    return _plain(ax)
+
+
+def plot_saliency_against_cost(ax: Axes, costs: np.ndarray, kept: np.ndarray, num_samples: int = 5) -> Axes:
+    """Saliency that a selection keeps against what its samples cost: a step at each place where more is kept.
+
+    Args:
+        ax: where to draw.
+        costs: passes of the whole network, rising, as from `saliency.saliency_against_cost`.
+        kept: share of all saliency, 0..1, of each.
+        num_samples: of the costs: the most that they can be.
+
+    Returns:
+        `ax`.
+    """
+    costs, kept = np.asarray(costs), np.asarray(kept)
+    # Beyond the last step nothing more is to be had; the line goes on to the price of selecting anywhere.
+    ax.step([*costs, max(num_samples, costs[-1])], [*kept, kept[-1]], where="post", color=BLUE, linewidth=1.2)
+    ax.plot(costs, kept, "o", color=BLUE, markersize=4)
+    ax.set_xlim(1, num_samples * 1.02)
+    ax.set_ylim(0, 1.08 * kept[-1] if kept[-1] > 0 else 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlabel(f"cost of {num_samples} samples (passes; what no draw changes runs once)")
+    ax.set_ylabel("share of all saliency kept")
     return _plain(ax)
 
 

@@ -22,8 +22,8 @@
 # predictions most. That this is where a distribution helps *uncertainty* is the paper's claim, not a theorem: compare
 # with `random`. `r_bayes` is a share of the *eligible* weights: trainable ones outside normalisation layers.
 #
-# - *You will see*: a name for every weight, one gradient pass over the training set, six scores, the selection and
-#   where in the network it falls.
+# - *You will see*: a name for every weight, one gradient pass over the training set (or none), six scores, the
+#   selection by entries and by channels, where in the network it falls, and what that costs.
 # - *You need*: gradients of a loss.
 # - *Runs in*: 30 seconds (CPU).
 
@@ -704,6 +704,16 @@ def _local(variable):
     return values[0].numpy()
 
 
+# %% tags=["active-ipynb"]
+# rng = np.random.default_rng(0)
+# inputs, labels = rng.normal(size=(90, 2)), rng.integers(0, 2, (90, 1))
+# network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(1, "sigmoid")])
+# network.compile(keras.optimizers.Adam(0.0, clipnorm=0.01), "binary_crossentropy")
+# recorder = SaliencyRecorder()
+# network.fit(inputs, labels, epochs=3, shuffle=False, verbose=0, callbacks=[recorder])
+# own = saliency(network, (inputs, labels), "binary_crossentropy", batch_statistics=True, verbose=False)
+# print("recorded as by a pass of its own:", all(np.allclose(own[k], v, rtol=1e-4) for k, v in recorder.scores().items()))
+
 # %% [markdown]
 # ## 4. Which entries are chosen?
 #
@@ -1095,6 +1105,18 @@ def saliency_against_cost(
 
 
 # %% [markdown]
+# By hand: a chain of three layers with 8, 8 and 4 multiply-adds, one salient entry in each. The last one alone costs
+# $1 + 4 \cdot 4/20 = 1.8$ passes, from the second on $1 + 4 \cdot 12/20 = 3.4$.
+
+# %% tags=["active-ipynb"]
+# layers = [keras.layers.Dense(n, use_bias=False, name=name) for n, name in ((4, "a"), (2, "b"), (2, "c"))]
+# small = keras.Sequential([keras.Input((2,)), *layers])
+# scores = {key: np.eye(*w.variable.shape) * s for (key, w), s in zip(named_weights(small).items(), (6, 3, 1), strict=True)}
+# costs, kept = saliency_against_cost(scores, 0.05, small, num_samples=5)
+# print("passes", costs.tolist(), "saliency kept", kept.tolist())
+# assert np.allclose(costs, [1.8, 3.4, 5.0]) and np.allclose(kept, [1 / 20, 3 / 20, 6 / 20])
+
+# %% [markdown]
 # ## 7. Is the score a signal, or noise?
 #
 # Three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that means something
@@ -1169,13 +1191,35 @@ def saliency_against_cost(
 
 # %% [markdown]
 # *Reading*: a bar to the right of the dashed line is a weight that got more than its share of the 10 %; no bar, none.
+#
+# What would cheaper samples leave behind? The middle layer has most of the multiply-adds: before it or in it, nearly
+# the whole network runs anew.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# from sbn_tf.plots import plot_saliency_against_cost
+#
+# scores = saliency(network, (x, y), "binary_crossentropy", verbose=False)
+# figure, axes = plt.subplots(figsize=(4, 2.6), layout="constrained")
+# plot_saliency_against_cost(axes, *saliency_against_cost(scores, 0.04, network))
+# plt.show()
+
+# %% [markdown]
+# *Reading*: each point is the best selection of 4 % at its price. The next cell asks how far the recorder's choice, from
+# one more epoch of training, is that of the pass of its own.
+
+# %% tags=["active-ipynb", "nbval-ignore-output"]
+# recorder = SaliencyRecorder()
+# network.fit(x, y, batch_size=32, verbose=0, callbacks=[recorder])
+# print(f"entries in common: {overlap(top_k(recorder.scores(), 0.1), choose(network, x, y, 'fisher')):.2f}")
 
 # %% [markdown]
 # ## Summary
 #
 # - `saliency` passes once over the training data and leaves the model as it was; `fisher` is the default.
+# - `SaliencyRecorder` takes the same scores from the last epoch of `fit`, at no pass of their own.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses exactly `round(r_bayes * n)` entries; the same scores give the same masks.
+# - `top_k` chooses exactly `round(r_bayes * n)` entries; the same scores give the same masks. Whole channels: at most
+#   that many. `cost_aware` keeps the choice to late weights, whose samples are cheap.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises
@@ -1206,6 +1250,18 @@ def saliency_against_cost(
 #
 #    Far from the optimum the batch gradients point the same way, their sum does not cancel, and it rises (0.56 to 0.79
 #    for half of the data and all when this was written). The claim of section 7 is about trained networks only.
+#    </details>
+# 5. In which network does `cost_aware` cost no saliency at all?
+#
+#    <details><summary>Answer</summary>
+#
+#    In one whose most salient `k` entries all lie in late layers; or with `cost_aware=1`.
+#    </details>
+# 6. Why may recorded scores differ from those of a pass of its own, with the same batches?
+#
+#    <details><summary>Answer</summary>
+#
+#    During the epoch the weights move, dropout is on, and batch norm uses each batch's statistics.
 #    </details>
 #
 # ## References

@@ -1,7 +1,8 @@
 """Random small networks of all supported layers, made sparse Bayesian: the laws that hold for every one of them.
 
-Hypothesis builds the networks, always the same ones, so that a failure here is a failure everywhere. To look at many more,
-new ones at each run: `SBN_TF_FUZZ=1000 pytest tests/test_fuzz.py`; a failure prints the draws that build its network.
+Hypothesis builds the networks, always the same ones, so that a failure here is a failure everywhere. To look at many
+more, new ones at each run: `SBN_TF_FUZZ=1000 pytest tests/test_fuzz.py`; a failure prints the draws that build its
+network.
 """
 
 import os

@@ -282,7 +282,7 @@ def every_kind():
     y = kl.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(y)
     y = kl.SeparableConv2D(5, 3, name="separable", padding="same")(y)
     y = kl.Conv2DTranspose(4, 3, strides=2, padding="same", name="transposed")(y)
-    y = kl.EinsumDense("...hwc,cd->...hwd", (None, 8, 7), name="einsum")(y)
+    y = kl.EinsumDense("...hwc,cd->...hwd", (8, 8, 7), name="einsum")(y)
     return keras.Model(x, kl.Dense(3, name="dense")(y))
 
 

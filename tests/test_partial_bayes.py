@@ -863,3 +863,140 @@ def test_stock_weights_load_into_the_network(tmp_path):
         layer.kernel.assign(keras.ops.zeros_like(layer.kernel))
     bnn.network.load_weights(tmp_path / "stock.weights.h5")
     np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+
+
+# ---- estimators in one call ----
+
+
+def imaging(norm=False):
+    """Two convolutions and a dense layer; images of 4 x 4."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4, 4, 1))
+    y = kl.Conv2D(3, 3, padding="same", name="first")(x)
+    y = kl.BatchNormalization(name="norm")(y) if norm else y
+    y = kl.Conv2D(3, 3, padding="same", activation="relu", name="second")(y)
+    return keras.Model(x, kl.Dense(2, activation="softmax", name="head")(kl.Flatten()(y)))
+
+
+def images(n=10):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, 4, 4, 1)).astype("float32"), rng.integers(0, 2, n)
+
+
+@pytest.mark.parametrize("size", [10, 7])
+def test_split_in_one_call_equals_calls_on_its_parts(size):
+    x, y = images(size)
+    steps = []
+    for whole in (True, False):
+        model = imaging()
+        if not whole:  # an operation that may mix the batch
+            model = keras.Model(model.input, kl.Lambda(lambda t: t)(model.output))
+        bnn = bayesian(model, num_samples=3, initial_scale=0.3, estimator="split", probabilities="softmax")
+        bnn.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        logs = [bnn.train_on_batch(x, y, sample_weight=np.arange(size), return_dict=True) for _ in range(2)]
+        steps.append([*(log[key] for log in logs for key in ("loss", "accuracy", "kl")), *numbers(bnn.network)])
+    for a, b in zip(*steps, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["split", "flipout", "local"])
+def test_one_call_with_vanishing_scales_is_a_deterministic_step(estimator):
+    """Loss, metric, class weights, batch norm of the whole batch, regularizers: as in stock Keras."""
+    x, y = images()
+    options = {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
+    model = imaging(norm=True)
+    model.get_layer("head").kernel_regularizer = None
+    model.get_layer("second").activity_regularizer = keras.regularizers.L2(0.1)
+    masks = full(model, keys={"first/kernel", "second/kernel", "head/kernel"})
+    bnn = bayesian(model, masks, estimator=estimator, initial_scale=1e-8, beta=0.0, batch_norm="train")
+    bnn.compile(keras.optimizers.SGD(0.1), **options)
+    model.compile(keras.optimizers.SGD(0.1), **options)
+    for _ in range(2):
+        found = bnn.train_on_batch(x, y, class_weight={0: 1.0, 1: 3.0}, return_dict=True)
+        expected = model.train_on_batch(x, y, class_weight={0: 1.0, 1: 3.0}, return_dict=True)
+        np.testing.assert_allclose([found["loss"], found["accuracy"]], [*expected.values()][::-1], rtol=1e-4)
+    stock = {key: weight.variable for key, weight in named_weights(model).items()}
+    for key, weight in named_weights(bnn.network).items():
+        if key in stock:
+            np.testing.assert_allclose(weight.variable, stock[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["all", "split", "flipout", "local"])
+def test_estimators_against_the_closed_form(estimator):
+    """Squared loss of a linear network: E (x (mu + sigma eps) - t)^2 = (x mu - t)^2 + x^2 sigma^2."""
+    rng, scale = np.random.default_rng(0), 0.5
+    x, t = rng.normal(size=(12, 3)).astype("float32"), rng.normal(size=(12, 1)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), kl.Dense(1, use_bias=False, name="d")])
+    bnn = bayesian(model, num_samples=4, initial_scale=scale, estimator=estimator, beta=0.0)
+    bnn.compile(keras.optimizers.SGD(0.0), "mse")
+    expected = np.mean((x @ np.array(model.layers[0].kernel) - t) ** 2 + scale**2 * np.sum(x**2, 1, keepdims=True))
+    losses = np.array([bnn.train_on_batch(x, t, return_dict=True)["loss"] for _ in range(200)])
+    # The logged loss is the mean over all batches so far.
+    each = np.diff(np.arange(1, 201) * losses, prepend=0) if not np.allclose(losses[0], losses[-1]) else losses
+    assert abs(each.mean() - expected) < 4 * each.std() / np.sqrt(len(each))
+
+
+def test_flipout_is_refused_where_the_batch_may_be_mixed():
+    model = imaging()
+    model = keras.Model(model.input, kl.Lambda(lambda t: t, name="any")(model.output))
+    for estimator in ("flipout", "local"):
+        with pytest.raises(ValueError, match="whose 'any' is not known to"):
+            bayesian(model, estimator=estimator)
+
+
+# ---- one call, and serving ----
+
+
+def test_one_call_from_a_trained_model():
+    model, (x, y) = network(), data()
+    model.compile("sgd", "binary_crossentropy")
+    bnn = to_partial_bayes(model, r_bayes=0.25, data=(x, y), num_train=16)
+    expected = top_k(saliency(model, (x, y), "binary_crossentropy", verbose=False), 0.25)
+    found = {w.key: w.layer.mask(w.name) for w in named_weights(bnn.network).values() if w.key in expected}
+    for key, mask in expected.items():
+        np.testing.assert_array_equal(found[key], mask)
+    assert bnn.num_bayesian == round(0.25 * model.count_params())
+    named = to_partial_bayes(model, r_bayes=0.25, data=tf.data.Dataset.from_tensors((x, y)), loss="mse", num_train=16)
+    assert named.num_bayesian == bnn.num_bayesian
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Expected masks, or r_bayes and data"),
+        ({"masks": {}, "r_bayes": 0.1}, "Expected masks, or r_bayes and data"),
+        ({"r_bayes": 0.1}, "Received: no data"),
+        ({"r_bayes": 0.1, "data": data()}, "the model is not compiled"),
+    ],
+)
+def test_one_call_says_what_is_missing(options, message):
+    with pytest.raises(ValueError, match=message):
+        to_partial_bayes(network(), num_train=16, **options)
+
+
+def two_heads():
+    x = keras.Input((3,))
+    y = kl.Dense(4, name="hidden")(x)
+    return keras.Model(x, {"a": kl.Dense(1, "sigmoid", name="a")(y), "b": kl.Dense(3, "softmax", name="b")(y)})
+
+
+@pytest.mark.parametrize("make", [network, two_heads])
+def test_exported_uncertainty_is_that_of_python(make, tmp_path):
+    x = data()[0]
+    bnn = bayesian(make(), initial_scale=0.3)
+    bnn.predict(x, verbose=0)  # the seeds have moved on
+    bnn.export(tmp_path / "served", verbose=False, outputs="uncertainty")
+    served = [tf.saved_model.load(tmp_path / "served") for _ in range(2)]
+    first, second = served[0].serve(x), served[0].serve(x)
+    here = [bnn.predict_uncertainty(x) for _ in range(2)]
+    for one, other in ((first, here[0]), (second, here[1]), (served[1].serve(x), first)):
+        keras.tree.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+    flat = [np.array(keras.tree.flatten(one)[0]) for one in (first, second)]
+    assert not np.allclose(*flat)
+
+
+def test_export_says_what_it_cannot(tmp_path):
+    with pytest.raises(ValueError, match="Expected outputs to be one of"):
+        bayesian(network()).export(tmp_path / "served", outputs="samples")
+    with pytest.raises(ValueError, match="Expected outputs that are probabilities"):
+        bayesian(network(activation=None)).export(tmp_path / "served", outputs="uncertainty")

@@ -70,6 +70,8 @@ INTO_AXES = {
     "intervals of nothing": lambda ax: plots.plot_intervals(ax, ROWS, "ged", band="none"),
     "cost": lambda ax: plots.plot_cost(ax, ROWS),
     "cost of nothing": lambda ax: plots.plot_cost(ax, ROWS, y="ged"),
+    "saliency against cost": lambda ax: plots.plot_saliency_against_cost(ax, [1.6, 2.7, 5.0], [0.1, 0.25, 0.6]),
+    "no saliency against cost": lambda ax: plots.plot_saliency_against_cost(ax, [5.0], [0.0]),
     "one prediction": lambda ax: plots.plot_reliability(ax, [0.5], [1]),
 }
 
@@ -347,6 +349,16 @@ def test_cost_legend_names_every_row():
 def test_front_by_hand(better, expected):
     points = [(2, 3), (1, 5), (3, 6), (4, 1), (2, 4), (5, 1)]
     np.testing.assert_allclose(plots._front(points, better).T, expected)
+
+
+def test_saliency_against_cost_shows_its_numbers():
+    ax = plots.plot_saliency_against_cost(plt.subplots()[1], [1.6, 2.7], [0.1, 0.25], num_samples=5)
+    stairs, points = ax.lines
+    np.testing.assert_allclose(stairs.get_xydata(), [[1.6, 0.1], [2.7, 0.25], [5, 0.25]])
+    assert stairs.get_drawstyle() == "steps-post"  # nothing more is kept before the next cost is paid
+    np.testing.assert_allclose(points.get_xydata(), [[1.6, 0.1], [2.7, 0.25]])
+    assert ax.get_xlim()[0] == 1 and ax.get_ylim()[0] == 0
+    assert ax.get_xlabel().startswith("cost of 5 samples (passes")
 
 
 # ---- samples
