@@ -68,11 +68,11 @@ def pass_of_its_own(model, data, loss, batches):
 def recorded(model, data, loss, repeats):
     """(ratio of a recorded epoch's median step to an ordinary one's, of the sums, seconds of the tracing)."""
     model.compile(keras.optimizers.SGD(1e-3, momentum=0.9), loss)
-    model.fit(data, epochs=1, verbose=0)
+    model.fit(data, shuffle=False, verbose=0)
     plain, with_recorder, tracing = [], [], []
     clock = Clock()
     for _ in range(repeats):  # by turns: the machine's speed drifts
-        model.fit(data, epochs=2, verbose=0, callbacks=[SaliencyRecorder(), clock])
+        model.fit(data, epochs=2, shuffle=False, verbose=0, callbacks=[SaliencyRecorder(), clock])
         half = len(clock.steps) // 2
         plain.append(clock.steps[1:half])
         with_recorder.append(clock.steps[half + 1 :])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import keras
 from keras import ops
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 from sbn_tf.layers import MaskedGaussian, _graph, masked_layers
 
@@ -433,12 +434,17 @@ def _added_losses(operation) -> set:
     return {id(loss) for layer in _layers_of(operation) for loss in layer._get_own_losses()}
 
 
-def one_after_another(step, state: list, start: int, stop: int) -> list:
+def one_after_another(step, state: list, start: int, stop: int, variables=()) -> list:
     """`state = step(i, state)` for i from `start` to `stop` - 1; also in a TensorFlow graph none runs beside another.
 
     An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
-    memory of all.
+    memory of all. JAX would compile each of them.
+
+    Args:
+        variables: what a step may assign to, the states of noise seeds for one: a compiled loop of JAX carries them.
     """
+    if keras.backend.backend() == "jax" and in_stateless_scope() and stop - start > 1:
+        return _carried_loop(step, state, start, stop, list(variables))
     if _graph() is None or stop - start < 2:
         for i in range(start, stop):
             state = step(i, state)
@@ -448,3 +454,25 @@ def one_after_another(step, state: list, start: int, stop: int) -> list:
             lambda i, *_: i < stop, lambda i, *state: (i + 1, *step(i, list(state))), (start, *state), stop - start
         )[1:]
     )
+
+
+def _carried_loop(step, state, start, stop, variables):
+    """`one_after_another` in a compiled function of JAX, where nothing made within a loop may be left in a variable."""
+
+    def values():
+        scope = get_stateless_scope()
+        found = [scope.get_current_value(v) for v in variables]
+        return [v._value if value is None else value for v, value in zip(variables, found, strict=True)]
+
+    def assign(carried):
+        for variable, value in zip(variables, carried, strict=True):
+            variable.assign(value)
+
+    def body(i, carried):
+        assign(carried[0])
+        after = step(i, carried[1])
+        return values(), after
+
+    carried, state = ops.fori_loop(start, stop, body, (values(), state))
+    assign(carried)
+    return state

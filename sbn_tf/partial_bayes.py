@@ -33,6 +33,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import itertools
@@ -58,10 +59,15 @@ __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_no
 # ## 1. Which network comes out?
 #
 # A copy: same layers, same names, same trained values. Each layer that holds a masked weight is replaced by its *masked
-# twin*, the layer of the same name in `sbn_tf.layers`. The original is never touched. The copying itself is plumbing:
-# `sbn_tf.conversion`. A masked weight in a layer that has no twin (an LSTM, an attention) is an error that names it;
-# nothing is skipped in silence.
+# twin*, the layer of the same name in `sbn_tf.layers`; one that has no twin (an LSTM, an attention) is put into a
+# wrapper that draws its weights. The original is never touched. The copying itself is plumbing: `sbn_tf.conversion`.
 
+# %% tags=["active-ipynb"]
+# layers = [keras.layers.Dense(2, name="first"), keras.layers.Dense(1, name="second")]
+# small = keras.Sequential([keras.Input((3,)), *layers])
+# copy = convert(small, {"second/kernel": np.array([[True], [False]])}, {"kl_weight": 0.0})
+# for layer in copy.layers:
+#     print(f"{layer.name:<8}{type(layer).__module__.split('.')[0]:<8}{dict(getattr(layer, 'num_bayesian', {}))}")
 
 # %% [markdown]
 # ## 2. The loss, and what divides its KL
@@ -129,8 +135,7 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # returns every sample's output, since the ELBO averages *losses*; elsewhere it returns the posterior predictive mean,
 # which averages *probabilities*.
 #
-# Two estimators of the expected loss. `"all"` (the paper's): each draw sees the whole batch, at the price of S passes.
-# `"split"`: each draw sees 1/S of the batch: unbiased as well, at the price of about one pass.
+# Section 6 shows what that costs, and how several draws share one pass.
 
 
 # %%
@@ -140,7 +145,9 @@ class PartialBayes(Distributed, keras.Model):
 
     Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
     Keras's own. `fit` logs `kl`: the KL in nats per training example. In each sample every weight is drawn once, those
-    of shared layers too. `optimizer` weight decay leaves the untransformed scales alone.
+    of shared layers too. `optimizer` weight decay leaves the untransformed scales alone. What no Bayesian weight
+    precedes runs once for all samples, in training and in prediction: batch norm in training mode among it moves its
+    statistics once a step. Samples of one prediction follow one another, so its memory does not grow with their number.
 
     What comes out, in float32 (float64 of a float64 network), for a network of probabilities and for one of logits:
 
@@ -150,7 +157,7 @@ class PartialBayes(Distributed, keras.Model):
     | `predict_samples` | probability of each sample | probability of each sample |
     | `predict_uncertainty` | mean probability, nats | mean probability, nats |
 
-    Input shape: the network's. Output shape: the network's (the mean over samples), `{"samples": [...]}` in training.
+    Input shape: the network's. Output shape: the network's; `{"samples": [...]}` in training by the estimator "all".
 
     Raises:
         ValueError: `num_samples` < 1, `num_train` < 1, an unknown option, or a trap named in section 5.
@@ -225,24 +232,13 @@ class PartialBayes(Distributed, keras.Model):
         In training `{"samples": [one output a draw]}` of the estimator "all", and of the others the batch's outputs, to
         which several draws contributed.
         """
-        if not training:
-            return self._predictive_mean(inputs)
-        if _is_a_part(self):
+        if training and _is_a_part(self):
             raise ValueError(
                 f"'{self.name}' cannot be trained as a part of another model, which would see one of its samples only. "
                 "Build that model of the trained network and convert it whole."
             )
-        if self.estimator == "all":
-            with self._graph.value.sharing(training=True) as losses:
-                samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
-            _added.set((frozenset(losses), self.num_samples))
-            return {"samples": samples}
-        if self._graph.value.mixes_batch() is not None:
-            _added.set((frozenset(), self.num_samples))
-            return self._in_parts(inputs)
-        _added.set((frozenset(), 1))
-        with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
-            return self.network(inputs, training=True)
+        with _call_context(self):
+            return self._training_outputs(inputs) if training else self._predictive_mean(inputs)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean of the samples' losses and of what they added by `add_loss`, plus the KL and the regularizers, once."""
@@ -311,7 +307,8 @@ class PartialBayes(Distributed, keras.Model):
         Args:
             filepath, format, verbose, input_signature: as in Keras.
             outputs: "mean": what `predict` gives. "uncertainty": what `predict_uncertainty` gives: a dict with mean,
-                total_entropy, expected_entropy and mutual_information.
+                total_entropy, expected_entropy and mutual_information; of several outputs each with its name before it,
+                such as "lesion_mean".
             kwargs: as in Keras.
 
         Raises:
@@ -328,7 +325,7 @@ class PartialBayes(Distributed, keras.Model):
             super().export(filepath, format, verbose, input_signature, **kwargs)
         else:
             self._check_entropies()
-            self._sampler("uncertainty", None).export(filepath, format, verbose, input_signature, **kwargs)
+            self._sampler("served", None).export(filepath, format, verbose, input_signature, **kwargs)
 
     def load_weights(self, filepath, **kwargs):
         """`keras.Model.load_weights`; the file of a deterministic network of these layers gives the locs."""
@@ -469,6 +466,19 @@ class PartialBayes(Distributed, keras.Model):
         terms = 1.0 if self.kl_reduction == "mean" else self.num_train * (self._terms.value or 1)
         self.kl_weight.assign(self.beta / terms)
 
+    def _training_outputs(self, inputs):
+        if self.estimator == "all":
+            with self._graph.value.sharing(training=True) as losses:
+                samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
+            _added.set((frozenset(losses), self.num_samples))
+            return {"samples": samples}
+        if self._graph.value.mixes_batch() is not None:
+            _added.set((frozenset(), self.num_samples))
+            return self._in_parts(inputs)
+        _added.set((frozenset(), 1))
+        with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
+            return self.network(inputs, training=True)
+
     def _one_draw(self, inputs, training):
         """The network's output for one draw of its weights."""
         with posterior_sample():
@@ -553,7 +563,7 @@ class PartialBayes(Distributed, keras.Model):
                 for sample in range(1, self.num_samples):
                     state = step(sample, state)
             else:
-                state = one_after_another(step, state, 1, self.num_samples)
+                state = one_after_another(step, state, 1, self.num_samples, self.network.non_trainable_variables)
         _added.set((frozenset(losses), self.num_samples))
         return self._averaged(state, first)
 
@@ -631,8 +641,7 @@ class PartialBayes(Distributed, keras.Model):
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
-# the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric. A prediction of
-# S samples costs S forward passes.
+# the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
 
 
 # %%
@@ -688,7 +697,8 @@ class _Sampler(Distributed, keras.Model):
             return [ops.where(a, x[:, None], old) for a, x, old in zip(at, new, state, strict=True)]
 
         state = [ops.repeat(x[:, None], self._num_samples, axis=1) for x in keras.tree.flatten(first)]
-        return keras.tree.pack_sequence_as(first, one_after_another(write, state, 1, self._num_samples))
+        state = one_after_another(write, state, 1, self._num_samples, self._model.network.non_trainable_variables)
+        return keras.tree.pack_sequence_as(first, state)
 
     def _sums(self, inputs):
         """Mean and entropies by running sums: no (samples, batch, ...) array."""
@@ -700,14 +710,19 @@ class _Sampler(Distributed, keras.Model):
         def add(_, state):
             return [total + x for total, x in zip(state, terms(self._draw(inputs)), strict=True)]
 
-        sums = one_after_another(add, terms(first), 1, self._num_samples)
+        sums = one_after_another(add, terms(first), 1, self._num_samples, self._model.network.non_trainable_variables)
         means = [total / self._num_samples for total in sums]
         mean, expected = means[: len(means) // 2], means[len(means) // 2 :]
         results = [
             {"mean": p, "total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
             for p, h, e in zip(mean, self._entropies(mean), expected, strict=True)
         ]
-        return results[0] if len(results) == 1 else keras.tree.pack_sequence_as(first, results)
+        if len(results) == 1:
+            return results[0]
+        if self._kind == "served":  # a signature has no structure: "name_mean", ...
+            named = zip(self._model.network.output_names, results, strict=True)
+            return {f"{name}_{key}": value for name, result in named for key, value in result.items()}
+        return keras.tree.pack_sequence_as(first, results)
 
     def _draw(self, inputs):
         return self._model._as_probabilities(self._model._one_draw(inputs, False))
@@ -732,7 +747,7 @@ class _Sampler(Distributed, keras.Model):
 # |---|---|---|
 # | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; another count warns |
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
-# | batch norm in training mode under `"split"` | its statistics see 1/S of the batch | refused |
+# | batch norm in training mode under `"split"`, where that takes S calls | it sees 1/S of the batch | refused |
 # | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -775,7 +790,7 @@ def to_partial_bayes(
             `num_train`, as in the paper's code.
         terms_per_example: terms of one example that the loss averages over; None: known from a Keras loss at `compile`.
         estimator: "all" (each draw sees the batch), "split" (each draw sees 1/num_samples of it), "flipout" or "local"
-            (each example sees a draw of its own): section 4.
+            (each example sees a draw of its own). All but the first cost about one pass.
         initial_scale: standard deviation at which each posterior starts, in the weights' unit.
         untransformed_scale_initializer: Keras initializer of the untransformed scales instead; the paper's is
             `RandomNormal(-3, 1)`.
@@ -897,6 +912,21 @@ def _is_a_part(model):
     return context is not None and context.entry_layer is not model
 
 
+@contextlib.contextmanager
+def _call_context(model):
+    """Within it calls are parts of the model's own, and the losses of each are kept.
+
+    Keras's JAX trainer runs `call` without one: each call of the network would drop the losses of the one before.
+    """
+    is_outermost = global_state.get_global_attribute("current_call_ctx") is None
+    model._get_call_context()
+    try:
+        yield
+    finally:
+        if is_outermost:
+            model._maybe_reset_call_context()
+
+
 def _at_least_float32(x):
     half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
     return ops.cast(x, "float32") if half else x
@@ -921,7 +951,67 @@ def _is_of_network(path, network):
 
 
 # %% [markdown]
-# ## 6. Two rates, one schedule
+# ## 6. What do five draws cost?
+#
+# ### What no Bayesian weight precedes runs once
+#
+# Let $f$ be the share of the network's operations that use a Bayesian weight or depend on one (the *fan-out*, by
+# `sbn_tf.graph`). $S$ draws then cost $1 + (S - 1) f$ passes. By hand: three layers of $8 \cdot 16 = 128$,
+# $16 \cdot 16 = 256$ and $16$ multiply-adds, the last one Bayesian: $f = 16 / 400 = 0.04$, five draws cost 1.16 passes.
+
+# %% tags=["active-ipynb"]
+# layers = [keras.layers.Dense(n, "tanh", name=name) for n, name in ((16, "first"), (16, "second"), (1, "last"))]
+# network = keras.Sequential([keras.Input((8,)), *layers])
+# for name in ("last", "second", "first"):
+#     mask = np.ones(network.get_layer(name).kernel.shape, bool)
+#     bnn = to_partial_bayes(network, {f"{name}/kernel": mask}, num_train=100, seed=0)
+#     fan_out, once = Graph(network).fan_out([f"{name}/kernel"]), Graph(bnn.network).runs_once()
+#     print(f"{name:<7} Bayesian: five draws cost {1 + 4 * fan_out:.2f} passes; run once: {', '.join(once) or 'none'}")
+# assert np.isclose(Graph(network).fan_out(["last/kernel"]), 0.04)
+
+# %% [markdown]
+# What is random in training (dropout) and all after it runs anew for each sample there. The results are those of
+# running everything S times, to float rounding. A network that is not Functional is one operation: it runs S times.
+#
+# ### One pass for several draws
+#
+# The loss is an expectation over the posterior. All four estimators are unbiased; they differ in cost and in variance.
+#
+# | `estimator` | who sees which draw | passes | where |
+# |---|---|---|---|
+# | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
+# | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls where axis 0 may be mixed) |
+# | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
+# | `"local"` (Kingma et al. 2015) | each output of a Dense layer has its own noise; else flipout | 1 to 2 | as flipout |
+#
+# *Which one?* `"split"`: `benchmarks/estimators.py` measures cost times gradient variance on your machine. Take `"all"`
+# where the batch is smaller than S, or where most of the network runs once.
+#
+# By the closed form: a linear network with squared loss has
+# $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree.
+
+# %% tags=["active-ipynb"]
+# rng = np.random.default_rng(0)
+# x, t = rng.normal(size=(20, 3)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
+# linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False, name="d")])
+# exact = np.mean((x @ np.array(linear.layers[0].kernel) - t) ** 2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
+# for estimator in ("all", "split", "flipout", "local"):
+#     options = {"num_train": 20, "beta": 0.0, "initial_scale": 0.5, "seed": 0}
+#     bnn = to_partial_bayes(linear, {"d/kernel": np.ones((3, 1), bool)}, estimator=estimator, **options)
+#     bnn.compile("sgd", "mse")
+#     losses = np.array([float(bnn.compute_loss(x, t, bnn(x, training=True))) for _ in range(100)])
+#     standard_error = losses.std() / 10
+#     print(f"{estimator:<8} within four standard errors: {bool(abs(losses.mean() - exact) < 4 * standard_error)}")
+#     assert abs(losses.mean() - exact) < 4 * standard_error
+
+# %% [markdown]
+# ### To whom it goes
+#
+# `bnn.export(path, outputs="uncertainty")` writes a SavedModel with the S draws inside: its `serve` gives what
+# `predict_uncertainty` gives. The states of the noise seeds are stored too, so a fresh load repeats the same sequence.
+
+# %% [markdown]
+# ## 7. Two rates, one schedule
 #
 # Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer` gives each
 # its own optimiser. `BetaSchedule` anneals beta over the epochs: the paper's segmentation runs go from 0.2 to 0.01.
@@ -1053,7 +1143,7 @@ class BetaSchedule(keras.callbacks.Callback):
 
 
 # %% [markdown]
-# ## 7. From a trained network to uncertainty, once through
+# ## 8. From a trained network to uncertainty, once through
 #
 # Two noisy half-moons, a network of 337 weights, one in ten of them Bayesian. No step is new: train, score, select,
 # convert, fit, predict.
@@ -1130,12 +1220,13 @@ class BetaSchedule(keras.callbacks.Callback):
 # and point starts as trained, and *all* of them train on.
 # - The KL is divided by `num_train` *and* by the terms that the loss averages over in each example.
 # - Training averages the samples' losses; prediction averages their probabilities.
+# - What no Bayesian weight precedes runs once; `estimator="split"` serves all draws in about one pass.
 # - `predict_uncertainty` splits the total entropy into an aleatoric and an epistemic part.
 # - Give the scales their own, larger rate: `LocScaleOptimizer`.
 #
 # ## When not to trust it
 #
-# - *Far from the data.* Evaluate section 7 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0. A few
+# - *Far from the data.* Evaluate section 8 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0. A few
 # Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
 # - *Scales that hardly moved.* Then the spread of the samples is the initial scale, a guess. Look at `bnn.scales()`.
 # - *Mutual information near 0.* The posterior then says nothing that the mean probability does not.
@@ -1165,7 +1256,7 @@ class BetaSchedule(keras.callbacks.Callback):
 #    The ELBO holds the *expected* log-likelihood, $\mathbb{E}_q[\log p(y \mid x, w)]$. By Jensen's inequality the log
 #    of the mean probability is larger: its loss is no bound of this kind, and lets samples disagree for free.
 #    </details>
-# 4. Set `beta=20` in section 7 and fit again. What becomes of the scales and of the accuracy?
+# 4. Set `beta=20` in section 8 and fit again. What becomes of the scales and of the accuracy?
 #
 #    <details><summary>Answer</summary>
 #
@@ -1179,5 +1270,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # - Abboud, Lombaert, Kadoury (2024). *Sparse Bayesian Networks: Efficient Uncertainty Quantification in Medical Image
 #   Analysis*. MICCAI.
 # - Blundell, Cornebise, Kavukcuoglu, Wierstra (2015). *Weight Uncertainty in Neural Networks*. ICML.
+# - Kingma, Salimans, Welling (2015). *Variational Dropout and the Local Reparameterization Trick*. NeurIPS.
+# - Wen, Vicol, Ba, Tran, Grosse (2018). *Flipout: Efficient Pseudo-Independent Weight Perturbations*. ICLR.
 # - Depeweg, Hernández-Lobato, Doshi-Velez, Udluft (2018). *Decomposition of Uncertainty in Bayesian Deep Learning for
 #   Efficient and Risk-sensitive Learning*. ICML.

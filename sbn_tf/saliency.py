@@ -531,7 +531,7 @@ class SaliencyRecorder(keras.callbacks.Callback):
     Raises:
         ValueError: a score that needs other gradients; in `fit`, Keras on another backend than TensorFlow.
 
-    Reference: Abboud, Lombaert, Kadoury (2024), section 2.2: "at no extra pass".
+    Reference: Abboud, Lombaert, Kadoury (2024), section 2.2, which takes the gradients of the trained network.
     """
 
     def __init__(self, score: str = "fisher", *, epoch: int | str = "last", include=None, exclude=None):
@@ -712,7 +712,9 @@ def _local(variable):
 # recorder = SaliencyRecorder()
 # network.fit(inputs, labels, epochs=3, shuffle=False, verbose=0, callbacks=[recorder])
 # own = saliency(network, (inputs, labels), "binary_crossentropy", batch_statistics=True, verbose=False)
-# print("recorded as by a pass of its own:", all(np.allclose(own[k], v, rtol=1e-4) for k, v in recorder.scores().items()))
+# equal = [np.allclose(own[key], values, rtol=1e-4) for key, values in recorder.scores().items()]
+# print("recorded as by a pass of its own:", equal)
+# assert all(equal)
 
 # %% [markdown]
 # ## 4. Which entries are chosen?
@@ -1111,7 +1113,8 @@ def saliency_against_cost(
 # %% tags=["active-ipynb"]
 # layers = [keras.layers.Dense(n, use_bias=False, name=name) for n, name in ((4, "a"), (2, "b"), (2, "c"))]
 # small = keras.Sequential([keras.Input((2,)), *layers])
-# scores = {key: np.eye(*w.variable.shape) * s for (key, w), s in zip(named_weights(small).items(), (6, 3, 1), strict=True)}
+# ones = {key: np.eye(*weight.variable.shape) for key, weight in named_weights(small).items()}  # 2 of each weight
+# scores = {key: ones[key] * size for key, size in zip(ones, (6, 3, 1), strict=True)}  # 20 in all
 # costs, kept = saliency_against_cost(scores, 0.05, small, num_samples=5)
 # print("passes", costs.tolist(), "saliency kept", kept.tolist())
 # assert np.allclose(costs, [1.8, 3.4, 5.0]) and np.allclose(kept, [1 / 20, 3 / 20, 6 / 20])
@@ -1204,8 +1207,8 @@ def saliency_against_cost(
 # plt.show()
 
 # %% [markdown]
-# *Reading*: each point is the best selection of 4 % at its price. The next cell asks how far the recorder's choice, from
-# one more epoch of training, is that of the pass of its own.
+# *Reading*: each point is the best selection of 4 % at its price. The next cell asks how far the recorder's choice,
+# from one more epoch of training, is that of the pass of its own.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # recorder = SaliencyRecorder()
