@@ -982,10 +982,10 @@ def _is_of_network(path, network):
 # | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
 # | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls where axis 0 may be mixed) |
 # | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
-# | `"local"` (Kingma et al. 2015) | each output of a Dense layer has its own noise; else flipout | 1 to 2 | as flipout |
+# | `"local"` (Kingma et al. 2015) | each output of a Dense layer has noise; elsewhere flipout | 1 to 2 | as flipout |
 #
-# *Which one?* `"split"`: `benchmarks/estimators.py` measures cost times gradient variance on your machine. Take `"all"`
-# where the batch is smaller than S, or where most of the network runs once.
+# *Which one?* `"split"` costs least (`benchmarks/floor.py` measures it on your machine). Take `"all"` where the batch is
+# smaller than S, or where most of the network runs once.
 #
 # By the closed form: a linear network with squared loss has
 # $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree.
