@@ -509,6 +509,7 @@ class MaskedGaussian:
     @property
     def posterior(self) -> dict:
         """`tfd.Normal` over the (k,) Bayesian entries of each weight that has any."""
+        _check_tfp("posterior")
         return {n: tfd.Normal(self._masked_loc(n), self._masked_scale(n)) for n in self._bayesian_names()}
 
     @property

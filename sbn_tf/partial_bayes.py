@@ -984,8 +984,8 @@ def _is_of_network(path, network):
 # | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
 # | `"local"` (Kingma et al. 2015) | each output of a Dense layer has noise; elsewhere flipout | 1 to 2 | as flipout |
 #
-# *Which one?* `"split"` costs least (`benchmarks/floor.py` measures it on your machine). Take `"all"` where the batch is
-# smaller than S, or where most of the network runs once.
+# *Which one?* `"split"` costs least (`benchmarks/floor.py` measures it on your machine). Take `"all"` where the batch
+# is smaller than S, or where most of the network runs once.
 #
 # By the closed form: a linear network with squared loss has
 # $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree.
@@ -994,7 +994,7 @@ def _is_of_network(path, network):
 # rng = np.random.default_rng(0)
 # x, t = rng.normal(size=(20, 3)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
 # linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False, name="d")])
-# exact = np.mean((x @ np.array(linear.layers[0].kernel) - t) ** 2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
+# exact = np.mean((x @ ops.convert_to_numpy(linear.layers[0].kernel) - t) ** 2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
 # for estimator in ("all", "split", "flipout", "local"):
 #     options = {"num_train": 20, "beta": 0.0, "initial_scale": 0.5, "seed": 0}
 #     bnn = to_partial_bayes(linear, {"d/kernel": np.ones((3, 1), bool)}, estimator=estimator, **options)

@@ -33,7 +33,7 @@ def one_of(**options):
 ACTIVATIONS = ["relu", "tanh", None]
 CONV = {"filters": [2, 4], "kernel_size": [1, 2, 3], "activation": ACTIVATIONS, "use_bias": [True, False]}
 SPREAD = [{}, {"strides": 2}, {"dilation_rate": 2}, {"groups": 2}, {"strides": 2, "padding": "same"}]
-UPWARD = [{}, {"strides": 2}, {"strides": 2, "output_padding": 1}, {"dilation_rate": 2}]
+UPWARD = [{}, {"strides": 2}, {"strides": 2, "output_padding": 1}]  # TensorFlow dilates none of these on a CPU
 
 
 def conv(padding=("valid", "same"), more=SPREAD, **changed):
@@ -240,11 +240,12 @@ def all_masks(network):
     }
 
 
-def check_laws(model, masks, dtype):
+def check_laws(model, masks, dtype, estimator):
     """What must hold for this network and these masks."""
     x = random_inputs(model)
     before, expected = numbers(model), arrays(model(x, training=False))
-    bnn = to_partial_bayes(model, masks, num_train=BATCH, num_samples=SAMPLES, initial_scale=0.3, seed=1)
+    options = {"num_samples": SAMPLES, "initial_scale": 0.3, "estimator": estimator, "seed": 1}
+    bnn = to_partial_bayes(model, masks, num_train=BATCH, **options)
     network = bnn.network
 
     # which entries
@@ -348,7 +349,7 @@ def test_the_laws_hold_for_random_networks(data, dtype):
         model = Builder(data.draw).network()
         masks = random_masks(data.draw, model)
         hypothesis.assume(any(mask.any() for mask in masks.values()))
-        check_laws(model, masks, dtype)
+        check_laws(model, masks, dtype, data.draw(st.sampled_from(["all", "split", "flipout", "local"])))
     finally:
         keras.config.set_dtype_policy("float32")
 
