@@ -206,9 +206,18 @@ def kl_normal(loc, scale, prior: dict = DEFAULT_PRIOR):
 
 def make_prior(prior: dict, dtype="float32"):
     """The `tfd` distribution that `prior_config` describes."""
+    _check_tfp("prior_distribution")
     dtype = keras.backend.standardize_dtype(dtype)
     config = {k: v if isinstance(v, bool) else np.asarray(v, dtype) for k, v in prior["config"].items()}
     return getattr(tfd, prior["class_name"])(**config)
+
+
+def _check_tfp(what):
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, for which TFP makes distributions, to read {what}. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()}. There mask(name), scale(name) and kl_divergence() tell the same."
+        )
 
 
 # %% tags=["active-ipynb"]

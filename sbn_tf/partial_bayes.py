@@ -994,7 +994,8 @@ def _is_of_network(path, network):
 # rng = np.random.default_rng(0)
 # x, t = rng.normal(size=(20, 3)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
 # linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False, name="d")])
-# exact = np.mean((x @ ops.convert_to_numpy(linear.layers[0].kernel) - t) ** 2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
+# residual = x @ linear.layers[0].get_weights()[0] - t
+# exact = np.mean(residual**2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
 # for estimator in ("all", "split", "flipout", "local"):
 #     options = {"num_train": 20, "beta": 0.0, "initial_scale": 0.5, "seed": 0}
 #     bnn = to_partial_bayes(linear, {"d/kernel": np.ones((3, 1), bool)}, estimator=estimator, **options)

@@ -178,12 +178,10 @@ def test_masks_of_another_model():
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "TimeDistributed"])
-def test_salient_layer_without_a_twin_is_named(kind):
+def test_layer_without_a_twin_that_is_not_salient_stays(kind):
     x = keras.Input((5, 3))
     y = kl.LSTM(2, name="odd")(x) if kind == "LSTM" else kl.TimeDistributed(kl.Dense(2, name="odd"))(x)
     model = keras.Model(x, kl.Dense(1)(y))
-    with pytest.raises(ValueError, match="odd"):
-        bayesian(model)
     keys = {k for k in named_weights(model) if k.startswith("dense")}
     bnn = bayesian(model, full(model, keys=keys))  # not salient: the layer stays as it was
     inputs = np.ones((2, 5, 3), "float32")
@@ -202,7 +200,7 @@ def test_subclassed_and_unbuilt_models_are_refused():
 
     own = Own()
     own(np.ones((1, 3), "float32"))
-    with pytest.raises(ValueError, match="subclassed Own"):
+    with pytest.raises(ValueError, match=r"from_config\(get_config\(\)\)"):
         bayesian(own)
     with pytest.raises(ValueError, match="built"):
         bayesian(keras.Sequential([kl.Dense(1)]), {})
