@@ -1,0 +1,248 @@
+"""Keras's JAX backend: the laws of layers and of the ELBO hold there too, with the numbers that TensorFlow gives.
+
+A backend is chosen once a process, so all of it runs in two others: the laws as their own tests, and a script in which
+TensorFlow cannot be imported at all.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+
+from sbn_tf.layers import masked_layers, posterior_mean
+from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf.saliency import Masks
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is an optional extra")
+
+TESTS = pathlib.Path(__file__).parent
+# Left to TensorFlow: what needs TFP, GradientTape, tf.function, tf.distribute, a SavedModel or float64.
+LAWS = {
+    "test_layers.py": [
+        "test_no_bayesian_entry_is_the_stock_layer",
+        "test_without_noise_it_is_the_stock_layer",
+        "test_draws_differ_only_at_the_given_mask",
+        "test_the_seed_fixes_mask_and_draws",
+        "test_kl_is_counted_once_when_called_five_times",
+        "test_mean_reduction_divides_by_the_entries",
+        "test_the_saved_weight_is_the_loc",
+        "test_one_draw_within_posterior_sample",
+    ],
+    "test_partial_bayes.py": [
+        "test_a_shared_layer_is_drawn_once_a_sample",
+        "test_tiny_scales_nearly_equal_the_original_and_it_is_untouched",
+        "test_as_a_part_of_another_model_it_predicts_and_refuses_to_train",
+        "test_one_step_against_numpy",
+        "test_losses_of_calls_are_averaged_over_the_samples",
+        "test_moving_averages_become_the_weights_at_the_end_of_fit",
+        "test_beta_schedule",
+        "test_fit_logs_nats_per_example",
+        "test_more_samples_after_a_prediction_are_more_samples",
+        "test_uncertainty_splits_in_two",
+    ],
+}
+
+
+def in_jax(*arguments):
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_the_laws_hold_under_jax():
+    named = [f"{TESTS / file}::{test}" for file, tests in LAWS.items() for test in tests]
+    done = in_jax("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", "--tb=short", *named)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    counts = re.fullmatch(r"(\d+) passed in .*", done.stdout.strip().splitlines()[-1])  # none skipped, none failed
+    assert counts and int(counts[1]) >= sum(map(len, LAWS.values())), done.stdout[-2000:]
+
+
+def network():
+    x = keras.Input((4, 4, 1))
+    y = kl.Conv2D(2, 3, activation="tanh", name="conv")(x)
+    y = kl.Dense(1, "sigmoid", name="head")(kl.Flatten(name="flat")(kl.BatchNormalization(name="norm")(y)))
+    return keras.Model(x, y)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 4, 4, 1)).astype("float32")
+    return x, (x.mean(axis=(1, 2)) > 0).astype("float32")
+
+
+def bayesian(initial_scale, **options):
+    kernel = np.zeros((3, 3, 1, 2), bool)
+    kernel.flat[::3] = True
+    masks = Masks({"conv/kernel": kernel, "head/bias": np.ones(1, bool)})
+    bnn = to_partial_bayes(network(), masks, num_train=8, initial_scale=initial_scale, seed=0, **options)
+    bnn.compile(keras.optimizers.SGD(0.1), "binary_crossentropy")
+    return bnn
+
+
+def numbers(bnn):
+    """What does not depend on the noise."""
+    with posterior_mean():
+        mean = bnn.network(data()[0], training=False)
+    masks = [layer.mask(name).tolist() for layer in masked_layers(bnn.network) for name in layer._bayesian_names()]
+    found = {"mean": mean, "scales": bnn.scales(), "kl": bnn.kl_divergence()}
+    return {"masks": masks, **{k: np.asarray(keras.ops.convert_to_numpy(v)).tolist() for k, v in found.items()}}
+
+
+SCRIPT = """
+import sys
+for name in ("tensorflow", "tensorflow_probability", "tf_keras"):
+    sys.modules[name] = None  # importing it is an error
+sys.path.insert(0, sys.argv[1])
+import json, pathlib, keras, numpy as np
+import sbn_tf.metrics, sbn_tf.models
+import test_jax as here
+from sbn_tf.layers import Dense
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer
+from sbn_tf.saliency import saliency, top_k
+
+folder, (x, y) = pathlib.Path(sys.argv[2]), here.data()
+found = {"backend": keras.backend.backend()}
+
+# numbers: of a file of the other backend, then after one step at scales of nearly 0
+loaded = keras.saving.load_model(folder / "of_tensorflow.keras")
+found["loaded"] = here.numbers(loaded)
+loaded.fit(x, y, batch_size=8, verbose=0)
+found["one_step"] = here.numbers(loaded)
+loaded.save(folder / "of_jax.keras")
+
+# noise: differs between samples, between calls and between steps of a compiled function; same seed, same result
+keras.utils.set_random_seed(0)
+bnn, again = (here.bayesian(0.5, num_samples=2) for _ in range(2))
+again.set_weights(bnn.get_weights())
+first, second = (bnn.predict_samples(x) for _ in range(2))
+found["between_samples"] = float(np.abs(first[0] - first[1]).max())
+found["between_calls"] = float(np.abs(first - second).max())
+found["between_predictions"] = float(np.abs(bnn.predict(x, verbose=0) - bnn.predict(x, verbose=0)).max())
+again.predict_samples(x), again.predict_samples(x), again.predict(x, verbose=0), again.predict(x, verbose=0)
+both = [m.fit(x, y, batch_size=4, shuffle=False, verbose=0).history["loss"] for m in (bnn, again)]
+found["same_seed"] = both[0] == both[1] and bool(np.array_equal(bnn.scales(), again.scales()))
+bnn.scales()
+trained = bnn.predict_uncertainty(x)
+found["entropies"] = bool(np.allclose(
+    trained["total_entropy"], trained["expected_entropy"] + trained["mutual_information"], atol=1e-6
+))
+for layer in (bnn.network.get_layer("conv"), bnn.network.get_layer("head")):
+    for name in layer._bayesian_names():  # the compiled prediction sees weights assigned after it was traced
+        getattr(layer, name + "_posterior_untransformed_scale").assign(-200.0 * np.ones(layer.num_bayesian[name]))
+found["sees_new_weights"] = float(np.ptp(bnn.predict_samples(x), axis=0).max())
+
+# every estimator, both optimisers, a schedule; at a rate of 0 only the noise differs between epochs
+found["estimators"] = {}
+for estimator in ("all", "split", "flipout", "local"):
+    bnn = here.bayesian(0.5, num_samples=2, estimator=estimator)
+    still = keras.optimizers.SGD(0.0)
+    bnn.compile(still, "binary_crossentropy")
+    losses = bnn.fit(x, y, epochs=2, batch_size=8, shuffle=False, verbose=0).history["loss"]
+    found["estimators"][estimator] = losses
+before = bnn.scales()
+bnn.compile(LocScaleOptimizer(keras.optimizers.SGD(0.01)), "binary_crossentropy")
+bnn.fit(x, y, epochs=2, verbose=0, callbacks=[BetaSchedule(1.0, 0.0, 2)])
+found["beta"], found["scales_moved"] = bnn.beta, float(np.abs(bnn.scales() - before).min())
+
+# half precision
+keras.config.set_dtype_policy("mixed_bfloat16")
+half = here.bayesian(0.1, num_samples=2, estimator="split")
+found["bfloat16"] = half.fit(x, y, batch_size=8, verbose=0).history["loss"]
+found["bfloat16_dtypes"] = sorted({v.dtype for v in half.trainable_variables} | {str(half.predict(x, verbose=0).dtype)})
+keras.config.set_dtype_policy("float32")
+
+# what needs TensorFlow says so in one line; what does not, works
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+network = here.network()
+layer = Dense(2, num_bayesian=2, kl_weight=1.0)
+layer.build((None, 3))
+found["refused"] = {
+    "saliency": refused(lambda: saliency(network, (x, y), "binary_crossentropy", verbose=False)),
+    "export": refused(lambda: bnn.export(folder / "served")),
+    "posterior": refused(lambda: layer.posterior),
+    "prior_distribution": refused(lambda: layer.prior_distribution),
+    "prior": refused(lambda: Dense(2, prior={"class_name": "Laplace", "config": {"loc": 0.0, "scale": 1.0}})),
+}
+found["selected"] = int(top_k(saliency(network, score="magnitude"), 0.1).num_bayesian)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the script found under JAX, and beside it TensorFlow's numbers."""
+    folder = tmp_path_factory.mktemp("jax")
+    keras.utils.set_random_seed(0)
+    bnn, (x, y) = bayesian(1e-7), data()
+    bnn.save(folder / "of_tensorflow.keras")
+    loaded = numbers(bnn)
+    bnn.fit(x, y, batch_size=8, verbose=0)
+    done = in_jax("-c", SCRIPT, TESTS, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    other = keras.saving.load_model(folder / "of_jax.keras")
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {
+        "tensorflow": {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other)}
+    }
+
+
+def test_it_needs_no_tensorflow(found):
+    assert found["backend"] == "jax"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("loaded", "loaded"), ("one_step", "one_step"), ("one_step", "back")])
+def test_both_backends_give_the_same_numbers(found, theirs, ours):
+    jax, tensorflow = found[theirs], found["tensorflow"][ours]
+    assert jax["masks"] == tensorflow["masks"]
+    for key in ("mean", "scales", "kl"):
+        np.testing.assert_allclose(jax[key], tensorflow[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert not np.allclose(found["loaded"]["mean"], found["one_step"]["mean"], atol=1e-4)  # the step did something
+
+
+def test_noise_differs_within_compiled_functions(found):
+    for between in ("between_samples", "between_calls", "between_predictions"):
+        assert found[between] > 1e-3, between
+    for estimator, losses in found["estimators"].items():
+        assert np.isfinite(losses).all() and abs(losses[0] - losses[1]) > 1e-4, estimator
+
+
+def test_the_same_seed_gives_the_same(found):
+    assert found["same_seed"]
+
+
+def test_predictions_see_weights_changed_after_tracing(found):
+    assert found["sees_new_weights"] < 1e-6
+
+
+def test_entropies_add_up(found):
+    assert found["entropies"]
+
+
+def test_optimisers_and_schedule_act(found):
+    assert found["beta"] == 0.0 and found["scales_moved"] > 1e-4
+
+
+def test_half_precision_trains_and_predicts_in_float32(found):
+    assert np.isfinite(found["bfloat16"]).all()
+    assert found["bfloat16_dtypes"] == ["float32"]
+
+
+@pytest.mark.parametrize("what", ["saliency", "export", "posterior", "prior_distribution", "prior"])
+def test_what_needs_tensorflow_says_so_in_one_line(found, what):
+    message = found["refused"][what]
+    assert message and "\n" not in message
+    assert re.search("TensorFlow|TFP", message), message
+
+
+def test_selection_by_magnitude_needs_no_gradient(found):
+    assert found["selected"] == round(0.1 * (3 * 3 * 2 + 2 + 2 * 2 * 2 + 1))
