@@ -985,8 +985,8 @@ def _is_of_network(path, network):
 # | `"local"` (Kingma et al. 2015) | each output of a Dense layer has noise; elsewhere flipout | 1 to 2 | as flipout |
 #
 # *Which one?* `"split"` costs least; `"flipout"` has the least variance of gradients for its time in
-# `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for yours). Take `"all"` where the batch is smaller
-# than S, or where most of the network runs once.
+# `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for yours). Take `"all"` where the batch is
+# smaller than S, or where most of the network runs once.
 #
 # By the closed form: a linear network with squared loss has
 # $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree.
