@@ -15,6 +15,7 @@ from keras import ops
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
+from sbn_tf.graph import functional_of
 from sbn_tf.layers import MaskedGaussian, _stock_class, masked_layers, partial_class
 from sbn_tf.saliency import Masks, named_weights
 from sbn_tf.wrapper import MaskedWrapper
@@ -246,11 +247,10 @@ def _has_graph(layer) -> bool:
 
     A class of its own may know how to make layers that cannot be made again by themselves, as some of KerasHub's.
     """
-    if isinstance(layer, keras.Sequential):
-        return type(layer).call is keras.Sequential.call and layer._functional is not None
-    if not isinstance(layer, Functional) or type(layer).call is not Functional.call:
+    if functional_of(layer) is None:
         return False
-    return type(layer) is Functional or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
+    plain = isinstance(layer, keras.Sequential) or type(layer) is Functional
+    return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
 def _inputs_like(model):

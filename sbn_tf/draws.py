@@ -12,8 +12,20 @@ import itertools
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
-__all__ = ["BatchDraws", "call_in_batch", "join_batch", "part_of_example", "split_batch", "touched_channels"]
+__all__ = [
+    "BatchDraws",
+    "call_in_batch",
+    "first_rows",
+    "join_batch",
+    "join_outputs",
+    "part_bounds",
+    "part_of_example",
+    "split_batch",
+    "touched_channels",
+    "with_attached",
+]
 
 KINDS = ("split", "flipout", "local")
 
@@ -50,10 +62,14 @@ class BatchDraws:
 # ---- parts of a batch ----
 
 
-def part_sizes(batch_size, num_samples: int):
-    """Examples in each part: part s holds the rows from s * B // S to (s + 1) * B // S. Sums to B; 0 where S > B."""
-    bounds = [s * batch_size // num_samples for s in range(num_samples + 1)]
-    return [stop - start for start, stop in itertools.pairwise(bounds)]
+def part_bounds(batch_size, num_samples: int) -> list[tuple]:
+    """(start, stop) of each part: part s holds the rows from s * B // S to (s + 1) * B // S, none where S > B."""
+    return list(itertools.pairwise(s * batch_size // num_samples for s in range(num_samples + 1)))
+
+
+def part_sizes(batch_size, num_samples: int) -> list:
+    """Examples in each part; they sum to B."""
+    return [stop - start for start, stop in part_bounds(batch_size, num_samples)]
 
 
 def split_batch(tensor, num_samples: int) -> list:
@@ -85,6 +101,39 @@ def join_batch(parts: list, batch_size, num_samples: int):
             for part, size in zip(parts, sizes, strict=True)
         ]
     return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=0)
+
+
+def with_attached(tensor, rows):
+    """`rows(tensor)`, with the same rows of what Keras attaches to it: a mask, the logits of probabilities.
+
+    Without its logits a loss clips probabilities at 1e-7, where a network that is sure and wrong gets no gradient.
+    """
+    part = rows(tensor)
+    if get_keras_mask(tensor) is not None:
+        set_keras_mask(part, rows(get_keras_mask(tensor)))
+    if hasattr(tensor, "_keras_logits"):
+        part._keras_logits = rows(tensor._keras_logits)
+    return part
+
+
+def first_rows(outputs, count):
+    """The first `count` examples of every tensor, with what Keras attaches to it."""
+    return keras.tree.map_structure(lambda t: with_attached(t, lambda x: x[:count]), outputs)
+
+
+def join_outputs(parts: list):
+    """Outputs of the parts of a batch, one after the other along axis 0, with what Keras attaches to them."""
+
+    def joined(*tensors):
+        whole = ops.concatenate(tensors, axis=0)
+        masks = [get_keras_mask(t) for t in tensors]
+        if all(mask is not None for mask in masks):
+            set_keras_mask(whole, ops.concatenate(masks, axis=0))
+        if all(hasattr(t, "_keras_logits") for t in tensors):
+            whole._keras_logits = ops.concatenate([t._keras_logits for t in tensors], axis=0)
+        return whole
+
+    return keras.tree.map_structure(joined, *parts)
 
 
 def _split(tensor, sizes):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import keras
 from keras import ops
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.models.functional import Functional
 
 from sbn_tf.layers import MaskedGaussian, _graph, masked_layers
 
@@ -228,12 +229,8 @@ def functional_of(operation):
     if isinstance(operation, keras.Sequential):
         own = type(operation).call is keras.Sequential.call
         return operation._functional if own else None
-    own = getattr(type(operation), "call", None) is _FUNCTIONAL.call
+    own = getattr(type(operation), "call", None) is Functional.call
     return operation if own else None
-
-
-# Keras has no public name for the class that keras.Model(inputs, outputs) makes.
-_FUNCTIONAL = type(keras.Model(*[keras.Input((1,))] * 2))
 
 
 def _nodes(functional):

@@ -36,7 +36,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import itertools
 import math
 import warnings
 
@@ -49,6 +48,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from sbn_tf.conversion import convert
 from sbn_tf.distribution import Distributed
+from sbn_tf.draws import first_rows, join_outputs, part_bounds
 from sbn_tf.graph import Graph, one_after_another
 from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
 from sbn_tf.saliency import biases_before_batch_norm, named_weights, saliency, top_k
@@ -490,13 +490,12 @@ class PartialBayes(Distributed, keras.Model):
         A draw that is left without examples, as by the last batch of an epoch, runs on one: a mean over none is NaN.
         """
         size = ops.shape(keras.tree.flatten(inputs)[0])[0]
-        bounds, outputs = [s * size // self.num_samples for s in range(self.num_samples + 1)], []
-        for start, stop in itertools.pairwise(bounds):
+        outputs = []
+        for start, stop in part_bounds(size, self.num_samples):
             end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
             part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
-            drawn = self._one_draw(part, True)
-            outputs.append(keras.tree.map_structure(lambda t, n=stop - start: _first(t, n), drawn))
-        return keras.tree.map_structure(_joined, *outputs)
+            outputs.append(first_rows(self._one_draw(part, True), stop - start))
+        return join_outputs(outputs)
 
     def _check_one_pass(self):
         """Refuse what one call of the network cannot do for several draws."""
@@ -656,25 +655,6 @@ def entropy(probs, kind: str):
     return -ops.sum(xlogx(probs), axis=-1)
 
 
-def _first(x, number):
-    """The first `number` examples of `x`, with the logits that Keras's losses look for."""
-    cut = x[:number]
-    if hasattr(x, "_keras_logits"):
-        cut._keras_logits = x._keras_logits[:number]
-    return cut
-
-
-def _joined(*parts):
-    """Parts of a batch as one, with the logits that Keras's losses look for beside probabilities.
-
-    Without them a loss clips the probabilities at 1e-7, where a network that is sure and wrong gets no gradient.
-    """
-    whole = ops.concatenate(parts, axis=0)
-    if all(hasattr(part, "_keras_logits") for part in parts):
-        whole._keras_logits = ops.concatenate([part._keras_logits for part in parts], axis=0)
-    return whole
-
-
 class _Sampler(Distributed, keras.Model):
     """Runs S draws of a `PartialBayes`'s network for one batch, in one compiled call."""
 
@@ -777,7 +757,7 @@ def to_partial_bayes(
     """A sparse Bayesian copy of a trained model; every loc starts at the trained value.
 
     Args:
-        model: built Functional or Sequential `keras.Model`. It is not changed.
+        model: built `keras.Model`; a subclassed one is wrapped whole. It is not changed.
         masks: `saliency.Masks` of this model: which entries are Bayesian. None: chosen here, by `r_bayes`.
         num_train: examples in the training set; the ELBO divides the KL by it.
         r_bayes: share of the eligible weight entries that is Bayesian, 0 to 1, instead of masks: the most salient ones

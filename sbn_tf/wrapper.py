@@ -6,8 +6,8 @@ whole subclassed models go through this one.
 
 import keras
 from keras import ops
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
+from sbn_tf.draws import first_rows, join_outputs, part_bounds, with_attached
 from sbn_tf.layers import MaskedGaussian, _at_mean, _batch, _Box
 from sbn_tf.saliency import named_weights
 
@@ -219,20 +219,19 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         size = next(leaf.shape[0] for leaf in leaves if _rank(leaf))
         batch_size = next(ops.shape(leaf)[0] for leaf in leaves if _rank(leaf))
         results = []
-        for s in range(batch.num_samples):
-            start, stop = s * batch_size // batch.num_samples, (s + 1) * batch_size // batch.num_samples
+        for s, (start, stop) in enumerate(part_bounds(batch_size, batch.num_samples)):
             if isinstance(batch_size, int) and start == stop:
                 continue
             # Of a batch whose size is unknown yet no part is empty: one example too many is computed, and dropped.
             end = stop if isinstance(batch_size, int) else ops.maximum(stop, start + 1)
 
             def rows(leaf, start=start, end=end):
-                return _with_mask(leaf, lambda t: t[start:end]) if _rank(leaf) and leaf.shape[0] == size else leaf
+                return with_attached(leaf, lambda t: t[start:end]) if _rank(leaf) and leaf.shape[0] == size else leaf
 
             part_args, part_kwargs = keras.tree.map_structure(rows, (args, kwargs))
             outputs = self._call_layer(self._drawn(draws[s]), part_args, part_kwargs, (stop - start) / batch_size)
-            results.append(outputs if end is stop else _rows_up_to(outputs, stop - start))
-        return keras.tree.map_structure(_joined, *results)
+            results.append(outputs if end is stop else first_rows(outputs, stop - start))
+        return join_outputs(results)
 
 
 def _symbolic(leaf):
@@ -243,30 +242,6 @@ def _symbolic(leaf):
 
 def _rank(leaf):
     return len(getattr(leaf, "shape", ()))
-
-
-def _rows_up_to(outputs, count):
-    return keras.tree.map_structure(lambda t: _with_mask(t, lambda x: x[:count]), outputs)
-
-
-def _with_mask(tensor, rows):
-    """`rows(tensor)`, with the same rows of what Keras attaches to it: a mask, the logits of probabilities."""
-    part = rows(tensor)
-    if get_keras_mask(tensor) is not None:
-        set_keras_mask(part, rows(get_keras_mask(tensor)))
-    if hasattr(tensor, "_keras_logits"):
-        part._keras_logits = rows(tensor._keras_logits)
-    return part
-
-
-def _joined(*parts):
-    whole = ops.concatenate(parts, axis=0)
-    masks = [get_keras_mask(part) for part in parts]
-    if all(mask is not None for mask in masks):
-        set_keras_mask(whole, ops.concatenate(masks, axis=0))
-    if all(hasattr(part, "_keras_logits") for part in parts):
-        whole._keras_logits = ops.concatenate([part._keras_logits for part in parts], axis=0)
-    return whole
 
 
 def _some(names):

@@ -999,3 +999,18 @@ def test_export_says_what_it_cannot(tmp_path):
         bayesian(network()).export(tmp_path / "served", outputs="samples")
     with pytest.raises(ValueError, match="Expected outputs that are probabilities"):
         bayesian(network(activation=None)).export(tmp_path / "served", outputs="uncertainty")
+
+
+@pytest.mark.parametrize("estimator", ["all", "split"])
+def test_the_loss_of_masked_outputs_is_the_stock_models_also_by_separate_calls(estimator):
+    x = keras.Input((4,), dtype="int32")
+    y = kl.Lambda(lambda t: t)(x)  # may mix the batch, for all that is known: "split" calls once a part
+    y = kl.Embedding(5, 3, mask_zero=True)(y)
+    model = keras.Model(x, kl.Dense(1, "sigmoid", name="d")(y))
+    model.compile("sgd", "binary_crossentropy")
+    words, targets = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [1, 1, 2, 4]] * 2), np.arange(24).reshape(6, 4, 1) % 2
+    options = {"beta": 0.0, "initial_scale": 1e-7, "num_samples": 3, "estimator": estimator}
+    bnn = bayesian(model, {"d/kernel": np.ones((3, 1), bool)}, **options)
+    bnn.compile("sgd", "binary_crossentropy")
+    expected = model.evaluate(words, targets, verbose=0)
+    assert bnn.train_on_batch(words, targets, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)
