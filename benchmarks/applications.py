@@ -3,8 +3,8 @@
 Run: `python benchmarks/applications.py [--out runs/applications.jsonl] [--only MobileNet VGG16]`. Each architecture
 (three classes, untrained, the smallest images that it takes) is checked in a process of its own, since memory adds up:
 a random 1 % of its weights becomes Bayesian; their count is exact; with scales of 0 its outputs are those of the
-original; one training step is finite and moves locs and scales; saved and loaded it gives the same outputs. A line of
-JSON for each goes to `--out` as soon as it is known; those that are "ok" there are not run again.
+original; one training step is finite and moves locs and scales; saved and loaded it has the same outputs, masks and
+scales. A line of JSON for each goes to `--out` as soon as it is known; those that are "ok" there are not run again.
 """
 
 import argparse
@@ -77,9 +77,15 @@ def check(name: str) -> dict:
         path = pathlib.Path(folder) / "bnn.keras"
         bnn.save(path)
         loaded = keras.models.load_model(path)
-    counts = [[dict(layer.num_bayesian) for layer in masked_layers(m.network)] for m in (bnn, loaded)]
+    posteriors = [
+        [(x.name, n, x.mask(n)) for x in masked_layers(m.network) for n in x.num_bayesian] for m in (bnn, loaded)
+    ]
     with posterior_mean():
-        row["loaded"] = bool(np.array_equal(bnn.network(x), loaded.network(x))) and counts[0] == counts[1]
+        row["loaded"] = bool(
+            np.array_equal(bnn.network(x), loaded.network(x))
+            and np.array_equal(bnn.scales(), loaded.scales())
+            and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in zip(*posteriors, strict=True))
+        )
     row["seconds"] = time.perf_counter() - start
     wrong = [
         (row["bayesian"] != row["masked"], "count"),

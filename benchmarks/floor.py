@@ -1,8 +1,8 @@
 """What a sparse Bayesian network costs above the floor: each row is a ratio of two calls timed in turn.
 
 Run: `python benchmarks/floor.py [--networks resnet18 unet] [--r-bayes 0.001 0.01 0.05 0.2 1] [--out FILE] [--quick]`
-(with `KERAS_BACKEND=jax` where JAX is to run it). About a quarter of an hour a network on 2 threads. Each row is
-written to FILE as soon as it is there: the same command goes on where it was stopped, and prints those rows too.
+(with `KERAS_BACKEND=jax` where JAX is to run it). An hour or two a network on 2 threads, with `--batch 10` a quarter.
+Each row is written to FILE once it is there: the same command goes on where it was stopped, and prints those rows too.
 
 - *Step*: one compiled training step (forward, backward, Adam) on a batch that stays in memory.
 - *One step*: that of the deterministic network, batch norm frozen as it is in step 3 of the recipe.
@@ -12,8 +12,9 @@ written to FILE as soon as it is there: the same command goes on where it was st
 - A ratio is the median over pairs timed in turn, in brackets its quartiles: a busy machine hits both calls alike.
 
 The masks hold the largest scores of a network trained briefly on a phantom (`--score magnitude` or `random` need no
-training, and are what JAX takes); "saliency kept" is the share of all saliency that a mask holds, over that of the
-largest scores wherever they lie. Rows that are not about the share of Bayesian entries use `--at`.
+training; JAX takes `random`, which leaves no layer without); "saliency kept" is the share of all saliency that a mask
+holds, over that of the largest scores wherever they lie. Rows that are not about the share of Bayesian entries use
+`--at`.
 """
 
 import argparse
@@ -30,6 +31,8 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # leaves room for the processes that measure memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import keras
 import numpy as np
@@ -43,6 +46,7 @@ NETWORKS = {"resnet18": (14, "phantom_chest"), "unet": (1, "phantom_nodule")}  #
 NUM_SAMPLES = 5
 AT_MOST_OF_OPERATIONS = (0.1, 0.25, 0.5)  # cost_aware
 # What makes two runs comparable: rows of other settings are not added to a file.
+SCORED_BY = ("score", "size", "batch", "stem", "train_steps", "quick")
 SETTINGS = ("size", "batch", "stem", "score", "train_steps", "threads", "repeats", "at", "quick")
 
 
@@ -90,7 +94,8 @@ class Bench:
     def scores(self):
         """Saliency of every weight entry, kept in a file beside the rows: a later run reads it."""
         if "scores" not in self.kept:
-            path = self.args.out.with_name(f"{self.args.out.stem}_{self.name}_scores.npz")
+            by = "_".join(str(getattr(self.args, name)) for name in SCORED_BY)
+            path = self.args.out.with_name(f"{self.args.out.stem}_{self.name}_scores_{by}.npz")
             if not path.exists():
                 np.savez(path, **self._scored())
             with np.load(path) as file:
@@ -243,8 +248,8 @@ class Bench:
         if key not in self.kept:
             args = self.args
             command = [sys.executable, __file__, "--networks", self.name, "--peak-of", kind, "--at", str(r_bayes)]
-            for name in ("size", "batch", "stem", "score", "threads", "out"):
-                command += [f"--{name}", str(getattr(args, name))]
+            for name in ("size", "batch", "stem", "score", "train-steps", "threads", "out"):
+                command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
             out = subprocess.run(
                 command + (["--quick"] if args.quick else []), stdout=subprocess.PIPE, text=True, check=True
             ).stdout
@@ -254,9 +259,19 @@ class Bench:
     def peak_here(self, kind, r_bayes):
         """Bytes at the peak of two steps in this process, above what it held before; on a GPU, allocated there."""
         masks = saliency.top_k(self.scores, r_bayes)
+
+        def two_steps():
+            model = {"one": self.one, "passes": self.passes}.get(kind, lambda: self.converted(masks, kind))()
+            training_step(model, self.x, self.y)(2)
+
+        if BACKEND == "tensorflow":
+            from sbn_tf import cost
+
+            with cost.measured() as used:
+                two_steps()
+            return used.peak_bytes - used.start_bytes
         before = peak_bytes()
-        model = {"one": self.one, "passes": self.passes}.get(kind, lambda: self.converted(masks, kind))()
-        training_step(model, self.x, self.y)(2)
+        two_steps()
         return peak_bytes() - before
 
     def recorder(self):
@@ -339,18 +354,12 @@ def bytes_of(variables):
 
 
 def peak_bytes():
-    """Largest memory so far: allocated on the GPU, or resident in the process where there is none."""
-    if BACKEND == "jax":
-        import jax
+    """Largest memory of JAX so far: allocated on the GPU, or resident in the process where there is none."""
+    import jax
 
-        stats = jax.devices()[0].memory_stats()
-        if stats:
-            return stats["peak_bytes_in_use"]
-    elif BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        if tf.config.list_logical_devices("GPU"):
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -477,7 +486,7 @@ def main():
     for name, value in (quick if args.quick else usual).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.score = args.score or ("fisher" if BACKEND == "tensorflow" else "magnitude")
+    args.score = args.score or ("fisher" if BACKEND == "tensorflow" else "random")
     args.out = args.out or Path(f"runs/floor_{BACKEND}{'_quick' if args.quick else ''}.json")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     where = device(args.threads)

@@ -101,7 +101,7 @@ _CHOICES = {
     "class_weights": ("none", "paper"),
     "augment": (None, "flips_and_quarter_turns"),
     "score": ("fisher", "paper", "per_example", "magnitude", "taylor", "random"),
-    "estimator": ("all", "split"),
+    "estimator": ("all", "split", "flipout", "local"),
     "kl_reduction": ("sum", "mean"),
     "batch_norm": ("frozen", "statistics", "train"),
     "keep": ("last", "best"),

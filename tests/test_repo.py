@@ -5,8 +5,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow as tf
 import yaml
+
+from sbn_tf.layers import posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE_PATH = re.compile(r"(?<![\w.~$}/])/(?:work|root|home|Users|tmp|opt|mnt|private)/\w|\b[A-Z]:\\+Users\b")
@@ -33,12 +37,20 @@ def code_cells(notebook):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def test_readme_examples_run(capsys):
+def test_readme_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names, data = {}, {}
     examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-    for example, found in zip(examples, (names, data), strict=True):
+    for example, found in zip(examples, (names, names, data), strict=True):
         exec(compile(example, "README.md", "exec"), found)
-    assert names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
+        if example is examples[0]:
+            assert names["bayes"].num_bayesian == round(0.05 * names["model"].count_params())
+    assert names["bayes"].num_bayesian == names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
+    with posterior_mean():
+        np.testing.assert_allclose(names["plain"](names["x"]), names["bayes"].network(names["x"]), rtol=1e-6)
+    loaded = tf.saved_model.load(tmp_path / "runs" / "served")
+    served = loaded.serve(names["x"][:4])
+    assert served["mutual_information"].shape == (4,) and float(served["total_entropy"].numpy().max()) > 0
     assert names["uncertainty"]["mean"].shape == (4, 3)
     assert names["uncertainty"]["mutual_information"].shape == (4,)
     assert data["model"].history.epoch == [0, 1]
@@ -59,7 +71,7 @@ def test_readme_links_lead_somewhere():
 def test_readme_has_one_test_command_on_one_line():
     (block,) = re.findall(r"<!-- test-command -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert block.count("\n") == 1
-    assert block.rstrip().endswith("&& .venv/bin/pytest --nbval")
+    assert block.rstrip().endswith("&& .venv/bin/pytest --nbval -n 2 --dist loadfile")
 
 
 def test_requirements_are_names_and_versions_only():

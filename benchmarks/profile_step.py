@@ -1,0 +1,96 @@
+"""Where the time above the floor goes: a training step profiled op by op, beside its floor's.
+
+Run: `python benchmarks/profile_step.py [--network resnet18] [--estimator split] [--r-bayes 0.01] [--batch 50]`
+
+Both steps run under TensorFlow's profiler, one op at a time (`inter_op` 1 thread, `intra_op` --threads), so that the
+durations of ops add up. The table sums them by kind of op, largest difference first. The floor of "all" is five
+passes of the deterministic network, of the other estimators one.
+"""
+
+import argparse
+import collections
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import floor
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+from sbn_tf import models, saliency
+from sbn_tf.partial_bayes import to_partial_bayes
+
+
+def milliseconds_by_op(model, x, y, steps):
+    """Kind of op -> (milliseconds, number of ops) of one training step."""
+    model.train_on_batch(x, y)  # traces
+    with tempfile.TemporaryDirectory() as folder:
+        tf.profiler.experimental.start(folder)
+        for _ in range(steps):
+            model.train_on_batch(x, y)
+        tf.profiler.experimental.stop()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        space = xplane_pb2.XSpace.FromString(path.read_bytes())
+    found = collections.defaultdict(lambda: np.zeros(2))
+    for plane in space.planes:
+        for line in plane.lines:
+            for event in line.events:
+                name, colon, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
+                # An op's event is named "its/name:Kind"; those of the executor, of calls and of loops hold others.
+                if colon and name and not name.endswith(":") and kind.isidentifier() and "Call" not in kind:
+                    found[kind] += (event.duration_ps / 1e9 / steps, 1 / steps)
+    return found
+
+
+def main():
+    """Profile both steps, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet18", choices=floor.NETWORKS)
+    parser.add_argument("--estimator", default="split", choices=["all", "split", "flipout", "local"])
+    parser.add_argument("--r-bayes", type=float, default=0.01)
+    parser.add_argument("--score", default="random", choices=["random", "magnitude"])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--stem", type=int, default=3, choices=(3, 7), help="of the ResNet")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--top", type=int, default=12, help="rows")
+    args = parser.parse_args()
+    tf.config.threading.set_intra_op_parallelism_threads(args.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    outputs, _ = floor.NETWORKS[args.network]
+    stem = {"stem": args.stem} if args.network == "resnet18" else {}
+    base = models.build(args.network, (args.size, args.size, 1), outputs, seed=0, **stem)
+    for layer in base.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False  # as in step 3
+    masks = saliency.top_k(saliency.saliency(base, score=args.score), args.r_bayes)
+    options = {"num_train": 1000, "num_samples": floor.NUM_SAMPLES, "estimator": args.estimator, "seed": 0}
+    x = tf.constant(np.random.default_rng(0).normal(size=(args.batch, *base.input_shape[1:])), "float32")
+    y = np.random.default_rng(1).random((args.batch, *base.output_shape[1:])) < 0.1
+    y = tf.constant(y, "float32")
+    one = floor.Passes(base, floor.NUM_SAMPLES) if args.estimator == "all" else base
+    below, above = (
+        milliseconds_by_op(floor.compiled(model), x, y, args.steps)
+        for model in (one, to_partial_bayes(base, masks, **options))
+    )
+    kinds = sorted({*above, *below}, key=lambda kind: -abs(above[kind][0] - below[kind][0]))
+    total = sum(v[0] for v in below.values()), sum(v[0] for v in above.values())
+    share = f"{100 * args.r_bayes:g} % by {args.score}"
+    print(f'{args.network}, {args.size} px, batch {args.batch}, {share}, "{args.estimator}"\n')
+    print("| op | ms of the floor | ops | ms of the step | ops | difference, % of the floor |")
+    print("|---|---|---|---|---|---|")
+    for kind in kinds[: args.top]:
+        (low, few), (high, many) = below[kind], above[kind]
+        print(f"| {kind} | {low:.1f} | {few:.0f} | {high:.1f} | {many:.0f} | {100 * (high - low) / total[0]:+.1f} |")
+    rest = [sum(side[kind][0] for kind in kinds[args.top :]) for side in (below, above)]
+    print(f"| all others | {rest[0]:.1f} | | {rest[1]:.1f} | | {100 * (rest[1] - rest[0]) / total[0]:+.1f} |")
+    print(f"| all | {total[0]:.1f} | | {total[1]:.1f} | | {100 * (total[1] - total[0]) / total[0]:+.1f} |")
+
+
+if __name__ == "__main__":
+    main()
