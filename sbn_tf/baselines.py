@@ -142,7 +142,8 @@ class Method:
 
         - `num_weights`, `num_trainable`, `num_bayesian`, `weight_bytes`: of all networks that it stores.
         - `optimizer_bytes`: of the largest of its trainings, which run one after the other.
-        - `num_samples`, `predict_flops_per_sample`, `predict_flops`: of one image.
+        - `num_samples`, `predict_flops_per_sample`, `predict_flops`: of one image; a sample's is the mean of so many,
+          which share what no Bayesian weight precedes.
         - `train_step_flops_per_image`: of the training that came last.
         - `train_flops`: of all its trainings and its saliency pass. Validation is left out, for all methods.
         - `train_flops_ratio`, `predict_flops_ratio`: to step 1's training, and to one pass, of a deterministic network.
@@ -157,7 +158,7 @@ class Method:
         train = sum(n * self._step_flops(run, batch) for n, run in zip(images, self.trained, strict=True))
         train += self._num_train * self._saliency_flops(batch)
         one_pass = costs.prediction_flops(reference, batch)
-        sample = costs.prediction_flops(self.model, batch) / getattr(self.model, "num_samples", 1)
+        sample = self._sample_flops(batch)
         sizes = {**costs.parameters(self.model), "weight_bytes": costs.bytes_of(self.model)["weight_bytes"]}
         sizes["num_trainable"] = costs.parameters(self.trained[-1].model)["num_trainable"]
         found = {key: int(value) * self.num_networks for key, value in sizes.items()}
@@ -196,6 +197,10 @@ class Method:
     def _samples(self, images):
         """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
         return self.model.predict(images, batch_size=len(images), verbose=0)[None]
+
+    def _sample_flops(self, batch):
+        """Operations of a sample of one image, in the mean over the samples of a prediction."""
+        return costs.prediction_flops(self.model, batch)
 
     def _saliency_flops(self, batch):
         """Operations of the saliency pass, for one image."""
@@ -487,6 +492,13 @@ class _Bayesian(Method):
         self.model = model
         self._noise = [(state, ops.convert_to_numpy(state)) for state in _noise_states(model)]
 
+    def _sample_flops(self, batch):
+        trained_with, self.model.num_samples = self.model.num_samples, self.num_samples
+        try:
+            return costs.prediction_flops(self.model, batch) / self.num_samples
+        finally:
+            self.model.num_samples = trained_with
+
     def _samples(self, images):
         for state, start in self._noise:
             state.assign(start)
@@ -574,8 +586,8 @@ class PartialLate(Partial):
 class _WholeLayers(PartialRandom):
     """All weights of some layers are Bayesian.
 
-    Each sample is a whole pass, and its cost counts as one, also where the layers before the first Bayesian one give
-    the same in each: a network that ran these once would predict by its last layer for about the price of one pass.
+    The layers before the first Bayesian one run once for all samples: by its last layer alone a network predicts for
+    about the price of one pass.
     """
 
     takes_r_bayes = False

@@ -12,6 +12,7 @@ import tempfile
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend import compute_output_spec
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 
@@ -106,6 +107,11 @@ def to_deterministic(model):
         while isinstance(layer, MaskedWrapper):
             layer = layer.layer
         cls = _stock_class(type(layer)) if isinstance(layer, MaskedGaussian) else type(layer)
+        if isinstance(layer, MaskedGaussian) and type(layer).call is not MaskedGaussian.call:
+            raise ValueError(
+                f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
+                f"class {type(layer).__name__} has its own. Give it to a stock layer of the same call by hand."
+            )
         plain = _copied(layer, cls, _stock_config(layer))
         plain.name = name
         inside = [x.name for x in plain._flatten_layers() if isinstance(x, MaskedGaussian)]
@@ -195,8 +201,12 @@ def _copied(layer, cls=None, config=None):
             f"'{layer.name}' ({type(layer).__name__}) cannot be made again by from_config(get_config()): {reason}\n"
             "Give its class a get_config that names every argument of its __init__."
         ) from error
-    for a, b in zip(layer._flatten_layers(), new._flatten_layers(), strict=False):
+    pairs = list(zip(layer._flatten_layers(), new._flatten_layers(), strict=False))
+    for a, b in pairs:
         if hasattr(a, "save_assets"):  # vocabularies
+            for old, lookup in pairs:
+                if hasattr(old, "idf_weights_const"):  # in no file: `load_assets` takes what is there, and pads it
+                    lookup.idf_weights_const = old.idf_weights_const[: old.vocabulary_size()]
             with tempfile.TemporaryDirectory() as folder:
                 a.save_assets(folder)
                 b.load_assets(folder)
@@ -262,6 +272,7 @@ def _inputs_like(model):
             batch_shape=x.shape,
             dtype=x.dtype,
             sparse=x.sparse,
+            ragged=x.ragged,
             name=made_by.name,
             optional=getattr(made_by, "optional", False),
         )
@@ -277,15 +288,21 @@ def _as_graph(new, old):
     shapes = getattr(old, "_build_shapes_dict", None) or {}
     if not shapes:
         raise ValueError(f"The inputs of '{old.name}' ({type(old).__name__}) are unknown. Call it once on data.")
-    reasons = []
+    reasons, call = [], new if len(shapes) == 1 else lambda inputs: new(**inputs)
     for dtype in (old.input_dtype, "int32"):  # a model keeps the shapes of its inputs, not their dtypes
         inputs = {key.removesuffix("_shape"): _inputs_of_shapes(shape, dtype) for key, shape in shapes.items()}
-        first = next(iter(inputs.values())) if len(inputs) == 1 else inputs
         try:
-            outputs = new(first) if len(inputs) == 1 else new(**inputs)
-            return keras.Model(first, outputs, name=old.name)
+            first, rounded = _tokens_as_integers(new, call, next(iter(inputs.values())) if len(inputs) == 1 else inputs)
+            outputs = call(first)
         except Exception as error:
             reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+            continue
+        if rounded:
+            raise ValueError(
+                f"Expected to see which inputs of '{old.name}' are tokens, since {dtype} rounds large ones. Received: "
+                f"a part of an input for {sorted(rounded)}. Give the tokens an input of their own, or use float32."
+            )
+        return keras.Model(first, outputs, name=old.name)
     raise ValueError(
         f"'{old.name}' ({type(old).__name__}) cannot be called on symbolic inputs of shapes {shapes}: {reasons[0]}\n"
         "Its call must run on symbolic tensors (keras.ops), and its get_config name every argument of its __init__."
@@ -298,6 +315,53 @@ def _inputs_of_shapes(shapes, dtype, name=None):
     if shapes and isinstance(shapes[0], list | tuple | dict):
         return [_inputs_of_shapes(shape, dtype) for shape in shapes]
     return keras.Input(batch_shape=(None, *shapes[1:]), dtype=dtype, name=name)
+
+
+def _tokens_as_integers(new, call, inputs):
+    """Inputs of which those that embeddings look up are integers; the embeddings whose tokens are rounded even so."""
+    leaves, rounded = keras.tree.flatten(inputs), _rounded_tokens(new, call, inputs)
+    for i, x in enumerate(leaves):
+        if not any(_is_whole(x, shape) for shape in rounded.values()):
+            continue
+        whole = keras.Input(batch_shape=x.shape, dtype="int32", name=x._keras_history.operation.name)
+        tried = keras.tree.pack_sequence_as(inputs, [*leaves[:i], whole, *leaves[i + 1 :]])
+        try:
+            left = _rounded_tokens(new, call, tried)
+        except Exception:  # it serves as numbers as well
+            continue
+        if len(left) < len(rounded):
+            inputs, leaves, rounded = tried, keras.tree.flatten(tried), left
+    return inputs, rounded
+
+
+def _is_whole(x, shape):
+    return len(x.shape) == len(shape) and all(a in (None, b) for a, b in zip(x.shape, shape, strict=True))
+
+
+def _rounded_tokens(new, call, inputs) -> dict:
+    """Shapes of the tokens that come to embeddings in half precision, by name: it tells 256 or 2,048 of them apart."""
+    found, exact = {}, {"bfloat16": 256, "float16": 2048}
+    parts = new._flatten_layers()
+    half = any(part.compute_dtype in exact for part in parts)
+    tables = [x for x in parts if isinstance(x, keras.layers.Embedding) and half]
+
+    def watched(table, own):
+        def call(tokens):
+            if table.input_dim > exact.get(keras.backend.standardize_dtype(tokens.dtype), table.input_dim) + 1:
+                found[table.path] = tuple(tokens.shape)
+            return own(tokens)
+
+        return call
+
+    for table in tables:
+        object.__setattr__(table, "call", watched(table, table.call))
+    try:
+        if tables:
+            compute_output_spec(call, inputs)
+    finally:
+        for table in tables:
+            object.__delattr__(table, "call")
+    return found
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ def part_of_example(batch_size, num_samples: int):
 class _Linear:
     """A layer as `activation(apply(x, kernel) + bias)`, and where its channels lie.
 
-    `signs_in`, `signs_out`: axes of inputs and outputs (from the end, never the batch) that the kernel connects.
+    `signs_in`, `signs_out`: axes of inputs and outputs (never the batch) that the kernel connects, counted from the
+    end; those before an ellipsis of axes from the start.
     `channels_in`, `channels_out`: the two last axes of the kernel, for a layer whose touched channels can be taken out.
     """
 
@@ -204,8 +205,7 @@ class _Einsum(_Linear):
     def __init__(self, layer):
         super().__init__(layer)
         inputs, kernel, outputs = _einsum_terms(layer.equation)
-        self.signs_in = tuple(i - len(inputs) for i, axis in enumerate(inputs) if axis != "." and axis in kernel)
-        self.signs_out = tuple(i - len(outputs) for i, axis in enumerate(outputs) if axis != "." and axis in kernel)
+        self.signs_in, self.signs_out = _einsum_axes(inputs, kernel), _einsum_axes(outputs, kernel)
 
     def apply(self, inputs, kernel):
         return ops.einsum(self.layer.equation, inputs, kernel)
@@ -285,6 +285,12 @@ def _einsum_terms(equation):
     return inputs, kernel, outputs
 
 
+def _einsum_axes(term, kernel):
+    """Where the axes that a term shares with the kernel lie: the "." stands for any number of axes."""
+    dots = term.find(".")
+    return tuple(i if i < dots else i - len(term) for i, axis in enumerate(term) if axis != "." and axis in kernel)
+
+
 def _einsum_fits(layer):
     """Whether the batch is axis 0 of inputs and outputs, the kernel has no batch, and the bias none either."""
     inputs, kernel, outputs = _einsum_terms(layer.equation)
@@ -311,8 +317,8 @@ def call_in_batch(layer, inputs, batch: BatchDraws, stock_call):
         return _by_parts(inputs, batch, lambda s, part: stock_call(part, layer._drawn(draws[s])))
     if batch.how == "split":
         return form.finish(_split_call(layer, form, inputs, batch))
-    if batch.how == "local" and isinstance(form, _Dense) and len(inputs.shape) == 2 and not _is_shared(layer, batch):
-        return form.finish(_local_call(layer, form, inputs, batch))
+    if batch.how == "local" and _is_local(layer, form, inputs, batch):
+        return form.finish(_local_call(layer, form, inputs))
     return form.finish(_flipout_call(layer, form, inputs, batch))
 
 
@@ -322,8 +328,19 @@ def _by_parts(inputs, batch, call):
     return join_batch(outputs, ops.shape(inputs)[0], batch.num_samples)
 
 
-def _is_shared(layer, batch):
-    return id(layer) in batch.shared or len(layer._inbound_nodes) > 1
+def _is_local(layer, form, inputs, batch):
+    """Whether this use of a layer has noise on its outputs; an error where there is another use in the same pass.
+
+    Keras's count of a layer's nodes would not tell: a Sequential model adds one each time that it is built anew.
+    """
+    local = isinstance(form, _Dense) and len(inputs.shape) == 2 and id(layer) not in batch.shared
+    again, before = batch.holds((id(layer), "local")), batch.keep((id(layer), "local"), lambda: local)
+    if again and (local or before):
+        raise ValueError(
+            f"Layer '{layer.name}' is used twice in one pass, where noise on its outputs is no draw of one network. "
+            'Name it in batch_draws("local", shared=[layer]): it then draws by flipout.'
+        )
+    return local
 
 
 def _loc(layer, name):
@@ -391,34 +408,28 @@ def _flipout_call(layer, form, inputs, batch):
     return outputs + bias
 
 
-def _local_call(layer, form, inputs, batch):
+def _local_call(layer, form, inputs):
     """y_n ~ N(x_n loc + b, x_n^2 scale^2 + scale_b^2), drawn for each example and unit.
 
     Reference: Kingma, Salimans, Welling (2015), Variational Dropout and the Local Reparameterization Trick, equation 6.
     """
-    if batch.holds((id(layer), "local")):
-        raise ValueError(
-            f"Layer '{layer.name}' is used twice in one pass, where noise on its outputs is no draw of one network. "
-            'Name it in batch_draws("local", shared=[layer]): it then draws by flipout.'
-        )
-    batch.keep((id(layer), "local"), lambda: True)
     outputs = form.apply(inputs, _loc(layer, "kernel"))
     names, variance = layer._bayesian_names(), 0.0
+    dtype = layer._posterior_dtype()  # squares of 300 and of 1e-4 are none in half precision
     if "kernel" in names:
-        touched, squares = _Touched.of(layer, form), layer._masked_scale("kernel") ** 2
+        touched, squares, inputs = _Touched.of(layer, form), layer._masked_scale("kernel") ** 2, ops.cast(inputs, dtype)
         if touched is None:
-            variance = form.apply(inputs**2, layer._delta("kernel", squares))
+            variance = form.apply(inputs**2, layer._delta("kernel", squares, dtype))
         else:
-            reached = form.apply(touched.take(inputs) ** 2, touched.kernel(squares, outputs.dtype))
+            reached = form.apply(touched.take(inputs) ** 2, touched.kernel(squares, dtype))
             variance = touched.put(reached)
     if layer.bias is not None:
         outputs = outputs + layer.bias
     if "bias" in names:
-        variance = variance + layer._delta("bias", layer._masked_scale("bias") ** 2)
+        variance = variance + layer._delta("bias", layer._masked_scale("bias") ** 2, dtype)
     positive = variance > 0  # a unit with no Bayesian entry: the square root has no finite slope at 0
     deviation = ops.where(positive, ops.sqrt(ops.where(positive, variance, 1.0)), 0.0)
-    noise = layer._normal(ops.shape(outputs))
-    return outputs + ops.cast(deviation, outputs.dtype) * ops.cast(noise, outputs.dtype)
+    return outputs + ops.cast(deviation * layer._normal(ops.shape(outputs)), outputs.dtype)
 
 
 # ---- few touched channels ----
@@ -474,7 +485,8 @@ class _Touched:
     """The channels of a kernel that hold Bayesian entries, taken out of inputs, kernel and outputs.
 
     How many there are is static; which ones follows from the index variable, so weights that are loaded later count.
-    Should a mask that is loaded touch more channels than the traced call has room for, outputs are NaN: trace it anew.
+    Should a mask that is loaded touch more channels than the traced call has room for, outputs are NaN: trace it anew,
+    by `compile` for one.
     """
 
     @classmethod

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import keras
 from keras import ops
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.models.functional import Functional
 
@@ -61,6 +62,7 @@ class Graph:
         self.model, self._open_size = model, open_size
         self.steps: list[Operation] = []
         self._positions, self._within, self._functionals = {}, {}, {}
+        self._nodes, self._draws = {}, {}
         functional = functional_of(model)
         if functional is None:
             weights = sum(math.prod(w.shape) for w in model.weights)
@@ -70,6 +72,8 @@ class Graph:
             self._walk(functional, (), "", tensors)
         self._steps_of, self._costs = self._by_weight(), [step.multiply_adds for step in self.steps]
         self._after = self._with_all_after()
+        for training in (False, True) if masked_layers(model) else ():
+            self._anew(training)  # calls are traced here, and not later within the trace of a step
 
     @property
     def operations(self) -> dict[str, float]:
@@ -102,7 +106,8 @@ class Graph:
     def runs_once(self, training: bool = False) -> list[str]:
         """Names of the operations whose outputs are the same for every posterior sample, masked as the model is now.
 
-        In training what is random, dropout for one, and all after it runs anew for each sample as well.
+        In training what is random, dropout for one, and all after it runs anew for each sample as well. Custom layers
+        and Lambdas are traced to see whether they draw random numbers.
         """
         anew = self._anew(training)
         return [step.name for i, step in enumerate(self.steps) if not anew[i]]
@@ -159,6 +164,7 @@ class Graph:
                 cost = _multiply_adds(node.operation, [tensors[id(x)][0] for x in node.input_tensors], outputs)
                 self.steps.append(Operation(self._new_name(name), node.operation, sources, cost))
                 self._positions[here] = first
+                self._nodes[first] = node
                 made = [(x, frozenset([first])) for x in outputs]
             else:
                 entering = {
@@ -184,7 +190,11 @@ class Graph:
         if not any(None in x.shape[1:] for x in (*node.input_tensors, *node.outputs)):
             return node.outputs
         args, kwargs = node.arguments.fill_in({key: x for key, (x, _) in tensors.items()})
-        return [self._sized(x) for x in keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))]
+        try:
+            outputs = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+        except Exception:  # of whatever kind: the size that was made up does not fit this network
+            outputs = node.outputs
+        return [self._sized(x) for x in outputs]
 
     def _by_weight(self):
         """Key of each weight -> positions of the operations that use it."""
@@ -210,10 +220,15 @@ class Graph:
 
     def _anew(self, training):
         anew = []
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
             own = _is_bayesian(step.layer) or _is_random(step.layer, training)
-            anew.append(own or any(anew[source] for source in step.sources))
+            anew.append(own or any(anew[source] for source in step.sources) or self._draws_anew(i, training))
         return anew
+
+    def _draws_anew(self, i, training):
+        if i in self._nodes and (i, training) not in self._draws:
+            self._draws[i, training] = _draws_unseeded(self._nodes[i], training)
+        return self._draws.get((i, training), False)
 
     def _shared_paths(self, training):
         anew = self._anew(training)
@@ -242,10 +257,11 @@ def _nodes(functional):
 def _entering(node, inner, tensors):
     """What a nested model's inputs get: (tensor, positions) for each."""
     first = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs.get("inputs")
-    if isinstance(first, dict) and not isinstance(inner._inputs_struct, dict):
-        first = [first.get(x.name) for x in inner.inputs]
-    given = [tensors.get(id(x)) for x in keras.tree.flatten(first)]
     known = {id(x) for x in keras.tree.flatten(first)}
+    if isinstance(first, dict):  # by name, as Keras does: it may hold more than the inner model takes
+        named = isinstance(inner._inputs_struct, dict)
+        first = [first.get(key) for key in (sorted(inner._inputs_struct) if named else [x.name for x in inner.inputs])]
+    given = [tensors.get(id(x)) for x in keras.tree.flatten(first)]
     others = [tensors[id(x)][1] for x in node.input_tensors if id(x) not in known]  # a mask given as an argument
     return [
         (x, frozenset()) if got is None else (got[0], got[1].union(*others))
@@ -339,6 +355,35 @@ def _is_random(operation, training):
             if any(rates) or all(rate is None for rate in rates):  # an LSTM has a seed without any dropout
                 return True
     return False
+
+
+def _draws_unseeded(node, training) -> bool:
+    """Whether a foreign layer or a Lambda draws random numbers.
+
+    One without a seed generator (`keras.random.normal(shape)`, `tf.random.normal`) does not say so: its call is traced
+    and its operations are read. Running all of them anew for each sample instead would leave no trunk to a network of
+    custom layers. A layer that cannot be traced counts as random.
+    """
+    if all(_is_of_keras(x) and not isinstance(x, keras.layers.Lambda) for x in _layers_of(node.operation)):
+        return False
+    found = []
+
+    def call(*args, **kwargs):
+        outputs = node.operation(*args, **kwargs)
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            graph = tf.compat.v1.get_default_graph().as_graph_def()
+            nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+            found.append(any("Random" in node.op or node.op == "Multinomial" for node in nodes))
+        return outputs
+
+    mode = {"training": training} if getattr(node.operation, "_call_has_training_arg", False) else {}
+    try:
+        compute_output_spec(call, *node.arguments.args, **{**node.arguments.kwargs, **mode})
+    except Exception:  # whatever a foreign call raises; on JAX that of a draw without a seed
+        return True
+    return any(found)
 
 
 def _is_of_keras(operation):

@@ -45,6 +45,7 @@ import zlib
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from sbn_tf.draws import BatchDraws, call_in_batch, touched_channels
 
@@ -286,8 +287,8 @@ def batch_draws(how: str, num_samples: int = 5, shared=()):
             features) has noise of its own, exact in mean and variance; flipout elsewhere. A layer that is not linear in
             one kernel (separable, wrapped) splits under all three.
         num_samples: number of parts S. >= 1.
-        shared: layers that the network uses twice: "local" draws them by flipout. Within one context a layer's draws,
-            and signs, are the same at each use.
+        shared: layers that the network uses twice: "local" draws them by flipout; a second use of any other is an
+            error there. Within one context a layer's draws, and signs, are the same at each use.
 
     With the same seeds, "split" gives what S calls on the parts give, each within `posterior_sample`.
     """
@@ -377,7 +378,7 @@ def _graph():
 
 def _stock_class(cls):
     """The stock Keras class that a masked class is made of: `class Dense(MaskedGaussian, keras.layers.Dense)`."""
-    return cls.__mro__[2]
+    return cls.__mro__[cls.__mro__.index(MaskedGaussian) + 1]  # of a class that is derived from ours, too
 
 
 class MaskedGaussian:
@@ -594,9 +595,15 @@ class MaskedGaussian:
                     f"Received: {tuple(store[name].shape)}. Build it with the same num_bayesian as when it was saved."
                 )
             posterior[name].assign(store[name])
-            if name.endswith("_index"):
-                weight = name.removesuffix("_posterior_index")
-                self._touched.value[weight] = touched_channels(self, weight, store[name])
+
+    def refresh_touched(self) -> None:
+        """Count anew the channels that the masks touch, which `batch_draws` must know when a call is traced.
+
+        Every assignment to an index counts them, those of `set_weights` and `load_weights` too. After one that goes
+        around the Keras variable, as a `tf.train.Checkpoint` does, call this, then compile the model again.
+        """
+        for name in self._bayesian_names():
+            self._count_touched(name, getattr(self, f"{name}_posterior_index", None))
 
     def enable_lora(self, *args, **kwargs):
         """Refused with Bayesian entries: a layer holds a posterior or LoRA factors, not both."""
@@ -681,12 +688,12 @@ class MaskedGaussian:
         """Dense draws of the weights `names` (default: all) from their noise (name -> (k,))."""
         return {n: ops.convert_to_tensor(self._loc(n)) + self._delta(n, noise[n]) for n in names or noise}
 
-    def _delta(self, name, values):
+    def _delta(self, name, values, dtype=None):
         """`values` (k,) at the Bayesian entries of a tensor shaped as weight `name`, 0 elsewhere."""
         loc = self._loc(name)
         index = getattr(self, f"{name}_posterior_index", None)
         index = index if index is None else ops.convert_to_tensor(index)
-        dtype = ops.convert_to_tensor(loc).dtype  # the layer's compute dtype, within its call
+        dtype = dtype or ops.convert_to_tensor(loc).dtype  # the layer's compute dtype, within its call
         return scatter_entries(ops.cast(values, dtype), index, tuple(loc.shape))
 
     def _batch_draws(self, batch, num_samples):
@@ -696,11 +703,15 @@ class MaskedGaussian:
         return batch.keep(key, lambda: [{name: self._noise(name) for name in names} for _ in range(num_samples)])
 
     def _signs(self, batch, place, tensor, axes):
-        """Random signs of each example along `axes`, kept in `batch`: 1 along every other axis of `tensor`."""
+        """Random signs of each example along `axes`, kept in `batch`: 1 along every other axis of `tensor`.
+
+        Kept without those other axes: the next use may have more of them, or none.
+        """
         rank, shape = len(tensor.shape), ops.shape(tensor)
-        kept = [size if i == 0 or i - rank in axes else 1 for i, size in enumerate(shape)]
+        along = {0, *(axis % rank for axis in axes)}
+        kept = [size for i, size in enumerate(shape) if i in along]
         signs = batch.keep((id(self), place, _graph()), lambda: ops.where(self._normal(kept) < 0, -1.0, 1.0))
-        return ops.cast(signs, tensor.dtype)
+        return ops.cast(ops.reshape(signs, [size if i in along else 1 for i, size in enumerate(shape)]), tensor.dtype)
 
     def _posterior_dtype(self):
         return "float64" if self.variable_dtype == "float64" else "float32"
@@ -736,6 +747,7 @@ class MaskedGaussian:
                     trainable=False,
                     autocast=False,
                 )
+                index.assign = self._counting(name, index)
                 setattr(self, f"{name}_posterior_index", index)
             scale = self.add_weight(
                 name=f"{name}_posterior_untransformed_scale",
@@ -749,6 +761,23 @@ class MaskedGaussian:
         if self._bayesian_names() and not hasattr(self, "_noise_seed"):
             self._noise_seed = keras.random.SeedGenerator(self.seed)
         self._masks.value = None
+
+    def _count_touched(self, name, index):
+        if index is not None:
+            self._touched.value[name] = touched_channels(self, name, ops.convert_to_numpy(index))
+
+    def _counting(self, name, index):
+        """An index's `assign`, after which its touched channels are counted anew wherever its value can be read."""
+        assign = index.assign
+
+        def assign_and_count(value):
+            result = assign(value)
+            is_current = getattr(self, f"{name}_posterior_index", None) is index  # set_mask makes a new one
+            if is_current and _graph() is None and not in_stateless_scope():
+                self._count_touched(name, index)  # no other: JAX's `fit` empties all variables, and then fills each
+            return result
+
+        return assign_and_count
 
     def _scale_initializer(self, name):
         """Initializer of one weight's untransformed scales. Keras's seeded ones repeat, so each weight has its seed."""

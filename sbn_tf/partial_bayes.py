@@ -38,20 +38,25 @@ import contextvars
 import functools
 import math
 import warnings
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import h5py
 import keras
 import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from sbn_tf.conversion import convert
 from sbn_tf.distribution import Distributed
 from sbn_tf.draws import first_rows, join_outputs, part_bounds
-from sbn_tf.graph import Graph, one_after_another
+from sbn_tf.graph import Graph, _added_losses, one_after_another
 from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
-from sbn_tf.saliency import biases_before_batch_norm, named_weights, saliency, top_k
+from sbn_tf.saliency import biases_before_batch_norm, eligible_weights, named_weights, saliency, top_k
 
 __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_norm", "to_partial_bayes"]
 
@@ -160,7 +165,8 @@ class PartialBayes(Distributed, keras.Model):
     Input shape: the network's. Output shape: the network's; `{"samples": [...]}` in training by the estimator "all".
 
     Raises:
-        ValueError: `num_samples` < 1, `num_train` < 1, an unknown option, or a trap named in section 5.
+        ValueError: `num_samples` < 1, `num_train` < 1, an unknown option, a layer of `stateful=True` that would run
+            anew for each draw, or a trap named in section 5.
     """
 
     def __init__(
@@ -198,6 +204,7 @@ class PartialBayes(Distributed, keras.Model):
         self._samplers = _Box({})  # models that hold this one
         self._graph = _Box(Graph(network))
         self._check_one_pass()
+        self._check_states()
         self.kl_weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
         for layer in masked_layers(network):
             layer.kl_weight = self.kl_weight
@@ -245,21 +252,22 @@ class PartialBayes(Distributed, keras.Model):
         if self._compile_loss is None:
             raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
         self.kl_tracker.update_state(self.kl_divergence() / self.num_train)  # JAX hides the weights from metrics
-        if not _is_samples(y_pred):
+        if not self._is_samples(y_pred):
             data = self._compile_loss(y, y_pred, sample_weight)
         else:
             samples = y_pred["samples"]
             data = sum(self._compile_loss(y, sample, sample_weight) for sample in samples) / len(samples)
         once = self._get_regularization_losses()
-        ran_once, draws = _added.get()
+        shares, share = _added.get().get(self, ({}, 1.0))
         added = [self._aggregate_additional_loss(loss) for loss in once]
         for loss in self.losses[: len(self.losses) - len(once)]:  # of activity regularizers and add_loss
-            added.append(self._aggregate_additional_loss(loss) / (1 if id(loss) in ran_once else draws))
+            loss, counts = self._aggregate_additional_loss(loss), shares.get(id(loss), share)
+            added.append(loss * ops.cast(counts, loss.dtype))
         return data + sum(ops.cast(loss, data.dtype) for loss in added)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Metrics of the predictive mean; `compute_loss` has counted the KL in nats per training example."""
-        if _is_samples(y_pred):
+        if self._is_samples(y_pred):
             first, *others = (self._to_average(sample) for sample in y_pred["samples"])
             y_pred = self._averaged(functools.reduce(self._plus, others, first), y_pred["samples"][0])
         return super().compute_metrics(x, y, y_pred, sample_weight)
@@ -308,7 +316,7 @@ class PartialBayes(Distributed, keras.Model):
             filepath, format, verbose, input_signature: as in Keras.
             outputs: "mean": what `predict` gives. "uncertainty": what `predict_uncertainty` gives: a dict with mean,
                 total_entropy, expected_entropy and mutual_information; of several outputs each with its name before it,
-                such as "lesion_mean".
+                such as "lesion_mean": the keys of a dict of outputs, else names of layers, a second use numbered.
             kwargs: as in Keras.
 
         Raises:
@@ -470,12 +478,11 @@ class PartialBayes(Distributed, keras.Model):
         if self.estimator == "all":
             with self._graph.value.sharing(training=True) as losses:
                 samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
-            _added.set((frozenset(losses), self.num_samples))
+            self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
             return {"samples": samples}
         if self._graph.value.mixes_batch() is not None:
-            _added.set((frozenset(), self.num_samples))
             return self._in_parts(inputs)
-        _added.set((frozenset(), 1))
+        self._set_added({}, 1.0)
         with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
             return self.network(inputs, training=True)
 
@@ -488,14 +495,27 @@ class PartialBayes(Distributed, keras.Model):
         """The estimator "split" by one call a draw, each on its part of the batch. Outputs in the batch's order.
 
         A draw that is left without examples, as by the last batch of an epoch, runs on one: a mean over none is NaN.
+        What a part adds as loss counts by the part's share of the batch: nothing, where that one example is no part.
         """
         size = ops.shape(keras.tree.flatten(inputs)[0])[0]
-        outputs = []
+        outputs, shares, known = [], {}, _added_losses(self.network)
         for start, stop in part_bounds(size, self.num_samples):
             end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
             part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
             outputs.append(first_rows(self._one_draw(part, True), stop - start))
+            share = (stop - start) / (max(size, 1) if isinstance(size, int) else ops.maximum(size, 1))
+            shares.update({key: share for key in _added_losses(self.network) - known - shares.keys()})
+        self._set_added(shares, 1.0)
         return join_outputs(outputs)
+
+    def _set_added(self, shares, share):
+        """What an added loss of this call counts for, by its id; all others `share`. Each model has its own."""
+        _added.set(weakref.WeakKeyDictionary({**_added.get(), self: (shares, share)}))
+
+    def _is_samples(self, y_pred):
+        """Whether these are one output a draw: such a dict, and not the network's own output of that form."""
+        own = getattr(self.network, "_outputs_struct", None)
+        return _of_samples(y_pred) and not (_of_samples(own) and _same_structure(y_pred, own))
 
     def _check_one_pass(self):
         """Refuse what one call of the network cannot do for several draws."""
@@ -505,12 +525,30 @@ class PartialBayes(Distributed, keras.Model):
                 f"Expected a network that keeps axis 0 as the batch for estimator={self.estimator!r}. Received: "
                 f"'{self.network.name}', whose '{mixing}' is not known to. Use \"split\" or \"all\"."
             )
-        norms = [x for x in self.network._flatten_layers() if isinstance(x, keras.layers.BatchNormalization)]
-        if mixing is not None and self.estimator == "split" and norms and self.batch_norm != "frozen":
+        if self.estimator == "all" or self.batch_norm == "frozen":
+            return
+        if mixing is not None and any(_trains_batch_norm(layer) for layer in self.network._flatten_layers()):
             raise ValueError(
                 f"estimator=\"split\" would show batch norm batch/num_samples images a draw, since '{mixing}' is not "
                 'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
             )
+        for step in _after_draws(self._graph.value):
+            if any(_trains_batch_norm(layer) for layer in _layers_in(step.layer)):
+                raise ValueError(
+                    "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
+                    f"one pass would mix draws in it. Received: '{step.name}', estimator={self.estimator!r}, "
+                    f'batch_norm={self.batch_norm!r}. Use estimator="all", or batch_norm="frozen".'
+                )
+
+    def _check_states(self):
+        """Refuse what would carry a state from one draw to the next."""
+        once = self._graph.value.runs_once(training=True)
+        for step in self._graph.value.steps:
+            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_in(step.layer)):
+                raise ValueError(
+                    "Expected no stateful=True in or after what runs anew for each draw: a draw would go on from the "
+                    f"state of the one before. Received: '{step.name}'. Make it of stateful=False."
+                )
 
     def _check_entropies(self):
         kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
@@ -563,7 +601,7 @@ class PartialBayes(Distributed, keras.Model):
                     state = step(sample, state)
             else:
                 state = one_after_another(step, state, 1, self.num_samples, self.network.non_trainable_variables)
-        _added.set((frozenset(losses), self.num_samples))
+        self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
         return self._averaged(state, first)
 
     def _to_average(self, outputs) -> list:
@@ -586,6 +624,9 @@ class PartialBayes(Distributed, keras.Model):
             state = [yes - no for yes, no in zip(state[::2], state[1::2], strict=True)]
         else:
             state = [total - math.log(self.num_samples) for total in state]
+        for mean, output in zip(state, keras.tree.flatten(like), strict=True):
+            if get_keras_mask(output) is not None:  # what loss and metrics leave out
+                set_keras_mask(mean, get_keras_mask(output))
         return keras.tree.pack_sequence_as(like, state)
 
     def _settle_terms(self, loss):
@@ -669,16 +710,14 @@ class _Sampler(Distributed, keras.Model):
 
     def _array(self, inputs):
         """The samples' outputs: (batch, samples, ...)."""
-        first, number = self._draw(inputs), ops.arange(self._num_samples)
+        first, (start, write, whole) = self._draw(inputs), _rows_written_once(self._num_samples)
 
-        def write(i, state):
-            new = keras.tree.flatten(self._draw(inputs))
-            at = [ops.reshape(number == i, (1, -1, *(1 for _ in x.shape[1:]))) for x in new]
-            return [ops.where(a, x[:, None], old) for a, x, old in zip(at, new, state, strict=True)]
+        def step(i, state):
+            return [write(rows, i, x) for rows, x in zip(state, keras.tree.flatten(self._draw(inputs)), strict=True)]
 
-        state = [ops.repeat(x[:, None], self._num_samples, axis=1) for x in keras.tree.flatten(first)]
-        state = one_after_another(write, state, 1, self._num_samples, self._model.network.non_trainable_variables)
-        return keras.tree.pack_sequence_as(first, state)
+        state = [start(x) for x in keras.tree.flatten(first)]
+        state = one_after_another(step, state, 1, self._num_samples, self._model.network.non_trainable_variables)
+        return keras.tree.pack_sequence_as(first, [ops.moveaxis(whole(rows), 0, 1) for rows in state])
 
     def _sums(self, inputs):
         """Mean and entropies by running sums: no (samples, batch, ...) array."""
@@ -700,7 +739,7 @@ class _Sampler(Distributed, keras.Model):
         if len(results) == 1:
             return results[0]
         if self._kind == "served":  # a signature has no structure: "name_mean", ...
-            named = zip(self._model.network.output_names, results, strict=True)
+            named = zip(_names_of_outputs(self._model.network), results, strict=True)
             return {f"{name}_{key}": value for name, result in named for key, value in result.items()}
         return keras.tree.pack_sequence_as(first, results)
 
@@ -711,6 +750,45 @@ class _Sampler(Distributed, keras.Model):
         outputs, kinds = keras.tree.flatten(outputs), self._model.probabilities
         kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
         return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
+
+
+def _rows_written_once(count):
+    """`rows = start(row 0)`, `rows = write(rows, i, row)`, `whole(rows)`: of (count, ...), each row written once.
+
+    TensorFlow's scatter and its XLA slice update copy the whole array at each step of a loop: count times count rows.
+    """
+    if keras.backend.backend() != "tensorflow":  # JAX updates in place
+        return (
+            lambda row: ops.repeat(row[None], count, axis=0),
+            lambda rows, i, row: ops.slice_update(rows, (i, *(0 for _ in row.shape)), row[None]),
+            lambda rows: rows,
+        )
+    import tensorflow as tf
+
+    return (
+        lambda row: tf.TensorArray(row.dtype, count).write(0, row),
+        lambda rows, i, row: rows.write(i, row),
+        lambda rows: rows.stack(),
+    )
+
+
+def _names_of_outputs(network) -> list[str]:
+    """A name for each output: the keys on the way to it in a dict, else that of its layer; a second use is numbered."""
+    structure = getattr(network, "_outputs_struct", None)
+    if isinstance(structure, dict):
+        return _numbered("_".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(structure))
+    return _numbered(network.output_names)
+
+
+def _numbered(names):
+    names, uses, found = list(names), Counter(), []
+    for name in names:
+        new = name
+        while new in found or (new != name and new in names):
+            uses[name] += 1
+            new = f"{name}_{uses[name]}"
+        found.append(new)
+    return found
 
 
 # %% tags=["active-ipynb"]
@@ -727,7 +805,7 @@ class _Sampler(Distributed, keras.Model):
 # |---|---|---|
 # | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; another count warns |
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
-# | batch norm in training mode under `"split"`, where that takes S calls | it sees 1/S of the batch | refused |
+# | batch norm in training mode after a draw, unless by `"all"` | it sees several draws, or 1/S of the batch | refused |
 # | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -770,7 +848,8 @@ def to_partial_bayes(
             `num_train`, as in the paper's code.
         terms_per_example: terms of one example that the loss averages over; None: known from a Keras loss at `compile`.
         estimator: "all" (each draw sees the batch), "split" (each draw sees 1/num_samples of it), "flipout" or "local"
-            (each example sees a draw of its own). All but the first cost about one pass.
+            (each example sees a draw of its own). All but the first cost about one pass, and are refused where a batch
+            norm in training mode comes after a Bayesian weight.
         initial_scale: standard deviation at which each posterior starts, in the weights' unit.
         untransformed_scale_initializer: Keras initializer of the untransformed scales instead; the paper's is
             `RandomNormal(-3, 1)`.
@@ -786,7 +865,8 @@ def to_partial_bayes(
 
     Raises:
         ValueError: masks of another model, neither masks nor r_bayes with data, an option out of range, an estimator
-            that does not fit the network, or a trap of the table above.
+            that does not fit the network, a layer of `stateful=True` in or after a Bayesian weight, or a trap of the
+            table above.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
@@ -833,7 +913,8 @@ def _salient_masks(model, r_bayes, data, loss, exclude_biases):
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
     if isinstance(loss, dict | list):
         loss = model._compile_loss
-    exclude = biases_before_batch_norm(model) if exclude_biases else None
+    idle = biases_before_batch_norm(model) if exclude_biases else ()
+    exclude = [key for key in idle if key in eligible_weights(model)]  # a frozen one is none that could be chosen
     return top_k(saliency(model, data, loss, exclude=exclude or None), r_bayes)
 
 
@@ -859,12 +940,37 @@ def settle_batch_norm(network, how: str):
                         variable.trainable = False
 
 
-# Ids of the added losses that ran once, and the number of draws that added the others, in the latest call.
-_added: contextvars.ContextVar[tuple] = contextvars.ContextVar("sbn_tf_added", default=(frozenset(), 1))
+# By model, of its latest call: what each added loss counts for, by id, and what all others do. Replicas run in threads.
+_added: contextvars.ContextVar[Mapping] = contextvars.ContextVar("sbn_tf_added", default=MappingProxyType({}))
 
 
-def _is_samples(y_pred):
-    return isinstance(y_pred, dict) and set(y_pred) == {"samples"}
+def _of_samples(outputs):
+    return isinstance(outputs, dict) and set(outputs) == {"samples"}
+
+
+def _same_structure(a, b):
+    try:
+        keras.tree.assert_same_structure(a, b)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _layers_in(operation):
+    return operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
+
+
+def _trains_batch_norm(layer):
+    return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+
+
+def _after_draws(graph):
+    """The operations of a graph that use a Bayesian weight or depend on one."""
+    after = []
+    for step in graph.steps:
+        own = isinstance(step.layer, keras.layers.Layer) and bool(masked_layers(step.layer))
+        after.append(own or any(after[source] for source in step.sources))
+    return [step for step, depends in zip(graph.steps, after, strict=True) if depends]
 
 
 def _output_kind(network):
@@ -956,6 +1062,8 @@ def _is_of_network(path, network):
 # ### One pass for several draws
 #
 # The loss is an expectation over the posterior. All four estimators are unbiased; they differ in cost and in variance.
+# But for one case: after a Bayesian weight batch norm in training mode would normalise over the draws of one pass
+# together, which is no draw's output. There `"all"` alone is accepted.
 #
 # | `estimator` | who sees which draw | passes | where |
 # |---|---|---|---|

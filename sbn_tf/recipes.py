@@ -43,7 +43,8 @@ class Recipe:
         beta_start, beta_stop: factor of the KL in the first and the last epoch.
         kl_reduction: "sum" (the ELBO) or "mean" (the paper's code).
         initial_scale: where every scale starts; None: the paper's untransformed scales, N(-3, 1).
-        batch_norm: "frozen", "statistics" or "train" in step 3.
+        batch_norm: "frozen", "statistics" or "train" in step 3. The last two need estimator "all" where a batch norm
+            comes after a Bayesian weight.
         keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
             first of equals), which in step 3 holds the KL too.
 

@@ -854,7 +854,8 @@ def top_k(
 
     Raises:
         ValueError: `r_bayes` or `cost_aware` that is no fraction, empty or non-finite scores, an unknown scope, no or
-            another model where one is needed, no channel that fits, or fewer than k entries late enough.
+            another model where one is needed, no channel that fits, or no set of weights found that is late enough and
+            holds k entries.
     """
     check_r_bayes(r_bayes)
     if scope not in ("global", "layer", "channel"):
@@ -1002,12 +1003,13 @@ def _channel_axes(weight):
     """Axes of a weight that count its layer's output channels."""
     layer, rank, layers = weight.layer, len(weight.variable.shape), keras.layers
     if isinstance(layer, layers.EinsumDense):
-        if weight.name == "bias":
-            return tuple(range(rank))
-        terms, outputs = layer.equation.replace(" ", "").split("->")
-        letters = terms.split(",")[1]
-        axes = tuple(axis for axis, letter in enumerate(letters) if letter in outputs)
-        return axes or (rank - 1,)
+        terms, outputs = layer.equation.replace(" ", "").replace("...", "").split("->")
+        kernel = terms.split(",")[1]
+        channels = [letter for letter in outputs if letter in kernel]  # a bias counts them in this order
+        if weight.name == "bias":  # of the output's letters from the first of `bias_axes` on
+            own = outputs[min(outputs.index(letter) for letter in layer.bias_axes) :]
+            return tuple(own.index(letter) for letter in channels if letter in own)
+        return tuple(kernel.index(letter) for letter in channels) or (rank - 1,)
     transposed = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
     if isinstance(layer, transposed) and weight.name == "kernel":
         return (rank - 2,)
@@ -1038,7 +1040,8 @@ def _channel_axes(weight):
 # with $W(M)$ the weights that hold an entry of $M$. More weights to choose from never hold less saliency, so in a chain
 # of layers, where $f$ only falls from input to output, the best set is the whole tail that the bound admits: exact.
 # Where the graph branches, the number of such sets grows exponentially, and the better of two is taken, each grown
-# weight by weight as long as the bound holds: latest first, and most salient first.
+# weight by weight as long as the bound holds: latest first, and most salient first. Where neither holds $k$ entries, a
+# third one is grown by entries per added fan-out: a small weight that is dear may have shut out a large one.
 
 
 # %%
@@ -1050,6 +1053,7 @@ def _late(scores, r_bayes, scope, weights, graph, most):
     if not k:
         return _select(scores, r_bayes, scope, weights, set(scores))
     sums = {key: float(np.sum(s, dtype="float64")) for key, s in scores.items()}
+    size = {key: np.size(s) for key, s in scores.items()}
     found = []
     for order in (latest_first, sorted(scores, key=sums.get, reverse=True)):
         keys = []
@@ -1058,16 +1062,32 @@ def _late(scores, r_bayes, scope, weights, graph, most):
                 keys.append(key)
         if set(keys) not in found:
             found.append(set(keys))
-    enough = [keys for keys in found if sum(np.size(scores[key]) for key in keys) >= k]
+    if not any(sum(map(size.get, keys)) >= k for keys in found):
+        found.append(_most_entries(size, graph, most, [key for key in latest_first if own[key] <= most]))
+    enough = [keys for keys in found if sum(map(size.get, keys)) >= k]
     if not enough:
-        most_entries = max(sum(np.size(scores[key]) for key in keys) for keys in found)
-        sizes = np.cumsum([np.size(scores[key]) for key in latest_first])
+        most_entries = max(sum(map(size.get, keys)) for keys in found)
+        sizes = np.cumsum([size[key] for key in latest_first])
         needed = graph.fan_out(latest_first[: int(np.searchsorted(sizes, k)) + 1])
         raise ValueError(
             f"Expected {k:,} entries in weights of a fan-out of {most:g} or less. Received: weights with "
             f"{most_entries:,}. Take cost_aware={np.ceil(needed * 1e3) / 1e3:g}, or a smaller r_bayes."
         )
     return max((_select(scores, r_bayes, scope, weights, keys) for keys in enough), key=lambda m: captured(scores, m))
+
+
+def _most_entries(size, graph, most, keys):
+    """Weights whose fan-out is at most `most`, taken one by one by entries per fan-out that they add."""
+    chosen, left, now = [], list(keys), 0.0
+    while left:
+        added = {key: graph.fan_out([*chosen, key]) - now for key in left}
+        left = [key for key in left if now + added[key] <= most]
+        if left:
+            best = max(left, key=lambda key: size[key] / max(added[key], 1e-12))
+            now += added[best]
+            chosen.append(best)
+            left.remove(best)
+    return set(chosen)
 
 
 def saliency_against_cost(

@@ -24,6 +24,10 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
     which keeps its weights (the locs), dtype policies, regularizers and updates. A weight is named by its path in the
     wrapped layer: `"query/kernel"`, `"forward_lstm/lstm_cell/recurrent_kernel"`.
 
+    Within `batch_draws` the layer is called on one part of the batch after another, with the rows of every argument
+    whose first size is the batch's. What it adds by `add_loss` then counts by its part's share of the examples, so it
+    must be a mean over them, as activity regularizers are: of a sum over the batch about 1 / S is left.
+
     Args:
         layer: a `keras.layers.Layer` or `keras.Model`, built or not.
         num_bayesian: dict such as `{"query/kernel": 10}`: how many entries of a weight are Bayesian, chosen at random.
@@ -207,17 +211,39 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
             self.add_loss(loss + 0.0 if share is None else loss * ops.cast(share, loss.dtype))
         return outputs
 
+    def _cut(self, args, kwargs):
+        """Which tensors among the arguments hold a row for each example: booleans in the structure of (args, kwargs).
+
+        Those whose first size is the batch's. By chance that of something else may be equal, of an attention mask
+        (T, T) for one. Where a Functional model of open batch size uses the layer, its graph tells them apart.
+        """
+        size = next(leaf.shape[0] for leaf in keras.tree.flatten((args, kwargs)) if _rank(leaf))
+        nodes = [n.arguments for n in self._inbound_nodes if any(map(_is_open, n.input_tensors))]
+
+        def in_rows(name, value):
+            leaves = keras.tree.flatten(value)
+            found = [bool(_rank(leaf)) and leaf.shape[0] == size for leaf in leaves]
+            if name == "attention_mask":
+                axes = getattr(self.layer, "_attention_axes", None) or (1,)
+                found = [here and _rank(leaf) > 2 * len(axes) for here, leaf in zip(found, leaves, strict=True)]
+            used = [_argument(node.args, node.kwargs, name) for node in nodes]
+            used = [u for u in used if len(u) == len(leaves) and all(map(_fits, u, leaves))]
+            found = [here and all(_is_open(u[i]) for u in used) for i, here in enumerate(found)]
+            return keras.tree.pack_sequence_as(value, found)
+
+        return tuple(in_rows(*x) for x in enumerate(args)), {name: in_rows(name, x) for name, x in kwargs.items()}
+
     def _call_in_parts(self, batch, args, kwargs):
         """One call for each part of the batch with a draw of its own, outputs joined."""
         if any(getattr(part, "stateful", False) for part in self.layer._flatten_layers()):
             raise ValueError(
                 f"'{self.name}' is stateful: it keeps states of a whole batch, and cannot be called on its parts. "
-                'Use the estimator "all".'
+                "Use stateful=False."
             )
         draws = self._batch_draws(batch, batch.num_samples)
-        leaves = keras.tree.flatten((args, kwargs))
-        size = next(leaf.shape[0] for leaf in leaves if _rank(leaf))
-        batch_size = next(ops.shape(leaf)[0] for leaf in leaves if _rank(leaf))
+        cut = self._cut(args, kwargs)
+        leaves = zip(keras.tree.flatten((args, kwargs)), keras.tree.flatten(cut), strict=True)
+        batch_size = ops.shape(next(leaf for leaf, in_rows in leaves if in_rows))[0]
         results = []
         for s, (start, stop) in enumerate(part_bounds(batch_size, batch.num_samples)):
             if isinstance(batch_size, int) and start == stop:
@@ -225,13 +251,33 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
             # Of a batch whose size is unknown yet no part is empty: one example too many is computed, and dropped.
             end = stop if isinstance(batch_size, int) else ops.maximum(stop, start + 1)
 
-            def rows(leaf, start=start, end=end):
-                return with_attached(leaf, lambda t: t[start:end]) if _rank(leaf) and leaf.shape[0] == size else leaf
+            def rows(leaf, in_rows, start=start, end=end):
+                return with_attached(leaf, lambda t: t[start:end]) if in_rows else leaf
 
-            part_args, part_kwargs = keras.tree.map_structure(rows, (args, kwargs))
+            part_args, part_kwargs = keras.tree.map_structure(rows, (args, kwargs), cut)
             outputs = self._call_layer(self._drawn(draws[s]), part_args, part_kwargs, (stop - start) / batch_size)
             results.append(outputs if end is stop else first_rows(outputs, stop - start))
         return join_outputs(results)
+
+
+def _argument(args, kwargs, name):
+    """Leaves of the argument at this place or of this name; none where there is no such argument."""
+    if not isinstance(name, int):
+        return keras.tree.flatten(kwargs[name]) if name in kwargs else []
+    return keras.tree.flatten(args[name]) if name < len(args) else []
+
+
+def _fits(leaf, given):
+    """Whether `given` may be what stands for `leaf` of a node."""
+    if _rank(leaf) != _rank(given):
+        return False
+    return not _rank(leaf) or all(
+        None in sizes or len(set(sizes)) == 1 for sizes in zip(leaf.shape, given.shape, strict=True)
+    )
+
+
+def _is_open(leaf):
+    return isinstance(leaf, keras.KerasTensor) and bool(leaf.shape) and leaf.shape[0] is None
 
 
 def _symbolic(leaf):

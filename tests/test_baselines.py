@@ -222,6 +222,21 @@ def test_costs_add_up(data, runs):
     assert spent["partial"]["train_seconds"] == pytest.approx(sum(seconds)) and len(seconds) == 2
 
 
+@pytest.mark.parametrize("name", ["partial", "last_layer", "mc_dropout"])
+def test_more_samples_cost_what_they_run_anew(name, data, runs):
+    """S samples cost 1 + (S - 1) f passes, f the share of the operations after the first Bayesian weight."""
+    masks, spent = data["segmentation"], []
+    for num_samples in (2, 6):
+        method = made(name, masks, runs, num_samples=num_samples).fit(masks)
+        spent.append(method.cost())
+        assert spent[-1]["num_samples"] == method.predict_samples(images_of(masks)).shape[0] == num_samples
+    graph = Graph(method.step1.model)
+    anew = [key for key, mask in method.masks.items() if mask.any()] if name != "mc_dropout" else ["first/kernel"]
+    passes = 1 + 5 * graph.fan_out(anew)
+    assert passes <= spent[1]["predict_flops_ratio"] < 1.05 * passes
+    assert spent[0]["train_step_flops_per_image"] == spent[1]["train_step_flops_per_image"]
+
+
 def test_which_weights_are_bayesian(data, runs):
     masks = data["segmentation"]
     rules = ("partial", "partial_random", "partial_magnitude", "first_layer", "last_layer", "first_last", "bayes")

@@ -48,10 +48,10 @@ class Wide(kl.Dense):
 class Own(keras.Model):
     """A subclassed model on a dict of inputs, tokens among them."""
 
-    def __init__(self, units=3, **kwargs):
+    def __init__(self, units=3, words=7, **kwargs):
         super().__init__(**kwargs)
-        self.units = units
-        self.table, self.mix, self.norm = kl.Embedding(7, units), kl.Dense(units), kl.BatchNormalization()
+        self.units, self.words = units, words
+        self.table, self.mix, self.norm = kl.Embedding(words, units), kl.Dense(units), kl.BatchNormalization()
         self.head = kl.Dense(1, activation="sigmoid")
 
     def call(self, inputs, training=None):
@@ -59,7 +59,7 @@ class Own(keras.Model):
         return self.head(self.norm(hidden, training=training))
 
     def get_config(self):
-        return {**super().get_config(), "units": self.units}
+        return {**super().get_config(), "units": self.units, "words": self.words}
 
 
 def full(model, keys=None):
@@ -295,6 +295,50 @@ def test_regularizers_constraints_and_precision_are_kept():
         assert float(np.min(layer._loc(key.split("/", 1)[1]))) == 0.0  # the step went far below
 
 
+@pytest.mark.tensorflow  # on JAX Keras leaves such a model without the shapes of its inputs
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_tokens_are_not_rounded_in_half_precision(policy, tmp_path):
+    """bfloat16 tells 256 integers apart, float16 2,048."""
+    tokens = np.array([[257, 2049, 1001], [2999, 258, 2050]])
+    x = {"tokens": tokens, "image": np.full((2, 5), 0.75, "float32")}
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = Own(4, words=3000, name="own")
+        model(x)
+        model.table.embeddings.assign(np.random.default_rng(0).normal(size=(3000, 4)))
+        network = network_of(model)
+        assert {t.name: t.dtype for t in network.inputs}["tokens"] == "int32"
+        network.save(tmp_path / "own.keras")
+        for one in (network, keras.models.load_model(tmp_path / "own.keras")):
+            with layers.posterior_mean():
+                np.testing.assert_array_equal(outputs_of(one, x)[0], outputs_of(model, x)[0])
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.tensorflow
+def test_tokens_that_are_a_part_of_an_input_are_refused_in_half_precision():
+    class Columns(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.table, self.head = kl.Embedding(3000, 2, name="table"), kl.Dense(1)
+
+        def call(self, x):
+            return self.head(self.table(x[:, 0]) + x[:, 1:])
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = Columns(name="columns")
+        model(np.ones((2, 3), "float32"))
+        with pytest.raises(ValueError, match=r"bfloat16 rounds large ones. Received: .*table"):
+            network_of(model)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model = Columns(name="columns")
+    model(np.ones((2, 3), "float32"))
+    check(model, np.array([[2999.0, 0.5, 0.25]], "float32"))
+
+
 def test_adapted_statistics_are_copied():
     scale = kl.Normalization(name="scale")
     scale.adapt(np.random.default_rng(0).normal(3.0, 2.0, size=(50, 4)))
@@ -315,6 +359,24 @@ def test_adapted_vocabularies_are_copied():
         np.testing.assert_array_equal(
             network(keras.ops.convert_to_tensor(tokens)), looked(ops.convert_to_tensor(tokens))
         )
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("pad", [False, True])
+def test_adapted_document_frequencies_are_copied(pad):
+    words = kl.TextVectorization(output_mode="tf_idf", max_tokens=6, pad_to_max_tokens=pad)
+    words.adapt(["liver lung", "lung", "lung heart"])
+    model = keras.Sequential([keras.Input((), dtype="string"), words, kl.Dense(1)])
+    text = ops.convert_to_tensor(["lung liver", "heart heart", "spleen"])
+    check(model, text)
+    assert len(np.unique(np.asarray(words(text)))) > 3
+
+
+@pytest.mark.tensorflow  # JAX has no ragged tensors
+def test_ragged_inputs_stay_ragged():
+    x = keras.Input((None,), dtype="int32", ragged=True)
+    model = keras.Model(x, kl.Dense(1)(kl.GlobalAveragePooling1D()(kl.Embedding(5, 3)(x))))
+    assert [t.ragged for t in network_of(model).inputs] == [True]
 
 
 def test_optional_inputs_stay_optional():
@@ -362,6 +424,27 @@ def test_to_deterministic_needs_this_package_no_more(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_classes_derived_from_ours():
+    """One that adds a method is its stock layer; one with a call of its own is not."""
+
+    @keras.saving.register_keras_serializable(package="test_conversion")
+    class Named(layers.Dense):
+        pass
+
+    class Doubled(layers.Dense):
+        def call(self, x):
+            return 2.0 * super().call(x)
+
+    x, data = keras.Input((3,)), np.ones((2, 3), "float32")
+    model = keras.Model(x, Named(2, num_bayesian=1, kl_weight=0.1)(x))
+    plain = to_deterministic(model)
+    assert type(plain.layers[-1]) is kl.Dense
+    with layers.posterior_mean():
+        np.testing.assert_array_equal(plain(data), model(data))
+    with pytest.raises(ValueError, match=r"the call of `keras.layers.Dense`. Received: 'twice', whose class Doubled"):
+        to_deterministic(keras.Model(x, Doubled(2, num_bayesian=1, kl_weight=0.1, name="twice")(x)))
 
 
 def test_masked_layers_that_a_custom_layer_makes_are_named():

@@ -72,6 +72,14 @@ for estimator in ("all", "split", "flipout", "local"):
             result["uncertainty"] = {k: v.tolist() for k, v in bnn.predict_uncertainty(x, 3, batch_size=8).items()}
         found[f"{estimator} {name}"] = result
 
+# Three examples: two for one replica, one for the other; then one, for the first alone.
+for name, strategy in (("single", single), ("mirrored", mirrored)):
+    bnn, found[f"odd {name}"] = bayesian(strategy), []
+    for weights in ([0.75, 0.75, 1.5], [0.5]):
+        count, weighted = len(weights), {"sample_weight": np.array(weights)} if strategy is single else {}
+        bnn.fit(x[:count], y[:count], batch_size=count, verbose=0, **weighted)
+        found[f"odd {name}"].append(numbers(bnn))
+
 for name in ("once", "again", "another seed"):
     bnn, found[name] = trained(mirrored, scale=0.5, batch_size=4, seed=int(name == "another seed"))
 path = os.path.join(sys.argv[1], "mirrored.keras")
@@ -181,6 +189,12 @@ def assert_close(seen, expected, rtol=1e-4, atol=1e-6):
 def test_two_replicas_train_as_one_device_does(mirrored, estimator):
     """Losses, KL, metrics, weights after a step, and what is predicted: as the scales go to 0 all equal."""
     assert_close(mirrored[f"{estimator} mirrored"], mirrored[f"{estimator} single"])
+
+
+def test_a_first_batch_that_does_not_divide_among_the_replicas(mirrored):
+    """Replicas count alike, as in Keras: one device with those weights of the examples takes the same steps."""
+    for seen, expected in zip(mirrored["odd mirrored"], mirrored["odd single"], strict=True):
+        assert_close(seen, expected)
 
 
 def test_the_kl_is_counted_once(mirrored):

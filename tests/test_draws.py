@@ -190,6 +190,30 @@ def test_loaded_masks_count(tmp_path):
         np.testing.assert_array_equal(noisy()[0], columns)
 
 
+@pytest.mark.parametrize("way", ["layer", "model", "assign", "beneath"])
+def test_masks_set_by_hand_count(way):
+    """64 entries of one column become 64 of two: calls that are traced after it have room for both."""
+
+    def model(rows, columns):
+        mask = np.zeros((64, 16), bool)
+        mask[np.ix_(rows, columns)] = True
+        return keras.Sequential([keras.Input((64,)), built("Dense", (64,), {"kernel": mask}, units=16)])
+
+    one, two, x = model(range(64), [3]), model(range(32), [7, 8]), np.ones((4, 64), "float32")
+    (layer,), (given,) = one.layers, two.layers
+    if way in ("layer", "model"):
+        target, source = (layer, given) if way == "layer" else (one, two)
+        target.set_weights(source.get_weights())
+    elif way == "assign":
+        layer.kernel_posterior_index.assign(given.kernel_posterior_index)
+    else:
+        layer.kernel_posterior_index.value.assign(given.kernel_posterior_index.value)
+        layer.refresh_touched()
+    for how in HOW:
+        noise = repeated(layer, x, how, num_samples=2, repeats=3) - (x @ layer.kernel.numpy() + layer.bias.numpy())
+        np.testing.assert_array_equal(np.flatnonzero(np.abs(noise).max(axis=(0, 1)) > 1e-4), [7, 8])
+
+
 def test_rows_of_an_embedding_that_are_points_have_no_noise():
     mask = np.zeros((6, 3), bool)
     mask[[1, 4]] = True
@@ -236,6 +260,22 @@ def test_flipout_has_the_exact_marginals_and_independent_examples(kind):
     products = noise[:, 0] * noise[:, 1]
     error = products.std(0) / np.sqrt(repeats)
     np.testing.assert_array_less(np.abs(products.mean(0)), 5 * error + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("ab...,bc->ac...", (2,)), ("abx...,bc->acx...", (2, 5)), ("abxd,bc->acxd", (2, 5, 6)), ("...b,bc->...c", None)],
+)
+def test_flipout_gives_every_position_one_draw(equation, shape):
+    """Variance of the sum over positions p of sum_b x_bp delta_bc: sum_b (sum_p x_bp)^2 sigma_bc^2."""
+    channels = -1 if shape is None else 1
+    layer = built("EinsumDense", (3, 5, 6), equation=equation, output_shape=shape or 2)
+    x, repeats = np.random.normal(size=(2, 3, 5, 6)).astype("float32"), 600
+    values = repeated(layer, x, "flipout", repeats=repeats)
+    sums = np.moveaxis(values, channels + (channels > 0), -1).sum(axis=(2, 3))  # (repeats, batch, channels)
+    totals = np.moveaxis(x, channels, -1).sum(axis=(1, 2))  # (batch, channels)
+    variance = totals**2 @ layer.scale("kernel") ** 2
+    np.testing.assert_array_less(np.abs(sums.var(0) - variance), 5 * variance * np.sqrt(2 / repeats))
 
 
 @pytest.mark.parametrize("touched", [[0, 1, 2], [1]])
@@ -327,10 +367,42 @@ def test_local_noise_is_for_layers_that_are_used_once():
         layer(x)
     with layers.batch_draws("local", shared=[layer]):
         np.testing.assert_array_equal(layer(x), layer(x))
-    once = keras.Input((4,))
-    model = keras.Model(once, layer(once) - layer(2.0 * once))  # Keras knows of both uses
-    with layers.batch_draws("local"):
-        model(x)
+    for ranks in ((2, 3), (3, 2)):  # noise on the outputs fits one of the two uses
+        with layers.batch_draws("local"), pytest.raises(ValueError, match=r"used twice.*shared=\[layer\]"):
+            for rank in ranks:
+                layer(np.ones((2, 1, 4) if rank == 3 else (2, 4), "float32"))
+
+
+def test_a_sequential_model_that_was_built_twice_keeps_noise_on_its_outputs(tmp_path):
+    """Keras then counts two uses of each layer. Flipout's noise of a unit with one Bayesian entry has one size."""
+    model = keras.Sequential([keras.Input((2,))])
+    for units in (2, 1):  # each `add` builds the model anew, and so does loading it
+        model.add(layers.Dense(units, use_bias=False, num_bayesian=units, kl_weight=0.1, initial_scale=0.5, seed=3))
+    model.save(tmp_path / "model.keras")
+    for one in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        layer = one.layers[0]
+        layer.set_mask(np.array([[True, False], [False, False]]))
+        assert len(layer._inbound_nodes) > 1
+        with layers.batch_draws("local"):
+            noise = layer(np.ones((20, 2), "float32")) - np.ones((20, 2)) @ layer.kernel.numpy()
+        assert len(np.unique(np.round(np.abs(noise[:, 0]), 4))) > 15  # flipout: one number times a sign
+        assert np.all(noise[:, 1] == 0)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("Dense", "flipout"), ("Embedding", "flipout"), ("Dense", "split")])
+def test_a_layer_used_at_two_ranks_has_the_same_draws(kind, how):
+    """(B, ...) and (B, T, ...), T = B among them: at every position what the layer gives it alone."""
+    arguments = {"units": 3} if kind == "Dense" else {"input_dim": 5, "output_dim": 3}
+    layer = built(kind, (4,) if kind == "Dense" else (), **arguments)
+    for batch, length in ((4, 4), (4, 3)):
+        shape = (batch, length, 4) if kind == "Dense" else (batch, length)
+        x = np.random.normal(size=shape).astype("float32") if kind == "Dense" else np.random.randint(0, 5, shape)
+        for first in (0, 1):
+            with layers.batch_draws(how, num_samples=2):
+                found = [layer(x)] if first else []
+                found.append(ops.stack([layer(x[:, t]) for t in range(length)], axis=1))
+                found.append(found[0] if first else layer(x))
+            np.testing.assert_allclose(found[-2], found[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_contexts_within_contexts():
@@ -361,6 +433,21 @@ def test_mixed_precision(how, kind):
         loss = ops.sum(ops.cast(y, "float32") ** 2)
     assert y.dtype == "bfloat16" and np.all(np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))))
     assert all(np.any(ops.convert_to_numpy(g) != 0) for g in tape.gradient(loss, layer.trainable_weights))
+
+
+@pytest.mark.parametrize("entries", [[0, 1, 2], [1]])
+@pytest.mark.parametrize(("size", "scale"), [(300.0, 0.01), (1.0, 1e-4)])
+def test_local_noise_in_half_precision(size, scale, entries):
+    """The standard deviation of four outputs x_i w_i is |x| scale, where squares are too large or small for float16."""
+    mask = np.zeros((4, 3), bool)
+    mask[:, entries] = True
+    layer = built("Dense", (4,), {"kernel": mask}, initial_scale=scale, units=3, use_bias=False, dtype="mixed_float16")
+    layer.kernel.assign(ops.zeros((4, 3)))
+    x = np.full((4000, 4), size, "float32")
+    with layers.batch_draws("local"):
+        y = np.asarray(layer(x), "float64")
+    assert layer(x).dtype == "float16"
+    np.testing.assert_allclose(y[:, entries].std(0), 2 * size * scale, rtol=5 / np.sqrt(2 * len(x)))
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,54 @@ def test_dropout_that_always_drops_is_never_shared():
     assert len(np.unique(samples)) == S
 
 
+class Noisy(kl.Layer):
+    """Noise without a seed generator, from Keras or from TensorFlow; in training alone, or always."""
+
+    def __init__(self, draw, always, **kwargs):
+        super().__init__(**kwargs)
+        self.draw, self.always = draw, always
+
+    def call(self, x, training=None):
+        """Add it."""
+        return x + self.draw(keras.ops.shape(x)) if training or self.always else x
+
+    def get_config(self):
+        """The two arguments."""
+        return {**super().get_config(), "draw": self.draw, "always": self.always}
+
+
+@pytest.mark.parametrize("draw", [keras.random.normal, tf.random.normal], ids=["keras", "tensorflow"])
+@pytest.mark.parametrize("always", [False, True])
+def test_noise_without_a_seed_is_never_shared(draw, always):
+    x = keras.Input((4,))
+    hidden = kl.Lambda(lambda t: 2.0 * t, name="double")(Counted(name="count")(dense("a")(x)))
+    model = keras.Model(x, kl.Dense(1, name="b")(dense("c")(Noisy(draw, always, name="noisy")(hidden))))
+    bnn = bayesian(model, ["b/bias"], initial_scale=1e-8)
+    trunk = ["a", "count", "double"]
+    assert Graph(bnn.network).runs_once(training=True) == trunk
+    assert Graph(bnn.network).runs_once() == trunk + ([] if always else ["noisy", "c"])
+    samples = [np.array(s) for s in bnn(np.ones((2, 4), "float32"), training=True)["samples"]]
+    assert np.min(np.abs(samples[0] - samples[1])) > 1e-5
+    samples = bnn.predict_samples(np.ones((2, 4), "float32"))
+    assert (np.min(np.ptp(samples, axis=0)) > 1e-5) == always
+
+
+@keras.saving.register_keras_serializable(package="test_graph")
+def plus_noise(x):
+    """Of the global seed."""
+    return x + keras.random.normal((4,))
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_lambda_that_draws_is_never_shared(draws):
+    x = keras.Input((4,))
+    y = kl.Lambda(plus_noise if draws else keras.ops.relu, name="lambda")(dense("a")(x))
+    bnn = bayesian(keras.Model(x, kl.Dense(1, name="b")(y)), ["b/bias"], initial_scale=1e-8)
+    assert Graph(bnn.network).runs_once() == (["a"] if draws else ["a", "lambda"])
+    samples = bnn.predict_samples(np.ones((2, 4), "float32"))
+    assert (np.min(np.ptp(samples, axis=0)) > 1e-5) == draws
+
+
 def test_batch_norm_of_the_trunk_moves_once_a_step():
     x = keras.Input((3,))
     y = kl.BatchNormalization(momentum=0.9, name="norm")(x)
@@ -301,6 +349,38 @@ def test_open_sizes_count_as_the_size_given():
         return keras.Model(x, kl.Conv2D(3, 3, name="b")(kl.Conv2D(2, 3, strides=2, name="a")(x)))
 
     assert Graph(make(None), open_size=32).operations == Graph(make(32)).operations
+
+
+def test_an_open_size_that_the_size_given_does_not_fit():
+    """A window of 80 on an invented length of 64; a sum with a fixed length of 100."""
+    signal, words, image = keras.Input((None, 1)), keras.Input((None,), dtype="int32"), keras.Input((100, 4))
+    y = kl.MaxPooling1D(4)(kl.Conv1D(4, 80, strides=4, name="conv")(signal))
+    long = keras.Model(signal, kl.Dense(1, name="b")(kl.GlobalAveragePooling1D()(y)))
+    y = kl.Embedding(5, 4)(words) + image
+    text = keras.Model([words, image], kl.Dense(1, name="b")(kl.GlobalAveragePooling1D()(y)))
+    for model, x in (
+        (long, np.ones((2, 400, 1), "float32")),
+        (text, [np.ones((2, 100), int), np.ones((2, 100, 4), "float32")]),
+    ):
+        assert 0 < Graph(model).fan_out(["b/kernel"]) < 0.1
+        bnn = bayesian(model, ["b/kernel"], initial_scale=1e-8)
+        np.testing.assert_allclose(bnn.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    assert Graph(long, open_size=400).operations["conv"] == 81 * 80 * 4  # where it fits: (400 - 80) / 4 + 1 windows
+
+
+def test_a_nested_model_picks_its_inputs_by_name():
+    """From a dict that holds more than it takes, as Keras does."""
+    p, q = keras.Input((4,), name="p"), keras.Input((4,), name="q")
+    inner = keras.Model({"q": q, "p": p}, kl.Add(name="sum")([dense("one")(p), dense("two")(q)]), name="inner")
+    x, y, z = (keras.Input((2,), name=name) for name in "xyz")
+    given = {"extra": dense("c")(z), "p": dense("a")(x), "q": dense("b")(y)}
+    model = keras.Model([x, y, z], kl.Dense(1, name="last")(inner(given)))
+    graph = Graph(model)
+    names = [step.name for step in graph.steps]
+    sources = {step.name: {names[i] for i in step.sources} for step in graph.steps}
+    assert (sources["inner/one"], sources["inner/two"]) == ({"a"}, {"b"})
+    bnn, data = bayesian(model, ["a/kernel"], initial_scale=1e-8), [np.ones((3, 2), "float32") * i for i in range(3)]
+    np.testing.assert_allclose(bnn.predict(data, verbose=0), model.predict(data, verbose=0), rtol=1e-5, atol=1e-6)
 
 
 def test_fan_out_by_hand():

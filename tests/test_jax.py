@@ -42,6 +42,7 @@ LAWS = {
         "test_as_a_part_of_another_model_it_predicts_and_refuses_to_train",
         "test_one_step_against_numpy",
         "test_losses_of_calls_are_averaged_over_the_samples",
+        "test_another_models_call_in_between_changes_no_loss",
         "test_moving_averages_become_the_weights_at_the_end_of_fit",
         "test_beta_schedule",
         "test_fit_logs_nats_per_example",

@@ -411,11 +411,35 @@ def test_batch_norm_traps_are_refused():
             bayesian(model, weights_of(model), batch_norm=batch_norm)
         free = normed(use_bias=False)
         bayesian(free, weights_of(free), batch_norm=batch_norm)
-        bayesian(free, weights_of(free), batch_norm=batch_norm, estimator="split")
+        for estimator in ("split", "flipout", "local"):
+            with pytest.raises(ValueError, match=r"Expected no batch norm in training mode after .*'norm'"):
+                bayesian(free, weights_of(free), batch_norm=batch_norm, estimator=estimator)
+            bayesian(model, full(model, keys=["head/kernel"]), batch_norm=batch_norm, estimator=estimator)
         mixing = keras.Model(free.input, kl.Lambda(lambda t: t, name="any")(free.output))
         with pytest.raises(ValueError, match="'any' is not known to keep axis 0"):
             bayesian(mixing, weights_of(mixing), batch_norm=batch_norm, estimator="split")
     bayesian(model, weights_of(model), estimator="split")
+
+
+def test_batch_norm_within_a_wrapped_layer_is_refused_on_parts():
+    """It would see the part of the batch that its draw sees, though no Bayesian weight comes before it."""
+    x = keras.Input((5, 3))
+    inner = keras.Sequential([keras.Input((3,)), kl.BatchNormalization(name="norm"), kl.Dense(2, name="d")])
+    model = keras.Model(x, kl.TimeDistributed(inner, name="steps")(x))
+    masks = full(model, keys=[key for key in named_weights(model) if key.endswith("d/kernel")])
+    assert masks.num_bayesian == 6
+    bayesian(model, masks, batch_norm="train")
+    bayesian(model, masks, batch_norm="frozen", estimator="split")
+    with pytest.raises(ValueError, match='batch_norm="frozen"'):
+        bayesian(model, masks, batch_norm="train", estimator="split")
+
+
+def test_a_frozen_layer_before_a_batch_norm_in_training_mode():
+    model = normed()
+    model.get_layer("before").trainable = False
+    model.compile("sgd", "binary_crossentropy")
+    bnn = to_partial_bayes(model, r_bayes=0.5, data=data(), num_train=16, batch_norm="train")
+    assert bnn.num_bayesian == round(0.5 * 5)  # of the head's four and one
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "statistics", "train"])
@@ -445,32 +469,6 @@ def test_frozen_batch_norm_stays_frozen_when_the_model_is_thawed():
         assert not bnn.trainable_variables
         bnn.trainable = True
         assert [v.path for v in bnn.trainable_variables] == before
-
-
-def test_two_replicas_train_as_one():
-    code = """
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import keras, numpy as np
-from sbn_tf.partial_bayes import to_partial_bayes
-from sbn_tf.saliency import saliency, top_k
-x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
-
-def losses(strategy):
-    with strategy.scope():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, name="d")])
-        masks = top_k(saliency(model, None, None, score="magnitude"), 0.5)
-        bnn = to_partial_bayes(model, masks, num_train=8, initial_scale=1e-6, num_samples=2, seed=0)
-        bnn.compile("sgd", "mse", jit_compile=False)
-    return bnn.fit(x, x[:, :1], batch_size=8, epochs=3, shuffle=False, verbose=0).history["loss"]
-
-one, two = losses(tf.distribute.get_strategy()), losses(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-np.testing.assert_allclose(one, two, rtol=1e-4)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_scales_that_do_not_move_warn():
@@ -591,6 +589,45 @@ def test_losses_of_calls_are_averaged_over_the_samples():
     assert bnn.train_on_batch(inputs, targets)[0] == pytest.approx(expected, rel=1e-5)
 
 
+class MeanSquare(kl.Layer):
+    """Adds the mean square of its inputs to the loss."""
+
+    def call(self, inputs):
+        self.add_loss(keras.ops.mean(inputs**2))
+        return inputs
+
+
+@pytest.mark.parametrize(("num_samples", "size"), [(3, 7), (5, 2)])
+@pytest.mark.parametrize("estimator", ["all", "split"])
+def test_losses_of_parts_count_by_their_share_of_the_batch(estimator, num_samples, size):
+    """As in the stock model; a part that is empty counts nothing."""
+    x = keras.Input((3,))
+    y = MeanSquare()(kl.Dense(2, activity_regularizer="l2", name="d")(x))
+    plain = keras.Model(x, kl.Lambda(lambda t: t)(y))  # may mix the batch: "split" calls once a part
+    masks = {"d/kernel": np.ones((3, 2), bool)}
+    bnn = bayesian(plain, masks, initial_scale=1e-8, beta=0.0, num_samples=num_samples, estimator=estimator)
+    inputs, targets = data(size)[0], np.zeros((size, 2))
+    for model in (plain, bnn):
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+    expected = plain.evaluate(inputs, targets, verbose=0)
+    assert bnn.train_on_batch(inputs, targets)[0] == pytest.approx(expected, rel=1e-5)
+    assert bnn.fit(inputs, targets, verbose=0).history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert float(bnn.compute_loss(inputs, targets, bnn(inputs, training=True))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_models_call_in_between_changes_no_loss():
+    x = keras.Input((3,))
+    model = keras.Model(x, kl.Dense(2, activity_regularizer="l2", name="d")(x))
+    first, second = (bayesian(model, initial_scale=1e-8, beta=0.0, num_samples=number) for number in (4, 1))
+    for bnn in (model, first, second):
+        bnn.compile("sgd", "mse")
+    inputs, targets = data()[0], np.zeros((16, 2))
+    outputs = first(inputs, training=True)
+    second(inputs, training=True)
+    expected = model.evaluate(inputs, targets, verbose=0)
+    assert float(first.compute_loss(inputs, targets, outputs)) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["all", "split"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_other_precisions_train_and_predict(policy, estimator):
@@ -635,6 +672,22 @@ def test_dict_outputs_keep_their_names():
     found = bnn.predict_uncertainty(data()[0])
     assert found["a"]["total_entropy"].shape == (16, 3) and found["b"]["total_entropy"].shape == (16,)
     assert set(bnn.predict(data()[0], verbose=0)) == {"a", "b"}
+
+
+def test_an_output_called_samples_is_an_output():
+    x = keras.Input((3,))
+    model = keras.Model(x, {"samples": kl.Dense(1, "sigmoid", name="d")(x)})
+    inputs, targets = data()
+    bnn = bayesian(model, initial_scale=1e-8, beta=0.0, num_samples=2)
+    for one in (model, bnn):
+        one.compile(keras.optimizers.SGD(0.0), "binary_crossentropy", metrics=["accuracy"])
+    expected = model.evaluate(inputs, {"samples": targets}, verbose=0, return_dict=True)
+    assert bnn.predict(inputs, verbose=0)["samples"].shape == (16, 1)
+    for found in (
+        bnn.evaluate(inputs, {"samples": targets}, verbose=0, return_dict=True),
+        bnn.train_on_batch(inputs, {"samples": targets}, return_dict=True),
+    ):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_kind_of_each_head_of_a_nested_model():
@@ -899,13 +952,13 @@ def test_split_in_one_call_equals_calls_on_its_parts(size):
 
 @pytest.mark.parametrize("estimator", ["split", "flipout", "local"])
 def test_one_call_with_vanishing_scales_is_a_deterministic_step(estimator):
-    """Loss, metric, class weights, batch norm of the whole batch, regularizers: as in stock Keras."""
+    """Loss, metric, class weights, batch norm before the first draw, regularizers: as in stock Keras."""
     x, y = images()
     options = {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
     model = imaging(norm=True)
     model.get_layer("head").kernel_regularizer = None
     model.get_layer("second").activity_regularizer = keras.regularizers.L2(0.1)
-    masks = full(model, keys={"first/kernel", "second/kernel", "head/kernel"})
+    masks = full(model, keys={"second/kernel", "head/kernel"})
     bnn = bayesian(model, masks, estimator=estimator, initial_scale=1e-8, beta=0.0, batch_norm="train")
     bnn.compile(keras.optimizers.SGD(0.1), **options)
     model.compile(keras.optimizers.SGD(0.1), **options)
@@ -974,20 +1027,30 @@ def test_one_call_says_what_is_missing(options, message):
 def two_heads():
     x = keras.Input((3,))
     y = kl.Dense(4, name="hidden")(x)
-    return keras.Model(x, {"a": kl.Dense(1, "sigmoid", name="a")(y), "b": kl.Dense(3, "softmax", name="b")(y)})
+    one, three = kl.Dense(1, "sigmoid", name="one")(y), kl.Dense(3, "softmax", name="three")(y)
+    return keras.Model(x, {"lesion": one, "grade": three})
 
 
-@pytest.mark.parametrize("make", [network, two_heads])
+def one_head_twice():
+    x = keras.Input((3,))
+    first, second, head = kl.Dense(4, name="a")(x), kl.Dense(4, name="b")(x), kl.Dense(1, "sigmoid", name="head")
+    return keras.Model(x, [head(first), head(second)])
+
+
+@pytest.mark.parametrize("make", [network, two_heads, one_head_twice])
 def test_exported_uncertainty_is_that_of_python(make, tmp_path):
     x = data()[0]
-    bnn = bayesian(make(), initial_scale=0.3)
+    bnn = bayesian(make(), initial_scale=0.3, terms_per_example=1)
     bnn.predict(x, verbose=0)  # the seeds have moved on
     bnn.export(tmp_path / "served", verbose=False, outputs="uncertainty")
     served = [tf.saved_model.load(tmp_path / "served") for _ in range(2)]
     first, second = served[0].serve(x), served[0].serve(x)
     here = [bnn.predict_uncertainty(x) for _ in range(2)]
-    if make is two_heads:
+    if make is one_head_twice:
+        here = [dict(zip(("head", "head_1"), found, strict=True)) for found in here]
+    if make is not network:
         here = [{f"{name}_{key}": a[name][key] for name in a for key in a[name]} for a in here]
+    assert set(first) == set(here[0])
     for one, other in ((first, here[0]), (second, here[1]), (served[1].serve(x), first)):
         keras.tree.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
     flat = [np.array(keras.tree.flatten(one)[0]) for one in (first, second)]
@@ -999,6 +1062,39 @@ def test_export_says_what_it_cannot(tmp_path):
         bayesian(network()).export(tmp_path / "served", outputs="samples")
     with pytest.raises(ValueError, match="Expected outputs that are probabilities"):
         bayesian(network(activation=None)).export(tmp_path / "served", outputs="uncertainty")
+
+
+@pytest.mark.parametrize("estimator", ["all", "split", "flipout"])
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_masked_outputs_are_left_out_of_evaluate_and_of_metrics(estimator, from_logits):
+    x = keras.Input((4,), dtype="int32")
+    y = kl.Embedding(5, 3, mask_zero=True)(x)
+    model = keras.Model(x, kl.Dense(1, None if from_logits else "sigmoid", name="d")(y))
+    words, targets = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [1, 1, 2, 4]] * 2), np.arange(24).reshape(6, 4, 1) % 2
+    options = {"beta": 0.0, "initial_scale": 1e-7, "num_samples": 3, "estimator": estimator}
+    options |= {"probabilities": "sigmoid", "from_logits": from_logits}
+    bnn = bayesian(model, {"d/kernel": np.ones((3, 1), bool)}, **options)
+    for one in (model, bnn):
+        loss = keras.losses.BinaryCrossentropy(from_logits=from_logits)
+        one.compile(keras.optimizers.SGD(0.0), loss, metrics=["mse"])
+    stock = [model.evaluate(words, targets, verbose=0), model.train_on_batch(words, targets)]
+    assert bnn.evaluate(words, targets, verbose=0)[:2] == pytest.approx(stock[0], rel=1e-5)
+    assert bnn.train_on_batch(words, targets)[:2] == pytest.approx(stock[1], rel=1e-5)
+
+
+def test_a_stateful_layer_that_each_draw_would_move_on_is_refused():
+    """Before the first Bayesian weight it runs once: two calls go on as the stock model's do."""
+    x = keras.Input(batch_shape=(2, 4, 3))
+    y = kl.GRU(2, stateful=True, name="rnn")(kl.Dense(3, name="before")(x))
+    model = keras.Model(x, kl.Dense(1, "sigmoid", name="after")(y))
+    for key in ("rnn/gru_cell/kernel", "before/kernel"):
+        with pytest.raises(ValueError, match=r"Expected no stateful=True .* 'rnn'"):
+            bayesian(model, full(model, keys=[key]))
+    bnn, inputs = bayesian(model, full(model, keys=["after/kernel"]), initial_scale=1e-8), np.ones((2, 4, 3))
+    before = [np.array(model(inputs)) for _ in range(2)]
+    assert not np.allclose(*before)
+    for expected in before:
+        np.testing.assert_allclose(bnn(inputs), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["all", "split"])

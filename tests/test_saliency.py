@@ -771,6 +771,37 @@ def test_a_channel_is_what_changes_one_output_channel(layer):
     assert np.flatnonzero(channels.any(0)).tolist() == [2]
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape", "bias_axes", "bias_at"),
+    [
+        ("abc,cde->abed", (None, 3, 2), "ed", np.s_[2, 1]),
+        ("abc,cde->abed", (4, 3, 2), "bed", np.s_[:, 2, 1]),
+        ("abc,cde->aedb", (3, 2, None), "ed", np.s_[2, 1]),
+        ("...c,cde->...ed", (3, 2), "ed", np.s_[2, 1]),
+    ],
+)
+def test_a_channel_of_outputs_whose_axes_change_places(equation, shape, bias_axes, bias_at):
+    """The channel e = 2, d = 1: its kernel entries move it alone, and so must its bias entries."""
+    inputs = keras.Input((4, 5))
+    layer = keras.layers.EinsumDense(equation, shape, bias_axes=bias_axes, name="einsum")
+    model = keras.Model(inputs, layer(inputs))
+    scores = {key: np.zeros(w.variable.shape, "float32") for key, w in named_weights(model).items()}
+    scores["einsum/kernel"][:, 1, 2] = 1.0
+    scores["einsum/bias"][bias_at] = 1.0
+    k = sum(int(s.sum()) for s in scores.values())
+    masks = top_k(scores, k / sum(s.size for s in scores.values()), scope="channel", model=model)
+    assert captured(scores, masks) == 1 and masks.num_bayesian == k
+    x = np.random.default_rng(0).normal(size=(1, 4, 5)).astype("float32")
+    outputs = equation.split("->")[1].replace("...", "ab")
+    moved = []
+    for key, mask in masks.items():  # outside truth: what each weight's entries move
+        before, variable = np.array(model(x)), named_weights(model)[key].variable
+        variable.assign(variable + np.where(mask, 0.5, 0.0))
+        change = np.moveaxis(np.array(model(x)) != before, (outputs.index("e"), outputs.index("d")), (0, 1))
+        moved.append(np.argwhere(change.reshape(3, 2, -1).any(-1)).tolist())
+    assert moved == [[[2, 1]], [[2, 1]]]
+
+
 def test_channels_by_hand():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")])
     scores = {
@@ -844,6 +875,20 @@ def test_cost_aware_over_branches_takes_the_better_set():
     masks = top_k(scores, 4 / 64, model=model, cost_aware=bound)
     assert masks["left_early/kernel"][0].all() and masks.num_bayesian == 4
     assert captured(scores, masks) == pytest.approx(best_by_trying_all(scores, 4, model, bound))
+
+
+def test_cost_aware_over_branches_finds_a_late_weight_that_is_large_enough():
+    """A convolution of one entry is the latest and the most salient: with it the 100 entries are too dear."""
+    images, features = keras.Input((8, 8, 1)), keras.Input((10,))
+    left = keras.layers.Conv2D(1, 1, use_bias=False, name="conv")(images)  # 64 multiply-adds
+    right = keras.layers.Dense(10, use_bias=False, name="dense")(features)  # 100
+    model = keras.Model([images, features], [left, right])
+    scores = {"conv/kernel": np.full((1, 1, 1, 1), 1e3), "dense/kernel": np.random.default_rng(0).random((10, 10))}
+    masks = top_k(scores, 50 / 101, model=model, cost_aware=0.61)
+    assert Graph(model).fan_out(["dense/kernel"]) == pytest.approx(100 / 164) and masks.num_bayesian == 50
+    assert captured(scores, masks) == pytest.approx(best_by_trying_all(scores, 50, model, 0.61))
+    with pytest.raises(ValueError, match=r"Received: weights with 1\. Take cost_aware=1"):
+        top_k(scores, 50 / 101, model=model, cost_aware=0.5)
 
 
 def test_cost_aware_errors_and_none():

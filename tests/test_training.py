@@ -626,6 +626,22 @@ def test_a_continued_run_is_step_3_with_empty_masks_but_for_rounding(tmp_path, t
     assert not np.allclose(step1.model.get_weights()[0], run.model.get_weights()[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("estimator", ["flipout", "local"])
+def test_step_3_trains_by_every_estimator(tmp_path, tiny, estimator):
+    data = in_colours("multi-class")
+    recipe = quick(data, estimator=estimator)
+    options = {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, recipe, network=tiny, **options)
+    masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.5)
+    run = training.partial_run(step1, masks, data, recipe, **options)
+    assert run.model.estimator == estimator and run.history["loss"][-1] < run.history["loss"][0]
+    assert np.median(np.abs(np.log(run.model.scales() / 0.01))) > 1e-3  # they have moved
+    again = training.partial_run(step1, masks, data, recipe, **options)
+    assert again.folder == run.folder and again.model.estimator == estimator
+    other = training.partial_run(step1, masks, data, dataclasses.replace(recipe, estimator="split"), **options)
+    assert other.folder != run.folder
+
+
 def test_snapshots_are_the_weights_at_the_end_of_each_cycle(tmp_path, noisy, monkeypatch):
     data = in_colours("multi-class")
     recipe = quick(data)

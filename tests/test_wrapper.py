@@ -293,6 +293,49 @@ def test_parts_of_a_batch_see_what_separate_calls_see(how, kind, batch):
         np.testing.assert_allclose(sum(losses), added + regularizers, rtol=1e-5)
 
 
+@keras.saving.register_keras_serializable(package="test_wrapper")
+class Table(kl.Layer):
+    """Rows of a table of T rows, added at each of T positions."""
+
+    def build(self, shape, *args):
+        self.gain = self.add_weight(name="gain", shape=(shape[-1],), initializer="ones")
+
+    def call(self, x, table=None):
+        return x * self.gain + table
+
+
+@pytest.mark.parametrize("graph", ["none", "open", "static"])
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_mask_of_as_many_rows_as_the_batch_is_not_cut(graph, size):
+    """attention_mask (T, T) holds for every example, also where T is the size of the batch."""
+    stock, wrapper = build("MultiHeadAttention")
+    without_noise(wrapper)
+    x = np.random.default_rng(2).normal(size=(size, size, 4)).astype("float32")
+    allowed = np.tril(np.ones((size, size), bool))
+    right = np.asarray(stock(x, x, attention_mask=allowed))
+    batched = np.stack([allowed] * size)
+    for mask in (allowed, batched):
+        if graph == "none":
+            found = lambda mask=mask: wrapper(x, x, attention_mask=mask)  # noqa: E731
+        else:
+            given = keras.Input((size, 4), batch_size=size if graph == "static" else None)
+            model = keras.Model(given, wrapper(given, given, attention_mask=allowed))
+            found = lambda model=model: model(x)  # noqa: E731
+        with layers.batch_draws("split", num_samples=2):
+            np.testing.assert_allclose(found(), right, atol=1e-5)
+
+
+def test_a_constant_of_as_many_rows_as_the_batch_is_not_cut(tmp_path):
+    """In a Functional model of open batch size: what is no input has no rows of examples."""
+    table = np.arange(20.0, dtype="float32").reshape(5, 4)
+    wrapper = MaskedWrapper(Table(name="table"), num_bayesian={"gain": 2}, kl_weight=0.1, initial_scale=1e-8)
+    given = keras.Input((5, 4))
+    model = keras.Model(given, wrapper(given, table=table))
+    x = inputs(5)
+    with layers.batch_draws("split", num_samples=2):
+        np.testing.assert_allclose(model(x), x + table, atol=1e-5)
+
+
 def test_parts_of_a_batch_of_unknown_size_are_never_empty():
     given = keras.Input((5, 4))
     _, wrapper = build("Own")
