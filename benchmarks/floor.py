@@ -441,7 +441,7 @@ def line(title, r_bayes, aim, row):
     """A row as Markdown."""
     share = "" if r_bayes is None else f"{r_bayes:.4g}"
     found = f"{row['ratio']:.3f}" if "ratio" in row else ""
-    if "quartiles" in row:
+    if row.get("pairs", 0) > 1:
         found += " [{:.3f}, {:.3f}]".format(*row["quartiles"])
     missed = aim is not None and "ratio" in row and row["ratio"] > aim + 0.0005
     aim = "" if aim is None else f"{aim:.4g}{' missed' if missed else ''}"
@@ -470,7 +470,9 @@ def main():
     parser.add_argument("--row-seconds", type=float, default=45.0, help="a row stops after 3 pairs and so long")
     parser.add_argument("--block-seconds", type=float, help="least time between two looks at the clock (0.5)")
     parser.add_argument("--rows", default="", help="only rows whose title this regular expression finds")
-    parser.add_argument("--out", type=Path, help="JSON file of the rows (runs/floor_BACKEND.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the rows (runs/floor_BACKEND.json); scores are kept beside it"
+    )
     parser.add_argument("--quick", action="store_true", help="small networks and images: to see that it runs")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -522,7 +524,7 @@ def main():
                 temporary.write_text(json.dumps(known, indent=1))
                 os.replace(temporary, args.out)
                 gc.collect()
-            print(line(title, r_bayes, aim, known["rows"][key]), flush=True)
+            print(line(title, r_bayes, None if args.quick else aim, known["rows"][key]), flush=True)
     if failed:
         sys.exit("\nFailed rows, to be measured by the same command:\n" + "\n".join(failed))
 

@@ -1,10 +1,11 @@
 """Where the time above the floor goes: a training step profiled op by op, beside its floor's.
 
-Run: `python benchmarks/profile_step.py [--network resnet18] [--estimator split] [--r-bayes 0.01] [--batch 50]`
+Run: `python benchmarks/profile_step.py [--network resnet18] [--estimator split] [--r-bayes 0.01] [--batch 50]`, or
+`python benchmarks/profile_step.py --estimator all --cost-aware 0.1`
 
 Both steps run under TensorFlow's profiler, one op at a time (`inter_op` 1 thread, `intra_op` --threads), so that the
 durations of ops add up. The table sums them by kind of op, largest difference first. The floor of "all" is five
-passes of the deterministic network, of the other estimators one.
+passes of the deterministic network; of the other estimators, and of `--cost-aware` masks, one.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main():
     parser.add_argument("--estimator", default="split", choices=["all", "split", "flipout", "local"])
     parser.add_argument("--r-bayes", type=float, default=0.01)
     parser.add_argument("--score", default="random", choices=["random", "magnitude"])
+    parser.add_argument("--cost-aware", type=float, help="share of the operations that may run anew for each sample")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--stem", type=int, default=3, choices=(3, 7), help="of the ResNet")
@@ -68,12 +70,13 @@ def main():
     for layer in base.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False  # as in step 3
-    masks = saliency.top_k(saliency.saliency(base, score=args.score), args.r_bayes)
+    scores = saliency.saliency(base, score=args.score)
+    masks = saliency.top_k(scores, args.r_bayes, model=base, cost_aware=args.cost_aware)
     options = {"num_train": 1000, "num_samples": floor.NUM_SAMPLES, "estimator": args.estimator, "seed": 0}
     x = tf.constant(np.random.default_rng(0).normal(size=(args.batch, *base.input_shape[1:])), "float32")
     y = np.random.default_rng(1).random((args.batch, *base.output_shape[1:])) < 0.1
     y = tf.constant(y, "float32")
-    one = floor.Passes(base, floor.NUM_SAMPLES) if args.estimator == "all" else base
+    one = floor.Passes(base, floor.NUM_SAMPLES) if args.estimator == "all" and args.cost_aware is None else base
     below, above = (
         milliseconds_by_op(floor.compiled(model), x, y, args.steps)
         for model in (one, to_partial_bayes(base, masks, **options))

@@ -21,7 +21,7 @@ from sbn_tf.layers import MaskedGaussian, _stock_class, masked_layers, partial_c
 from sbn_tf.saliency import Masks, named_weights
 from sbn_tf.wrapper import MaskedWrapper
 
-__all__ = ["convert", "to_deterministic"]
+__all__ = ["check_convertible", "convert", "to_deterministic"]
 
 
 def convert(model, masks, layer_options: dict, seed: int | None = None):
@@ -42,13 +42,7 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
         ValueError: masks of another model or of weights that its outputs do not depend on, a layer that cannot be
             copied, or a model that is Bayesian already.
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
-    if hasattr(model, "predict_uncertainty") or masked_layers(model):
-        raise ValueError(
-            f"Expected a deterministic network. Received: '{model.name}', which has Bayesian entries already. Convert "
-            "the network that it was made of, or change a layer's entries by layer.set_mask."
-        )
+    check_convertible(model)
     masks = masks if isinstance(masks, Masks) else Masks(masks)
     masks.check(model)
     left = {
@@ -87,6 +81,21 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
     return network
 
 
+def check_convertible(model) -> None:
+    """Refuse what cannot become Bayesian, before any work is spent on it.
+
+    Raises:
+        ValueError: no built `keras.Model`, or one with Bayesian entries.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
+    if hasattr(model, "predict_uncertainty") or masked_layers(model):
+        raise ValueError(
+            f"Expected a deterministic network. Received: '{model.name}', which has Bayesian entries already. Convert "
+            "the network that it was made of, or change a layer's entries by layer.set_mask."
+        )
+
+
 def to_deterministic(model):
     """Plain Keras model of the posterior means: the way back from `convert` and `to_partial_bayes`.
 
@@ -98,8 +107,10 @@ def to_deterministic(model):
         model: `PartialBayes`, or any Functional or Sequential model with masked layers.
 
     Raises:
-        ValueError: a custom layer that makes masked layers itself.
+        ValueError: no model, or a custom layer that makes masked layers itself.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"Expected a keras.Model. Received: {model!r}")
     network = model.network if hasattr(model, "predict_uncertainty") else model
 
     def stock(layer):

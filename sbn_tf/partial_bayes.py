@@ -51,7 +51,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from sbn_tf.conversion import convert
+from sbn_tf.conversion import check_convertible, convert
 from sbn_tf.distribution import Distributed
 from sbn_tf.draws import first_rows, join_outputs, part_bounds
 from sbn_tf.graph import Graph, _added_losses, one_after_another
@@ -522,8 +522,9 @@ class PartialBayes(Distributed, keras.Model):
         mixing = self._graph.value.mixes_batch()
         if mixing is not None and self.estimator in ("flipout", "local"):
             raise ValueError(
-                f"Expected a network that keeps axis 0 as the batch for estimator={self.estimator!r}. Received: "
-                f"'{self.network.name}', whose '{mixing}' is not known to. Use \"split\" or \"all\"."
+                f"Expected layers that keep axis 0 as the batch for estimator={self.estimator!r}. Received: "
+                f"'{mixing}', which is not known to"
+                ' (a subclassed model cannot be looked into). Use "split" or "all".'
             )
         if self.estimator == "all" or self.batch_norm == "frozen":
             return
@@ -555,7 +556,8 @@ class PartialBayes(Distributed, keras.Model):
         if not all(kind in ("sigmoid", "softmax") for kind in kinds):
             raise ValueError(
                 f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
-                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits).'
+                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits); of a '
+                "regression take mean and deviation of predict_samples."
             )
 
     def _inputs(self):
@@ -870,6 +872,7 @@ def to_partial_bayes(
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
+    check_convertible(model)
     if (masks is None) == (r_bayes is None):
         raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
     if masks is None:

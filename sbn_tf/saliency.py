@@ -231,8 +231,8 @@ def saliency(
         model: built `keras.Model`, at its trained weights.
         data: iterable of (x, y) or (x, y, sample_weight) batches (a `tf.data.Dataset`, a `PyDataset`, a list), or a
             tuple of arrays, taken in their order: shuffle what is sorted by class. Unused by "magnitude" and "random".
-        loss: Keras loss or its name, or a callable (y, y_pred) -> loss, whose mean is taken. Regularisers of the
-            model are left out.
+        loss: Keras loss or its name, or a callable (y, y_pred) -> loss, whose mean is taken; None: the one
+            that the model was compiled with. Regularisers of the model are left out.
         score: one of "fisher", "paper", "per_example", "magnitude", "taylor", "random".
         batch_statistics: network in training mode (batch norm by the batch, dropout on). None: for "paper" alone.
         max_batches: stop after so many batches; None: all.
@@ -263,9 +263,10 @@ def saliency(
             k: np.random.default_rng([seed, zlib.crc32(k.encode())]).random(tuple(w.variable.shape), "float32")
             for k, w in weights.items()
         }
+    loss = getattr(model, "loss", None) if loss is None else loss
     if data is None or loss is None:
-        missing = "data" if data is None else "loss"
-        raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}=None")
+        missing = "data=None" if data is None else "loss=None, and the model is not compiled"
+        raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}")
     _check_backend(f"score={score!r}")
     training = score == "paper" if batch_statistics is None else batch_statistics
     gradients = _Gradients(model, weights, loss, training)
@@ -304,7 +305,7 @@ def _check_backend(what):
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             f"Expected Keras on TensorFlow, whose GradientTape takes the gradients, for {what}. Received: "
-            f"KERAS_BACKEND={keras.backend.backend()}. Make the masks there, save them, and load them here."
+            f"KERAS_BACKEND={keras.backend.backend()}. There make and save the masks, here Masks.load(path)."
         )
 
 
@@ -343,9 +344,12 @@ def _checked(batch, number):
     """The batch as a tuple of tensors, without a sample weight of None."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise ValueError(
-            f"Expected batches (x, y) or (x, y, sample_weight). Received: {type(batch)} in batch {number}."
+            f"Expected data as a tuple of arrays (x, y) or (x, y, sample_weight), or batches of these. Received: "
+            f"{type(batch)} in batch {number}."
         )
     batch = keras.tree.map_structure(tf.convert_to_tensor, tuple(part for part in batch if part is not None))
+    if not all(t.shape.rank for t in keras.tree.flatten(batch)):
+        raise ValueError(f"Expected batches. Received: a single number in batch {number}. Call dataset.batch(32).")
     sizes = {int(t.shape[0]) for t in keras.tree.flatten(batch)}
     if len(sizes) != 1:
         shapes = [tuple(t.shape) for t in keras.tree.flatten(batch)]
@@ -402,7 +406,8 @@ def _fitted(name, y, y_pred):
             y = y[..., None]
         fits = y.shape.is_compatible_with(y_pred.shape)
     if not fits:
-        raise ValueError(f"Expected labels that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
+        kind = "class numbers, without a class axis," if "sparse" in name else "labels"
+        raise ValueError(f"Expected {kind} that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
     return y
 
 
@@ -729,10 +734,15 @@ class Masks(Mapping):
     """Which entries of which weights are Bayesian: key -> boolean array of the weight's shape.
 
     Raises:
-        ValueError: an array that is not boolean.
+        ValueError: no mapping, or an array that is not boolean.
     """
 
     def __init__(self, masks: Mapping):
+        if not isinstance(masks, Mapping):
+            raise ValueError(
+                f"Expected masks: weight key -> boolean array, as top_k gives. Received: {masks!r}. A share of the "
+                "weights is r_bayes."
+            )
         self._masks = {key: np.asarray(mask) for key, mask in masks.items()}
         for key, mask in self._masks.items():
             if mask.dtype != bool:
@@ -868,6 +878,9 @@ def top_k(
     if model is None and (scope == "channel" or cost_aware is not None):
         raise ValueError('Expected the model of the scores for scope="channel" or cost_aware. Received: model=None')
     weights = None if model is None else _weights_of(scores, model)
+    number = sum(np.size(values) for values in scores.values())
+    if r_bayes > 0 and not round(r_bayes * number):
+        warnings.warn(f"No entry is Bayesian: r_bayes={r_bayes:g} of {number:,} entries rounds to 0.", stacklevel=2)
     if cost_aware is None:
         return _select(scores, r_bayes, scope, weights, set(scores))
     if isinstance(cost_aware, bool) or not isinstance(cost_aware, int | float | np.number) or not 0 <= cost_aware <= 1:

@@ -13,6 +13,7 @@ from keras import layers as kl
 from scipy import special, stats
 
 from sbn_tf import layers
+from sbn_tf.conversion import to_deterministic
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, entropy, loss_terms, to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, saliency, top_k
 
@@ -421,6 +422,18 @@ def test_batch_norm_traps_are_refused():
     bayesian(model, weights_of(model), estimator="split")
 
 
+def test_what_cannot_be_converted_is_refused_before_its_saliency_is_taken():
+    bnn, (x, y) = bayesian(network()), data()
+    bnn.compile("sgd", "binary_crossentropy")
+    with pytest.raises(ValueError, match="Expected a deterministic network"):
+        to_partial_bayes(bnn, num_train=16, r_bayes=0.1, data=(x, y))
+    for other in (kl.Dense(3), "model.keras", keras.Sequential([kl.Dense(1)])):
+        with pytest.raises(ValueError, match=r"Expected a built keras\.Model"):
+            to_partial_bayes(other, num_train=16, r_bayes=0.1, data=(x, y))
+    with pytest.raises(ValueError, match=r"Expected a keras\.Model. Received: None"):
+        to_deterministic(None)
+
+
 def test_batch_norm_within_a_wrapped_layer_is_refused_on_parts():
     """It would see the part of the batch that its draw sees, though no Bayesian weight comes before it."""
     x = keras.Input((5, 3))
@@ -795,6 +808,7 @@ READ = """
 import sys, numpy as np
 import sbn_tf
 import keras
+from sbn_tf.conversion import to_deterministic
 from sbn_tf.layers import posterior_mean
 bnn = keras.models.load_model(sys.argv[1] + "/bnn.keras")
 x = np.load(sys.argv[1] + "/x.npy")
@@ -990,7 +1004,7 @@ def test_flipout_is_refused_where_the_batch_may_be_mixed():
     model = imaging()
     model = keras.Model(model.input, kl.Lambda(lambda t: t, name="any")(model.output))
     for estimator in ("flipout", "local"):
-        with pytest.raises(ValueError, match="whose 'any' is not known to"):
+        with pytest.raises(ValueError, match="'any', which is not known to"):
             bayesian(model, estimator=estimator)
 
 

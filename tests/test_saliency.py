@@ -453,10 +453,11 @@ def test_saliency_errors():
         with pytest.raises(ValueError, match="no data"):
             saliency(model, [], squared, score=score, verbose=False)
     for data, message in (
-        ([x], r"\(x, y, sample_weight\)\. Received: .*ndarray.* in batch 0"),
+        ([x], r"\(x, y, sample_weight\), or batches.*Received: .*ndarray.* in batch 0"),
         ([(x, y), (x, y[:3])], r"one label for each example.*\(10, 3\), \(3, 1\).*in batch 1"),
         (tf.data.Dataset.from_tensor_slices((x, y)).batch(5).repeat(), "endless dataset"),
         (None, "Expected data and a loss"),
+        (tf.data.Dataset.from_tensor_slices((x[:, 0], y)), r"dataset\.batch"),
     ):
         with pytest.raises(ValueError, match=message):
             saliency(model, data, squared, verbose=False)
@@ -472,11 +473,34 @@ def test_saliency_errors():
         saliency(model, data, lambda a, b: tf.reduce_sum(tf.sqrt(b * b * a * a)), verbose=False)
 
 
+def test_the_compiled_loss_is_the_default():
+    model, x, y = linear()
+    with pytest.raises(ValueError, match="not compiled"):
+        saliency(model, (x, y), verbose=False)
+    model.compile("sgd", squared)
+    found, expected = (saliency(model, (x, y), *loss, verbose=False) for loss in ((), (squared,)))
+    for key in expected:
+        np.testing.assert_array_equal(found[key], expected[key])
+
+
+def test_one_hot_labels_of_a_sparse_loss_are_told():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "softmax")])
+    with pytest.raises(ValueError, match="class numbers, without a class axis"):
+        saliency(model, (np.ones((4, 2)), np.eye(3)[[0, 1, 2, 0]]), "sparse_categorical_crossentropy", verbose=False)
+
+
+def test_a_share_that_rounds_to_nothing_warns():
+    with pytest.warns(UserWarning, match="No entry is Bayesian: r_bayes=0.01 of 3 entries rounds to 0"):
+        assert top_k({"w": np.ones(3)}, 0.01).num_bayesian == 0
+
+
 def test_masks_of_another_model():
     model, _, _ = linear()
     top_k(saliency(model, None, None, score="random"), 0.5).check(model)
     with pytest.raises(ValueError, match="are not weights"):
         Masks({"other/kernel": np.ones((3, 1), bool)}).check(model)
+    with pytest.raises(ValueError, match=r"weight key -> boolean array.*Received: 0\.05.*r_bayes"):
+        Masks(0.05)
     with pytest.raises(ValueError, match="another shape"):
         Masks({"out/kernel": np.ones((1, 3), bool)}).check(model)
 
