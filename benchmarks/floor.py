@@ -45,8 +45,8 @@ BACKEND = keras.backend.backend()
 NETWORKS = {"resnet18": (14, "phantom_chest"), "unet": (1, "phantom_nodule")}  # outputs; what it learns for its scores
 NUM_SAMPLES = 5
 AT_MOST_OF_OPERATIONS = (0.1, 0.25, 0.5)  # cost_aware
+SCORED_BY = ("score", "size", "batch", "stem", "train_steps", "quick")  # what the scores depend on
 # What makes two runs comparable: rows of other settings are not added to a file.
-SCORED_BY = ("score", "size", "batch", "stem", "train_steps", "quick")
 SETTINGS = ("size", "batch", "stem", "score", "train_steps", "threads", "repeats", "at", "quick")
 
 

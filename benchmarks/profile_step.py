@@ -17,13 +17,11 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import floor
-import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from sbn_tf import models, saliency
-from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf import saliency
 
 
 def milliseconds_by_op(model, x, y, steps):
@@ -61,26 +59,16 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--top", type=int, default=12, help="rows")
+    parser.set_defaults(quick=False)  # of `floor.Bench`
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    outputs, _ = floor.NETWORKS[args.network]
-    stem = {"stem": args.stem} if args.network == "resnet18" else {}
-    base = models.build(args.network, (args.size, args.size, 1), outputs, seed=0, **stem)
-    for layer in base.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = False  # as in step 3
-    scores = saliency.saliency(base, score=args.score)
-    masks = saliency.top_k(scores, args.r_bayes, model=base, cost_aware=args.cost_aware)
-    options = {"num_train": 1000, "num_samples": floor.NUM_SAMPLES, "estimator": args.estimator, "seed": 0}
-    x = tf.constant(np.random.default_rng(0).normal(size=(args.batch, *base.input_shape[1:])), "float32")
-    y = np.random.default_rng(1).random((args.batch, *base.output_shape[1:])) < 0.1
-    y = tf.constant(y, "float32")
-    one = floor.Passes(base, floor.NUM_SAMPLES) if args.estimator == "all" and args.cost_aware is None else base
-    below, above = (
-        milliseconds_by_op(floor.compiled(model), x, y, args.steps)
-        for model in (one, to_partial_bayes(base, masks, **options))
-    )
+    bench = floor.Bench(args.network, args)
+    scores = saliency.saliency(bench.base, score=args.score)
+    masks = saliency.top_k(scores, args.r_bayes, model=bench.base, cost_aware=args.cost_aware)
+    one = bench.passes() if args.estimator == "all" and args.cost_aware is None else bench.one()
+    models = (one, bench.converted(masks, args.estimator))
+    below, above = (milliseconds_by_op(model, bench.x, bench.y, args.steps) for model in models)
     kinds = sorted({*above, *below}, key=lambda kind: -abs(above[kind][0] - below[kind][0]))
     total = sum(v[0] for v in below.values()), sum(v[0] for v in above.values())
     share = f"{100 * args.r_bayes:g} % by {args.score}"

@@ -54,7 +54,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from sbn_tf.conversion import check_convertible, convert
 from sbn_tf.distribution import Distributed
 from sbn_tf.draws import first_rows, join_outputs, part_bounds
-from sbn_tf.graph import Graph, _added_losses, one_after_another
+from sbn_tf.graph import Graph, _added_losses, _layers_of, one_after_another
 from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
 from sbn_tf.saliency import biases_before_batch_norm, eligible_weights, named_weights, saliency, top_k
 
@@ -534,7 +534,7 @@ class PartialBayes(Distributed, keras.Model):
                 'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
             )
         for step in _after_draws(self._graph.value):
-            if any(_trains_batch_norm(layer) for layer in _layers_in(step.layer)):
+            if any(_trains_batch_norm(layer) for layer in _layers_of(step.layer)):
                 raise ValueError(
                     "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
                     f"one pass would mix draws in it. Received: '{step.name}', estimator={self.estimator!r}, "
@@ -545,7 +545,7 @@ class PartialBayes(Distributed, keras.Model):
         """Refuse what would carry a state from one draw to the next."""
         once = self._graph.value.runs_once(training=True)
         for step in self._graph.value.steps:
-            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_in(step.layer)):
+            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_of(step.layer)):
                 raise ValueError(
                     "Expected no stateful=True in or after what runs anew for each draw: a draw would go on from the "
                     f"state of the one before. Received: '{step.name}'. Make it of stateful=False."
@@ -916,8 +916,10 @@ def _salient_masks(model, r_bayes, data, loss, exclude_biases):
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
     if isinstance(loss, dict | list):
         loss = model._compile_loss
-    idle = biases_before_batch_norm(model) if exclude_biases else ()
-    exclude = [key for key in idle if key in eligible_weights(model)]  # a frozen one is none that could be chosen
+    exclude = None
+    if exclude_biases:
+        eligible = eligible_weights(model)  # a frozen bias is none that could be chosen
+        exclude = [key for key in biases_before_batch_norm(model) if key in eligible]
     return top_k(saliency(model, data, loss, exclude=exclude or None), r_bayes)
 
 
@@ -957,10 +959,6 @@ def _same_structure(a, b):
     except (ValueError, TypeError):
         return False
     return True
-
-
-def _layers_in(operation):
-    return operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
 
 
 def _trains_batch_norm(layer):

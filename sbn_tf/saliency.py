@@ -878,14 +878,19 @@ def top_k(
     if model is None and (scope == "channel" or cost_aware is not None):
         raise ValueError('Expected the model of the scores for scope="channel" or cost_aware. Received: model=None')
     weights = None if model is None else _weights_of(scores, model)
-    number = sum(np.size(values) for values in scores.values())
-    if r_bayes > 0 and not round(r_bayes * number):
-        warnings.warn(f"No entry is Bayesian: r_bayes={r_bayes:g} of {number:,} entries rounds to 0.", stacklevel=2)
     if cost_aware is None:
-        return _select(scores, r_bayes, scope, weights, set(scores))
-    if isinstance(cost_aware, bool) or not isinstance(cost_aware, int | float | np.number) or not 0 <= cost_aware <= 1:
+        masks = _select(scores, r_bayes, scope, weights, set(scores))
+    elif (
+        isinstance(cost_aware, bool) or not isinstance(cost_aware, int | float | np.number) or not 0 <= cost_aware <= 1
+    ):
         raise ValueError(f"Expected cost_aware, a fraction in [0, 1]. Received: cost_aware={cost_aware!r}")
-    return _late(scores, r_bayes, scope, weights, Graph(model), cost_aware)
+    else:
+        masks = _late(scores, r_bayes, scope, weights, Graph(model), cost_aware)
+    if r_bayes > 0 and not masks.num_bayesian:
+        warnings.warn(
+            f"No entry is Bayesian: r_bayes={r_bayes:g} of {masks.num_weights:,} entries rounds to 0.", stacklevel=2
+        )
+    return masks
 
 
 def _select(scores, r_bayes, scope, weights, allowed):
