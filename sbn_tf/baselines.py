@@ -196,7 +196,7 @@ class Method:
 
     def _samples(self, images):
         """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
-        return self.model.predict(images, batch_size=len(images), verbose=0)[None]
+        return self.model.predict_on_batch(images)[None]
 
     def _sample_flops(self, batch):
         """Operations of a sample of one image, in the mean over the samples of a prediction."""
@@ -347,7 +347,7 @@ class Temperature(Method):
         self.selection = _chosen(self.folder, "temperature", choose)
 
     def _at_one(self, images):
-        probs = self.model.predict(images, batch_size=len(images), verbose=0)
+        probs = self.model.predict_on_batch(images)
         return probs[..., 0] if self._task == SEGMENTATION else probs
 
     def _samples(self, images):
@@ -366,7 +366,7 @@ class _Networks(Method):
         samples = []
         for weights in self._weights:  # one traced network for all
             self.model.set_weights(weights)
-            samples.append(self.model.predict(images, batch_size=len(images), verbose=0))
+            samples.append(self.model.predict_on_batch(images))
         return np.stack(samples)
 
     @property

@@ -155,7 +155,7 @@ def test_the_paired_table_is_the_paired_test(rows):
 def test_the_command_prints_every_table(dataset, tmp_path, capsys):
     arguments = ["--methods", "deterministic,partial", "--epochs", "1", "--bayes-epochs", "1"]
     arguments += ["--limit", "12", "--num-resamples", "20"]
-    arguments += ["--size", "16"] if dataset == "phantom_lesion" else []
+    arguments += ["--size", "16" if dataset == "phantom_lesion" else "32"]
     compare.main([dataset, *arguments, "--runs", str(tmp_path)])
     text = capsys.readouterr().out
     task = "segmentation" if dataset == "phantom_lesion" else "multi-label"

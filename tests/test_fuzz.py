@@ -375,7 +375,7 @@ def is_frozen(weight):
 
 
 @hypothesis.settings(
-    max_examples=EXAMPLES or 25,
+    max_examples=EXAMPLES or 12,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,
