@@ -146,8 +146,8 @@ LinSpace MatrixBandPart MatrixDiag MatrixDiagPart MatrixDiagPartV3 MatrixDiagV3 
 OnesLike Pack ParallelConcat Pad PadV2 ParallelDynamicStitch Placeholder PlaceholderWithDefault PreventGradient Print
 PrintV2 Range ReadVariableOp Reshape ResizeNearestNeighbor ResourceGather ResourceGatherNd ResourceScatterUpdate
 Reverse ReverseSequence ReverseV2 Roll ScatterNd Select SelectV2 Shape ShapeN Size Slice Snapshot SpaceToBatch
-SpaceToBatchND SpaceToDepth Split SplitV Squeeze StopGradient StridedSlice StridedSliceGrad TensorScatterUpdate Tile
-Transpose Unique Unpack VarHandleOp VarIsInitializedOp VariableShape VariableV2 Where ZerosLike
+SpaceToBatchND SpaceToDepth SparseToDense Split SplitV Squeeze StopGradient StridedSlice StridedSliceGrad
+TensorScatterUpdate Tile Transpose Unique Unpack VarHandleOp VarIsInitializedOp VariableShape VariableV2 Where ZerosLike
 """
 _FREE = frozenset(_NAMES_FREE.split())
 

@@ -106,8 +106,12 @@ def scatter_entries(values, index, shape):
     """Put `values` (k,) at flat positions `index` (k,) of zeros of `shape`; `index=None` means all in order."""
     if index is None:
         return ops.reshape(values, shape)
-    flat = ops.scatter(ops.expand_dims(index, -1), values, (int(np.prod(shape)),))
-    return ops.reshape(flat, shape)
+    size = (int(np.prod(shape)),)
+    if keras.backend.backend() == "tensorflow":
+        # The same as `ops.scatter`, which takes up to 14 times as long on a CPU.
+        entries = tf.SparseTensor(tf.cast(index, "int64")[:, None], values, size)
+        return tf.reshape(tf.sparse.to_dense(entries, validate_indices=False), shape)
+    return ops.reshape(ops.scatter(ops.expand_dims(index, -1), values, size), shape)
 
 
 # %% tags=["active-ipynb"]
