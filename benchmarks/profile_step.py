@@ -60,17 +60,14 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--top", type=int, default=12, help="rows")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/floor.jsonl"), help="beside it the Fisher scores are kept"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/floor.jsonl"), help="beside it the scores are kept")
     parser.set_defaults(quick=False, train_steps=20)  # of `floor.Bench`
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     bench = floor.Bench(args.network, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    scores = bench.scores
-    masks = saliency.top_k(scores, args.r_bayes, model=bench.base, cost_aware=args.cost_aware)
+    masks = saliency.top_k(bench.scores, args.r_bayes, model=bench.base, cost_aware=args.cost_aware)
     one = bench.passes() if (args.estimator == "all" or args.prediction) and args.cost_aware is None else bench.one()
     models = (one, bench.converted(masks, args.estimator))
     below, above = (

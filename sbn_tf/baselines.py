@@ -347,7 +347,7 @@ class Temperature(Method):
         self.selection = _chosen(self.folder, "temperature", choose)
 
     def _at_one(self, images):
-        probs = self.model.predict_on_batch(images)
+        probs = super()._samples(images)[0]
         return probs[..., 0] if self._task == SEGMENTATION else probs
 
     def _samples(self, images):
@@ -366,8 +366,8 @@ class _Networks(Method):
         samples = []
         for weights in self._weights:  # one traced network for all
             self.model.set_weights(weights)
-            samples.append(self.model.predict_on_batch(images))
-        return np.stack(samples)
+            samples.append(super()._samples(images))
+        return np.concatenate(samples)
 
     @property
     def num_networks(self):
