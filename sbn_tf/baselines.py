@@ -28,7 +28,8 @@ from sbn_tf import metrics, models, training
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.partial_bayes import loss_terms, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
-from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency, top_k
+from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency
+from sbn_tf.training import empirical_fisher
 
 __all__ = [
     "METHODS",
@@ -58,6 +59,7 @@ class Method:
         name: as in `METHODS`.
         title: one line for a table.
         takes_r_bayes: whether `r_bayes` shapes it.
+        takes_samples: whether it predicts with as many samples as it is asked for.
         num_samples: samples of a prediction: the first axis of `predict_samples`.
         selection: what was chosen on the validation split, such as `{"temperature": 1.31}`; {} where nothing was.
         folder: `runs/<dataset>/<method>/seed<k>/<settings>`, where its results belong.
@@ -66,7 +68,7 @@ class Method:
     """
 
     name = title = ""
-    takes_r_bayes = False
+    takes_r_bayes = takes_samples = False
     num_networks = 1  # that are stored
 
     def __init__(
@@ -461,6 +463,7 @@ class MCDropout(Method):
     """
 
     name, title = "mc_dropout", f"MC dropout, rate {DROPOUT:g}, from the trained weights"
+    takes_samples = True
 
     def _count_samples(self, num_samples):
         return num_samples or self.recipe.num_samples
@@ -483,6 +486,8 @@ class MCDropout(Method):
 
 class _Bayesian(Method):
     """What predicts with a `PartialBayes`."""
+
+    takes_samples = True
 
     def _count_samples(self, num_samples):
         return num_samples or self.recipe.num_samples
@@ -529,7 +534,7 @@ class Partial(_Bayesian):
         self._hold(run.model)
 
     def _choose_masks(self, data):
-        return top_k(training.scores_run(self.step1, data, self.recipe, verbose=self.verbose), self.r_bayes)
+        return training.masks_run(self.step1, data, self.recipe, self.r_bayes, verbose=self.verbose)
 
     def _saliency_flops(self, batch):
         return _score_flops(self.step1.model, self._loss, self.recipe.score, batch)
@@ -545,7 +550,8 @@ class PartialRandom(Partial):
 
     def _choose_masks(self, data):
         numbers = saliency(self.step1.model, score="random", seed=self.seed)
-        return top_k({key: numbers[key] for key in _may_be_bayesian(self.step1.model, self.recipe)}, self.r_bayes)
+        numbers = {key: numbers[key] for key in _may_be_bayesian(self.step1.model, self.recipe)}
+        return training.choose_masks(self.step1.model, numbers, self.recipe, self.r_bayes)
 
     def _saliency_flops(self, batch):
         return 0.0
@@ -557,7 +563,8 @@ class PartialMagnitude(PartialRandom):
     name, title = "partial_magnitude", "partial Bayesian, largest weights"
 
     def _choose_masks(self, data):
-        return top_k(_may_be_bayesian(self.step1.model, self.recipe), self.r_bayes)
+        sizes = _may_be_bayesian(self.step1.model, self.recipe)
+        return training.choose_masks(self.step1.model, sizes, self.recipe, self.r_bayes)
 
 
 class PartialChannel(Partial):
@@ -566,8 +573,8 @@ class PartialChannel(Partial):
     name, title = "partial_channel", "partial Bayesian, whole salient channels"
 
     def _choose_masks(self, data):
-        scores = training.scores_run(self.step1, data, self.recipe, verbose=self.verbose)
-        return top_k(scores, self.r_bayes, scope="channel", model=self.step1.model)
+        recipe = dataclasses.replace(self.recipe, scope="channel")
+        return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
 class PartialLate(Partial):
@@ -579,8 +586,8 @@ class PartialLate(Partial):
     name, title = "partial_late", f"partial Bayesian, salient late weights (fan-out {FAN_OUT:g})"
 
     def _choose_masks(self, data):
-        scores = training.scores_run(self.step1, data, self.recipe, verbose=self.verbose)
-        return top_k(scores, self.r_bayes, model=self.step1.model, cost_aware=FAN_OUT)
+        recipe = dataclasses.replace(self.recipe, fan_out=FAN_OUT)
+        return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
 class _WholeLayers(PartialRandom):
@@ -671,29 +678,6 @@ class BayesNormal(Bayes):
         return 15.0
 
 
-def empirical_fisher(scores, score: str, *, terms: int, num_examples: int, batch_size: int) -> dict[str, np.ndarray]:
-    """Mean over examples of the squared gradient of one example's negative log-likelihood, from a saliency score.
-
-    "per_example" is the mean of squared gradients of a loss that is itself a mean over `terms`: times `terms^2` it is
-    exact. "fisher" squares the gradient of a batch's mean. Where examples are independent and their gradients average
-    to zero, as near an optimum, that square is in expectation the batch's size times smaller: times the mean size it is
-    an approximation, from one pass. Away from an optimum it is too large.
-
-    Args:
-        scores: key -> array, from `saliency`.
-        score: "per_example" or "fisher".
-        terms: of one example, over which the loss averages; see `partial_bayes.loss_terms`.
-        num_examples, batch_size: of the saliency pass.
-
-    Raises:
-        ValueError: another score, of which no Fisher information can be made.
-    """
-    if score not in ("per_example", "fisher"):
-        raise ValueError(f'Expected score "per_example" or "fisher". Received: score={score!r}')
-    size = 1.0 if score == "per_example" else num_examples / math.ceil(num_examples / batch_size)
-    return {key: values.astype("float64") * terms**2 * size for key, values in scores.items()}
-
-
 class Laplace(_Bayesian):
     """A Gaussian about step 1's weights at the salient ones, as wide as the curvature says, with no training.
 
@@ -716,7 +700,7 @@ class Laplace(_Bayesian):
     def _train(self, data):
         self._train_step1(data)
         recipe = self.recipe
-        self.masks = top_k(training.scores_run(self.step1, data, recipe, verbose=self.verbose), self.r_bayes)
+        self.masks = training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
         # Other scores are no Fisher information.
         exact = recipe if recipe.score == "per_example" else dataclasses.replace(recipe, score="fisher")
         scores = training.scores_run(self.step1, data, exact, verbose=self.verbose)

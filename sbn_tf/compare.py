@@ -26,10 +26,13 @@ from sbn_tf.saliency import check_r_bayes
 __all__ = [
     "Experiment",
     "all_rows",
+    "check_methods",
     "experiment",
     "fitted",
     "main",
     "paired_table",
+    "parse_seeds",
+    "recipe_of",
     "row",
     "shift_table",
     "tables",
@@ -56,7 +59,9 @@ class Experiment:
         threshold: where probabilities are cut into decisions, 0..1, or "validation": chosen there, see
             `evaluation.select_threshold`.
         num_resamples: of the bootstrap.
-        shifts: kind -> severity of the shifted copies of the test images; {} for none.
+        shifts: kind -> severity of the shifted copies of the images; {} for none.
+        split: what is scored: "test", or "val", on which anything may be chosen.
+        num_samples: posterior samples of a prediction, where a method samples; None: the recipe's.
         verbose: show progress bars.
     """
 
@@ -72,6 +77,8 @@ class Experiment:
     threshold: float | str = 0.5
     num_resamples: int = 1000
     shifts: dict = field(default_factory=lambda: dict(SHIFTS))
+    split: str = "test"
+    num_samples: int | None = None
     verbose: bool = True
 
     def __post_init__(self):
@@ -80,6 +87,8 @@ class Experiment:
             raise ValueError(
                 f'Expected threshold between 0 and 1, or "validation". Received: threshold={self.threshold!r}'
             )
+        if self.split not in ("test", "val"):
+            raise ValueError(f'Expected split "test" or "val". Received: split={self.split!r}')
         if self.num_resamples < 1:
             raise ValueError(f"Expected num_resamples >= 1. Received: num_resamples={self.num_resamples!r}")
 
@@ -87,6 +96,11 @@ class Experiment:
     def task(self) -> str:
         """The dataset's task."""
         return self.data.card.task
+
+    @property
+    def scored(self) -> datasets.base.Split:
+        """The split that is scored."""
+        return getattr(self.data, self.split)
 
     def prevalence(self) -> np.ndarray:
         """Training frequency of 1, of each label, class or pixel."""
@@ -103,6 +117,7 @@ def experiment(
     bayes_epochs: int | None = None,
     num_samples: int | None = None,
     keep: str | None = None,
+    changes: str | dict = "",
     limit: int | None = None,
     size: int | None = None,
     normalisation: str | None = None,
@@ -117,6 +132,7 @@ def experiment(
         recipe: a name of `recipes.RECIPES`.
         network: a name of `models.NETWORKS`; None: a small one for "quick", the paper's own for its recipes.
         epochs, bayes_epochs, num_samples, keep: changes of the recipe; None: as it is.
+        changes: of any other field of the recipe: a dict, or a text as `recipes.parse_changes` reads it.
         limit: at most so many images a split; None: all.
         size: image side in pixels; None: the dataset's default.
         normalisation: "train" or "paper"; None: the paper's constants for its recipes, where it has some.
@@ -130,8 +146,8 @@ def experiment(
     """
     card = datasets.card(dataset)
     normalisation = normalisation or recipes.normalisation_for(recipe, card)
-    settings = recipes.recipe_for(
-        recipe, card, epochs=epochs, bayes_epochs=bayes_epochs, num_samples=num_samples, keep=keep
+    settings = recipe_of(
+        dataset, recipe, epochs=epochs, bayes_epochs=bayes_epochs, num_samples=num_samples, keep=keep, changes=changes
     )
     data = datasets.load(
         dataset, root=data_root, size=size, limit=limit, normalisation=normalisation, **(options or {})
@@ -147,6 +163,16 @@ def experiment(
     )
 
 
+def recipe_of(dataset: str, recipe: str = "quick", *, changes: str | dict = "", **others) -> recipes.Recipe:
+    """The recipe that `experiment` of the same arguments has; of `others` those count that are the recipe's."""
+    changes = recipes.parse_changes(changes) if isinstance(changes, str) else dict(changes)
+    named = {key: value for key, value in others.items() if key in _NAMED and value is not None}
+    return dataclasses.replace(recipes.recipe_for(recipe, datasets.card(dataset)), **changes, **named)
+
+
+_NAMED = ("epochs", "bayes_epochs", "num_samples", "keep")  # parameters of their own, in notebooks and shells
+
+
 def row(settings: Experiment, method: str) -> results.Result:
     """Train one method and score it on the test split, or read what was scored before.
 
@@ -154,9 +180,10 @@ def row(settings: Experiment, method: str) -> results.Result:
     """
     made = fitted(settings, method)
     wanted = _evaluation_settings(settings, made)
-    if (Path(made.folder) / "metrics.json").exists():
+    folder = _folder(settings, made)
+    if (folder / "metrics.json").exists():
         try:
-            stored = results.read(made.folder)
+            stored = results.read(folder)
             record = stored.record()
         except ValueError as error:
             warnings.warn(f"{error} It is scored anew.", stacklevel=2)
@@ -185,8 +212,16 @@ def row(settings: Experiment, method: str) -> results.Result:
         settings=dataclasses.asdict(made.recipe_used),
         evaluation=wanted,
     )
-    results.write(result, made.folder, record)
+    results.write(result, folder, record)
     return result
+
+
+def _folder(settings, made) -> Path:
+    """Where a method's result lies: beside its weights, and of another split or number of samples below them."""
+    parts = [settings.split] if settings.split != "test" else []
+    if settings.num_samples not in (None, settings.recipe.num_samples):
+        parts.append(f"samples{made.num_samples}")
+    return Path(made.folder, "_".join(parts))
 
 
 def fitted(settings: Experiment, method: str):
@@ -199,6 +234,7 @@ def fitted(settings: Experiment, method: str):
         network=settings.network,
         runs=settings.runs,
         limit=settings.limit,
+        num_samples=settings.num_samples,
         verbose=settings.verbose,
     )
     return made.fit(settings.data)
@@ -211,6 +247,8 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     exceeds 0.1, 0.3, 0.5, 0.7, 0.9.
     """
     data, size = settings.data, settings.recipe.batch_size
+    if settings.split == "val":
+        data = dataclasses.replace(data, val=data.test, test=data.val)
     rated = settings.task == SEGMENTATION and data.test.num_raters > 1
     step1 = fitted(settings, "deterministic") if rated else None
     predict = None if step1 is None else step1.predict_samples
@@ -259,12 +297,13 @@ def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
         methods: names of `baselines.METHODS`; None: all, in their order.
     """
     methods = list(baselines.METHODS) if methods is None else list(methods)
-    _check_methods(methods)
+    check_methods(methods)
     rows = list(trivial_rows(settings).values())
     return rows + [row(settings, name) for name in methods]
 
 
-def _check_methods(methods):
+def check_methods(methods) -> None:
+    """Raise ValueError where a name is unknown or given twice."""
     if len(set(methods)) < len(methods):
         raise ValueError(f"Expected each method once. Received: {', '.join(methods)}")
     if unknown := [name for name in methods if name not in baselines.METHODS]:
@@ -276,7 +315,7 @@ def tables(rows: list[results.Result], task: str) -> dict[str, str]:
     parts = {
         "How good are the probabilities?": results.KEYS[task],
         "Does the uncertainty help?": ("entropy", "mutual_information", *USE[task]),
-        "Calibration": _CALIBRATION if task != SEGMENTATION else _CALIBRATION[:2],
+        "Calibration": _CALIBRATION_OF_MASKS if task == SEGMENTATION else _CALIBRATION,
     }
     if task in PAPER:
         parts["The paper's metrics, as it defines them"] = PAPER[task]
@@ -339,6 +378,7 @@ def shift_table(rows: list[results.Result]) -> str:
 
 
 _CALIBRATION = ("ece", "ece_mass", "ece_label")
+_CALIBRATION_OF_MASKS = ("ece", "ece_mass", "ece_region")
 _USE = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
 USE = {
     SEGMENTATION: (*_USE, "pixel_error_auroc", "pixel_error_auroc_mi", "entropy_disagreement_pearson"),
@@ -375,13 +415,14 @@ def _without_channel(probs):
 
 def _evaluation_settings(settings, made=None):
     """What a score depends on: the test images and patients, how they are scored, and the weights of a method."""
-    groups = settings.data.test.groups
+    groups = settings.scored.groups
     found = {
         "data": settings.data.digest(),
         "groups": None if groups is None else zlib.crc32("\n".join(map(str, groups)).encode()),
         "threshold": settings.threshold,
         "num_resamples": settings.num_resamples,
         "shifts": dict(settings.shifts),
+        "split": settings.split,
     }
     if made is not None:
         found["num_samples"] = made.num_samples
@@ -390,32 +431,32 @@ def _evaluation_settings(settings, made=None):
 
 
 def _score(made, settings, threshold):
-    test = settings.data.test
+    split = settings.scored
     options = {
         "batch_size": settings.recipe.batch_size,
         "train_prevalence": settings.prevalence(),
         "threshold": threshold,
         "verbose": settings.verbose,
     }
-    record = evaluation.score(made.predict_samples, test, settings.task, **options)
+    record = evaluation.score(made.predict_samples, split, settings.task, **options)
     shift = {}
     for kind, severity in settings.shifts.items():
         moved = evaluation.score(
-            made.predict_samples, test, settings.task, boundary=False, shift=(kind, severity), **options
+            made.predict_samples, split, settings.task, boundary=False, shift=(kind, severity), **options
         )
         shift[kind] = {"severity": severity, **evaluation.shift_auroc(record, moved)}
     return record, shift
 
 
 def _record_of_scene(settings):
-    """The record of the probabilities that generated a phantom's test split."""
+    """The record of the probabilities that generated a phantom's images."""
     threshold = _cut(settings, lambda part: _without_channel(settings.data.val.truth_probs[part]))
-    test, size = settings.data.test, settings.recipe.batch_size
+    split, size = settings.scored, settings.recipe.batch_size
     evaluator = evaluation.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
-    for start in range(0, test.num_examples, size):
+    for start in range(0, split.num_examples, size):
         part = slice(start, start + size)
-        extra = {key: None if (value := getattr(test, key)) is None else value[part] for key in _OF_IMAGES}
-        evaluator.update(test.truth_probs[part][None], test.targets[part], **extra)
+        extra = {key: None if (value := getattr(split, key)) is None else value[part] for key in _OF_IMAGES}
+        evaluator.update(split.truth_probs[part][None], split.targets[part], **extra)
     return evaluator.record()
 
 
@@ -427,7 +468,7 @@ def _result(experiment, record, **given):
     undefined = metrics.pop("undefined")
     intervals = record.bootstrap(num_resamples=experiment.num_resamples)
     intervals.pop("undefined")  # of intervals: the table says so
-    data = experiment.data
+    data, groups = experiment.data, experiment.scored.groups
     return results.Result(
         dataset=data.card.name,
         task=experiment.task,
@@ -441,7 +482,8 @@ def _result(experiment, record, **given):
         num_train=data.train.num_examples,
         num_val=data.val.num_examples,
         num_test=data.test.num_examples,
-        num_groups=None if data.test.groups is None else len(np.unique(data.test.groups)),
+        num_groups=None if groups is None else len(np.unique(groups)),
+        split=experiment.split,
         metrics=metrics,
         intervals={key: list(bounds) for key, bounds in intervals.items() if key in metrics},
         undefined=undefined,
@@ -478,8 +520,8 @@ def main(arguments=None) -> None:
     logging.getLogger("tensorflow").setLevel("ERROR")  # each network is traced anew: no news
     try:
         methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
-        _check_methods(methods or ())
-        seeds = _seeds(given.seeds)
+        check_methods(methods or ())
+        seeds = parse_seeds(given.seeds)
         check_r_bayes(given.r_bayes)
         threshold = _threshold(given.threshold)
         options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
@@ -508,12 +550,14 @@ def main(arguments=None) -> None:
         print(f"\n## {title}\n\n{text}")
     print("\n## What the rows and columns are\n")
     print("\n".join(f"- {name}: {title}" for name, title in {one.method: one.title for one in rows}.items()))
-    keys = dict.fromkeys((*results.KEYS[shared.task], *_CALIBRATION, *USE[shared.task], *PAPER.get(shared.task, ())))
+    calibration = _CALIBRATION_OF_MASKS if shared.task == SEGMENTATION else _CALIBRATION
+    keys = dict.fromkeys((*results.KEYS[shared.task], *calibration, *USE[shared.task], *PAPER.get(shared.task, ())))
     print(f"\n{results.describe_metrics(keys)}")
     print(f"\nEach row is a metrics.json with its settings in {rows[-1].folder.parents[2]}")
 
 
-def _seeds(text):
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from `"0,1,2"`; ValueError where one is no integer >= 0, or given twice."""
     try:
         seeds = [int(seed) for seed in text.split(",")]
     except ValueError:

@@ -88,6 +88,7 @@ _KEYS = {
         *("dice", "iou", "hausdorff95"),
         *_PROBABILITIES,
         *_UNCERTAINTIES,
+        "ece_region",
         *("ged", "hungarian_iou", "dice_raters", "entropy_disagreement_pearson"),
         *_IMAGES,
         *("pixel_error_auroc", "pixel_error_auroc_mi"),
@@ -364,10 +365,11 @@ def _score_masks(probs, masks, valid, reference, threshold, boundary):
     scores["paper_brier"] = _soft_brier(probs, soft).mean((0, 2, 3))
     scores["paper_brier_softmax_twice"] = _soft_brier(twice, soft).mean((0, 2, 3))
     scores["paper_entropy"] = scores["entropy"]
-    return scores | _pixel_statistics(mean_probs, soft, parts, predicted != majority, several)
+    region = (soft > 0) | predicted  # what any rater or the prediction marks
+    return scores | _pixel_statistics(mean_probs, soft, parts, predicted != majority, several, region)
 
 
-def _pixel_statistics(mean_probs, soft, parts, wrong, several):
+def _pixel_statistics(mean_probs, soft, parts, wrong, several, region):
     """What metrics over the pixels of all images need of each image."""
     gap = mean_probs - soft
     width = _width_bin(mean_probs)
@@ -385,6 +387,9 @@ def _pixel_statistics(mean_probs, soft, parts, wrong, several):
     moments = (np.ones_like(soft), entropy, variance, entropy**2, variance**2, entropy * variance)
     return {
         "calibration": np.stack([_counts(width, NUM_BINS, values) for values in (None, mean_probs, soft)], 1),
+        "calibration_region": np.stack(
+            [_counts(width, NUM_BINS, values) for values in (region, gap * region)], 1
+        ).astype("float32"),
         "paper_gap": _counts(_width_bin(confidence), NUM_BINS, confidence - right),
         "logit_count": _counts(fine, LOGIT_BINS).astype("uint32"),
         "entropy_wrong": _counts(LOGIT_BINS // 2 - 1 - distance, LOGIT_BINS // 2, wrong).astype("uint32"),
@@ -656,6 +661,8 @@ class Record:
                 if self.num_samples == 1
                 else "the samples are all the same: mutual information is 0 everywhere"
             )
+        if key == "ece_region":
+            return "no rater and no prediction marks a pixel"
         if key.startswith(("label", "pixel")):
             return f"no {key[:5]} is wrong, or every one"
         number = "every" if weights is not None and weights @ self["error"] else "no"
@@ -665,7 +672,7 @@ class Record:
         return self.num_samples > 1 and self["mutual_information"].max() >= 10.0**-DECIMALS
 
 
-_FORMAT = "sbn_tf.evaluation.Record 2"
+_FORMAT = "sbn_tf.evaluation.Record 3"
 # What a record of each task holds; a damaged name must not pass as an array that is not there.
 _OPTIONAL = {"reference_brier", "hausdorff95"}
 _ALL = {"nll", "brier", "risk", "error", *_UNCERTAINTIES}
@@ -673,7 +680,7 @@ _ARRAYS = dict.fromkeys((BINARY, MULTI_CLASS), _ALL | {"mean_probs", "targets", 
 _ARRAYS[ORDINAL] = _ARRAYS[MULTI_CLASS] | {"mean_absolute_error"}
 _ARRAYS[MULTI_LABEL] = _ARRAYS[BINARY] | {"paper_accuracy", "paper_brier", "paper_entropy"}
 _ARRAYS[SEGMENTATION] = _ALL | {
-    *("dice", "iou", *_WITH_RATERS, "calibration", "moments"),
+    *("dice", "iou", *_WITH_RATERS, "calibration", "calibration_region", "moments"),
     *("logit_count", "logit_gap", "entropy_wrong", "information_count"),
     *("paper_dice", "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_gap"),
 }
@@ -760,10 +767,11 @@ def _of_columns(mean_probs, targets):
 
 
 def _of_masks(record):
-    calibration, moments = record["calibration"], record["moments"]
+    calibration, region, moments = record["calibration"], record["calibration_region"], record["moments"]
     gap, pixels = calibration[:, 1] - calibration[:, 2], calibration[:, 0].sum(1)
     found = [
         (("ece",), _binned_calibration(gap, pixels)),
+        (("ece_region",), _binned_calibration(region[:, 1], region[:, 0].sum(1))),
         (("paper_ece",), _binned_calibration(record["paper_gap"], pixels)),
         (("ece_mass",), _binned_mass_calibration(record["logit_count"], record["logit_gap"])),
         (("entropy_disagreement_pearson",), _pearson(moments)),
@@ -925,7 +933,7 @@ def _kappa(predicted, true):
 
 
 def _binned_calibration(gap, pixels):
-    return lambda weights: [np.abs(weights @ gap).sum(1) / (weights @ pixels)]
+    return lambda weights: [_divided(np.abs(weights @ gap).sum(1), weights @ pixels)]
 
 
 def _binned_mass_calibration(count, gap):

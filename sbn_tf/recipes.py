@@ -19,6 +19,7 @@ __all__ = [
     "network_for",
     "normalisation_for",
     "optimizer_for",
+    "parse_changes",
     "recipe_for",
 ]
 
@@ -43,6 +44,14 @@ class Recipe:
         beta_start, beta_stop: factor of the KL in the first and the last epoch.
         kl_reduction: "sum" (the ELBO) or "mean" (the paper's code).
         initial_scale: where every scale starts; None: the paper's untransformed scales, N(-3, 1).
+        scale_start: of what `initial_scale` is a multiple: "absolute" (of 1), "relative" (of |loc|, at least of 1e-3),
+            "fisher" (of the diagonal Laplace approximation's, `(num_train * fisher + 1) ** -0.5`).
+        prior_scale: standard deviation of the prior N(0, prior_scale), in the weights' unit.
+        trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
+        scope: of `saliency.top_k`: "global", "layer" or "channel"; or "one_per_channel": the most salient entry of
+            each output channel of each kernel, whatever `r_bayes` says.
+        fan_out: highest share of the operations that run anew for each sample, 0..1; None: any. See `top_k`.
+        eligible: "all" weights but normalisation's, "kernels" without biases, or "biases" alone.
         batch_norm: "frozen", "statistics" or "train" in step 3. The last two need estimator "all" where a batch norm
             comes after a Bayesian weight.
         keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
@@ -73,6 +82,12 @@ class Recipe:
     beta_stop: float = 1.0
     kl_reduction: str = "sum"
     initial_scale: float | None = 0.01
+    scale_start: str = "absolute"
+    prior_scale: float = 1.0
+    trains: str = "all"
+    scope: str = "global"
+    fan_out: float | None = None
+    eligible: str = "all"
     batch_norm: str = "frozen"
     keep: str = "last"
 
@@ -81,7 +96,7 @@ class Recipe:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Expected {field}, an integer >= 1. Received: {field}={value!r}")
-        for field in ("learning_rate", "scale_learning_rate"):
+        for field in ("learning_rate", "scale_learning_rate", "prior_scale"):
             _check_number(field, getattr(self, field), above=0.0)
         for field in ("bayes_learning_rate", "initial_scale"):
             if getattr(self, field) is not None:
@@ -90,6 +105,10 @@ class Recipe:
             _check_number(field, getattr(self, field), least=0.0)
         if self.weight_decay is not None:
             _check_number("weight_decay", self.weight_decay, least=0.0)
+        if self.fan_out is not None:
+            _check_number("fan_out", self.fan_out, least=0.0)
+        if self.scale_start != "absolute" and self.initial_scale is None:
+            raise ValueError(f"Expected initial_scale, a factor of {self.scale_start!r} scales. Received: None")
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"Expected {field} among {known}. Received: {field}={getattr(self, field)!r}")
@@ -104,6 +123,10 @@ _CHOICES = {
     "score": ("fisher", "paper", "per_example", "magnitude", "taylor", "random"),
     "estimator": ("all", "split", "flipout", "local"),
     "kl_reduction": ("sum", "mean"),
+    "scale_start": ("absolute", "relative", "fisher"),
+    "trains": ("all", "bayesian", "scales"),
+    "scope": ("global", "layer", "channel", "one_per_channel"),
+    "eligible": ("all", "kernels", "biases"),
     "batch_norm": ("frozen", "statistics", "train"),
     "keep": ("last", "best"),
 }
@@ -158,7 +181,54 @@ RECIPES = {
         beta_start=0.01,
         beta_stop=0.01,
     ),
+    # Ours: where nbs/09_what_works.ipynb ended.
+    "sbn": Recipe(
+        name="sbn",
+        epochs=60,
+        bayes_epochs=15,
+        batch_size=20,
+        optimizer="adam",
+        learning_rate=3e-3,
+        bayes_learning_rate=1e-3,
+        decay="cosine",
+        scale_optimizer="adam",
+        estimator="split",
+        keep="best",
+    ),
 }
+
+
+def parse_changes(text: str) -> dict:
+    """Changes of a recipe from one line, as notebooks and shells take it.
+
+    Args:
+        text: `"field=value, field=value"`; values are numbers, names, or none; "" changes nothing.
+
+    Raises:
+        ValueError: a part that is no `field=value`, an unknown field, one that is given twice, or `name`.
+    """
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
+    changes = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        field, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value or field not in known or field in changes:
+            raise ValueError(
+                f"Expected changes of a recipe as field=value, each field once, with commas between; fields: "
+                f"{', '.join(sorted(known))}.\nReceived: {part!r} in {text!r}"
+            )
+        changes[field] = _plain_value(value)
+    return changes
+
+
+def _plain_value(text):
+    if text.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def recipe_for(name: str, card, **changes) -> Recipe:

@@ -7,7 +7,9 @@ they are read, so a number of the table is finite, within the range that its def
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import numbers
@@ -35,11 +37,13 @@ __all__ = [
     "group",
     "holm",
     "read",
+    "read_csv",
     "table",
     "write",
+    "write_csv",
 ]
 
-FORMAT = 2  # of metrics.json: raised when a field changes its meaning
+FORMAT = 3  # of metrics.json: raised when a field changes its meaning
 LEVEL = 0.05  # of the tests behind the marks of a table; its notes say 5 %
 
 
@@ -60,6 +64,9 @@ METRICS = {
     "brier_skill": Metric("higher", -_INFINITY, 1, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
     "ece": Metric("lower", 0, 1, "expected calibration error, 15 bins of equal width, pooled"),
     "ece_mass": Metric("lower", 0, 1, "expected calibration error, 15 bins of equal count, pooled"),
+    "ece_region": Metric(
+        "lower", 0, 1, "expected calibration error of the pixels that any rater or the prediction marks"
+    ),
     "entropy": Metric(None, 0, _INFINITY, "entropy of the mean prediction, nats: how unsure it is in all"),
     "expected_entropy": Metric(None, 0, _INFINITY, "mean entropy of the samples, nats: what each is unsure of"),
     "mutual_information": Metric(None, 0, _INFINITY, "the difference of both, nats: what the samples disagree on"),
@@ -181,7 +188,8 @@ class Result:
         options: the dataset's own options, such as the fold.
         limit, size, normalisation, leak: as the data were loaded; `leak` is "" where no patient is in two splits.
         num_train, num_val, num_test: images of each split.
-        num_groups: patients of the test split, or None where unknown.
+        split: which of them was scored, "test" or "val".
+        num_groups: patients of that split, or None where unknown.
         num_samples: of the posterior, in one prediction.
         threshold: where probabilities were cut into decisions, 0..1.
         selection: what was chosen on validation.
@@ -215,6 +223,7 @@ class Result:
     limit: int | None = None
     leak: str = ""
     num_groups: int | None = None
+    split: str = "test"
     num_samples: int | None = None
     threshold: float | None = None
     selection: dict = field(default_factory=dict)
@@ -309,7 +318,7 @@ def find(runs, dataset: str, **filters) -> list[Result]:
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         dataset: its name.
         filters: field of `Result` -> the value wanted, or a list, tuple or set of such values, as
-            `find("runs", "lidc", method=["partial", "ensemble"], seed=0)`.
+            `find("runs", "lidc", method=["partial", "ensemble"], seed=0)`; `split` is "test" unless it is given.
 
     Returns:
         Results that pass all filters; [] where there are none. Files of another format are left out, with one warning.
@@ -322,7 +331,8 @@ def find(runs, dataset: str, **filters) -> list[Result]:
         raise ValueError(f"Expected filters among {sorted(names)}. Received: {unknown}")
     root = training.run_folder(runs, dataset, "any", 0, {}).parents[2]
     found, skipped = [], []
-    for path in sorted(root.glob("*/seed*/*/metrics.json")):
+    filters.setdefault("split", "test")
+    for path in sorted(root.glob("*/seed*/**/metrics.json")):
         try:
             result = read(path)
         except _OtherFormat:
@@ -347,12 +357,112 @@ class _OtherFormat(ValueError):
     pass
 
 
+_JSON = ("settings", "options", "selection", "undefined", "shift", "evaluation", "versions")  # columns that hold JSON
+_DIGITS = 7  # significant ones of a number in a CSV
+
+
+def write_csv(results: list[Result], path, merge: bool = True) -> Path:
+    """Write results as a CSV table, whole or not at all: a row each; `read_csv` gives all back but their records.
+
+    Metrics are columns of their own names, intervals `<metric>_low` and `<metric>_high`, costs `cost_<key>`, dicts
+    JSON. Rows are sorted, so that the same results give the same file.
+
+    Args:
+        results: of any datasets, splits and seeds.
+        path: of the file.
+        merge: keep the rows that the file has of other methods, settings and seeds: so a grid that runs in parts, on
+            other days, ends in one table. A row of the same ones is replaced.
+
+    Raises:
+        ValueError: a file there that is no such table.
+    """
+    path, rows = Path(path), {}
+    for result in [*(read_csv(path) if merge and path.exists() else ()), *results]:
+        rows[_identity(result)] = result
+    metrics = [key for key in METRICS if any(key in result.metrics for result in rows.values())]
+    costs = [key for key in COSTS if any(key in result.cost for result in rows.values())]
+    fields = [f for f in _KINDS if f not in (*_JSON, "metrics", "intervals", "cost")]
+    columns = [*fields, *(f"{key}{end}" for key in metrics for end in ("", "_low", "_high"))]
+    columns += [*(f"cost_{key}" for key in costs), *_JSON]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for _, result in sorted(rows.items()):
+        content = _plain(result)
+        row = {field: content[field] for field in fields}
+        row |= {f"cost_{key}": value for key, value in result.cost.items()} | dict(result.metrics)
+        for key, (low, high) in result.intervals.items():
+            row |= {f"{key}_low": low, f"{key}_high": high}
+        row = {key: f"{value:.{_DIGITS}g}" if isinstance(value, float) else value for key, value in row.items()}
+        row |= {key: json.dumps(content[key], sort_keys=True) for key in _JSON}
+        writer.writerow(row)
+    training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    return path
+
+
+def read_csv(path) -> list[Result]:
+    """The results of a table that `write_csv` wrote; each is checked as those of `read` are, and has no folder.
+
+    Raises:
+        ValueError: not such a table, or a row that is no result: the message names its line.
+        FileNotFoundError: no such file.
+    """
+    path, found = Path(path), []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a CSV table of results in {path}. Received: {error}. Make it anew.") from None
+    for number, line in enumerate(lines, start=2):
+        where = f"line {number} of {path}"
+        try:
+            content = {key: json.loads(line[key]) for key in _JSON}
+            content |= {key: _parsed(line[key], kind) for key, kind in _KINDS.items() if kind != "a dict"}
+            content["metrics"] = {key: float(line[key]) for key in METRICS if line.get(key)}
+            content["intervals"] = {
+                key: [float(line[f"{key}_low"]), float(line[f"{key}_high"])]
+                for key in METRICS
+                if line.get(f"{key}_low")
+            }
+            costs = ((key, line.get(f"cost_{key}")) for key in COSTS)
+            content["cost"] = {key: float(value) if value else None for key, value in costs if value is not None}
+            if not any(value is not None for value in content["cost"].values()):
+                content["cost"] = {}
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"Expected a result in {where}. Received: {type(error).__name__}: {error}. Make it anew."
+            ) from None
+        if content["format"] != FORMAT:
+            raise _OtherFormat(f"Expected format {FORMAT} in {where}. Received: {content['format']!r}. {_TO_READ}")
+        _check(content, where, _TO_READ)
+        found.append(Result(**content))
+    return found
+
+
+def _parsed(text, kind):
+    if "text" in kind:
+        return None if text == "" and "none" in kind else text
+    if text == "":
+        return None
+    return int(text) if "integer" in kind else float(text)
+
+
+def _identity(result) -> str:
+    """What tells a result from others: all that was asked for, not what came of it, nor when."""
+    content = {key: value for key, value in _plain(result).items() if key not in _OF_A_SEED - {"seed"}}
+    content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "weights"}
+    first = (content.pop(key) for key in ("dataset", "split", "recipe", "network", "method"))
+    rate, seed = content.pop("r_bayes"), content.pop("seed")
+    order = (-1.0 if rate is None else rate, -1 if seed is None else seed)
+    return json.dumps([*first, *order, content], sort_keys=True)
+
+
 _TO_READ = "Delete it: it is made anew."
 _TO_WRITE = "A value that is not known is left out, with its reason in undefined."
 
 # Field -> what it has to be.
 _KINDS = {
-    **dict.fromkeys(("dataset", "task", "method", "title", "recipe", "network", "normalisation"), "text"),
+    **dict.fromkeys(("dataset", "task", "method", "title", "recipe", "network", "normalisation", "split"), "text"),
     **dict.fromkeys(("size", "num_train", "num_val", "num_test", "format"), "an integer >= 1"),
     **dict.fromkeys(("limit", "num_groups", "num_samples"), "an integer >= 1, or none"),
     "seed": "an integer >= 0, or none",
@@ -410,6 +520,8 @@ def _check(content, where, advice):
     for key, kind in _KINDS.items():
         if not _TESTS[kind](content[key]):
             refuse(kind, key, content[key])
+    if content["split"] not in ("test", "val"):
+        refuse('"test" or "val"', "split", content["split"])
     if content["task"] not in TASKS:
         refuse(f"one of {TASKS}", "task", content["task"])
     metrics, undefined = content["metrics"], content["undefined"]
@@ -889,7 +1001,8 @@ def _origin(rows, intervals):
 
     first = results[0]
     patients = all_of("num_groups")
-    parts = [f"{first.dataset}: {all_of('num_test')} test images" + (f" of {patients} patients" * bool(patients))]
+    number, name = ("num_test", "test") if first.split == "test" else ("num_val", "validation")
+    parts = [f"{first.dataset}: {all_of(number)} {name} images" + (f" of {patients} patients" * bool(patients))]
     if seeds := all_of("seed"):
         parts.append(f"seed{'s' * (', ' in seeds)} {seeds}")
     parts += [f"recipe {all_of('recipe')}", f"network {all_of('network')}"]

@@ -67,6 +67,7 @@ __all__ = [
     "check_r_bayes",
     "eligible_weights",
     "named_weights",
+    "one_per_channel",
     "overlap",
     "saliency",
     "saliency_against_cost",
@@ -1009,6 +1010,30 @@ def _channels(scores, weights, k):
     return [masks[key] for key in scores]
 
 
+def one_per_channel(scores: Mapping, model) -> Masks:
+    """Masks of the most salient entry of each output channel of each kernel: the sparsest that leaves no channel out.
+
+    Args:
+        scores: key -> array, from `saliency`; of biases and other weights of one axis nothing is chosen.
+        model: the network of the scores.
+
+    Raises:
+        ValueError: no or another model.
+    """
+    weights, masks = _weights_of(scores, model), {}
+    for key, values in scores.items():
+        masks[key] = mask = np.zeros(values.shape, bool)
+        if values.ndim > 1:
+            axes = _channel_axes(weights[key])
+            count = int(np.prod([values.shape[a] for a in axes]))
+            rows = _by_channel(values, axes, count)
+            best = np.arange(rows.shape[1]) == rows.argmax(axis=1)[:, None]
+            moved = np.moveaxis(mask, axes, range(len(axes)))  # a view of the mask
+            moved[...] = best.reshape(moved.shape)
+    return Masks(masks)
+
+
+# %%
 def _by_channel(values, axes, count, write=None):
     """(channels, entries of each); with `write` each channel's entries are set."""
     moved = np.moveaxis(values, axes, range(len(axes)))

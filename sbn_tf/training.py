@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow_probability as tfp
 from keras import ops
 from tqdm import tqdm
 
@@ -29,22 +31,25 @@ from sbn_tf import models
 from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.layers import masked_layers
-from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, settle_batch_norm, to_partial_bayes
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
-from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency, top_k
+from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, one_per_channel, saliency, top_k
 
 __all__ = [
     "Checkpoint",
     "Run",
     "StopAtNaN",
+    "choose_masks",
     "continued_run",
     "deterministic_run",
+    "empirical_fisher",
     "ensemble_runs",
     "fit",
     "masks_run",
     "member_seed",
     "partial_run",
     "scores_run",
+    "write_atomically",
     "write_json",
 ]
 
@@ -207,7 +212,7 @@ class Checkpoint(keras.callbacks.Callback):
         extra = {"epochs": epochs, "history": json.dumps(self.history), "ended": self.ended}
         if self.best is not None:
             extra |= {"best_epoch": self.best[0], **{f"best{i}": w for i, w in enumerate(self.best[1])}}
-        _atomically(self.path, lambda file: np.savez(file, **arrays, **extra))
+        write_atomically(self.path, lambda file: np.savez(file, **arrays, **extra))
 
 
 class _Progress(keras.callbacks.Callback):
@@ -443,8 +448,28 @@ def _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose):
 
 
 def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=True) -> Masks:
-    """Step 2: masks of the top `r_bayes` of the weights, by `scores_run`."""
-    return top_k(scores_run(step1, data, recipe, verbose=verbose), r_bayes)
+    """Step 2: masks of the top `r_bayes` of the weights that may be Bayesian, by the recipe's score and scope."""
+    return choose_masks(step1.model, scores_run(step1, data, recipe, verbose=verbose), recipe, r_bayes)
+
+
+def choose_masks(model, scores, recipe: Recipe, r_bayes: float) -> Masks:
+    """Masks by the recipe's `eligible`, `scope` and `fan_out` from any scores of a model's weights.
+
+    Under `eligible="kernels"` or `"biases"` the share `r_bayes` is of these alone.
+
+    Raises:
+        ValueError: what `top_k` refuses, or no weight that is eligible.
+    """
+    if recipe.eligible != "all":
+        is_bias = recipe.eligible == "biases"
+        kept = {key: values for key, values in scores.items() if key.endswith("bias") == is_bias}
+        if not kept:
+            raise ValueError(f"Expected {recipe.eligible} among the weights. Received: {', '.join(scores)}")
+        scores = kept
+    if recipe.scope == "one_per_channel":
+        return one_per_channel(scores, model)
+    graph = recipe.scope == "channel" or recipe.fan_out is not None
+    return top_k(scores, r_bayes, scope=recipe.scope, model=model if graph else None, cost_aware=recipe.fan_out)
 
 
 def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, np.ndarray]:
@@ -459,11 +484,34 @@ def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, n
     else:
         stream = data.train.batches(recipe.batch_size, seed=0)
         scores = saliency(step1.model, stream, loss_for(recipe, data), score=recipe.score, verbose=verbose)
-        _atomically(path, lambda file: np.savez(file, **scores))
+        write_atomically(path, lambda file: np.savez(file, **scores))
     if recipe.batch_norm != "frozen":
         idle = biases_before_batch_norm(step1.model)
         scores = {key: values for key, values in scores.items() if key not in idle}
     return scores
+
+
+def empirical_fisher(scores, score: str, *, terms: int, num_examples: int, batch_size: int) -> dict[str, np.ndarray]:
+    """Mean over examples of the squared gradient of one example's negative log-likelihood, from a saliency score.
+
+    "per_example" is the mean of squared gradients of a loss that is itself a mean over `terms`: times `terms^2` it is
+    exact. "fisher" squares the gradient of a batch's mean. Where examples are independent and their gradients average
+    to zero, as near an optimum, that square is in expectation the batch's size times smaller: times the mean size it is
+    an approximation, from one pass. Away from an optimum it is too large.
+
+    Args:
+        scores: key -> array, from `saliency`.
+        score: "per_example" or "fisher".
+        terms: of one example, over which the loss averages; see `partial_bayes.loss_terms`.
+        num_examples, batch_size: of the saliency pass.
+
+    Raises:
+        ValueError: another score, of which no Fisher information can be made.
+    """
+    if score not in ("per_example", "fisher"):
+        raise ValueError(f'Expected score "per_example" or "fisher". Received: score={score!r}')
+    size = 1.0 if score == "per_example" else num_examples / math.ceil(num_examples / batch_size)
+    return {key: values.astype("float64") * terms**2 * size for key, values in scores.items()}
 
 
 def partial_run(
@@ -499,7 +547,9 @@ def partial_run(
     seed = _check_seed(seed)
     if locs not in ("trained", "normal"):
         raise ValueError(f'Expected locs "trained" or "normal". Received: locs={locs!r}')
-    settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f != "keep"}
+    # How the masks were chosen is in their digest.
+    settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f not in ("keep", *_OF_MASKS, *_ADDED)}
+    settings |= {f: getattr(recipe, f) for f in _ADDED if getattr(recipe, f) != getattr(Recipe, f)}
     settings |= {"step1": step1.folder.name, "masks": masks.digest(), **_keep_settings(recipe)}
     settings |= {**_data_settings(data, limit), "seed": seed} | ({"locs": locs} if locs != "trained" else {})
     method = f"partial_r{masks.r_bayes:.2g}" if method is None else _check_method(method)
@@ -518,11 +568,15 @@ def partial_run(
         estimator=recipe.estimator,
         initial_scale=0.01 if recipe.initial_scale is None else recipe.initial_scale,
         untransformed_scale_initializer=rho,
+        prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
         batch_norm=recipe.batch_norm,
         seed=seed,
     )
     if locs == "normal":
         _draw_locs(model.network, seed)
+    if recipe.scale_start != "absolute":
+        _start_scales(model, masks, step1, data, recipe, verbose)
+    held = [] if recipe.trains == "all" else [_Held(model, masks if recipe.trains == "bayesian" else {})]
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
     scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
     model.compile(LocScaleOptimizer(_optimizer(_gentle(recipe), steps), scales), loss_for(recipe, data))
@@ -531,9 +585,53 @@ def partial_run(
     masks_path.parent.mkdir(parents=True, exist_ok=True)
     masks.save(masks_path)
     _fit_and_save(
-        model, data, recipe, recipe.bayes_epochs, seed, folder, settings, callbacks=[schedule], verbose=verbose
+        model, data, recipe, recipe.bayes_epochs, seed, folder, settings, callbacks=[schedule, *held], verbose=verbose
     )
     return _finished(folder, masks)
+
+
+LEAST_LOC = 1e-3  # a loc of 0 has a scale, too
+_OF_MASKS = ("scope", "fan_out", "eligible")
+_ADDED = ("scale_start", "prior_scale", "trains")  # named where they are not the default, as `keep` is
+
+
+def _start_scales(model, masks, step1, data, recipe, verbose):
+    """Start each scale at a multiple of its loc, or of the width that the curvature gives it."""
+    weights = named_weights(model.network)
+    if recipe.scale_start == "fisher":
+        exact = recipe if recipe.score == "per_example" else dataclasses.replace(recipe, score="fisher")
+        fisher = empirical_fisher(
+            scores_run(step1, data, exact, verbose=verbose),
+            exact.score,
+            terms=loss_terms(loss_for(recipe, data), step1.model.output_shape),
+            num_examples=data.train.num_examples,
+            batch_size=recipe.batch_size,
+        )
+    for key, mask in masks.items():
+        if not mask.any():
+            continue
+        if recipe.scale_start == "fisher":
+            start = (data.train.num_examples * fisher[key][mask] + 1.0) ** -0.5
+        else:
+            start = np.maximum(np.abs(ops.convert_to_numpy(weights[key].variable))[mask], LEAST_LOC)
+        rho = tfp.math.softplus_inverse(recipe.initial_scale * start).numpy()
+        weights[f"{key}_posterior_untransformed_scale"].variable.assign(rho.astype("float32"))
+
+
+class _Held(keras.callbacks.Callback):
+    """Puts back, after each batch, every loc that is not to be trained: exact, as each entry has its own slots."""
+
+    def __init__(self, model, masks):
+        super().__init__()
+        self.held = [
+            (weight.variable, ops.convert_to_tensor(ops.copy(weight.variable.value)), masks.get(key))
+            for key, weight in named_weights(model.network).items()
+            if weight.variable.trainable and not key.endswith("_posterior_untransformed_scale")
+        ]
+
+    def on_train_batch_end(self, batch, logs=None):
+        for variable, start, mask in self.held:
+            variable.assign(start if mask is None else ops.where(mask, variable, start))
 
 
 def _draw_locs(network, seed):
@@ -641,7 +739,7 @@ class _Snapshots(keras.callbacks.Callback):
         if epoch + 1 in self.ends and not self.model.stop_training:
             arrays = {f"w{i}": w for i, w in enumerate(self.model.get_weights())}
             path = _snapshot_path(self.folder, self.ends.index(epoch + 1))
-            _atomically(path, lambda file: np.savez(file, **arrays))
+            write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def _snapshot_path(folder, cycle):
@@ -701,14 +799,13 @@ def _check_seed(seed) -> int:
 def write_json(path, content: dict) -> None:
     """Write JSON with the versions and the commit that made it, whole or not at all."""
     import tensorflow as tf
-    import tensorflow_probability as tfp
 
     import sbn_tf
 
     versions = {"sbn_tf": sbn_tf.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
     versions["tensorflow_probability"] = tfp.__version__
     text = json.dumps({**content, "versions": versions, "commit": _commit()}, indent=1)
-    _atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _commit() -> str | None:
@@ -761,7 +858,7 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
         verbose=verbose,
     )
     write_json(folder / "config.json", {"settings": settings, "recipe": dataclasses.asdict(recipe)})
-    _atomically(folder / "history.json", lambda file: file.write(json.dumps(history).encode()))
+    write_atomically(folder / "history.json", lambda file: file.write(json.dumps(history).encode()))
     temporary = folder / f"saving{os.getpid()}.keras"
     try:
         model.save(temporary)
@@ -809,7 +906,7 @@ def _read_arrays(path):
         ) from None
 
 
-def _atomically(path, write):
+def write_atomically(path, write):
     """Call `write(file)` on a temporary file and put it in place only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

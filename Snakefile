@@ -1,0 +1,158 @@
+# The grid: datasets x folds x seeds x methods x r_bayes, each job a numbered notebook executed by papermill.
+#
+#   snakemake --profile profiles/smoke        # phantoms, minutes
+#   snakemake --profile profiles/small        # real data, small networks, hours on 2 cores
+#   snakemake --profile profiles/paper -n     # what it would run; python -m sbn_tf.grid estimate profiles/paper: what it takes
+#
+# Step 1 and the scores are made once for each dataset, fold and seed, and shared by every method and share of weights.
+# A notebook appears under its name only when it is whole: a job that was killed goes on from its last epoch, one that
+# failed leaves X.failed.ipynb behind and does not stop the others. `python -m sbn_tf.grid` says more.
+
+import logging
+import sys
+from pathlib import Path
+
+from sbn_tf import grid
+
+if "grid" not in config:
+    sys.exit("Expected a profile with a key `grid`. Received: none. Run snakemake --profile profiles/smoke.")
+try:
+    PLAN = grid.plan_of(config["grid"])
+    grid.check_folder(PLAN)
+except (ValueError, OSError) as error:
+    sys.exit(str(error))
+
+PROFILE = Path(workflow.configfiles[0]).as_posix()
+FOLDER = PLAN.folder.as_posix()
+JOBS = {f"{FOLDER}/{job.path}": job for job in grid.jobs(PLAN)}
+NEEDS = grid.estimates_for_scheduler(PLAN)  # {} unless the profile tells the device's speed
+UNIT = f"{FOLDER}/{{dataset}}/fold{{fold}}/seed{{seed}}"
+
+
+def of_job(kind, place):
+    """A resource from the estimates: memory in MB, or minutes."""
+    return lambda wildcards: NEEDS.get((wildcards.dataset, kind), {}).get(place, 0)
+
+
+def options(wildcards, percent=None, method=None):
+    """Papermill's parameters of a job."""
+    return grid.papermill_options(PLAN, wildcards.dataset, int(wildcards.fold), int(wildcards.seed), percent, method)
+
+
+# Papermill starts the notebook in nbs/; the environment keeps the threads of parallel jobs from fighting.
+EXECUTE = (
+    "export OMP_NUM_THREADS={threads} TF_NUM_INTRAOP_THREADS={threads} TF_NUM_INTEROP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3; "
+    "f={output}; rm -f ${{f%.ipynb}}.failed.ipynb; "
+    "if {sys.executable} -m papermill --cwd nbs --no-progress-bar NOTEBOOK ${{f%.ipynb}}.running.ipynb {params.options} "
+    "> {log} 2>&1; then mv ${{f%.ipynb}}.running.ipynb $f; "
+    "else mv ${{f%.ipynb}}.running.ipynb ${{f%.ipynb}}.failed.ipynb; tail -n 3 {log} >&2; exit 1; fi; "
+    "{sys.executable} sbn_tf/grid.py status {PROFILE} --cores {workflow.cores} | head -n 1  # as a file: without TensorFlow"
+)
+
+
+wildcard_constraints:
+    dataset="[^/]+",
+    fold="-?[0-9]+",
+    seed="[0-9]+",
+    percent="[0-9.e-]+",
+    method="(?!step1|saliency|partial_r[0-9])[a-z0-9_]+",
+
+
+localrules: all
+
+
+rule all:
+    input:
+        list(JOBS),
+
+
+rule step1:
+    output:
+        f"{UNIT}/step1.ipynb",
+    params:
+        options=lambda wildcards: options(wildcards),
+    threads: PLAN.threads
+    resources:
+        mem_mb=of_job("step1", "mem_mb"),
+        runtime=of_job("step1", "runtime"),
+    priority: 10
+    log:
+        f"{UNIT}/step1.log",
+    benchmark:
+        f"{UNIT}/step1.tsv"
+    shell:
+        EXECUTE.replace("NOTEBOOK", "nbs/01_deterministic.ipynb")
+
+
+rule saliency:
+    input:
+        f"{UNIT}/step1.ipynb",
+    output:
+        f"{UNIT}/saliency.ipynb",
+    params:
+        options=lambda wildcards: options(wildcards),
+    threads: PLAN.threads
+    resources:
+        mem_mb=of_job("saliency", "mem_mb"),
+        runtime=of_job("saliency", "runtime"),
+    priority: 9
+    log:
+        f"{UNIT}/saliency.log",
+    benchmark:
+        f"{UNIT}/saliency.tsv"
+    shell:
+        EXECUTE.replace("NOTEBOOK", "nbs/02_saliency.ipynb")
+
+
+rule partial:
+    input:
+        f"{UNIT}/saliency.ipynb",
+    output:
+        f"{UNIT}/partial_r{{percent}}.ipynb",
+    params:
+        options=lambda wildcards: options(wildcards, percent=float(wildcards.percent), method="partial"),
+    threads: PLAN.threads
+    resources:
+        mem_mb=of_job("partial", "mem_mb"),
+        runtime=of_job("partial", "runtime"),
+    log:
+        f"{UNIT}/partial_r{{percent}}.log",
+    benchmark:
+        f"{UNIT}/partial_r{{percent}}.tsv"
+    shell:
+        EXECUTE.replace("NOTEBOOK", "nbs/04_baselines.ipynb")
+
+
+def before_baseline(wildcards):
+    """Scores for all; the longer ensemble continues the members of the ensemble."""
+    unit = UNIT.format(**wildcards)
+    first = f"{unit}/ensemble.ipynb"
+    waits = wildcards.method == "ensemble_longer" and first in JOBS
+    return [f"{unit}/saliency.ipynb", *([first] if waits else [])]
+
+
+rule baseline:
+    input:
+        before_baseline,
+    output:
+        f"{UNIT}/{{method}}.ipynb",
+    params:
+        options=lambda wildcards: options(wildcards, percent=1.0, method=wildcards.method),
+    threads: PLAN.threads
+    resources:
+        mem_mb=of_job("baseline", "mem_mb"),
+        runtime=of_job("baseline", "runtime"),
+    log:
+        f"{UNIT}/{{method}}.log",
+    benchmark:
+        f"{UNIT}/{{method}}.tsv"
+    shell:
+        EXECUTE.replace("NOTEBOOK", "nbs/04_baselines.ipynb")
+
+
+onsuccess:
+    shell("{sys.executable} -m sbn_tf.grid finish {PROFILE}")
+
+
+onerror:
+    shell("{sys.executable} -m sbn_tf.grid finish {PROFILE}")
