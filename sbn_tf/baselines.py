@@ -590,6 +590,40 @@ class PartialLate(Partial):
         return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
+class Particles(Partial):
+    """A sparse ensemble: networks that differ in the salient weights alone, each trained on its part of each batch."""
+
+    name, title = "particles", "sparse ensemble: particles on the salient weights"
+    gaussian = False
+
+    def _train(self, data):
+        self._train_step1(data)
+        self.masks = self._choose_masks(data)
+        run = training.particles_run(
+            self.step1, self.masks, data, self.recipe, method=self.name, gaussian=self.gaussian, **self._options()
+        )
+        self.trained, self.folder = [self.step1, run], run.folder
+        self._hold(run.model)
+
+    def _count_samples(self, num_samples):
+        return self.recipe.num_samples
+
+    def _samples(self, images):
+        for state, start in self._noise:
+            state.assign(start)
+        return self.model.predict_samples(images)
+
+    def _sample_flops(self, batch):
+        return costs.prediction_flops(self.model, batch) / self.num_samples
+
+
+class Mixture(Particles):
+    """As many Gaussians as samples at each salient weight, of equal weight, one draw of each in a prediction."""
+
+    name, title = "mixture", "mixture of Gaussians on the salient weights"
+    gaussian = True
+
+
 class _WholeLayers(PartialRandom):
     """All weights of some layers are Bayesian.
 
@@ -767,6 +801,8 @@ _CLASSES = (
     PartialMagnitude,
     PartialChannel,
     PartialLate,
+    Particles,
+    Mixture,
     FirstLayer,
     LastLayer,
     FirstLast,

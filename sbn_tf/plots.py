@@ -1,8 +1,9 @@
 """Pictures: functions that take axes and arrays, and return the axes.
 
 Nothing here shows or saves a figure, and nothing touches a style that is not its own. Functions with an `ax`
-argument draw into it and return it; the panels (`plot_segmentation`, `plot_sample_masks`, `plot_classification`,
-`plot_wall`) make a figure and return its array of axes. Images are grey or RGB, uncertainty is in nats on viridis.
+argument draw into it and return it; the panels (`plot_segmentation`, `plot_comparison`, `plot_sample_masks`,
+`plot_classification`, `plot_wall`) make a figure and return its array of axes. Images are grey or RGB, uncertainty is
+in nats on viridis.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from sbn_tf import metrics
 from sbn_tf.metrics import majority_mask, uncertainty
@@ -22,6 +23,7 @@ from sbn_tf.metrics import majority_mask, uncertainty
 __all__ = [
     "format_table",
     "plot_classification",
+    "plot_comparison",
     "plot_cost",
     "plot_history",
     "plot_intervals",
@@ -34,6 +36,7 @@ __all__ = [
     "plot_scales",
     "plot_scores",
     "plot_segmentation",
+    "plot_sweep",
     "plot_wall",
     "short_name",
 ]
@@ -667,14 +670,7 @@ def plot_segmentation(
         if num_raters > 1:
             variance = truths[row][..., valid[row]].astype("float64").var(-1)
             coloured["disagreement"] = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
-        overlay = np.zeros((*predicted.shape[1:], 4))
-        for colour, where in (
-            (TRUE_POSITIVE, predicted[row] & majority[row]),
-            (FALSE_POSITIVE, predicted[row] & ~majority[row]),
-            (FALSE_NEGATIVE, ~predicted[row] & majority[row]),
-        ):
-            overlay[where] = (*to_rgb(colour), 0.6)
-        columns["prediction"].imshow(overlay)
+        _overlay(columns["prediction"], predicted[row], majority[row])
         for (key, _), title in zip(maps, titles[-2:], strict=True):
             high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information: not its rounding
             coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high)
@@ -693,13 +689,133 @@ def plot_segmentation(
         bar.locator = MaxNLocator(3)
         bar.set_label(names[title], fontsize="small")
         bar.ax.tick_params(labelsize="small")
-    handles = [
+    figure.legend(handles=_hit_handles(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    return axes
+
+
+def plot_comparison(
+    images: np.ndarray,
+    truths: np.ndarray,
+    probs: dict[str, np.ndarray],
+    rater_valid: np.ndarray | None = None,
+    panel_inches: float = 1.45,
+) -> np.ndarray:
+    """The paper's Figure 3: a row for each image; image, raters, then of each method its mask and its entropy.
+
+    Masks are the mean prediction cut at 0.5 against the raters' majority: true positives green, false positives blue,
+    false negatives red. Entropy has one scale for all rows and methods.
+
+    Args:
+        images: (batch, height, width, 1 or 3), any range: each is stretched.
+        truths: (batch, height, width) or (batch, height, width, raters), 0 or 1.
+        probs: method -> (samples, batch, height, width), probabilities of foreground; None: that method is missing.
+        rater_valid: (batch, raters) bool; None if all are.
+        panel_inches: side of a panel.
+
+    Returns:
+        (rows, 2 + 2 * methods) array of axes of a new figure.
+
+    Reference: Abboud, Lombaert and Kadoury 2024, Figure 3.
+    """
+    images, truths = np.asarray(images), np.asarray(truths)
+    truths = truths[..., None] if truths.ndim == 3 else truths
+    valid = np.ones((len(images), truths.shape[-1]), bool) if rater_valid is None else np.asarray(rater_valid, bool)
+    majority = majority_mask(truths, valid)
+    parts = {name: uncertainty(np.asarray(one)) for name, one in probs.items() if one is not None}
+    high = max([0.01, *(float(part["entropy"].max()) for part in parts.values())])
+    columns = 2 + 2 * len(probs)
+    figure, axes = plt.subplots(
+        len(images),
+        columns,
+        figsize=(panel_inches * columns, panel_inches * len(images) + 0.8),
+        squeeze=False,
+        layout="constrained",
+    )
+    titles = ["image", "raters" if truths.shape[-1] > 1 else "truth"]
+    titles += [text for name in probs for text in (name, "its entropy")]
+    picture = None
+    for row, (image, line) in enumerate(zip(images, axes, strict=True)):
+        for ax in line[:2]:
+            _show(ax, image)
+        for rater in np.flatnonzero(valid[row]):
+            _contour(line[1], truths[row, ..., rater] > 0.5, RATERS[rater % len(RATERS)], linewidths=1.2)
+        for (mask_ax, entropy_ax), name in zip(line[2:].reshape(-1, 2), probs, strict=True):
+            if name not in parts:
+                for ax in (mask_ax, entropy_ax):
+                    ax.text(0.5, 0.5, "missing", ha="center", va="center", transform=ax.transAxes)
+                continue
+            _show(mask_ax, image)
+            _overlay(mask_ax, parts[name]["mean_probs"][row] > 0.5, majority[row])
+            picture = entropy_ax.imshow(parts[name]["entropy"][row], "viridis", vmin=0, vmax=high)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize="small")
+    if picture is not None:
+        bar = figure.colorbar(picture, ax=axes[:, -1].tolist(), location="right", shrink=0.8, pad=0.02)
+        bar.set_label("predictive entropy (nats)", fontsize="small")
+        bar.ax.tick_params(labelsize="small")
+    figure.legend(handles=_hit_handles(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    return axes
+
+
+def _overlay(ax, predicted, majority):
+    """Hits, false alarms and misses over an image."""
+    overlay = np.zeros((*predicted.shape, 4))
+    for colour, where in (
+        (TRUE_POSITIVE, predicted & majority),
+        (FALSE_POSITIVE, predicted & ~majority),
+        (FALSE_NEGATIVE, ~predicted & majority),
+    ):
+        overlay[where] = (*to_rgb(colour), 0.6)
+    ax.imshow(overlay)
+
+
+def _hit_handles():
+    return [
         Patch(color=TRUE_POSITIVE, alpha=0.6, label="true positive"),
         Patch(color=FALSE_POSITIVE, alpha=0.6, label="false positive"),
         Patch(color=FALSE_NEGATIVE, alpha=0.6, label="false negative"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
-    return axes
+
+
+def plot_sweep(ax: Axes, sweep: dict[float, list[float]], lines: dict[str, list[float]], label: str = "") -> Axes:
+    """A metric against the share of Bayesian weights: median and quartile band over trainings; rivals as lines.
+
+    Args:
+        ax: where to draw.
+        sweep: r_bayes, 0..1 and above 0 -> one value a training.
+        lines: rival -> its values: a horizontal line at their median.
+        label: of the metric.
+
+    Returns:
+        `ax`; its x-axis is logarithmic, in %.
+
+    Reference: Abboud, Lombaert and Kadoury 2024, Figure 4.
+    """
+    if sweep:
+        shares = 100 * np.array(list(sweep))
+        low, median, high = (np.array([np.quantile(v, q) for v in sweep.values()]) for q in (0.25, 0.5, 0.75))
+        ax.fill_between(shares, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        ax.plot(shares, median, "o-", color=BLUE, markersize=4, label="partial")
+        ax.set_xscale("log")
+        ax.set_xticks([share for share in (0.01, 0.1, 1, 10, 100) if shares[0] <= share <= shares[-1]])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        ax.text(0.5, 0.5, "missing", ha="center", va="center", transform=ax.transAxes)
+    colours = _colours(len(lines) + 1)[1:]
+    styles = ("--", ":", "-.", (0, (5, 1)))
+    for number, (name, numbers) in enumerate(lines.items()):
+        if len(numbers):
+            style = styles[number % len(styles)]
+            ax.axhline(np.median(numbers), color=colours[number], linestyle=style, linewidth=1.3, label=name)
+        else:
+            ax.plot([], [], " ", label=f"{name}: missing")
+    ax.set_xlabel("Bayesian weights (%)")
+    ax.set_ylabel(label)
+    return _plain(ax)
 
 
 def plot_sample_masks(

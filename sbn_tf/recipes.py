@@ -193,6 +193,8 @@ RECIPES = {
         decay="cosine",
         scale_optimizer="adam",
         estimator="split",
+        scale_start="relative",
+        initial_scale=0.1,
         keep="best",
     ),
 }

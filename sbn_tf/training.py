@@ -32,6 +32,7 @@ from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
+from sbn_tf.particles import to_particles
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, one_per_channel, saliency, top_k
 
@@ -48,6 +49,7 @@ __all__ = [
     "masks_run",
     "member_seed",
     "partial_run",
+    "particles_run",
     "scores_run",
     "write_atomically",
     "write_json",
@@ -632,6 +634,64 @@ class _Held(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         for variable, start, mask in self.held:
             variable.assign(start if mask is None else ops.where(mask, variable, start))
+
+
+def particles_run(
+    step1: Run,
+    masks: Masks,
+    data,
+    recipe: Recipe,
+    *,
+    seed=0,
+    method: str = "particles",
+    gaussian: bool = False,
+    runs=None,
+    limit=None,
+    verbose=True,
+) -> Run:
+    """Step 3 with another posterior on the same masks: `num_samples` particles, or Gaussians about them.
+
+    Each particle sees its part of a batch, as under the estimator "split"; batch norm is frozen. Offsets start as the
+    recipe's scales do, relative to the locs.
+
+    Args:
+        step1, masks, data, recipe, seed, runs, limit, verbose: as in `partial_run`.
+        method: name of the folder.
+        gaussian: whether the particles are Gaussians: a mixture.
+
+    Raises:
+        ValueError: as `partial_run`, or a recipe whose scales do not start "relative".
+    """
+    seed, method = _check_seed(seed), _check_method(method)
+    if recipe.scale_start != "relative":
+        raise ValueError(
+            f'Expected scale_start="relative": particles start so. Received: scale_start={recipe.scale_start!r}'
+        )
+    fields = ("optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights", "augment")
+    fields += ("batch_size", "scale_optimizer", "scale_learning_rate", "num_samples", "initial_scale", "beta_start")
+    gentle = _gentle(recipe)
+    settings = {f: getattr(gentle, f) for f in fields} | {"epochs": recipe.bayes_epochs, "gaussian": gaussian}
+    settings |= {"step1": step1.folder.name, "masks": masks.digest(), "seed": seed}
+    settings |= {**_data_settings(data, limit), **_keep_settings(recipe)}
+    folder = run_folder(runs, data.card.name, method, seed, settings)
+    if (folder / "model.keras").exists():
+        return _finished(folder, masks, tell=True)
+    keras.utils.set_random_seed(seed)
+    terms = loss_terms(loss_for(recipe, data), step1.model.output_shape)
+    model = to_particles(
+        step1.model,
+        masks,
+        num_particles=recipe.num_samples,
+        initial_scale=recipe.initial_scale,
+        gaussian=gaussian,
+        kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,
+        seed=seed,
+    )
+    steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
+    scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
+    model.compile(LocScaleOptimizer(_optimizer(gentle, steps), scales), loss_for(recipe, data))
+    _fit_and_save(model, data, recipe, recipe.bayes_epochs, seed, folder, settings, verbose=verbose)
+    return _finished(folder, masks)
 
 
 def _draw_locs(network, seed):

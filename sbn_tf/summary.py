@@ -1,0 +1,182 @@
+"""Many results in few numbers: the paper's Table 1 and its sweep over r_bayes, with what is missing shown as missing.
+
+A *unit* is one training: a seed, of one fold. Spread is over units, and says nothing about other test images;
+`results.table` has intervals over these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.plots import format_table
+from sbn_tf.results import COSTS, METRICS, Result
+
+__all__ = [
+    "TABLE_1",
+    "Line",
+    "cells",
+    "correct_keys",
+    "differences",
+    "differences_table",
+    "paper_keys",
+    "summary_table",
+    "sweep",
+    "values",
+]
+
+MISSING = "missing"
+
+
+class Line(NamedTuple):
+    """A line of a summary: a method of `baselines.METHODS`, and its share of Bayesian weights, 0..1, if it has one."""
+
+    method: str
+    r_bayes: float | None = None
+
+
+# The paper's rows, in its order.
+TABLE_1 = {
+    "Deterministic": Line("deterministic"),
+    "Ensemble": Line("ensemble"),
+    "Partial 1 %": Line("partial", 0.01),
+    "Partial 5 %": Line("partial", 0.05),
+    "Partial 20 %": Line("partial", 0.2),
+    "Bayesian": Line("partial", 1.0),
+}
+
+
+def _columns(task, num_raters, first, several, one, labels):
+    if task != SEGMENTATION:
+        return labels
+    return (*(several if num_raters > 1 else one), *first)
+
+
+def paper_keys(task: str, num_raters: int) -> tuple[str, ...]:
+    """The paper's three metrics of a dataset, as its code defines them."""
+    rest = ("paper_brier", "paper_entropy")
+    return _columns(task, num_raters, rest, ("paper_dice",), ("paper_iou",), ("paper_accuracy", *rest))
+
+
+def correct_keys(task: str, num_raters: int) -> tuple[str, ...]:
+    """Metrics that say what the paper's are meant to say."""
+    rest = ("nll", "brier", "ece", "error_auroc")
+    return _columns(task, num_raters, rest, ("dice", "ged"), ("iou",), ("auc", "average_precision", *rest))
+
+
+def values(found: list[Result], line: Line, key: str) -> dict[tuple, float]:
+    """(seed, fold) -> the value of a metric or cost, of the results of one dataset that a line names.
+
+    Raises:
+        ValueError: an unknown key, or results of several datasets or settings of one line, seed and fold.
+    """
+    if key not in METRICS and key not in COSTS:
+        raise ValueError(f"Expected a key of results.METRICS or COSTS. Received: {key!r}")
+    if len(names := {one.dataset for one in found}) > 1:
+        raise ValueError(f"Expected results of one dataset. Received: {sorted(names)}")
+    units = {}
+    for one in found:
+        if one.method != line.method or (line.r_bayes is not None and not _close(one.r_bayes, line.r_bayes)):
+            continue
+        unit = (one.seed, one.options.get("fold", -1))
+        if unit in units:
+            raise ValueError(
+                f"Expected one result of {line.method!r} for each seed and fold. Received: two of seed={unit[0]}, "
+                f"fold={unit[1]}: choose one recipe, split and set of options first."
+            )
+        units[unit] = one.metrics.get(key, one.cost.get(key))
+    return {unit: value for unit, value in units.items() if value is not None}
+
+
+def _close(rate, wanted):
+    return rate is not None and abs(rate - wanted) <= 1e-9 + 1e-6 * wanted
+
+
+def cells(found: list[Result], lines: dict[str, Line], keys, digits: int = 3) -> dict[str, dict[str, str]]:
+    """Label -> key -> "mean +- sd", of one unit the value alone; "(n=2)" where it has fewer units than the most.
+
+    What was not run is "missing"; what is undefined in all runs is "-".
+    """
+    rows = {label: {key: values(found, line, key) for key in keys} for label, line in lines.items()}
+    most = max((len(units) for row in rows.values() for units in row.values()), default=0)
+    shown = {}
+    for label, row in rows.items():
+        ran = any(one.method == lines[label].method and _of_rate(one, lines[label]) for one in found)
+        shown[label] = {key: _cell(list(units.values()), ran, most, digits) for key, units in row.items()}
+    return shown
+
+
+def _of_rate(one, line):
+    return line.r_bayes is None or _close(one.r_bayes, line.r_bayes)
+
+
+def _cell(numbers, ran, most, digits):
+    if not numbers:
+        return "-" if ran else MISSING
+    text = f"{np.mean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" +- {np.std(numbers, ddof=1):.{digits}f}"
+    return text + f" (n={len(numbers)})" * (1 < len(numbers) < most or (len(numbers) == 1 < most))
+
+
+def summary_table(by_dataset: dict[str, list[Result]], lines: dict[str, Line], keys: dict, digits: int = 3) -> str:
+    """A Markdown table over several datasets: a row for each line, columns `dataset: key`.
+
+    Args:
+        by_dataset: name -> its results; an empty list: nothing was run, all of its cells are "missing".
+        lines: label -> line.
+        keys: name -> keys of that dataset.
+        digits: after the decimal point.
+    """
+    rows = {label: {} for label in lines}
+    for name, found in by_dataset.items():
+        for label, row in cells(found, lines, keys[name], digits).items():
+            rows[label] |= {f"{name}: {key}": text for key, text in row.items()}
+    columns = [f"{name}: {key}" for name in by_dataset for key in keys[name]]
+    return format_table(rows, columns)
+
+
+def sweep(found: list[Result], key: str, method: str = "partial") -> dict[float, list[float]]:
+    """r_bayes -> the values of all units, of one dataset, from the smallest share to the largest."""
+    rates = sorted({one.r_bayes for one in found if one.method == method and one.r_bayes is not None})
+    shares = {rate: list(values(found, Line(method, rate), key).values()) for rate in rates}
+    return {rate: numbers for rate, numbers in shares.items() if numbers}
+
+
+def differences(found: list[Result], line: Line, rival: Line, key: str) -> dict | None:
+    """Paired difference of two lines over their common units: its mean, 95 % interval (Student's t) and number.
+
+    Returns:
+        {"difference", "low", "high", "n"}; the interval is NaN of fewer than two units; None where there is none.
+    """
+    from scipy import stats
+
+    ours, theirs = values(found, line, key), values(found, rival, key)
+    gaps = np.array([ours[unit] - theirs[unit] for unit in sorted(set(ours) & set(theirs), key=str)])
+    if not len(gaps):
+        return None
+    half = np.nan
+    if len(gaps) > 1:
+        half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
+    mean = float(gaps.mean())
+    return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(gaps)}
+
+
+def differences_table(found: list[Result], lines: dict[str, Line], rivals: dict[str, Line], key: str) -> str:
+    """Markdown: each line's metric less each rival's, over the same trainings; "*": 0 is outside its 95 % interval."""
+    rows = {}
+    for label, line in lines.items():
+        rows[label] = {}
+        for name, rival in rivals.items():
+            one = differences(found, line, rival, key)
+            if one is None:
+                rows[label][name] = MISSING
+            elif line == rival:
+                rows[label][name] = "-"
+            else:
+                star = "*" * (one["low"] > 0 or one["high"] < 0)
+                bounds = f"[{one['low']:+.4f}, {one['high']:+.4f}]{star}" if one["n"] > 1 else "(n=1)"
+                rows[label][name] = f"{one['difference']:+.4f} {bounds}"
+    return format_table(rows, list(rivals))
