@@ -18,6 +18,7 @@ if "grid" not in config:
     sys.exit("Expected a profile with a key `grid`. Received: none. Run snakemake --profile profiles/smoke.")
 try:
     PLAN = grid.plan_of(config["grid"])
+    grid.check_names(PLAN)
     grid.check_folder(PLAN)
 except (ValueError, OSError) as error:
     sys.exit(str(error))

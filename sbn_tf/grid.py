@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Status",
     "check_folder",
+    "check_names",
     "estimates",
     "estimates_for_scheduler",
     "gather",
@@ -265,6 +266,17 @@ def check_folder(plan: Plan) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_names(plan: Plan) -> None:
+    """Raise ValueError where the plan's recipe or a method is none. Not part of `plan_of`: it loads TensorFlow."""
+    from sbn_tf import baselines, recipes
+
+    if plan.recipe not in recipes.RECIPES:
+        raise ValueError(f"Expected a recipe among {', '.join(recipes.RECIPES)}. Received: {plan.recipe!r}")
+    asked = {method for data in plan.datasets for method in data.methods}
+    if unknown := sorted(asked - set(baselines.METHODS)):
+        raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}.\nReceived: {', '.join(unknown)}")
 
 
 # ---------------------------------------------------------------------------

@@ -33,8 +33,8 @@ class Particles(keras.Model):
         network: a deterministic network of its own; batch norm in it is frozen.
         index: weight's key -> flat positions of its masked entries, or their number, where a file fills them in.
         num_particles: M >= 1.
-        initial_scale: standard deviation of the offsets at the start, as a multiple of |loc|, at least of 1e-3;
-            and of the Gaussians.
+        initial_scale: standard deviation of the offsets at the start, and of the Gaussians.
+        relative: whether that is a multiple of |loc|, at least of 1e-3, or in the weights' unit.
         gaussian: whether the particles are Gaussians.
         kl_weight: of Gaussians; `1 / (num_train * terms)` for the ELBO, see `partial_bayes.loss_terms`.
         seed: of the offsets and of the noise.
@@ -47,6 +47,7 @@ class Particles(keras.Model):
         *,
         num_particles: int = 5,
         initial_scale: float = 0.1,
+        relative: bool = True,
         gaussian: bool = False,
         kl_weight: float = 0.0,
         seed: int | None = None,
@@ -56,7 +57,8 @@ class Particles(keras.Model):
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"Expected num_particles, an integer >= 1. Received: num_particles={num_particles!r}")
         self.network, self.num_particles, self.gaussian = network, num_particles, bool(gaussian)
-        self.initial_scale, self.kl_weight, self.seed = float(initial_scale), float(kl_weight), seed
+        self.initial_scale, self.relative = float(initial_scale), bool(relative)
+        self.kl_weight, self.seed = float(kl_weight), seed
         places = {key: np.zeros(one) if isinstance(one, int) else np.asarray(one) for key, one in index.items()}
         self._sampler = None
         settle_batch_norm(network, "frozen")
@@ -71,7 +73,7 @@ class Particles(keras.Model):
             self.index[key] = self.add_weight(shape=(len(one),), name=f"{name}_index", **options)
             self.index[key].assign(one.astype("int64"))
             loc = np.abs(ops.convert_to_numpy(weights[key].variable).ravel()[one.astype("int64")])
-            start = self.initial_scale * np.maximum(loc, 1e-3)
+            start = self.initial_scale * (np.maximum(loc, 1e-3) if relative else np.ones_like(loc))
             self._offsets[key] = self.add_weight(shape=shape, name=f"{name}_offset")
             self._offsets[key].assign(start * rng.standard_normal(shape))
             if gaussian:
@@ -148,6 +150,7 @@ class Particles(keras.Model):
             "index": {key: int(places.shape[0]) for key, places in self.index.items()},
             "num_particles": self.num_particles,
             "initial_scale": self.initial_scale,
+            "relative": self.relative,
             "gaussian": self.gaussian,
             "kl_weight": self.kl_weight,
             "seed": self.seed,

@@ -25,6 +25,7 @@ __all__ = [
     "plot_classification",
     "plot_comparison",
     "plot_cost",
+    "plot_differences",
     "plot_history",
     "plot_intervals",
     "plot_masks_by_layer",
@@ -815,6 +816,32 @@ def plot_sweep(ax: Axes, sweep: dict[float, list[float]], lines: dict[str, list[
             ax.plot([], [], " ", label=f"{name}: missing")
     ax.set_xlabel("Bayesian weights (%)")
     ax.set_ylabel(label)
+    return _plain(ax)
+
+
+def plot_differences(ax: Axes, rows: dict[str, dict], rival: dict, label: str = "") -> Axes:
+    """How far each row's metric lies from a rival's, training by training: a dot each, and their mean as a bar.
+
+    Args:
+        ax: where to draw; the first row is on top.
+        rows: label -> {training: value}; a label without a training that the rival has is "missing".
+        rival: {training: value}.
+        label: of the x-axis.
+
+    Returns:
+        `ax`.
+    """
+    for place, values in enumerate(rows.values()):
+        gaps = [values[unit] - rival[unit] for unit in values if unit in rival]
+        if gaps:
+            ax.plot(gaps, [place] * len(gaps), "o", color=BLUE, alpha=0.6, markersize=4)
+            ax.plot([np.mean(gaps)] * 2, [place - 0.3, place + 0.3], color=ORANGE, linewidth=2)
+        else:
+            ax.text(0, place, " missing", va="center", fontsize="small", color="grey")
+    ax.axvline(0, color=GREY, linewidth=1, zorder=0)
+    ax.set_yticks(range(len(rows)), [short_name(name, 48) for name in rows], fontsize="small")
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
     return _plain(ax)
 
 

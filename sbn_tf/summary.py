@@ -17,10 +17,13 @@ from sbn_tf.results import COSTS, METRICS, Result
 __all__ = [
     "TABLE_1",
     "Line",
+    "by_unit",
     "cells",
     "correct_keys",
     "differences",
     "differences_table",
+    "labelled_table",
+    "paired",
     "paper_keys",
     "summary_table",
     "sweep",
@@ -90,6 +93,53 @@ def values(found: list[Result], line: Line, key: str) -> dict[tuple, float]:
     return {unit: value for unit, value in units.items() if value is not None}
 
 
+def by_unit(results_of_one: list[Result], key: str) -> dict[tuple, float]:
+    """(seed, fold) -> a metric or cost, of results that differ in seed and fold alone."""
+    units = {}
+    for one in results_of_one:
+        value = one.metrics.get(key, one.cost.get(key))
+        if value is not None:
+            units[one.seed, one.options.get("fold", -1)] = value
+    return units
+
+
+def labelled_table(
+    rows: dict[str, list[Result]],
+    keys,
+    rival: list[Result] = (),
+    rival_key: str = "nll",
+    rival_name: str = "the rival",
+    digits: int = 4,
+) -> str:
+    """Markdown: a row a label, "mean +- sd" over its trainings, and its metric less a rival's of the same seed and fold.
+
+    Args:
+        rows: label -> results that differ in seed and fold alone; an empty list is "missing".
+        keys: metrics or costs; costs have two digits.
+        rival: what to compare with, or ().
+        rival_key: the metric compared.
+        rival_name: for the column.
+        digits: after the decimal point, of metrics.
+    """
+    most = max((len(found) for found in rows.values()), default=0)
+    shown = {}
+    for label, found in rows.items():
+        shown[label] = {
+            key: _cell(list(by_unit(found, key).values()), bool(found), most, 2 if key in COSTS else digits)
+            for key in keys
+        }
+        if rival:
+            one = paired(by_unit(found, rival_key), by_unit(rival, rival_key))
+            shown[label][f"{rival_key} less {rival_name}'s"] = MISSING if one is None else _difference(one)
+    return format_table(shown, [*keys, *([f"{rival_key} less {rival_name}'s"] if rival else [])])
+
+
+def _difference(one):
+    star = "*" * (one["low"] > 0 or one["high"] < 0)
+    bounds = f"[{one['low']:+.4f}, {one['high']:+.4f}]{star}" if one["n"] > 1 else "(n=1)"
+    return f"{one['difference']:+.4f} {bounds}"
+
+
 def _close(rate, wanted):
     return rate is not None and abs(rate - wanted) <= 1e-9 + 1e-6 * wanted
 
@@ -151,15 +201,19 @@ def differences(found: list[Result], line: Line, rival: Line, key: str) -> dict 
     Returns:
         {"difference", "low", "high", "n"}; the interval is NaN of fewer than two units; None where there is none.
     """
+    return paired(values(found, line, key), values(found, rival, key))
+
+
+def paired(ours: dict[tuple, float], theirs: dict[tuple, float]) -> dict | None:
+    """The same of two dicts, unit -> value."""
     from scipy import stats
 
-    ours, theirs = values(found, line, key), values(found, rival, key)
     gaps = np.array([ours[unit] - theirs[unit] for unit in sorted(set(ours) & set(theirs), key=str)])
     if not len(gaps):
         return None
     half = np.nan
     if len(gaps) > 1:
-        half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
+        half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
     mean = float(gaps.mean())
     return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(gaps)}
 
@@ -176,7 +230,5 @@ def differences_table(found: list[Result], lines: dict[str, Line], rivals: dict[
             elif line == rival:
                 rows[label][name] = "-"
             else:
-                star = "*" * (one["low"] > 0 or one["high"] < 0)
-                bounds = f"[{one['low']:+.4f}, {one['high']:+.4f}]{star}" if one["n"] > 1 else "(n=1)"
-                rows[label][name] = f"{one['difference']:+.4f} {bounds}"
+                rows[label][name] = _difference(one)
     return format_table(rows, list(rivals))

@@ -592,6 +592,7 @@ def partial_run(
     return _finished(folder, masks)
 
 
+PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
 LEAST_LOC = 1e-3  # a loc of 0 has a scale, too
 _OF_MASKS = ("scope", "fan_out", "eligible")
 _ADDED = ("scale_start", "prior_scale", "trains")  # named where they are not the default, as `keep` is
@@ -660,15 +661,21 @@ def particles_run(
         gaussian: whether the particles are Gaussians: a mixture.
 
     Raises:
-        ValueError: as `partial_run`, or a recipe whose scales do not start "relative".
+        ValueError: as `partial_run`, or a recipe whose scales start by the Fisher score.
     """
     seed, method = _check_seed(seed), _check_method(method)
-    if recipe.scale_start != "relative":
-        raise ValueError(
-            f'Expected scale_start="relative": particles start so. Received: scale_start={recipe.scale_start!r}'
-        )
+    if recipe.scale_start == "fisher":
+        raise ValueError('Expected scale_start "absolute" or "relative" of particles. Received: scale_start="fisher"')
     fields = ("optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights", "augment")
-    fields += ("batch_size", "scale_optimizer", "scale_learning_rate", "num_samples", "initial_scale", "beta_start")
+    fields += (
+        "batch_size",
+        "scale_optimizer",
+        "scale_learning_rate",
+        "num_samples",
+        "initial_scale",
+        "scale_start",
+        "beta_start",
+    )
     gentle = _gentle(recipe)
     settings = {f: getattr(gentle, f) for f in fields} | {"epochs": recipe.bayes_epochs, "gaussian": gaussian}
     settings |= {"step1": step1.folder.name, "masks": masks.digest(), "seed": seed}
@@ -682,7 +689,8 @@ def particles_run(
         step1.model,
         masks,
         num_particles=recipe.num_samples,
-        initial_scale=recipe.initial_scale,
+        initial_scale=PAPERS_SCALE if recipe.initial_scale is None else recipe.initial_scale,
+        relative=recipe.scale_start == "relative",
         gaussian=gaussian,
         kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,
         seed=seed,

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.results import Result
+
 
 def pairwise_iou(masks):
     """Mean IoU of all pairs of raters where both drew, of `(N, H, W, R)` masks."""
@@ -12,3 +15,27 @@ def pairwise_iou(masks):
             both = a.any(axis=(1, 2)) & b.any(axis=(1, 2))
             ious.append(((a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1))[both])
     return np.concatenate(ious).mean()
+
+
+METRICS_OF_MASKS = {"nll": 0.1, "brier": 0.03, "ece": 0.02, "entropy": 0.2, "dice": 0.8, "iou": 0.7}
+
+
+def mask_result(method="partial", seed=0, metrics=None, **changes):
+    """A result of masks, with `metrics` and fields changed."""
+    fields = {
+        "dataset": "phantom_nodule",
+        "task": SEGMENTATION,
+        "method": method,
+        "title": "one line",
+        "recipe": "quick",
+        "network": "unet_small",
+        "size": 32,
+        "normalisation": "train",
+        "num_train": 10,
+        "num_val": 4,
+        "num_test": 5,
+        "seed": seed,
+        "undefined": {"ged": "no image has two or more valid raters"},
+        "evaluation": {"num_resamples": 1000},
+    }
+    return Result(**{**fields, "metrics": METRICS_OF_MASKS | (metrics or {}), **changes})

@@ -219,6 +219,9 @@ def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
     row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation")
     mean, soft = MASK_PROBS.astype("float64").mean(0), MASKS.mean(-1)
     assert row["ece"] == pytest.approx(metrics.ece(mean, soft))
+    region = (soft > 0) | (mean > 0.5)
+    assert row["ece_region"] == pytest.approx(metrics.ece(mean[region], soft[region]), abs=1e-6)
+    assert row["ece_region"] != pytest.approx(row["ece"])
     entropy = metrics.binary_entropy(mean).ravel()
     expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
     assert row["entropy_disagreement_pearson"] == pytest.approx(expected)
@@ -896,7 +899,7 @@ def test_records_of_another_format_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "_FORMAT", "sbn_tf.evaluation.Record 1")
     record_of(MASK_PROBS, MASKS, "segmentation").save(tmp_path / "record.npz")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"not of format sbn_tf\.evaluation\.Record 2"):
+    with pytest.raises(ValueError, match=r"not of format sbn_tf\.evaluation\.Record 3"):
         evaluation.Record.load(tmp_path / "record.npz")
 
 
@@ -1153,3 +1156,8 @@ def test_level_sets_by_hand():
         evaluation.level_sets(probs[0])
     with pytest.raises(ValueError, match=r"0\.\.1, none of them NaN"):
         evaluation.level_sets(np.where(probs > 0.9, np.nan, probs))
+
+
+def test_where_nothing_is_marked_there_is_no_calibration_of_the_region():
+    row = evaluation.evaluate(np.full((1, 2, 4, 4), 0.1), np.zeros((2, 4, 4, 1)), "segmentation")
+    assert "ece_region" not in row and row["undefined"]["ece_region"] == "no rater and no prediction marks a pixel"

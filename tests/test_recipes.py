@@ -148,6 +148,12 @@ def test_the_loss_of_each_task_with_labels_by_hand(task, class_weights):
         {"augment": "flip"},
         {"score": "fischer"},
         {"keep": "first"},
+        {"scale_start": "wide"},
+        {"prior_scale": 0.0},
+        {"trains": "some"},
+        {"scope": "world"},
+        {"eligible": "none"},
+        {"fan_out": -0.1},
     ],
 )
 def test_a_recipe_out_of_range_is_refused_at_once(change):
@@ -165,7 +171,7 @@ def test_the_papers_recipes_take_its_networks_and_constants():
 
 
 def test_the_last_weights_are_kept_unless_a_recipe_says_otherwise():
-    assert {recipe.keep for recipe in recipes.RECIPES.values()} == {"last"}
+    assert {name for name, recipe in recipes.RECIPES.items() if recipe.keep == "best"} == {"sbn"}
     assert recipes.recipe_for("quick", datasets.card("lidc"), keep="best").keep == "best"
 
 
@@ -198,3 +204,16 @@ def test_cycles_are_saved_with_their_optimiser():
 def test_cycles_without_a_step_are_none(cycle_steps):
     with pytest.raises(ValueError, match="Expected cycle_steps"):
         recipes.CosineCycles(0.1, cycle_steps)
+
+
+def test_changes_of_a_recipe_are_read_from_one_line():
+    found = recipes.parse_changes("score=taylor, initial_scale=0.03 ,epochs=20,fan_out=none, augment=None")
+    assert found == {"score": "taylor", "initial_scale": 0.03, "epochs": 20, "fan_out": None, "augment": None}
+    assert isinstance(found["epochs"], int) and recipes.parse_changes("") == recipes.parse_changes(" , ") == {}
+
+
+@pytest.mark.parametrize("text", ["scores=taylor", "score", "score=", "score=taylor, score=paper", "name=mine"])
+def test_changes_that_are_none_name_the_fields(text):
+    with pytest.raises(ValueError, match=r"Expected changes of a recipe .*initial_scale") as error:
+        recipes.parse_changes(text)
+    assert len(str(error.value).splitlines()) == 2

@@ -5,34 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from helpers import METRICS_OF_MASKS
+from helpers import mask_result as result
 
 from sbn_tf import evaluation, results
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION
 from sbn_tf.results import METRICS, Result, cost_table, describe_metrics, find, group, read, table, write
 
 RNG = np.random.default_rng(0)
-METRICS_OF_MASKS = {"nll": 0.1, "brier": 0.03, "ece": 0.02, "entropy": 0.2, "dice": 0.8, "iou": 0.7}
-
-
-def result(method="partial", seed=0, metrics=None, **changes):
-    """A result of masks, with `metrics` and fields changed."""
-    fields = {
-        "dataset": "phantom_nodule",
-        "task": SEGMENTATION,
-        "method": method,
-        "title": "one line",
-        "recipe": "quick",
-        "network": "unet_small",
-        "size": 32,
-        "normalisation": "train",
-        "num_train": 10,
-        "num_val": 4,
-        "num_test": 5,
-        "seed": seed,
-        "undefined": {"ged": "no image has two or more valid raters"},
-        "evaluation": {"num_resamples": 1000},
-    }
-    return Result(**{**fields, "metrics": METRICS_OF_MASKS | (metrics or {}), **changes})
 
 
 def of_task(task, metrics, undefined, method="partial"):
@@ -176,9 +156,9 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path):
         ("", "Expected JSON"),
         ('{"format": 1', "Expected JSON"),
         ("[1]", "Expected the fields of a result .* Received: list"),
-        ("{}", "Expected format 2 .* Received: 'none'"),
-        ('{"format": 99}', "Expected format 2 .* Received: 99"),
-        ('{"format": 2, "task": "binary"}', "Received: without .*'dataset'"),
+        ("{}", "Expected format 3 .* Received: 'none'"),
+        ('{"format": 99}', "Expected format 3 .* Received: 99"),
+        ('{"format": 3, "task": "binary"}', "Received: without .*'dataset'"),
     ],
 )
 def test_files_that_are_no_results(text, message, tmp_path):
@@ -544,3 +524,80 @@ def test_cost_table_by_hand():
     assert shown["trainable"] == "1,234,567" and shown["weights, MB"] == "2.50" and shown["train, x"] == "2.00"
     assert shown["train, s"] == "3.5" and shown["memory, MB"] == "-"
     assert "paper's, x: the paper's formula" in notes[0]
+
+
+# ---------------------------------------------------------------------------
+# CSV tables
+# ---------------------------------------------------------------------------
+
+
+def test_a_csv_gives_back_what_was_written_but_for_records(tmp_path):
+    written = [whole_result(), result("ensemble", seed=1), result("trivial_prevalence", seed=None, split="val")]
+    for one in written:
+        write(one, tmp_path / one.method)
+    path = results.write_csv(written, tmp_path / "table.csv")
+    found = {one.method: one for one in results.read_csv(path)}
+    assert len(found) == 3
+    for one in written:
+        for name, value in vars(one).items():
+            if name not in ("folder", "cost"):
+                assert getattr(found[one.method], name) == value, name
+        assert found[one.method].folder is None and found[one.method].record() is None
+        known = {key: value for key, value in one.cost.items() if value is not None}
+        assert {key: value for key, value in found[one.method].cost.items() if value is not None} == known
+    assert table(list(found.values())[:2], ["nll", "dice"]) == table(
+        [one for name in list(found)[:2] for one in written if one.method == name], ["nll", "dice"]
+    )
+
+
+def test_a_csv_keeps_other_rows_and_replaces_the_same(tmp_path):
+    path = tmp_path / "table.csv"
+    results.write_csv([result(seed=0), result(seed=1)], path)
+    results.write_csv([result(seed=1, metrics={"nll": 0.3}, commit="later"), result(seed=0, r_bayes=0.2)], path)
+    found = results.read_csv(path)
+    assert sorted((one.seed, one.r_bayes or 0, one.metrics["nll"]) for one in found) == [
+        (0, 0, 0.1),
+        (0, 0.2, 0.1),
+        (1, 0, 0.3),
+    ]
+    before = path.read_bytes()
+    results.write_csv(found[::-1], path)
+    assert path.read_bytes() == before  # the order of the rows is theirs
+    results.write_csv([result(seed=5)], path, merge=False)
+    assert [one.seed for one in results.read_csv(path)] == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("0.1", "nan"), "a finite number"),
+        (lambda text: text.replace("0.1", "much"), "line 2 .*could not convert"),
+        (lambda text: text.replace("segmentation", "guessing"), "task of line 2"),
+        (lambda text: text.replace("nll", "nil", 1), "metrics\\['nll'\\] of line 2"),
+        (lambda text: text.replace("seed", "sead", 1), "line 2 .*KeyError: 'seed'"),
+        (lambda text: "a,b\n1\n", "line 2"),
+    ],
+)
+def test_a_csv_that_is_none_is_refused_with_its_line(tmp_path, change, message):
+    path = results.write_csv([result()], tmp_path / "table.csv")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message) as error:
+        results.read_csv(path)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_csv_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    path = results.write_csv([result()], tmp_path / "table.csv")
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        results.write_csv([result(seed=3)], path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_results_of_the_validation_split_are_found_when_asked_for(tmp_path):
+    for split, place in (("test", ""), ("val", "val")):
+        write(result(split=split), tmp_path / "phantom_nodule/partial/seed0/0123456789" / place)
+    assert [one.split for one in find(tmp_path, "phantom_nodule")] == ["test"]
+    assert [one.split for one in find(tmp_path, "phantom_nodule", split="val")] == ["val"]
+    assert len(find(tmp_path, "phantom_nodule", split=["val", "test"])) == 2

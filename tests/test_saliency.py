@@ -18,6 +18,7 @@ from sbn_tf.saliency import (
     captured,
     eligible_weights,
     named_weights,
+    one_per_channel,
     overlap,
     saliency,
     saliency_against_cost,
@@ -938,3 +939,20 @@ def test_saliency_against_cost_by_hand():
     costs, kept = saliency_against_cost(scores, 1 / 56, model, num_samples=5)
     np.testing.assert_allclose(costs, 1 + 4 * np.array([8, 24, 56]) / 56)
     np.testing.assert_allclose(kept, np.array([1, 2, 5]) / 8)
+
+
+def test_one_weight_of_each_channel_is_its_most_salient():
+    inputs = keras.Input((6, 6, 2))
+    x = keras.layers.Conv2D(3, 3, name="a")(inputs)
+    x = keras.layers.Conv2DTranspose(4, 2, name="b")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(5, name="c")(x))
+    scores = saliency(model, score="random", seed=3)
+    masks = one_per_channel(scores, model)
+    assert {key: int(mask.sum()) for key, mask in masks.items()} == {
+        **{"a/kernel": 3, "a/bias": 0, "b/kernel": 4, "b/bias": 0, "c/kernel": 5, "c/bias": 0}
+    }
+    for key, channels in (("a/kernel", 3), ("b/kernel", 2), ("c/kernel", 1)):  # a transposed kernel's are before last
+        rows = np.moveaxis(scores[key], channels, 0).reshape(scores[key].shape[channels], -1)
+        chosen = np.moveaxis(masks[key], channels, 0).reshape(rows.shape)
+        np.testing.assert_array_equal(rows[chosen], rows.max(axis=1))

@@ -16,7 +16,7 @@ from scipy.stats import kstest
 from sbn_tf import cost, datasets, evaluation, models, recipes, training
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
-from sbn_tf.saliency import saliency, top_k
+from sbn_tf.saliency import named_weights, saliency, top_k
 
 
 @pytest.fixture(scope="module")
@@ -916,3 +916,79 @@ def test_settings_of_step_3_that_are_none(tmp_path, tiny, options, message):
     masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.1)
     with pytest.raises(ValueError, match=message):
         training.partial_run(step1, masks, data, quick(data), runs=tmp_path, **options)
+
+
+def trained_by(tmp_path, **changes):
+    """Step 1, masks and step 3 of a recipe, on little data."""
+    data = datasets.load("phantom_nodule", size=16, limit=24)
+    recipe = quick(data, epochs=2, bayes_epochs=2, **changes)
+    step1 = training.deterministic_run(data, recipe, seed=1, network="unet_small", runs=tmp_path, verbose=False)
+    masks = training.masks_run(step1, data, recipe, 0.05, verbose=False)
+    return data, recipe, step1, masks
+
+
+@pytest.mark.parametrize("trains", ["bayesian", "scales"])
+def test_step_3_can_leave_other_weights_where_step_1_left_them(tmp_path, tiny, trains):
+    data, recipe, step1, masks = trained_by(tmp_path, trains=trains, initial_scale=0.05)
+    run = training.partial_run(step1, masks, data, recipe, seed=1, runs=tmp_path, verbose=False)
+    before, after = named_weights(step1.model), named_weights(run.model.network)
+    moved = 0
+    for key, weight in before.items():
+        old, new = (keras.ops.convert_to_numpy(one.variable) for one in (weight, after[key]))
+        if trains == "bayesian" and key in masks:
+            np.testing.assert_array_equal(old[~masks[key]], new[~masks[key]])
+            moved += int((old != new).sum())
+        else:
+            np.testing.assert_array_equal(old, new)
+    assert (moved == masks.num_bayesian) == (trains == "bayesian")
+    assert np.abs(run.model.scales() - 0.05).min() > 0  # every scale has moved
+    whole = dataclasses.replace(recipe, trains="all")
+    other = training.partial_run(step1, masks, data, whole, seed=1, runs=tmp_path, verbose=False)
+    assert other.folder != run.folder
+
+
+def test_scales_start_at_a_multiple_of_the_loc_or_of_laplace_s(tmp_path, tiny, monkeypatch):
+    data, recipe, step1, masks = trained_by(tmp_path)
+    locs = np.concatenate([saliency(step1.model, score="magnitude")[key][mask] for key, mask in masks.items()])
+    scores = training.scores_run(step1, data, recipe, verbose=False)
+    fisher = training.empirical_fisher(scores, "fisher", terms=16 * 16, num_examples=24, batch_size=recipe.batch_size)
+    curvature = np.concatenate([fisher[key][mask] for key, mask in masks.items()])
+    starts = []
+    monkeypatch.setattr(training, "_fit_and_save", lambda model, *_, **__: starts.append(model))
+    monkeypatch.setattr(training, "_finished", lambda *_, **__: None)
+    expected = {
+        "relative": 0.3 * np.maximum(np.abs(locs), 1e-3),
+        "fisher": 0.3 * (24 * curvature + 1.0) ** -0.5,
+        "absolute": np.full(len(locs), 0.3),
+    }
+    for start, wanted in expected.items():
+        changed = dataclasses.replace(recipe, scale_start=start, initial_scale=0.3)
+        training.partial_run(step1, masks, data, changed, seed=1, runs=tmp_path, verbose=False)
+        np.testing.assert_allclose(np.sort(starts[-1].scales()), np.sort(wanted), rtol=1e-4)
+
+
+def test_the_prior_s_width_is_in_the_kl(tmp_path, tiny):
+    data, recipe, step1, masks = trained_by(tmp_path)
+    kls = {}
+    for width in (1.0, 0.1):
+        changed = dataclasses.replace(recipe, prior_scale=width, bayes_epochs=1, bayes_learning_rate=1e-12)
+        changed = dataclasses.replace(changed, scale_learning_rate=1e-12)
+        run = training.partial_run(step1, masks, data, changed, seed=1, runs=tmp_path, verbose=False)
+        kls[width] = float(run.model.kl_divergence())
+        locs = np.concatenate([saliency(step1.model, score="magnitude")[key][mask] for key, mask in masks.items()])
+        scale = run.model.scales().astype("float64")
+        ratio = np.sort(scale) / width
+        expected = (0.5 * (ratio**2 - 1) - np.log(ratio)).sum() + 0.5 * np.square(locs / width).sum()
+        assert kls[width] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"eligible": "biases"}, lambda key, mask: key.endswith("bias")),
+        ({"eligible": "kernels"}, lambda key, mask: not key.endswith("bias")),
+    ],
+)
+def test_kernels_or_biases_alone_are_eligible(tmp_path, tiny, changes, check):
+    *_, masks = trained_by(tmp_path, **changes)
+    assert masks.num_bayesian == round(0.05 * masks.num_weights) and all(check(*item) for item in masks.items())

@@ -1,0 +1,252 @@
+"""The grid: which jobs a profile asks for, what became of them, and what it refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from sbn_tf import baselines, grid, results
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "name": "tiny",
+    "recipe": "quick",
+    "seeds": [0, 1],
+    "r_bayes": [0.01, 1, 100],
+    "methods": ["deterministic", "ensemble", "ensemble_longer"],
+    "datasets": {
+        "phantom_nodule": {"limit": 40, "epochs": 2, "bayes_epochs": 1, "folds": [0, 1]},
+        "phantom_chest": {"r_bayes": [1], "methods": ["temperature"], "seeds": [3]},
+    },
+}
+
+
+def plan(**changes):
+    return grid.plan_of({**SMALL, **changes})
+
+
+def test_jobs_are_the_product_of_everything_and_step_1_is_shared():
+    jobs = grid.jobs(plan())
+    # Of phantom_nodule 2 folds x 2 seeds, of phantom_chest 1 seed.
+    assert len(jobs) == 4 * (1 + 1 + 3 + 3) + (1 + 1 + 1 + 1)
+    assert [job.kind for job in jobs].count("step1") == 4 + 1
+    assert len({job.path for job in jobs}) == len(jobs)
+    assert "phantom_nodule/fold1/seed0/partial_r0.01.ipynb" in {job.path for job in jobs}
+
+
+def test_options_are_parameters_of_the_notebooks():
+    text = grid.papermill_options(plan(), "phantom_nodule", 1, 0, percent=0.01, method="partial")
+    found = dict(zip(text.split()[1::3], text.split()[2::3], strict=True))
+    assert float(found["r_bayes"]) == pytest.approx(1e-4) and found["method"] == "partial" and found["fold"] == "1"
+    assert found["bayes_epochs"] == "1" and Path(found["runs"]).is_absolute()
+    first = grid.papermill_options(plan(), "phantom_nodule", 1, 0)
+    assert "bayes_epochs" not in first and "method" not in first
+    for name, options in (("01_deterministic", first), ("02_saliency", first), ("04_baselines", text)):
+        cells = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells
+        parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
+        for key in options.split()[1::3]:
+            assert f"\n{key} = " in f"\n{parameters}", (name, key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["partial"]}, "keys among .*methods.* Received: 'method'"),
+        ({"datasets": {"lidc": {"keep": "best"}}}, "the dataset 'lidc' with keys among .* Received: 'keep'"),
+        ({"datasets": {}}, "datasets, one or more, .* Received: {}"),
+        ({"r_bayes": [1, 101]}, "r_bayes, a list of percentages, 0..100"),
+        ({"r_bayes": [1, 1]}, "each once"),
+        ({"seeds": [-1]}, "seeds, a list of integers >= 0"),
+        ({"seeds": []}, "seeds, a list"),
+        ({"name": "a/b"}, "name, of letters"),
+        ({"threads": 0}, "threads, an integer >= 1"),
+        ({"tflops": -1}, "tflops, a number > 0"),
+        ({"datasets": {"lidc": {"images": [1, 2]}}}, "images, three numbers"),
+    ],
+)
+def test_a_profile_that_is_none_is_refused_in_two_lines(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        plan(**changes)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_file_that_is_no_profile_is_refused(tmp_path):
+    for text, message in (
+        ("a: [", "Expected YAML"),
+        ("cores: 2\n", "Expected a key `grid`"),
+        ("[1]\n", "a key `grid`"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            grid.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smoke", "small", "paper"])
+def test_the_profiles_that_come_with_it_are_whole(name):
+    found = grid.read(ROOT / "profiles" / name)
+    assert found.name == name
+    methods = {method for data in found.datasets for method in data.methods}
+    assert methods <= set(baselines.METHODS)
+    content = yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
+    assert content["configfile"] == f"profiles/{name}/config.yaml" and content["keep-going"] is True
+
+
+def test_a_folder_of_another_grid_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid.check_folder(plan())
+    grid.check_folder(plan(seeds=[5]))  # more of the same
+    grid.check_folder(plan(datasets={"phantom_lesion": {}}))  # another dataset beside it
+    for changes in ({"recipe": "paper"}, {"datasets": {"phantom_nodule": {"limit": 41}}}):
+        with pytest.raises(ValueError, match=r"another recipe, other parameters .*\n.*another name") as error:
+            grid.check_folder(plan(**changes))
+        assert len(str(error.value).splitlines()) == 2
+    (plan().folder / "grid.json").write_text("{")
+    with pytest.raises(ValueError, match="another version"):
+        grid.check_folder(plan())
+
+
+def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = plan(datasets={"phantom_chest": {"methods": ["deterministic", "temperature"], "r_bayes": [1]}}, seeds=[0])
+    unit = mine.folder / "phantom_chest/fold-1/seed0"
+    unit.mkdir(parents=True)
+    for name, seconds in (("step1", 100.0), ("deterministic", 30.0)):
+        (unit / f"{name}.ipynb").write_text("{}")
+        (unit / f"{name}.tsv").write_text(f"s\th:m:s\n{seconds}\t0:00:01\n")
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="no\nluck", traceback=[])
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1/0", outputs=[error])])
+    nbformat.write(broken, unit / "saliency.failed.ipynb")
+    found = grid.status(mine, cores=2)
+    assert (len(found.done), list(found.failed), len(found.missing)) == (
+        2,
+        ["phantom_chest/fold-1/seed0/saliency.ipynb"],
+        2,
+    )
+    assert "ValueError: no luck" in next(iter(found.failed.values()))
+    assert found.remaining_seconds is None  # nothing like a partial job has run
+    (unit / "partial_r1.ipynb").write_text("{}")
+    (unit / "partial_r1.tsv").write_text("s\n50.0\n")
+    found = grid.status(mine, cores=2)
+    assert found.missing == ["phantom_chest/fold-1/seed0/temperature.ipynb"]
+    assert found.remaining_seconds == pytest.approx(30.0 / 2)
+    text = grid.report(mine)
+    assert "| phantom_chest | baseline | 1 | 0 | 1 |" in text and "no luck" in text
+
+
+def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = plan().folder / "models/phantom_nodule/partial/seed0/0123456789"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"format":')
+    with pytest.warns(UserWarning, match="Left out: Expected JSON"):
+        assert grid.gather(plan()) == []
+
+
+def test_estimates_are_those_of_the_steps_by_hand():
+    mine = grid.plan_of(
+        {
+            "name": "e",
+            "recipe": "quick",
+            "tflops": 2,
+            "seeds": [0],
+            "r_bayes": [1],
+            "methods": ["deterministic_longer"],
+            "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
+        }
+    )
+    found = grid.estimates(mine)
+    unit = "phantom_nodule/fold-1/seed0"
+    from sbn_tf import cost, models
+
+    network = models.build("unet_small", (16, 16, 1), 1, seed=0)
+    network.compile("sgd", "binary_crossentropy")
+    step, one = cost.training_flops(network, 20), cost.prediction_flops(network, 20)
+    first = found[f"{unit}/step1.ipynb"]
+    assert first["flops"] == pytest.approx(16 * (100 * step + 10 * one) + 20 * one)  # 16 epochs of quick
+    assert first["hours"] == pytest.approx(first["flops"] / 2e12 / 3600)
+    longer = found[f"{unit}/deterministic_longer.ipynb"]["flops"]
+    assert longer == pytest.approx(4 * (100 * step + 10 * one) + 4 * 20 * one)  # with three shifted copies
+    assert found[f"{unit}/partial_r1.ipynb"]["flops"] > longer
+    with pytest.raises(ValueError, match=r"images: .* of 'phantom_nodule'"):
+        grid.estimates(grid.plan_of({**SMALL, "datasets": {"phantom_nodule": {}}}))
+
+
+def has_snakemake():
+    return shutil.which("snakemake", path=os.path.dirname(sys.executable)) is not None
+
+
+def snakemake(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+    )
+
+
+@pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
+@pytest.mark.parametrize(("name", "jobs"), [("small", 9 * (2 + 10 + 11)), ("paper", (3 + 3 + 12) * (2 + 10 + 12))])
+def test_a_dry_run_counts_every_job(name, jobs, tmp_path):
+    workplace = clone_of(tmp_path)
+    done = snakemake("--profile", f"profiles/{name}", "-n", cwd=workplace)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"total {jobs + 1}" in " ".join((done.stdout + done.stderr).split())
+
+
+def clone_of(tmp_path):
+    """What a grid needs of the repository, in a folder of its own."""
+    for name in ("Snakefile", "profiles", "nbs", "sbn_tf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
+def test_a_config_of_no_grid_and_one_with_an_unknown_key_are_refused(tmp_path):
+    workplace = clone_of(tmp_path)
+    done = snakemake("-n", "--cores", "1", cwd=workplace)
+    assert done.returncode != 0 and "Expected a profile with a key `grid`" in done.stderr
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": {**SMALL, "methosd": []}}))
+    done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
+    assert done.returncode != 0 and "Received: 'methosd'" in done.stderr
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": {**SMALL, "methods": ["no_such_method"]}}))
+    done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
+    assert done.returncode != 0 and "Received: no_such_method" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
+def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workplace = clone_of(tmp_path)
+    done = snakemake("--profile", "profiles/smoke", cwd=workplace)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    mine = grid.read("profiles/smoke")
+    found = grid.status(mine)
+    assert len(found.done) == len(grid.jobs(mine)) and not found.failed and not found.missing
+    rows = results.read_csv(mine.folder / "results.csv")
+    assert {row.dataset for row in rows} == {"phantom_nodule", "phantom_chest"}
+    assert {row.r_bayes for row in rows if row.method == "partial"} == {0.01, 1.0}
+    assert "0 failed, 0 to do" in (mine.folder / "report.md").read_text()
+
+    # A dataset whose jobs must fail, and a job whose notebook was lost: that one is made again, nothing else.
+    content = yaml.safe_load((ROOT / "profiles/smoke/config.yaml").read_text())["grid"]
+    content["datasets"]["no_such_data"] = {"r_bayes": [1], "methods": ["deterministic"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": content}))
+    unit = mine.folder / "phantom_chest/fold-1/seed0"
+    (unit / "temperature.ipynb").unlink()
+    done = snakemake(
+        *("--configfile", "own.yaml", "--cores", "2", "--keep-going", "--rerun-triggers", "mtime"), cwd=workplace
+    )
+    assert done.returncode != 0
+    found = grid.status(grid.plan_of(content))
+    (path,) = found.failed
+    assert path == "no_such_data/fold-1/seed0/step1.ipynb" and "no_such_data" in found.failed[path].split("(")[0]
+    assert (mine.folder / path).with_suffix(".failed.ipynb").exists() and not (mine.folder / path).exists()
+    assert (unit / "temperature.ipynb").exists() and len(found.done) == len(grid.jobs(mine))
+    assert len(found.missing) == 3  # what waits for the failed job
