@@ -60,6 +60,8 @@ class Experiment:
             `evaluation.select_threshold`.
         num_resamples: of the bootstrap.
         shifts: kind -> severity of the shifted copies of the images; {} for none.
+        swapped: name of a dataset of the same task and channels, whose test images stand in for images from another
+            source: told as a shift; None: none.
         split: what is scored: "test", or "val", on which anything may be chosen.
         num_samples: posterior samples of a prediction, where a method samples; None: the recipe's.
         verbose: show progress bars.
@@ -77,6 +79,7 @@ class Experiment:
     threshold: float | str = 0.5
     num_resamples: int = 1000
     shifts: dict = field(default_factory=lambda: dict(SHIFTS))
+    swapped: str | None = None
     split: str = "test"
     num_samples: int | None = None
     verbose: bool = True
@@ -424,6 +427,8 @@ def _evaluation_settings(settings, made=None):
         "shifts": dict(settings.shifts),
         "split": settings.split,
     }
+    if settings.swapped is not None:
+        found["swapped"] = settings.swapped
     if made is not None:
         found["num_samples"] = made.num_samples
         found["weights"] = [zlib.crc32((run.folder / "model.keras").read_bytes()) for run in made.trained]
@@ -445,7 +450,23 @@ def _score(made, settings, threshold):
             made.predict_samples, split, settings.task, boundary=False, shift=(kind, severity), **options
         )
         shift[kind] = {"severity": severity, **evaluation.shift_auroc(record, moved)}
+    if settings.swapped is not None:
+        other = _swapped(settings)
+        moved = evaluation.score(made.predict_samples, other, settings.task, boundary=False, **options)
+        shift[f"{settings.swapped} instead"] = {"severity": 1.0, **evaluation.shift_auroc(record, moved)}
     return record, shift
+
+
+def _swapped(settings):
+    """The test split of the other dataset, of this one's size."""
+    height, _, channels = settings.data.input_shape
+    other = datasets.load(settings.swapped, size=height)
+    if other.card.task != settings.task or other.input_shape[-1] != channels:
+        raise ValueError(
+            f"Expected swapped, a dataset of {settings.task} with {channels} channels. Received: "
+            f"{settings.swapped!r}, of {other.card.task} with {other.input_shape[-1]}"
+        )
+    return other.test
 
 
 def _record_of_scene(settings):

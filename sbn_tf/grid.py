@@ -117,8 +117,8 @@ class Job:
 
 _PLAN = {"name", "recipe", "datasets", "threads", "tflops", "table", "seeds", "r_bayes", "methods"}
 _PARAMETERS = {"size", "network", "limit", "epochs", "bayes_epochs", "num_samples", "split", "normalisation"}
-_PARAMETERS |= {"changes", "threshold", "num_resamples"}
-_OF_BASELINES = ("bayes_epochs", "num_samples", "threshold", "num_resamples")  # not of notebooks 01 and 02
+_PARAMETERS |= {"changes", "threshold", "num_resamples", "swapped"}
+_OF_BASELINES = ("bayes_epochs", "num_samples", "threshold", "num_resamples", "swapped")  # not of notebooks 01 and 02
 _DATASET = {"folds", "seeds", "r_bayes", "methods", "images"} | _PARAMETERS
 
 

@@ -10,17 +10,21 @@ reads the tables.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
+import io
 import itertools
 import logging
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sbn_tf import baselines, compare, recipes, results
-from sbn_tf.saliency import check_r_bayes
+import numpy as np
 
-__all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run"]
+from sbn_tf import baselines, compare, recipes, results, training
+from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
+
+__all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Study:
 
     Args:
         name: of its table, `results/<name>.csv`.
-        data: arguments of `compare.experiment`: dataset, recipe, network, size, ...
+        data: arguments of `compare.experiment`: dataset, recipe, network, ...; `swapped` counts on the test split.
         seeds: of all trainings.
         questions: in the order of the file.
     """
@@ -129,7 +133,9 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"Expected questions among {', '.join(known)}. Received: {unknown}")
     table = Path("results") / f"{study.name}.csv" if table is None else Path(table)
-    base = compare.experiment(**study.data, runs=runs, split=split, shifts={}, num_resamples=200, verbose=verbose)
+    base = compare.experiment(**study.data, runs=runs, split=split, num_resamples=200, verbose=verbose)
+    if split == "val":
+        base = dataclasses.replace(base, shifts={}, swapped=None)  # what nothing is chosen by
     failed, done = [], set()
     asked = [question for question in study.questions if not names or question.name in names]
     for question, seed in itertools.product(asked, study.seeds if seeds is None else seeds):
@@ -149,6 +155,53 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
             results.write_csv([row], table)
             print(f"{question.name:<10} seed {seed}  {variant.label:<44} NLL {row.metrics['nll']:.5f}", flush=True)
     return failed
+
+
+def stability(study: Study, *, runs=None, seeds=None, r_bayes=0.01, early=20) -> list[dict]:
+    """How far the choice of weights repeats itself: shares that two masks have in common, of each score.
+
+    Args:
+        study: from `read`.
+        runs: folder of all runs.
+        seeds: None: all of the study.
+        r_bayes: fraction that is chosen; two choices by chance share as much.
+        early: epochs of the step 1 that is compared with the recipe's.
+
+    Returns:
+        One dict for each score and seed: "score", "seed", "halves" (scores from the two halves of the training images),
+        "other_seed" (from the network of the next seed) and "early" (from the network of fewer epochs).
+    """
+    base = compare.experiment(**{**study.data, "swapped": None}, runs=runs, verbose=False)
+    seeds = list(study.seeds if seeds is None else seeds)
+    loss, data, found = recipes.loss_for(base.recipe, base.data), base.data, []
+    middle = data.train.num_examples // 2
+    halves = [data.train.subset(np.arange(middle)), data.train.subset(np.arange(middle, data.train.num_examples))]
+
+    def masks_of(step1, split, score):
+        stream = split.batches(base.recipe.batch_size, seed=0)
+        return top_k(saliency(step1.model, stream, loss, score=score), r_bayes)
+
+    def step_1(seed, epochs):
+        recipe = dataclasses.replace(base.recipe, epochs=epochs)
+        return training.deterministic_run(data, recipe, seed=seed, network=base.network, runs=runs, verbose=False)
+
+    networks = {seed: step_1(seed, base.recipe.epochs) for seed in seeds}
+    young = {seed: step_1(seed, early) for seed in seeds}
+    for score in ("fisher", "paper", "per_example", "taylor", "magnitude"):
+        whole = {seed: masks_of(networks[seed], data.train, score) for seed in seeds}
+        for place, seed in enumerate(seeds):
+            first, second = (masks_of(networks[seed], half, score) for half in halves)
+            other = whole[seeds[(place + 1) % len(seeds)]]
+            found.append(
+                {
+                    "score": score,
+                    "seed": seed,
+                    "halves": overlap(first, second),
+                    "other_seed": overlap(whole[seed], other) if len(seeds) > 1 else None,
+                    "early": overlap(whole[seed], masks_of(young[seed], data.train, score)),
+                }
+            )
+    return found
 
 
 def rows_of(question: Question, study: Study, found: list[results.Result]) -> dict[str, list[results.Result]]:
@@ -185,6 +238,17 @@ _CHANGED_BY_METHOD = {
 }
 
 
+def _write_stability(study, rows):
+    path, text = Path("results") / f"{study.name}_masks.csv", io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
+    training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    return f"{len(rows)} rows in {path}"
+
+
 def main(arguments=None) -> None:
     """Command line: run a study, or parts of it."""
     parser = argparse.ArgumentParser(prog="python -m sbn_tf.study", description="Train and score every variant.")
@@ -192,6 +256,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--questions", help="names with commas between; default: all")
     parser.add_argument("--seeds", help="integers with commas between; default: those of the file")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="what is scored")
+    parser.add_argument("--masks", action="store_true", help="only: how far the choice of weights repeats itself")
     parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
     parser.add_argument("--table", help="CSV that the rows are added to; default: results/<name>.csv")
     given = parser.parse_args(arguments)
@@ -200,6 +265,9 @@ def main(arguments=None) -> None:
         study = read(given.study)
         seeds = None if given.seeds is None else compare.parse_seeds(given.seeds)
         names = None if given.questions is None else [name.strip() for name in given.questions.split(",")]
+        if given.masks:
+            print(_write_stability(study, stability(study, runs=given.runs, seeds=seeds)))
+            return
         failed = run(study, runs=given.runs, table=given.table, seeds=seeds, names=names, split=given.split)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None

@@ -111,7 +111,7 @@ def labelled_table(
     rival_name: str = "the rival",
     digits: int = 4,
 ) -> str:
-    """Markdown: a row a label, "mean +- sd" over its trainings, and its metric less a rival's of the same seed and fold.
+    """Markdown: a row a label, "mean +- sd" over its trainings, and its metric less a rival's in the same trainings.
 
     Args:
         rows: label -> results that differ in seed and fold alone; an empty list is "missing".
