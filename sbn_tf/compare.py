@@ -90,6 +90,13 @@ class Experiment:
             raise ValueError(
                 f'Expected threshold between 0 and 1, or "validation". Received: threshold={self.threshold!r}'
             )
+        if self.swapped is not None:
+            mine, other = self.data.card, datasets.card(self.swapped)
+            if (other.task, other.channels) != (mine.task, mine.channels):
+                raise ValueError(
+                    f"Expected swapped, a dataset of {mine.task} with {mine.channels} channels. "
+                    f"Received: {self.swapped!r}, of {other.task} with {other.channels}"
+                )
         if self.split not in ("test", "val"):
             raise ValueError(f'Expected split "test" or "val". Received: split={self.split!r}')
         if self.num_resamples < 1:
@@ -459,14 +466,7 @@ def _score(made, settings, threshold):
 
 def _swapped(settings):
     """The test split of the other dataset, of this one's size."""
-    height, _, channels = settings.data.input_shape
-    other = datasets.load(settings.swapped, size=height)
-    if other.card.task != settings.task or other.input_shape[-1] != channels:
-        raise ValueError(
-            f"Expected swapped, a dataset of {settings.task} with {channels} channels. Received: "
-            f"{settings.swapped!r}, of {other.card.task} with {other.input_shape[-1]}"
-        )
-    return other.test
+    return datasets.load(settings.swapped, size=settings.data.input_shape[0]).test
 
 
 def _record_of_scene(settings):

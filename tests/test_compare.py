@@ -193,3 +193,37 @@ def test_every_number_of_a_result_has_a_meaning(rows):
         assert set(row.metrics) <= set(results.METRICS)
         assert np.isfinite(list(row.metrics.values())).all()
         assert all(reason for reason in row.undefined.values())
+
+
+def test_the_validation_split_is_scored_beside_the_test_split(settings, rows, runs):
+    val = dataclasses.replace(settings, split="val", shifts={})
+    row = compare.row(val, "partial")
+    assert row.split == "val" and row.folder == rows[-1].folder / "val" and not row.shift
+    probs = compare.fitted(val, "partial").predict_samples(settings.data.val.normalised())
+    expected = evaluation.evaluate(
+        probs, settings.data.val.targets, "segmentation", rater_valid=settings.data.val.rater_valid
+    )
+    assert row.metrics["nll"] == pytest.approx(expected["nll"])
+    assert compare.row(settings, "partial").metrics == rows[-1].metrics  # the test split's is where it was
+    trivial = compare.trivial_rows(val)["trivial_prevalence"]
+    assert trivial.split == "val" and trivial.metrics["nll"] != rows[1].metrics["nll"]
+
+
+def test_more_samples_are_a_row_of_their_own(settings, rows):
+    row = compare.row(dataclasses.replace(settings, num_samples=7, shifts={}), "partial")
+    assert row.num_samples == 7 and row.folder == rows[-1].folder / "samples7"
+    assert row.metrics["nll"] != rows[-1].metrics["nll"]
+    same = compare.row(dataclasses.replace(settings, num_samples=5), "partial")
+    assert same.folder == rows[-1].folder
+
+
+def test_changes_of_the_recipe_are_told_in_the_row(runs):
+    changed = made(runs, changes="score=magnitude, initial_scale=0.05")
+    assert (changed.recipe.score, changed.recipe.initial_scale, changed.recipe.epochs) == ("magnitude", 0.05, 1)
+    again = compare.recipe_of("phantom_nodule", "quick", epochs=1, bayes_epochs=1, changes={"score": "magnitude"})
+    assert dataclasses.replace(changed.recipe, initial_scale=again.initial_scale) == again
+
+
+def test_a_dataset_of_another_task_stands_in_for_none(settings):
+    with pytest.raises(ValueError, match=r"swapped, a dataset of segmentation with 1 channels\. Received: 'phantom_c"):
+        dataclasses.replace(settings, swapped="phantom_chest")

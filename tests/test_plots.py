@@ -530,3 +530,57 @@ def test_wall_draws_into_the_figure_it_is_given():
 def test_wall_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         plots.plot_wall(**({"images": np.zeros((2, 8, 8, 1))} | options))
+
+
+def test_a_sweep_has_its_medians_and_quartiles_on_a_logarithmic_axis():
+    fig, ax = plt.subplots()
+    sweep = {0.0001: [0.3, 0.1, 0.2], 0.01: [0.5, 0.4, 0.9], 1.0: [1.0]}
+    plots.plot_sweep(ax, sweep, {"ensemble": [0.2, 0.6, 0.3], "dropout": []}, "nll")
+    (line,) = [one for one in ax.lines if one.get_label() == "partial"]
+    np.testing.assert_allclose(line.get_xdata(), [0.01, 1, 100])
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.5, 1.0])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert np.isclose(band, [1, np.quantile([0.5, 0.4, 0.9], 0.75)]).all(axis=1).any()
+    rival = next(one for one in ax.lines if one.get_label() == "ensemble")
+    assert set(rival.get_ydata()) == {0.3} and ax.get_xscale() == "log"
+    assert "dropout: missing" in ax.get_legend_handles_labels()[1]
+    plt.close(fig)
+    fig, ax = plt.subplots()
+    assert plots.plot_sweep(ax, {}, {}).texts[0].get_text() == "missing"
+    plt.close(fig)
+
+
+def test_differences_are_of_the_same_training():
+    fig, ax = plt.subplots()
+    rows = {"ours": {0: 0.4, 1: 0.6, 7: 9.0}, "theirs": {}}
+    plots.plot_differences(ax, rows, {0: 0.5, 1: 0.5, 2: 0.1}, "less")
+    np.testing.assert_allclose(sorted(ax.lines[0].get_xdata()), [-0.1, 0.1])
+    assert ax.lines[1].get_xdata()[0] == pytest.approx(0.0)
+    assert [text.get_text().strip() for text in ax.texts] == ["missing"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "theirs"]
+    plt.close(fig)
+
+
+def test_a_comparison_shows_each_method_and_says_what_is_missing():
+    rng = np.random.default_rng(0)
+    images, truths = rng.random((2, 8, 8, 1)), rng.random((2, 8, 8, 3)) > 0.5
+    probs = {"one": rng.random((1, 2, 8, 8)), "many": rng.random((4, 2, 8, 8)), "none": None}
+    axes = plots.plot_comparison(images, truths, probs, rater_valid=np.array([[True] * 3, [True, True, False]]))
+    assert axes.shape == (2, 8)
+    assert [ax.get_title() for ax in axes[0]][2:] == [
+        "one",
+        "its entropy",
+        "many",
+        "its entropy",
+        "none",
+        "its entropy",
+    ]
+    assert axes[1, -1].texts[0].get_text() == "missing"
+    mean = probs["many"].mean(0)[1]
+    shown = axes[1, 5].images[0].get_array()
+    np.testing.assert_allclose(shown, -(mean * np.log(mean) + (1 - mean) * np.log(1 - mean)), rtol=1e-6)
+    overlay = axes[1, 4].images[-1].get_array()
+    majority = truths[1][..., :2].mean(-1) >= 0.5
+    hits = (mean > 0.5) & majority
+    np.testing.assert_array_equal((np.asarray(overlay)[..., :3] == to_rgb(plots.TRUE_POSITIVE)).all(-1), hits)
+    plt.close(axes[0, 0].figure)

@@ -1,0 +1,127 @@
+"""Studies: what a file asks for is run once, told in a table, and found again by its label."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sbn_tf import compare, results, study, training
+from sbn_tf.saliency import top_k
+
+ROOT = Path(__file__).parents[1]
+CONTENT = {
+    "name": "tiny",
+    "data": {
+        "dataset": "phantom_nodule",
+        "size": 16,
+        "limit": 12,
+        "recipe": "sbn",
+        "network": "unet_small",
+        "epochs": 1,
+        "bayes_epochs": 1,
+    },
+    "seeds": [0],
+    "questions": {
+        "rivals": {
+            "text": "Does it help?",
+            "variants": [
+                {"label": "one", "method": "deterministic"},
+                {"label": "partial", "r_bayes": 0.05},
+                {"label": "more samples", "r_bayes": 0.05, "num_samples": 7},
+            ],
+        },
+        "scale": {
+            "text": "How wide?",
+            "variants": [
+                {"label": "as it is", "r_bayes": 0.05},
+                {"label": "wide", "r_bayes": 0.05, "changes": "initial_scale=0.5"},
+                {"label": "fails", "method": "particles", "changes": "scale_start=fisher"},
+            ],
+        },
+    },
+}
+
+
+def written(tmp_path, content):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypatch):
+    plan = study.read(written(tmp_path, CONTENT))
+    options = {"runs": str(tmp_path / "runs"), "table": tmp_path / "t.csv"}
+    failed = study.run(plan, **options)
+    assert len(failed) == 1 and failed[0].startswith("scale: fails, seed 0: Expected scale_start")
+    found = results.read_csv(tmp_path / "t.csv")
+    assert {one.split for one in found} == {"val"} and all(one.metrics["num_images"] == 12 for one in found)
+    assert len(found) == 4  # "as it is" is "partial" again
+    rows = {question.name: study.rows_of(question, plan, found) for question in plan.questions}
+    assert {label: len(of) for label, of in rows["rivals"].items()} == {"one": 1, "partial": 1, "more samples": 1}
+    assert rows["rivals"]["more samples"][0].num_samples == 7 and rows["rivals"]["partial"][0].num_samples == 5
+    assert rows["scale"]["as it is"] == rows["rivals"]["partial"]
+    assert rows["scale"]["wide"][0].settings["initial_scale"] == 0.5 and rows["scale"]["fails"] == []
+    # Again: everything is read, and nothing is trained or scored.
+    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(compare, "_score", None)
+    before = (tmp_path / "t.csv").read_bytes()
+    assert study.run(plan, **options, names=["rivals"]) == []
+    assert (tmp_path / "t.csv").read_bytes() == before
+
+
+def test_of_the_test_split_shifts_are_told_too(tmp_path):
+    content = {**CONTENT, "data": {**CONTENT["data"], "swapped": "phantom_nodule"}}
+    plan = study.read(written(tmp_path, content))
+    one = dataclasses.replace(plan.questions[0], variants=plan.questions[0].variants[:1])
+    plan = dataclasses.replace(plan, questions=(one,))
+    study.run(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
+    (row,) = results.read_csv(tmp_path / "t.csv")
+    assert row.split == "test" and set(row.shift) == {"noise", "blur", "contrast", "phantom_nodule instead"}
+    assert row.evaluation["swapped"] == "phantom_nodule"
+
+
+def test_how_far_a_choice_repeats_itself(tmp_path):
+    plan = dataclasses.replace(study.read(written(tmp_path, CONTENT)), seeds=(0, 1))
+    found = study.stability(plan, runs=str(tmp_path / "runs"), r_bayes=0.05, early=2)
+    assert [row["score"] for row in found[::2]] == ["fisher", "paper", "per_example", "taylor", "magnitude"]
+    magnitude = [row for row in found if row["score"] == "magnitude"]
+    assert all(row["halves"] == 1 for row in magnitude)  # weights know nothing of the halves
+    assert magnitude[0]["other_seed"] == magnitude[1]["other_seed"] < 0.5
+    assert all(0 <= row[key] <= 1 for row in found for key in ("halves", "other_seed", "early"))
+    settings = compare.experiment(**plan.data, runs=str(tmp_path / "runs"), verbose=False)
+    step1 = training.deterministic_run(
+        settings.data, settings.recipe, seed=0, network="unet_small", runs=str(tmp_path / "runs"), verbose=False
+    )
+    assert top_k(training.scores_run(step1, settings.data, settings.recipe, verbose=False), 0.05).num_bayesian > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": {}}, "Expected the keys .*questions.* Received: .*'question'"),
+        ({"questions": {"a": {"text": "?"}}}, "question a. Received: .*'text'"),
+        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "methd": "y"}]}}}, "methd"),
+        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "method": "y"}]}}}, "methods among"),
+        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "changes": "y=1"}]}}}, "'y=1'"),
+        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "r_bayes": 2}]}}}, "r_bayes"),
+        ({"questions": {"a": {"text": "?", "variants": [{"label": "x"}, {"label": "x"}]}}}, "each label once"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        study.read(written(tmp_path, {**CONTENT, **change}))
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_unknown_questions_are_refused(tmp_path):
+    plan = study.read(written(tmp_path, CONTENT))
+    with pytest.raises(ValueError, match=r"questions among rivals, scale\. Received: \['why'\]"):
+        study.run(plan, names=["why"], runs=str(tmp_path), table=tmp_path / "t.csv")
+
+
+def test_the_study_that_comes_with_it_is_whole():
+    plan = study.read(ROOT / "profiles" / "study.yaml")
+    assert "deterministic, epochs of steps 1 and 3" in {variant.label for variant in plan.questions[0].variants}
+    rows = study.rows_of(plan.questions[0], plan, [])
+    assert list(rows) == [variant.label for variant in plan.questions[0].variants] and not any(rows.values())
