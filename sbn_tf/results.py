@@ -425,7 +425,7 @@ def read_csv(path) -> list[Result]:
                 if line.get(f"{key}_low")
             }
             costs = ((key, line.get(f"cost_{key}")) for key in COSTS)
-            content["cost"] = {key: float(value) if value else None for key, value in costs if value is not None}
+            content["cost"] = {key: _number(value) for key, value in costs if value is not None}
             if not any(value is not None for value in content["cost"].values()):
                 content["cost"] = {}
         except (KeyError, ValueError, TypeError) as error:
@@ -437,6 +437,11 @@ def read_csv(path) -> list[Result]:
         _check(content, where, _TO_READ)
         found.append(Result(**content))
     return found
+
+
+def _number(text):
+    """Of a cost: a count stays one."""
+    return None if text == "" else int(text) if text.isdigit() else float(text)
 
 
 def _parsed(text, kind):

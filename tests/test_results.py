@@ -560,7 +560,9 @@ def test_a_csv_keeps_other_rows_and_replaces_the_same(tmp_path):
         (0, 0.2, 0.1),
         (1, 0, 0.3),
     ]
-    before = path.read_bytes()
+    results.write_csv([result(cost={"num_weights": 1093734400, "train_seconds": 1.25})], path)
+    found, before = results.read_csv(path), path.read_bytes()
+    assert b",1093734400," in before
     results.write_csv(found[::-1], path)
     assert path.read_bytes() == before  # the order of the rows is theirs
     results.write_csv([result(seed=5)], path, merge=False)
