@@ -191,17 +191,8 @@ def row(settings: Experiment, method: str) -> results.Result:
     made = fitted(settings, method)
     wanted = _evaluation_settings(settings, made)
     folder = _folder(settings, made)
-    if (folder / "metrics.json").exists():
-        try:
-            stored = results.read(folder)
-            record = stored.record()
-        except ValueError as error:
-            warnings.warn(f"{error} It is scored anew.", stacklevel=2)
-        else:
-            if stored.evaluation == wanted and record is not None:
-                # A run of step 1 alone is shared by recipes of other steps 3: told under the one that asks.
-                used = {"recipe": settings.recipe.name, "settings": dataclasses.asdict(made.recipe_used)}
-                return dataclasses.replace(stored, **used)
+    if (stored := _stored(settings, folder, wanted, made.recipe_used)) is not None:
+        return stored
     val, selection = settings.data.val, dict(made.selection)
     threshold = _cut(settings, lambda part: made.predict_samples(val.normalised(part)).mean(0))
     if settings.threshold == "validation":
@@ -224,6 +215,23 @@ def row(settings: Experiment, method: str) -> results.Result:
     )
     results.write(result, folder, record)
     return result
+
+
+def _stored(settings, folder, wanted, recipe=None) -> results.Result | None:
+    """The result in a folder, if it is whole and its score depended on the same; None: it is to be made."""
+    if not (folder / "metrics.json").exists():
+        return None
+    try:
+        stored = results.read(folder)
+        record = stored.record()
+    except ValueError as error:
+        warnings.warn(f"{error} It is scored anew.", stacklevel=3)
+        return None
+    if stored.evaluation != wanted or record is None:
+        return None
+    # A run of step 1 alone is shared by recipes of other steps 3: told under the one that asks.
+    used = dataclasses.asdict(settings.recipe if recipe is None else recipe)
+    return dataclasses.replace(stored, recipe=settings.recipe.name, settings=used)
 
 
 def _folder(settings, made) -> Path:
@@ -254,25 +262,17 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     """Rows of predictors that never look at an image, and of what is known of phantoms: name -> Result.
 
     "level_sets", where several raters marked the test images: masks where the probability map of `deterministic`
-    exceeds 0.1, 0.3, 0.5, 0.7, 0.9.
+    exceeds 0.1, 0.3, 0.5, 0.7, 0.9. What was scored before is read.
     """
-    data, size = settings.data, settings.recipe.batch_size
-    if settings.split == "val":
-        data = dataclasses.replace(data, val=data.test, test=data.val)
-    rated = settings.task == SEGMENTATION and data.test.num_raters > 1
+    rated = settings.task == SEGMENTATION and settings.scored.num_raters > 1
     step1 = fitted(settings, "deterministic") if rated else None
-    predict = None if step1 is None else step1.predict_samples
-    cut = _constant_threshold(settings)
-    records = evaluation.trivial_records(data, threshold=cut, deterministic=predict, batch_size=size)
-    records = {f"trivial_{name}": record for name, record in records.items()}
-    if data.test.truth_probs is not None:
-        records["bound_scene"] = _record_of_scene(settings)
-    found = {}
-    for name, record in records.items():
-        made = step1 if name == "trivial_level_sets" else None
-        seed = None if made is None else settings.seed
-        shaping = _evaluation_settings(settings, made)
-        result = _result(
+    places = {name: _trivial_place(settings, name, step1) for name in _trivial_names(settings)}
+    found = {name: _stored(settings, folder, shaping) for name, (_, folder, shaping) in places.items()}
+    if None not in found.values():
+        return found
+    for name, record in _trivial_records(settings, step1).items():
+        seed, folder, shaping = places[name]
+        found[name] = _result(
             settings,
             record,
             method=name,
@@ -283,10 +283,37 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
             settings=dataclasses.asdict(settings.recipe),
             evaluation=shaping,
         )
-        folder = training.run_folder(settings.runs, data.card.name, name, seed or 0, shaping)
-        results.write(result, folder, record)
-        found[name] = result
+        results.write(found[name], folder, record)
     return found
+
+
+def _trivial_names(settings) -> list[str]:
+    """Of the rows that a dataset's split has."""
+    constant = {SEGMENTATION: "all_background", **dict.fromkeys(EXCLUSIVE, "most_frequent")}
+    names = [f"trivial_{constant.get(settings.task, 'all_negative')}", "trivial_prevalence"]
+    names += ["trivial_level_sets"] if settings.task == SEGMENTATION and settings.scored.num_raters > 1 else []
+    return names + (["bound_scene"] if settings.scored.truth_probs is not None else [])
+
+
+def _trivial_place(settings, name, step1):
+    """Seed, folder, and what the score depends on."""
+    made = step1 if name == "trivial_level_sets" else None
+    seed, shaping = None if made is None else settings.seed, _evaluation_settings(settings, made)
+    return seed, training.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
+
+
+def _trivial_records(settings, step1):
+    data = settings.data
+    if settings.split == "val":
+        data = dataclasses.replace(data, val=data.test, test=data.val)
+    records = evaluation.trivial_records(
+        data,
+        threshold=_constant_threshold(settings),
+        deterministic=None if step1 is None else step1.predict_samples,
+        batch_size=settings.recipe.batch_size,
+    )
+    records = {f"trivial_{name}": record for name, record in records.items()}
+    return records | ({"bound_scene": _record_of_scene(settings)} if data.test.truth_probs is not None else {})
 
 
 TRIVIAL = {
