@@ -204,7 +204,8 @@ def parse_changes(text: str) -> dict:
     """Changes of a recipe from one line, as notebooks and shells take it.
 
     Args:
-        text: `"field=value, field=value"`; values are numbers, names, or none; "" changes nothing.
+        text: `"field=value, field=value"`; values are numbers, names, or none (None, where that is no name of the
+            field's); "" changes nothing.
 
     Raises:
         ValueError: a part that is no `field=value`, an unknown field, one that is given twice, or `name`.
@@ -218,7 +219,7 @@ def parse_changes(text: str) -> dict:
                 f"Expected changes of a recipe as field=value, each field once, with commas between; fields: "
                 f"{', '.join(sorted(known))}.\nReceived: {part!r} in {text!r}"
             )
-        changes[field] = _plain_value(value)
+        changes[field] = value if value in _CHOICES.get(field, ()) else _plain_value(value)
     return changes
 
 

@@ -143,9 +143,9 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
             if (same := (dataclasses.replace(variant, label=""), seed)) in done:
                 continue
             done.add(same)
-            recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
-            changes = {"recipe": recipe, "r_bayes": float(variant.r_bayes), "num_samples": variant.num_samples}
             try:
+                recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
+                changes = {"recipe": recipe, "r_bayes": float(variant.r_bayes), "num_samples": variant.num_samples}
                 row = compare.row(dataclasses.replace(base, seed=seed, **changes), variant.method)
             except Exception as error:  # of one variant: the others go on
                 traceback.print_exc()

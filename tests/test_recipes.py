@@ -209,6 +209,7 @@ def test_cycles_without_a_step_are_none(cycle_steps):
 def test_changes_of_a_recipe_are_read_from_one_line():
     found = recipes.parse_changes("score=taylor, initial_scale=0.03 ,epochs=20,fan_out=none, augment=None")
     assert found == {"score": "taylor", "initial_scale": 0.03, "epochs": 20, "fan_out": None, "augment": None}
+    assert recipes.parse_changes("decay=none, class_weights=none") == {"decay": "none", "class_weights": "none"}
     assert isinstance(found["epochs"], int) and recipes.parse_changes("") == recipes.parse_changes(" , ") == {}
 
 
