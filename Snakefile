@@ -8,7 +8,7 @@
 # A notebook appears under its name only when it is whole: a job that was killed goes on from its last epoch, one that
 # failed leaves X.failed.ipynb behind and does not stop the others. `python -m sbn_tf.grid` says more.
 
-import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,19 +20,21 @@ try:
     PLAN = grid.plan_of(config["grid"])
     grid.check_names(PLAN)
     grid.check_folder(PLAN)
+    for path in grid.forget_damaged(PLAN):
+        print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 
 PROFILE = Path(workflow.configfiles[0]).as_posix()
 FOLDER = PLAN.folder.as_posix()
 JOBS = {f"{FOLDER}/{job.path}": job for job in grid.jobs(PLAN)}
-NEEDS = grid.estimates_for_scheduler(PLAN)  # {} unless the profile tells the device's speed
+NEEDS = grid.estimates_for_scheduler(PLAN)
 UNIT = f"{FOLDER}/{{dataset}}/fold{{fold}}/seed{{seed}}"
 
 
 def of_job(kind, place):
     """A resource from the estimates: memory in MB, or minutes."""
-    return lambda wildcards: NEEDS.get((wildcards.dataset, kind), {}).get(place, 0)
+    return lambda wildcards: NEEDS[wildcards.dataset, kind][place]
 
 
 def options(wildcards, percent=None, method=None):
@@ -40,14 +42,16 @@ def options(wildcards, percent=None, method=None):
     return grid.papermill_options(PLAN, wildcards.dataset, int(wildcards.fold), int(wildcards.seed), percent, method)
 
 
-# Papermill starts the notebook in nbs/; the environment keeps the threads of parallel jobs from fighting.
+# Papermill starts the notebook in nbs/; the environment keeps the threads of parallel jobs from fighting. The progress
+# line comes from the module as a file, without TensorFlow, and never decides whether a job has succeeded.
+PYTHON = shlex.quote(sys.executable)
 EXECUTE = (
-    "export OMP_NUM_THREADS={threads} TF_NUM_INTRAOP_THREADS={threads} TF_NUM_INTEROP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3; "
-    "f={output}; rm -f ${{f%.ipynb}}.failed.ipynb; "
-    "if {sys.executable} -m papermill --cwd nbs --no-progress-bar NOTEBOOK ${{f%.ipynb}}.running.ipynb {params.options} "
-    "> {log} 2>&1; then mv ${{f%.ipynb}}.running.ipynb $f; "
-    "else mv ${{f%.ipynb}}.running.ipynb ${{f%.ipynb}}.failed.ipynb; tail -n 3 {log} >&2; exit 1; fi; "
-    "{sys.executable} sbn_tf/grid.py status {PROFILE} --cores {workflow.cores} | head -n 1  # as a file: without TensorFlow"
+    "export OMP_NUM_THREADS={threads} TF_NUM_INTRAOP_THREADS={threads} TF_NUM_INTEROP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3\n"
+    "f={output:q}; f=${{f%.ipynb}}; rm -f $f.failed.ipynb\n"
+    "if {PYTHON} -m papermill --cwd nbs --no-progress-bar NOTEBOOK $f.running.ipynb {params.options} > {log:q} 2>&1\n"
+    "then mv $f.running.ipynb $f.ipynb\n"
+    "else mv $f.running.ipynb $f.failed.ipynb || true; tail -n 3 {log:q} >&2; exit 1; fi\n"
+    "{PYTHON} sbn_tf/grid.py status {PROFILE:q} --cores {workflow.cores} --brief || true"
 )
 
 
@@ -76,6 +80,7 @@ rule step1:
     resources:
         mem_mb=of_job("step1", "mem_mb"),
         runtime=of_job("step1", "runtime"),
+        gpu=PLAN.gpus,
     priority: 10
     log:
         f"{UNIT}/step1.log",
@@ -96,6 +101,7 @@ rule saliency:
     resources:
         mem_mb=of_job("saliency", "mem_mb"),
         runtime=of_job("saliency", "runtime"),
+        gpu=PLAN.gpus,
     priority: 9
     log:
         f"{UNIT}/saliency.log",
@@ -116,6 +122,7 @@ rule partial:
     resources:
         mem_mb=of_job("partial", "mem_mb"),
         runtime=of_job("partial", "runtime"),
+        gpu=PLAN.gpus,
     log:
         f"{UNIT}/partial_r{{percent}}.log",
     benchmark:
@@ -125,11 +132,11 @@ rule partial:
 
 
 def before_baseline(wildcards):
-    """Scores for all; the longer ensemble continues the members of the ensemble."""
-    unit = UNIT.format(**wildcards)
-    first = f"{unit}/ensemble.ipynb"
-    waits = wildcards.method == "ensemble_longer" and first in JOBS
-    return [f"{unit}/saliency.ipynb", *([first] if waits else [])]
+    """Scores for all; the longer ensemble continues the members of the ensemble, and shares one with another method."""
+    unit, before = UNIT.format(**wildcards), ["saliency"]
+    if wildcards.method == "ensemble_longer":
+        before += ["ensemble", "deterministic_longer"]
+    return [path for name in before if (path := f"{unit}/{name}.ipynb") in JOBS]
 
 
 rule baseline:
@@ -143,6 +150,7 @@ rule baseline:
     resources:
         mem_mb=of_job("baseline", "mem_mb"),
         runtime=of_job("baseline", "runtime"),
+        gpu=PLAN.gpus,
     log:
         f"{UNIT}/{{method}}.log",
     benchmark:
@@ -152,8 +160,8 @@ rule baseline:
 
 
 onsuccess:
-    shell("{sys.executable} -m sbn_tf.grid finish {PROFILE}")
+    shell("{PYTHON} -m sbn_tf.grid finish {PROFILE:q} --cores {workflow.cores}")
 
 
 onerror:
-    shell("{sys.executable} -m sbn_tf.grid finish {PROFILE}")
+    shell("{PYTHON} -m sbn_tf.grid finish {PROFILE:q} --cores {workflow.cores}")

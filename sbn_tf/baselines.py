@@ -35,7 +35,6 @@ __all__ = [
     "METHODS",
     "Method",
     "describe",
-    "empirical_fisher",
     "fit_temperature",
     "make",
     "recovered_logits",
@@ -573,7 +572,7 @@ class PartialChannel(Partial):
     name, title = "partial_channel", "partial Bayesian, whole salient channels"
 
     def _choose_masks(self, data):
-        recipe = dataclasses.replace(self.recipe, scope="channel")
+        recipe = self.recipe_used = dataclasses.replace(self.recipe, scope="channel")
         return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
@@ -586,7 +585,7 @@ class PartialLate(Partial):
     name, title = "partial_late", f"partial Bayesian, salient late weights (fan-out {FAN_OUT:g})"
 
     def _choose_masks(self, data):
-        recipe = dataclasses.replace(self.recipe, fan_out=FAN_OUT)
+        recipe = self.recipe_used = dataclasses.replace(self.recipe, fan_out=FAN_OUT)
         return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
@@ -594,10 +593,16 @@ class Particles(Partial):
     """A sparse ensemble: networks that differ in the salient weights alone, each trained on its part of each batch."""
 
     name, title = "particles", "sparse ensemble: particles on the salient weights"
-    gaussian = False
+    gaussian = takes_samples = False
 
     def _train(self, data):
         self._train_step1(data)
+        recipe = self.recipe
+        self.recipe_used = dataclasses.replace(
+            recipe,
+            **{"estimator": "split", "batch_norm": "frozen", "trains": "all", "prior_scale": 1.0},
+            **{"kl_reduction": "sum", "beta_stop": recipe.beta_start},
+        )
         self.masks = self._choose_masks(data)
         run = training.particles_run(
             self.step1, self.masks, data, self.recipe, method=self.name, gaussian=self.gaussian, **self._options()

@@ -62,6 +62,7 @@ class Experiment:
         shifts: kind -> severity of the shifted copies of the images; {} for none.
         swapped: name of a dataset of the same task and channels, whose test images stand in for images from another
             source: told as a shift; None: none.
+        data_root: folder of the real data, for `swapped`; None: the variable SBN_TF_DATA, or data/.
         split: what is scored: "test", or "val", on which anything may be chosen.
         num_samples: posterior samples of a prediction, where a method samples; None: the recipe's.
         verbose: show progress bars.
@@ -80,6 +81,7 @@ class Experiment:
     num_resamples: int = 1000
     shifts: dict = field(default_factory=lambda: dict(SHIFTS))
     swapped: str | None = None
+    data_root: str | None = None
     split: str = "test"
     num_samples: int | None = None
     verbose: bool = True
@@ -169,6 +171,7 @@ def experiment(
         limit=limit,
         options=options or {},
         normalisation=normalisation,
+        data_root=data_root,
         **shared,
     )
 
@@ -177,6 +180,9 @@ def recipe_of(dataset: str, recipe: str = "quick", *, changes: str | dict = "", 
     """The recipe that `experiment` of the same arguments has; of `others` those count that are the recipe's."""
     changes = recipes.parse_changes(changes) if isinstance(changes, str) else dict(changes)
     named = {key: value for key, value in others.items() if key in _NAMED and value is not None}
+    if twice := sorted(key for key in named if key in changes and changes[key] != named[key]):
+        raise ValueError(f"Expected each field once. Received: {', '.join(twice)} in changes, and as a parameter.")
+    named = {key: value for key, value in named.items() if key not in changes}
     return dataclasses.replace(recipes.recipe_for(recipe, datasets.card(dataset)), **changes, **named)
 
 
@@ -224,14 +230,16 @@ def _stored(settings, folder, wanted, recipe=None) -> results.Result | None:
     try:
         stored = results.read(folder)
         record = stored.record()
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # not found: another process is just writing it
         warnings.warn(f"{error} It is scored anew.", stacklevel=3)
         return None
     if stored.evaluation != wanted or record is None:
         return None
     # A run of step 1 alone is shared by recipes of other steps 3: told under the one that asks.
     used = dataclasses.asdict(settings.recipe if recipe is None else recipe)
-    return dataclasses.replace(stored, recipe=settings.recipe.name, settings=used)
+    # Two shares of a small network may choose the same weights: told under the one that asks, too.
+    rate = None if stored.r_bayes is None else settings.r_bayes
+    return dataclasses.replace(stored, recipe=settings.recipe.name, settings=used, r_bayes=rate)
 
 
 def _folder(settings, made) -> Path:
@@ -462,7 +470,7 @@ def _evaluation_settings(settings, made=None):
         "split": settings.split,
     }
     if settings.swapped is not None:
-        found["swapped"] = settings.swapped
+        found["swapped"] = [settings.swapped, _swapped(settings).num_examples, "normalised as the others"]
     if made is not None:
         found["num_samples"] = made.num_samples
         found["weights"] = [zlib.crc32((run.folder / "model.keras").read_bytes()) for run in made.trained]
@@ -485,15 +493,21 @@ def _score(made, settings, threshold):
         )
         shift[kind] = {"severity": severity, **evaluation.shift_auroc(record, moved)}
     if settings.swapped is not None:
-        other = _swapped(settings)
-        moved = evaluation.score(made.predict_samples, other, settings.task, boundary=False, **options)
+        moved = evaluation.score(made.predict_samples, _swapped(settings), settings.task, boundary=False, **options)
         shift[f"{settings.swapped} instead"] = {"severity": 1.0, **evaluation.shift_auroc(record, moved)}
     return record, shift
 
 
 def _swapped(settings):
-    """The test split of the other dataset, of this one's size."""
-    return datasets.load(settings.swapped, size=settings.data.input_shape[0]).test
+    """The test split of the other dataset, of this one's size, normalised as this one's images are."""
+    key = (settings.swapped, settings.data.input_shape[0], settings.data_root, settings.limit)
+    if key not in _SWAPPED:
+        _SWAPPED[key] = datasets.load(key[0], size=key[1], root=key[2], limit=key[3]).test
+    mine = settings.data.test
+    return dataclasses.replace(_SWAPPED[key], mean=mine.mean, sd=mine.sd)
+
+
+_SWAPPED = {}  # loaded once in a process
 
 
 def _record_of_scene(settings):

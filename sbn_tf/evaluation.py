@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -546,7 +547,7 @@ class Record:
         if self.groups is not None:
             arrays["groups"] = self.groups
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with open(temporary, "wb") as file:
                 np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
@@ -672,7 +673,8 @@ class Record:
         return self.num_samples > 1 and self["mutual_information"].max() >= 10.0**-DECIMALS
 
 
-_FORMAT = "sbn_tf.evaluation.Record 3"
+RECORD_FORMAT = 3  # of record.npz: raised when an array changes its meaning
+_FORMAT = f"sbn_tf.evaluation.Record {RECORD_FORMAT}"
 # What a record of each task holds; a damaged name must not pass as an array that is not there.
 _OPTIONAL = {"reference_brier", "hausdorff95"}
 _ALL = {"nll", "brier", "risk", "error", *_UNCERTAINTIES}

@@ -4,16 +4,16 @@
     python -m sbn_tf.grid table profiles/small      # results/small.csv from what is there
     python -m sbn_tf.grid estimate profiles/paper   # operations, hours and memory, before anything runs
 
-A profile is one YAML file: Snakemake's own options, and under `grid:` what `read` explains. Importing this module is
-light: Snakemake does so for each job.
+A profile is one YAML file: Snakemake's own options, and under `grid:` what `read` explains. Run as a file
+(`python sbn_tf/grid.py status profiles/small`), this module starts without TensorFlow.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
-import os
 import re
 import shlex
 import time
@@ -29,6 +29,7 @@ __all__ = [
     "check_names",
     "estimates",
     "estimates_for_scheduler",
+    "forget_damaged",
     "gather",
     "jobs",
     "main",
@@ -73,6 +74,7 @@ class Plan:
         recipe: of `recipes.RECIPES`.
         datasets: with their folds, seeds, shares in % and methods.
         threads: of one job.
+        gpus: of one job, asked for as Snakemake's resource `gpu`.
         tflops: what the device computes, in 10^12 operations a second, for estimates; None: they are in operations.
         table: path of the CSV that is kept in the repository; None: one in the folder of the runs.
     """
@@ -81,6 +83,7 @@ class Plan:
     recipe: str
     datasets: tuple[Dataset, ...]
     threads: int = 1
+    gpus: int = 0
     tflops: float | None = None
     table: str | None = None
 
@@ -115,7 +118,7 @@ class Job:
         return f"{self.dataset.name}/fold{self.fold}/seed{self.seed}/{self.name}.ipynb"
 
 
-_PLAN = {"name", "recipe", "datasets", "threads", "tflops", "table", "seeds", "r_bayes", "methods"}
+_PLAN = {"name", "recipe", "datasets", "threads", "gpus", "tflops", "table", "seeds", "r_bayes", "methods"}
 _PARAMETERS = {"size", "network", "limit", "epochs", "bayes_epochs", "num_samples", "split", "normalisation"}
 _PARAMETERS |= {"changes", "threshold", "num_resamples", "swapped"}
 _OF_BASELINES = ("bayes_epochs", "num_samples", "threshold", "num_resamples", "swapped")  # not of notebooks 01 and 02
@@ -179,11 +182,20 @@ def plan_of(content: dict, where="the profile") -> Plan:
     found = []
     for name, own in content["datasets"].items():
         own = own or {}
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            refuse("names of datasets, of letters, digits and . _ - (no folders),", name)
         keys_of(own, _DATASET, f"the dataset {name!r}")
         given = {"folds": [-1], **{key: content.get(key) for key in ("seeds", "r_bayes", "methods")}, **own}
         images = given.get("images")
-        if images is not None and not (len(images) == 3 and all(is_count(value) for value in images)):
+        if images is not None and not (
+            isinstance(images, list) and len(images) == 3 and all(is_count(value) for value in images)
+        ):
             refuse("images, three numbers,", images)
+        shares = given.get("r_bayes")
+        if isinstance(shares, list) and len({_share(value) for value in shares}) < len(shares):
+            refuse("r_bayes, percentages that differ in six digits,", shares)
+        if "partial" in (given.get("methods") or ()):
+            refuse("methods without 'partial', which r_bayes asks for,", given["methods"])
         found.append(
             Dataset(
                 name,
@@ -195,12 +207,22 @@ def plan_of(content: dict, where="the profile") -> Plan:
                 None if images is None else tuple(images),
             )
         )
-    threads, tflops = content.get("threads", 1), content.get("tflops")
+    threads, gpus, tflops = content.get("threads", 1), content.get("gpus", 0), content.get("tflops")
     if not is_count(threads) or threads < 1:
         refuse("threads, an integer >= 1,", threads)
+    if not is_count(gpus):
+        refuse("gpus, an integer >= 0,", gpus)
+    for key in ("recipe", "table"):
+        if content.get(key) is not None and not (isinstance(content[key], str) and content[key]):
+            refuse(f"{key}, a text,", content[key])
     if tflops is not None and not (isinstance(tflops, int | float) and tflops > 0):
         refuse("tflops, a number > 0,", tflops)
-    return Plan(content["name"], content.get("recipe", "sbn"), tuple(found), threads, tflops, content.get("table"))
+    recipe = content.get("recipe") or "sbn"
+    return Plan(content["name"], recipe, tuple(found), threads, gpus, tflops, content.get("table"))
+
+
+def _share(percent) -> str:
+    return f"{percent:g}" if isinstance(percent, int | float) else str(percent)
 
 
 def jobs(plan: Plan) -> list[Job]:
@@ -211,7 +233,9 @@ def jobs(plan: Plan) -> list[Job]:
             for seed in data.seeds:
                 of = {"dataset": data, "fold": fold, "seed": seed}
                 found += [Job("step1", "step1", **of), Job("saliency", "saliency", **of)]
-                found += [Job("partial", f"partial_r{r:g}", **of, method="partial", percent=r) for r in data.r_bayes]
+                found += [
+                    Job("partial", f"partial_r{_share(r)}", **of, method="partial", percent=r) for r in data.r_bayes
+                ]
                 found += [Job("baseline", method, **of, method=method) for method in data.methods]
     return found
 
@@ -237,20 +261,23 @@ def papermill_options(plan: Plan, dataset: str, fold: int, seed: int, percent=No
 
 
 def check_folder(plan: Plan) -> None:
-    """Write the grid's settings into its folder, or refuse a folder that is of another grid.
+    """Write what shapes the grid's results into its folder, or refuse a folder of other ones.
 
     Raises:
-        ValueError: the folder holds a grid of another recipe or other parameters of a dataset, or of another format.
+        ValueError: there are notebooks of another recipe (of this name or not), of other parameters of a dataset, or
+            whose results have another format.
     """
+    from sbn_tf import training
+
     path = plan.folder / "grid.json"
-    data = {one.name: one.parameters for one in plan.datasets}
-    mine = {"format": FORMAT, "recipe": plan.recipe, "datasets": data}
-    if path.exists():
+    mine = {"formats": _formats(), "datasets": {one.name: _shaping(plan, one) for one in plan.datasets}}
+    if path.exists() and any(plan.folder.glob("*/fold*/seed*/*.ipynb")):
         try:
             there = json.loads(path.read_text())
             known = there["datasets"]
-            same = all(known.get(name, own) == own for name, own in data.items())
-            same = same and (there["format"], there["recipe"]) == (FORMAT, plan.recipe)
+            same = there["formats"] == mine["formats"] and all(
+                known.get(name, own) == own for name, own in mine["datasets"].items()
+            )
         except (ValueError, KeyError, TypeError):
             same, known = False, {}
         if not same:
@@ -258,14 +285,55 @@ def check_folder(plan: Plan) -> None:
                 f"Expected a folder of this grid. Received: {plan.folder}, of another recipe, other parameters of a "
                 f"dataset or another version ({path}).\nGive this grid another name, or delete that folder."
             )
-        mine["datasets"] = known | data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        mine["datasets"] = known | mine["datasets"]
+    training.write_atomically(path, lambda file: file.write(json.dumps(mine, indent=1).encode()))
+
+
+def _formats():
+    from sbn_tf import evaluation, results, training
+
+    return [FORMAT, results.FORMAT, training.FORMAT, evaluation.RECORD_FORMAT]
+
+
+def _shaping(plan, data):
+    """All that shapes a dataset's results, as JSON gives it back."""
+    from sbn_tf import compare
+
+    recipe = compare.recipe_of(data.name, plan.recipe, **data.parameters)
+    return json.loads(json.dumps({"parameters": data.parameters, "recipe": dataclasses.asdict(recipe)}))
+
+
+def forget_damaged(plan: Plan) -> list[str]:
+    """Remove the notebooks of jobs whose result is gone or damaged, so that they, and nothing else, are made again.
+
+    Returns:
+        The paths of these notebooks, below the plan's folder.
+    """
+    from sbn_tf import results
+
+    removed = []
+    for job in jobs(plan):
+        notebook = plan.folder / job.path
+        if job.kind not in ("partial", "baseline") or not notebook.exists():
+            continue
+        place = _result_of(notebook)
+        try:
+            results.read(place)
+        except (ValueError, OSError, TypeError):
+            notebook.unlink()
+            removed.append(job.path)
+    return removed
+
+
+def _result_of(notebook) -> Path | None:
+    """The metrics.json that an executed notebook 04 of one method names."""
     try:
-        temporary.write_text(json.dumps(mine, indent=1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        cells = json.loads(notebook.read_text())["cells"]
+        texts = ["".join(out.get("text", "")) for cell in cells for out in cell.get("outputs", ())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    found = re.findall(r"^result: (.*metrics\.json)$", "\n".join(texts), re.M)
+    return Path(found[-1]) if found else None
 
 
 def check_names(plan: Plan) -> None:
@@ -274,7 +342,12 @@ def check_names(plan: Plan) -> None:
 
     if plan.recipe not in recipes.RECIPES:
         raise ValueError(f"Expected a recipe among {', '.join(recipes.RECIPES)}. Received: {plan.recipe!r}")
+    from sbn_tf import models
+
     asked = {method for data in plan.datasets for method in data.methods}
+    for data in plan.datasets:
+        if (network := data.parameters.get("network")) not in (None, *models.NETWORKS):
+            raise ValueError(f"Expected a network among {', '.join(models.NETWORKS)}. Received: {network!r}")
     if unknown := sorted(asked - set(baselines.METHODS)):
         raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}.\nReceived: {', '.join(unknown)}")
 
@@ -301,10 +374,11 @@ class Status:
 
 
 def status(plan: Plan, cores: int = 1) -> Status:
-    """What is done, what failed, what remains, and how long that will take on so many jobs at a time.
+    """What is done, what failed, what remains, and how long that will take on so many cores.
 
     A job that is not done takes as long as those of its dataset and name did, or of its dataset and kind.
     """
+    at_once = max(1, cores // plan.threads)
     done, failed, missing, taken = {}, {}, [], {}
     for job in jobs(plan):
         path = plan.folder / job.path
@@ -324,7 +398,7 @@ def status(plan: Plan, cores: int = 1) -> Status:
         keys = ((job.dataset.name, job.name), (job.dataset.name, job.kind), job.kind)
         times = next((taken[key] for key in keys if key in taken), None)
         remaining = None if times is None or remaining is None else remaining + sum(times) / len(times)
-    return Status(done, failed, [job.path for job in missing], None if remaining is None else remaining / cores)
+    return Status(done, failed, [job.path for job in missing], None if remaining is None else remaining / at_once)
 
 
 def _seconds(path):
@@ -415,14 +489,15 @@ def estimates(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def estimates_for_scheduler(plan: Plan) -> dict[tuple[str, str], dict[str, int]]:
-    """(dataset, kind of job) -> {"mem_mb", "runtime" in minutes}, the most of its jobs; {} without `tflops`.
+    """(dataset, kind of job) -> {"mem_mb", "runtime" in minutes}, the most of its jobs.
 
-    Twice what is counted, and what a process with TensorFlow takes. They are kept in the plan's folder.
+    Twice what is counted, and what a process with TensorFlow takes; kept in the plan's folder. Without `tflops` the
+    same for all: 4,000 MB, and 120 minutes.
     """
     if plan.tflops is None:
-        return {}
+        return {(job.dataset.name, job.kind): {"mem_mb": 4000, "runtime": 120} for job in jobs(plan)}
     path = plan.folder / "estimates.json"
-    settings = repr(plan)
+    settings = repr(plan) + json.dumps([_shaping(plan, one) for one in plan.datasets])
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -441,6 +516,7 @@ def estimates_for_scheduler(plan: Plan) -> dict[tuple[str, str], dict[str, int]]
 
 def _traced(plan, data):
     """What the estimates of a dataset need: operations of a step and of a pass for one image, images, bytes."""
+    import keras
     import numpy as np
 
     from sbn_tf import compare, cost, datasets, models, recipes
@@ -454,7 +530,7 @@ def _traced(plan, data):
     parameters = dict(data.parameters)
     recipe = compare.recipe_of(data.name, plan.recipe, **parameters)
     side = parameters.get("size") or card.default_size
-    head = {"activation": "softmax"} if card.task in ("multi-class", "ordinal") else {}
+    head = {"activation": "softmax"} if card.task in datasets.base.EXCLUSIVE else {}
     name = parameters.get("network") or recipes.network_for(plan.recipe, card)
     network = models.build(name, (side, side, card.channels), max(1, len(card.classes)), seed=0, **head)
     network.compile("sgd", "binary_crossentropy")
@@ -469,17 +545,11 @@ def _traced(plan, data):
         "images": images,
         "step": cost.training_flops(network, recipe.batch_size),
         "partial_step": cost.training_flops(model, recipe.batch_size),
-        "saliency": cost.saliency_flops(network, network.loss and _loss_of(network), recipe.batch_size),
+        "saliency": cost.saliency_flops(network, keras.losses.BinaryCrossentropy(), recipe.batch_size),
         "pass": cost.prediction_flops(network, recipe.batch_size),
         "weights": network.count_params(),
         "outputs": outputs,
     }
-
-
-def _loss_of(network):
-    import keras
-
-    return keras.losses.get(network.loss)
 
 
 SHIFTED_COPIES = 3  # of the test images, predicted beside them
@@ -491,16 +561,17 @@ def _of_job(job, one):
     step, bayes = one["step"] * train, one["partial_step"] * train
     samples = recipe.num_samples
     validation = one["pass"] * val  # an epoch
-    scored = one["pass"] * test * (1 + SHIFTED_COPIES)
+    scored = one["pass"] * test * (1 + SHIFTED_COPIES + ("swapped" in job.dataset.parameters))
     part = samples if recipe.estimator == "all" else 1
-    longer = third * (step + validation)
+    longer, members = third * (step + validation), 4 * first * (step + validation)
+    alone, continued = "ensemble" not in job.dataset.methods, "deterministic_longer" in job.dataset.methods
     work = {
         "step1": first * (step + validation) + one["pass"] * test,
-        "saliency": one["saliency"] * train,
+        "saliency": 3 * one["saliency"] * train,  # notebook 02 shows other scores beside
         "deterministic": scored,
         "temperature": scored + validation,
-        "ensemble": 4 * first * (step + validation) + 5 * scored,
-        "ensemble_longer": 5 * longer + 5 * scored,
+        "ensemble": members + 5 * scored,
+        "ensemble_longer": (members if alone else 0) + (4 if continued else 5) * longer + 5 * scored,
         "snapshot": longer + 5 * scored,
         "mc_dropout": longer + samples * scored,
         "deterministic_longer": longer + scored,
@@ -542,8 +613,23 @@ def _write_table(plan):
     if not found:
         raise ValueError(f"Expected results in {plan.folder}. Received: none. Run the grid first.")
     table = Path(plan.table) if plan.table else plan.folder / "results.csv"
+    old = _of_other_recipes(plan, results.read_csv(table)) if table.exists() else []
+    if old:  # a table of two recipes would be one of neither
+        kept = [one for one in results.read_csv(table) if one not in old]
+        results.write_csv(kept, table, merge=False)
     results.write_csv(found, table)
-    return f"{len(found)} results in {table}"
+    dropped = f", {len(old)} of another recipe dropped" if old else ""
+    return f"{len(found)} results in {table}{dropped}"
+
+
+def _of_other_recipes(plan, rows):
+    """Rows of the plan's datasets that were trained by other numbers than the plan's recipe has now."""
+    from sbn_tf import study
+
+    now = {one.name: _shaping(plan, one)["recipe"] for one in plan.datasets}
+    return [
+        one for one in rows if one.dataset in now and not study.is_of_recipe(one.method, one.settings, now[one.dataset])
+    ]
 
 
 def main(arguments=None) -> None:
@@ -551,12 +637,14 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sbn_tf.grid", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("status", "table", "report", "finish", "estimate"))
     parser.add_argument("profile", help="a folder of profiles/, or its config.yaml")
-    parser.add_argument("--cores", type=int, default=1, help="jobs at a time, for the remaining time")
+    parser.add_argument("--cores", type=int, default=1, help="that the grid has, for the remaining time")
+    parser.add_argument("--brief", action="store_true", help="one line")
     given = parser.parse_args(arguments)
     try:
         plan = read(given.profile)
         if given.what == "status":
-            print(status(plan, given.cores))
+            text = str(status(plan, given.cores))
+            print(text.splitlines()[0] if given.brief else text)
         elif given.what == "estimate":
             print(_estimate_table(plan, estimates(plan)))
         if given.what in ("report", "finish"):
@@ -564,7 +652,9 @@ def main(arguments=None) -> None:
             plan.folder.mkdir(parents=True, exist_ok=True)
             (plan.folder / "report.md").write_text(text)
             print(text)
-        if given.what in ("table", "finish"):
+        if given.what == "finish" and not gather(plan):
+            print("No result yet.")
+        elif given.what in ("table", "finish"):
             print(_write_table(plan))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

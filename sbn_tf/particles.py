@@ -15,7 +15,9 @@ from sbn_tf.layers import kl_normal, scatter_entries, softplus_inverse, standard
 from sbn_tf.partial_bayes import settle_batch_norm
 from sbn_tf.saliency import named_weights
 
-__all__ = ["Particles", "to_particles"]
+__all__ = ["LEAST_LOC", "Particles", "to_particles"]
+
+LEAST_LOC = 1e-3  # of what starts relative to a loc: one of 0 has a spread, too
 
 
 @keras.saving.register_keras_serializable(package="sbn_tf")
@@ -73,7 +75,7 @@ class Particles(keras.Model):
             self.index[key] = self.add_weight(shape=(len(one),), name=f"{name}_index", **options)
             self.index[key].assign(one.astype("int64"))
             loc = np.abs(ops.convert_to_numpy(weights[key].variable).ravel()[one.astype("int64")])
-            start = self.initial_scale * (np.maximum(loc, 1e-3) if relative else np.ones_like(loc))
+            start = self.initial_scale * (np.maximum(loc, LEAST_LOC) if relative else np.ones_like(loc))
             self._offsets[key] = self.add_weight(shape=shape, name=f"{name}_offset")
             self._offsets[key].assign(start * rng.standard_normal(shape))
             if gaussian:

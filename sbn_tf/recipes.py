@@ -107,6 +107,8 @@ class Recipe:
             _check_number("weight_decay", self.weight_decay, least=0.0)
         if self.fan_out is not None:
             _check_number("fan_out", self.fan_out, least=0.0)
+            if self.fan_out > 1:
+                raise ValueError(f"Expected fan_out in 0..1. Received: fan_out={self.fan_out!r}")
         if self.scale_start != "absolute" and self.initial_scale is None:
             raise ValueError(f"Expected initial_scale, a factor of {self.scale_start!r} scales. Received: None")
         for field, known in _CHOICES.items():

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from sbn_tf import evaluation, training
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.plots import format_table
+from sbn_tf.recipes import Recipe
 
 __all__ = [
     "COSTS",
@@ -376,7 +378,15 @@ def write_csv(results: list[Result], path, merge: bool = True) -> Path:
     Raises:
         ValueError: a file there that is no such table.
     """
-    path, rows = Path(path), {}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # two processes may add their rows
+        _write_csv(results, path, merge)
+    return path
+
+
+def _write_csv(results, path, merge):
+    rows = {}
     for result in [*(read_csv(path) if merge and path.exists() else ()), *results]:
         rows[_identity(result)] = result
     metrics = [key for key in METRICS if any(key in result.metrics for result in rows.values())]
@@ -397,7 +407,6 @@ def write_csv(results: list[Result], path, merge: bool = True) -> Path:
         row |= {key: json.dumps(content[key], sort_keys=True) for key in _JSON}
         writer.writerow(row)
     training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    return path
 
 
 def read_csv(path) -> list[Result]:
@@ -453,13 +462,18 @@ def _parsed(text, kind):
 
 
 def _identity(result) -> str:
-    """What tells a result from others: all that was asked for, not what came of it, nor when."""
-    content = {key: value for key, value in _plain(result).items() if key not in _OF_A_SEED - {"seed"}}
-    content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "weights"}
-    first = (content.pop(key) for key in ("dataset", "split", "recipe", "network", "method"))
-    rate, seed = content.pop("r_bayes"), content.pop("seed")
-    order = (-1.0 if rate is None else rate, -1 if seed is None else seed)
-    return json.dumps([*first, *order, content], sort_keys=True)
+    """What tells a row from others: what was asked for, not what came of it, nor when, nor how it is described."""
+    content = _plain(result)
+    first = [content[key] for key in ("dataset", "split", "recipe", "network", "method")]
+    rate = -1.0 if result.r_bayes is None else float(f"{result.r_bayes:.{_DIGITS}g}")
+    order = [rate, -1 if result.seed is None else result.seed, result.num_samples or 0]
+    rest = {key: content[key] for key in ("size", "limit", "options", "normalisation")}
+    rest["threshold"] = content["evaluation"].get("threshold")
+    # A field that a recipe did not have then has its default.
+    return json.dumps([*first, *order, rest, _RECIPE_DEFAULTS | content["settings"]], sort_keys=True)
+
+
+_RECIPE_DEFAULTS = {one.name: one.default for one in dataclasses.fields(Recipe) if one.name != "name"}
 
 
 _TO_READ = "Delete it: it is made anew."

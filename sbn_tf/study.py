@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import inspect
 import io
 import itertools
 import logging
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from sbn_tf import baselines, compare, recipes, results, training
+from sbn_tf.recipes import Recipe
 from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
 
 __all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
@@ -91,6 +93,13 @@ def read(path) -> Study:
     except yaml.YAMLError as error:
         raise ValueError(f"Expected YAML in {path}. Received: {' '.join(str(error).split())}") from None
     content = _keys(content, {"name", "data", "seeds", "questions"}, path)
+    known = set(inspect.signature(compare.experiment).parameters) - {"shared"} | {"swapped"}
+    if not isinstance(content["data"], dict) or (unknown := sorted(set(content["data"]) - known)):
+        received = unknown if isinstance(content["data"], dict) else content["data"]
+        raise ValueError(f"Expected data in {path} with keys among {', '.join(sorted(known))}. Received: {received}")
+    for key, kind in (("seeds", list), ("questions", dict)):
+        if not isinstance(content[key], kind) or not content[key]:
+            raise ValueError(f"Expected {key} in {path}, one or more. Received: {content[key]!r}")
     questions = []
     for name, one in content["questions"].items():
         one = _keys(one, {"text", "variants"}, f"{path}, question {name}")
@@ -213,26 +222,45 @@ def rows_of(question: Question, study: Study, found: list[results.Result]) -> di
         found: results of one split, from its table.
     """
     base = dataclasses.asdict(compare.recipe_of(**study.data))
+    data = {key: study.data[key] for key in ("dataset", "network", "size", "limit", "options") if key in study.data}
     changes = {variant.label: recipes.parse_changes(variant.changes) for variant in question.variants}
     return {
-        variant.label: [one for one in found if _is_of(one, variant, base | changes[variant.label])]
+        variant.label: [one for one in found if _is_of(one, variant, base | changes[variant.label], data)]
         for variant in question.variants
     }
 
 
-def _is_of(result, variant, settings):
-    if result.method != variant.method:
+def _is_of(result, variant, settings, data):
+    if result.method != variant.method or any(getattr(result, key) != value for key, value in data.items()):
         return False
-    changed = _CHANGED_BY_METHOD.get(variant.method, ())
-    alike = all(result.settings.get(key) == value for key, value in settings.items() if key not in changed)
+    alike = is_of_recipe(variant.method, result.settings, settings)
     rate = result.r_bayes is None or abs(result.r_bayes - variant.r_bayes) < 1e-9
     wanted = variant.num_samples or settings["num_samples"]
     samples = not baselines.METHODS[variant.method].takes_samples or result.num_samples == wanted
     return alike and rate and samples
 
 
+def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
+    """Whether a result's settings are a recipe's, but for what its method sets for itself; new fields at their default.
+
+    Args:
+        method: of `baselines.METHODS`; a trivial row is of any.
+        settings, recipe: fields of `recipes.Recipe`.
+    """
+    changed, defaults = _CHANGED_BY_METHOD.get(method, ()), {f.name: f.default for f in dataclasses.fields(Recipe)}
+    given = {**defaults, **settings}
+    return method not in baselines.METHODS or all(
+        given.get(key) == value for key, value in recipe.items() if key not in changed
+    )
+
+
 # Fields of the recipe that a method sets for itself.
 _CHANGED_BY_METHOD = {
+    **dict.fromkeys(
+        ("particles", "mixture"), ("estimator", "batch_norm", "trains", "prior_scale", "kl_reduction", "beta_stop")
+    ),
+    "partial_channel": ("scope",),
+    "partial_late": ("fan_out",),
     "snapshot": ("keep",),
     "bayes_normal": ("bayes_epochs", "bayes_learning_rate", "batch_norm", "estimator"),
 }

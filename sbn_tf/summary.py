@@ -12,7 +12,7 @@ import numpy as np
 
 from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.plots import format_table
-from sbn_tf.results import COSTS, METRICS, Result
+from sbn_tf.results import COSTS, LEVEL, METRICS, Result, holm
 
 __all__ = [
     "TABLE_1",
@@ -51,22 +51,17 @@ TABLE_1 = {
 }
 
 
-def _columns(task, num_raters, first, several, one, labels):
-    if task != SEGMENTATION:
-        return labels
-    return (*(several if num_raters > 1 else one), *first)
-
-
 def paper_keys(task: str, num_raters: int) -> tuple[str, ...]:
     """The paper's three metrics of a dataset, as its code defines them."""
-    rest = ("paper_brier", "paper_entropy")
-    return _columns(task, num_raters, rest, ("paper_dice",), ("paper_iou",), ("paper_accuracy", *rest))
+    quality = "paper_accuracy" if task != SEGMENTATION else "paper_dice" if num_raters > 1 else "paper_iou"
+    return (quality, "paper_brier", "paper_entropy")
 
 
 def correct_keys(task: str, num_raters: int) -> tuple[str, ...]:
     """Metrics that say what the paper's are meant to say."""
-    rest = ("nll", "brier", "ece", "error_auroc")
-    return _columns(task, num_raters, rest, ("dice", "ged"), ("iou",), ("auc", "average_precision", *rest))
+    of_masks = ("dice", "ged") if num_raters > 1 else ("iou",)
+    quality = of_masks if task == SEGMENTATION else ("auc", "average_precision")
+    return (*quality, "nll", "brier", "ece", "error_auroc")
 
 
 def values(found: list[Result], line: Line, key: str) -> dict[tuple, float]:
@@ -79,28 +74,21 @@ def values(found: list[Result], line: Line, key: str) -> dict[tuple, float]:
         raise ValueError(f"Expected a key of results.METRICS or COSTS. Received: {key!r}")
     if len(names := {one.dataset for one in found}) > 1:
         raise ValueError(f"Expected results of one dataset. Received: {sorted(names)}")
-    units = {}
-    for one in found:
-        if one.method != line.method or (line.r_bayes is not None and not _close(one.r_bayes, line.r_bayes)):
-            continue
-        unit = (one.seed, one.options.get("fold", -1))
-        if unit in units:
-            raise ValueError(
-                f"Expected one result of {line.method!r} for each seed and fold. Received: two of seed={unit[0]}, "
-                f"fold={unit[1]}: choose one recipe, split and set of options first."
-            )
-        units[unit] = one.metrics.get(key, one.cost.get(key))
-    return {unit: value for unit, value in units.items() if value is not None}
+    return by_unit([one for one in found if one.method == line.method and _of_rate(one, line)], key)
 
 
 def by_unit(results_of_one: list[Result], key: str) -> dict[tuple, float]:
     """(seed, fold) -> a metric or cost, of results that differ in seed and fold alone."""
     units = {}
     for one in results_of_one:
-        value = one.metrics.get(key, one.cost.get(key))
-        if value is not None:
-            units[one.seed, one.options.get("fold", -1)] = value
-    return units
+        unit = (one.seed, one.options.get("fold", -1))
+        if unit in units:
+            raise ValueError(
+                f"Expected one result of {one.method!r} for each seed and fold. Received: two of seed={unit[0]}, "
+                f"fold={unit[1]}: choose one recipe, split and set of options first."
+            )
+        units[unit] = one.metrics.get(key, one.cost.get(key))
+    return {unit: value for unit, value in units.items() if value is not None}
 
 
 def labelled_table(
@@ -128,16 +116,27 @@ def labelled_table(
             key: _cell(list(by_unit(found, key).values()), bool(found), most, 2 if key in COSTS else digits)
             for key in keys
         }
-        if rival:
-            one = paired(by_unit(found, rival_key), by_unit(rival, rival_key))
-            shown[label][f"{rival_key} less {rival_name}'s"] = MISSING if one is None else _difference(one)
-    return format_table(shown, [*keys, *([f"{rival_key} less {rival_name}'s"] if rival else [])])
+    if rival:
+        theirs, column = by_unit(rival, rival_key), f"{rival_key} less {rival_name}'s"
+        gaps = {label: paired(by_unit(found, rival_key), theirs) for label, found in rows.items()}
+        for label, text in _differences(gaps).items():
+            shown[label][column] = text
+    return format_table(shown, [*keys, *([column] if rival else [])])
 
 
-def _difference(one):
-    star = "*" * (one["low"] > 0 or one["high"] < 0)
-    bounds = f"[{one['low']:+.4f}, {one['high']:+.4f}]{star}" if one["n"] > 1 else "(n=1)"
-    return f"{one['difference']:+.4f} {bounds}"
+def _differences(found):
+    """Label -> text of a difference; those that a test tells from 0, corrected for their number, have a star."""
+    tested = {label: one["p_value"] for label, one in found.items() if one is not None and one["p_value"] >= 0}
+    starred = {label for label, p_value in holm(tested).items() if p_value < LEVEL}
+    texts = {}
+    for label, one in found.items():
+        if one is None:
+            texts[label] = MISSING
+            continue
+        bounds = f"[{one['low']:+.4f}, {one['high']:+.4f}]" if one["n"] > 1 else "(n=1)"
+        same = one["difference"] == 0 and np.isnan(one["low"])
+        texts[label] = "-" if same else f"{one['difference']:+.4f} {bounds}" + "*" * (label in starred)
+    return texts
 
 
 def _close(rate, wanted):
@@ -168,7 +167,7 @@ def _cell(numbers, ran, most, digits):
     text = f"{np.mean(numbers):.{digits}f}"
     if len(numbers) > 1:
         text += f" +- {np.std(numbers, ddof=1):.{digits}f}"
-    return text + f" (n={len(numbers)})" * (1 < len(numbers) < most or (len(numbers) == 1 < most))
+    return text + f" (n={len(numbers)})" * (len(numbers) < most)
 
 
 def summary_table(by_dataset: dict[str, list[Result]], lines: dict[str, Line], keys: dict, digits: int = 3) -> str:
@@ -199,7 +198,9 @@ def differences(found: list[Result], line: Line, rival: Line, key: str) -> dict 
     """Paired difference of two lines over their common units: its mean, 95 % interval (Student's t) and number.
 
     Returns:
-        {"difference", "low", "high", "n"}; the interval is NaN of fewer than two units; None where there is none.
+        {"difference", "low", "high", "p_value", "n"}; all but the first and last are NaN of fewer than two units. Seeds
+        of one fold share its images: of several folds, each counts once, by the mean over its seeds. None where there
+        is no common unit.
     """
     return paired(values(found, line, key), values(found, rival, key))
 
@@ -208,27 +209,28 @@ def paired(ours: dict[tuple, float], theirs: dict[tuple, float]) -> dict | None:
     """The same of two dicts, unit -> value."""
     from scipy import stats
 
-    gaps = np.array([ours[unit] - theirs[unit] for unit in sorted(set(ours) & set(theirs), key=str)])
-    if not len(gaps):
+    by_fold = {}
+    for unit in sorted(set(ours) & set(theirs), key=str):
+        by_fold.setdefault(unit[1], []).append(ours[unit] - theirs[unit])
+    if not by_fold:
         return None
-    half = np.nan
-    if len(gaps) > 1:
-        half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
-    mean = float(gaps.mean())
-    return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(gaps)}
+    # Seeds of one fold share its images: where there are folds, a fold counts once.
+    gaps = [np.mean(one) for one in by_fold.values()] if len(by_fold) > 1 else next(iter(by_fold.values()))
+    found = {"difference": float(np.mean(gaps)), "low": np.nan, "high": np.nan, "p_value": np.nan, "n": len(gaps)}
+    if len(gaps) > 1 and np.ptp(gaps) > 0:
+        test = stats.ttest_1samp(gaps, 0.0)
+        interval = test.confidence_interval(0.95)
+        found |= {"low": float(interval.low), "high": float(interval.high), "p_value": float(test.pvalue)}
+    return found
 
 
 def differences_table(found: list[Result], lines: dict[str, Line], rivals: dict[str, Line], key: str) -> str:
-    """Markdown: each line's metric less each rival's, over the same trainings; "*": 0 is outside its 95 % interval."""
-    rows = {}
-    for label, line in lines.items():
-        rows[label] = {}
-        for name, rival in rivals.items():
-            one = differences(found, line, rival, key)
-            if one is None:
-                rows[label][name] = MISSING
-            elif line == rival:
-                rows[label][name] = "-"
-            else:
-                rows[label][name] = _difference(one)
-    return format_table(rows, list(rivals))
+    """Markdown: each line's metric less each rival's, over the same trainings, with its 95 % interval.
+
+    "*": a paired t-test tells the two apart at 5 %, corrected for the number of rows (Holm).
+    """
+    columns = {
+        name: _differences({label: differences(found, line, rival, key) for label, line in lines.items()})
+        for name, rival in rivals.items()
+    }
+    return format_table({label: {name: columns[name][label] for name in rivals} for label in lines}, list(rivals))

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import time
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -32,7 +33,7 @@ from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
-from sbn_tf.particles import to_particles
+from sbn_tf.particles import LEAST_LOC, to_particles
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, one_per_channel, saliency, top_k
 
@@ -549,6 +550,8 @@ def partial_run(
     seed = _check_seed(seed)
     if locs not in ("trained", "normal"):
         raise ValueError(f'Expected locs "trained" or "normal". Received: locs={locs!r}')
+    if locs == "normal" and recipe.scale_start == "fisher":
+        raise ValueError('Expected scales that do not start by the curvature of other locs. Received: "fisher"')
     # How the masks were chosen is in their digest.
     settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f not in ("keep", *_OF_MASKS, *_ADDED)}
     settings |= {f: getattr(recipe, f) for f in _ADDED if getattr(recipe, f) != getattr(Recipe, f)}
@@ -593,7 +596,6 @@ def partial_run(
 
 
 PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
-LEAST_LOC = 1e-3  # a loc of 0 has a scale, too
 _OF_MASKS = ("scope", "fan_out", "eligible")
 _ADDED = ("scale_start", "prior_scale", "trains")  # named where they are not the default, as `keep` is
 
@@ -652,8 +654,8 @@ def particles_run(
 ) -> Run:
     """Step 3 with another posterior on the same masks: `num_samples` particles, or Gaussians about them.
 
-    Each particle sees its part of a batch, as under the estimator "split"; batch norm is frozen. Offsets start as the
-    recipe's scales do, relative to the locs.
+    Each particle sees its part of a batch, as under the estimator "split"; batch norm is frozen, all weights train, the
+    prior is N(0, 1) and the KL that of the ELBO times the recipe's first beta. Offsets start as the recipe's scales do.
 
     Args:
         step1, masks, data, recipe, seed, runs, limit, verbose: as in `partial_run`.
@@ -927,7 +929,7 @@ def _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks
     )
     write_json(folder / "config.json", {"settings": settings, "recipe": dataclasses.asdict(recipe)})
     write_atomically(folder / "history.json", lambda file: file.write(json.dumps(history).encode()))
-    temporary = folder / f"saving{os.getpid()}.keras"
+    temporary = folder / f"saving{uuid.uuid4().hex[:8]}.keras"
     try:
         model.save(temporary)
         os.replace(temporary, folder / "model.keras")
@@ -978,7 +980,8 @@ def write_atomically(path, write):
     """Call `write(file)` on a temporary file and put it in place only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not tempfile's: only their owner may read those
+    # Not tempfile's: only their owner may read those. Not the process's number: two machines may share it.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

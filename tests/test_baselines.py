@@ -360,7 +360,7 @@ def logistic():
 def test_empirical_fisher_is_near_the_hessian_of_a_logistic_regression(logistic, score, tolerance):
     model, x, y, probs = logistic
     scores = saliency(model, (x, y), "binary_crossentropy", score=score, batch_size=10, verbose=False)
-    found = baselines.empirical_fisher(scores, score, terms=2, num_examples=4003, batch_size=10)["d/kernel"]
+    found = training.empirical_fisher(scores, score, terms=2, num_examples=4003, batch_size=10)["d/kernel"]
     hessian = np.einsum("ni,nl->il", x**2, probs * (1 - probs)) / 4003
     np.testing.assert_allclose(found, hessian, rtol=tolerance)
     if score == "per_example":  # gradient of -ln p of one example: (p - y) x
@@ -372,14 +372,14 @@ def test_empirical_fisher_of_batches_of_one_is_exact_and_of_other_scores_refused
     model, x, y, _ = logistic
     options = {"terms": 2, "num_examples": 60, "batch_size": 1}
     found = [
-        baselines.empirical_fisher(
+        training.empirical_fisher(
             saliency(model, (x[:60], y[:60]), "binary_crossentropy", score=s, batch_size=1, verbose=False), s, **options
         )["d/kernel"]
         for s in ("per_example", "fisher")
     ]
     np.testing.assert_allclose(*found, rtol=1e-5)
     with pytest.raises(ValueError, match=r"Expected score.*Received: score='paper'"):
-        baselines.empirical_fisher({}, "paper", **options)
+        training.empirical_fisher({}, "paper", **options)
 
 
 @pytest.mark.parametrize("score", ["fisher", "per_example"])

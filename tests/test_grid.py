@@ -1,5 +1,6 @@
 """The grid: which jobs a profile asks for, what became of them, and what it refuses."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import nbformat
 import pytest
 import yaml
 
-from sbn_tf import baselines, grid, results
+from sbn_tf import baselines, grid, recipes, results
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -60,13 +61,21 @@ def test_options_are_parameters_of_the_notebooks():
         ({"datasets": {"lidc": {"keep": "best"}}}, "the dataset 'lidc' with keys among .* Received: 'keep'"),
         ({"datasets": {}}, "datasets, one or more, .* Received: {}"),
         ({"r_bayes": [1, 101]}, "r_bayes, a list of percentages, 0..100"),
-        ({"r_bayes": [1, 1]}, "each once"),
+        ({"r_bayes": [1, 1]}, "differ in six digits"),
+        ({"seeds": [1, 1]}, "each once"),
         ({"seeds": [-1]}, "seeds, a list of integers >= 0"),
         ({"seeds": []}, "seeds, a list"),
         ({"name": "a/b"}, "name, of letters"),
         ({"threads": 0}, "threads, an integer >= 1"),
         ({"tflops": -1}, "tflops, a number > 0"),
         ({"datasets": {"lidc": {"images": [1, 2]}}}, "images, three numbers"),
+        ({"datasets": {"lidc": {"images": 5}}}, "images, three numbers"),
+        ({"datasets": {"/data/mine": {}}}, "names of datasets, of letters"),
+        ({"methods": ["partial"]}, "methods without 'partial'"),
+        ({"r_bayes": [33.3333331, 33.3333332]}, "differ in six digits"),
+        ({"table": 5}, "table, a text"),
+        ({"recipe": 7}, "recipe, a text"),
+        ({"gpus": -1}, "gpus, an integer >= 0"),
     ],
 )
 def test_a_profile_that_is_none_is_refused_in_two_lines(changes, message):
@@ -98,13 +107,24 @@ def test_the_profiles_that_come_with_it_are_whole(name):
 
 def test_a_folder_of_another_grid_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    grid.check_folder(plan(recipe="paper"))  # nothing has run yet: not even a dry run claims the folder
     grid.check_folder(plan())
+    notebook = plan().folder / "phantom_nodule/fold0/seed0/step1.ipynb"
+    notebook.parent.mkdir(parents=True)
+    notebook.write_text("{}")
     grid.check_folder(plan(seeds=[5]))  # more of the same
     grid.check_folder(plan(datasets={"phantom_lesion": {}}))  # another dataset beside it
     for changes in ({"recipe": "paper"}, {"datasets": {"phantom_nodule": {"limit": 41}}}):
         with pytest.raises(ValueError, match=r"another recipe, other parameters .*\n.*another name") as error:
             grid.check_folder(plan(**changes))
         assert len(str(error.value).splitlines()) == 2
+    changed = dataclasses.replace(recipes.RECIPES["quick"], learning_rate=0.5)  # of the same name
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="another recipe"):
+        patch.setitem(recipes.RECIPES, "quick", changed)
+        grid.check_folder(plan())
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="another version"):
+        patch.setattr(results, "FORMAT", 99)
+        grid.check_folder(plan())
     (plan().folder / "grid.json").write_text("{")
     with pytest.raises(ValueError, match="another version"):
         grid.check_folder(plan())
@@ -134,6 +154,8 @@ def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeyp
     found = grid.status(mine, cores=2)
     assert found.missing == ["phantom_chest/fold-1/seed0/temperature.ipynb"]
     assert found.remaining_seconds == pytest.approx(30.0 / 2)
+    by_three = dataclasses.replace(mine, threads=3)
+    assert grid.status(by_three, cores=7).remaining_seconds == pytest.approx(30.0 / 2)  # two at a time
     text = grid.report(mine)
     assert "| phantom_chest | baseline | 1 | 0 | 1 |" in text and "no luck" in text
 
@@ -174,6 +196,33 @@ def test_estimates_are_those_of_the_steps_by_hand():
     assert found[f"{unit}/partial_r1.ipynb"]["flops"] > longer
     with pytest.raises(ValueError, match=r"images: .* of 'phantom_nodule'"):
         grid.estimates(grid.plan_of({**SMALL, "datasets": {"phantom_nodule": {}}}))
+
+
+def test_estimates_of_jobs_that_build_on_one_another():
+    def total(methods):
+        mine = grid.plan_of(
+            {
+                **{"name": "e", "recipe": "quick", "seeds": [0], "r_bayes": [1], "methods": methods},
+                "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
+            }
+        )
+        return {path.split("/")[-1]: one["flops"] for path, one in grid.estimates(mine).items()}
+
+    alone, both = total(["ensemble_longer"]), total(["ensemble", "ensemble_longer"])
+    shared = total(["ensemble", "ensemble_longer", "deterministic_longer"])
+    predicted = both["ensemble.ipynb"] - 4 * (both["step1.ipynb"] - one_pass() * 20)
+    assert alone["ensemble_longer.ipynb"] == pytest.approx(
+        both["ensemble_longer.ipynb"] + both["ensemble.ipynb"] - predicted
+    )
+    assert shared["ensemble_longer.ipynb"] < both["ensemble_longer.ipynb"]
+    scheduler = grid.estimates_for_scheduler(plan())
+    assert scheduler["phantom_nodule", "partial"] == {"mem_mb": 4000, "runtime": 120}
+
+
+def one_pass():
+    from sbn_tf import cost, models
+
+    return cost.prediction_flops(models.build("unet_small", (16, 16, 1), 1, seed=0), 20)
 
 
 def has_snakemake():
@@ -238,8 +287,12 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     content = yaml.safe_load((ROOT / "profiles/smoke/config.yaml").read_text())["grid"]
     content["datasets"]["no_such_data"] = {"r_bayes": [1], "methods": ["deterministic"]}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": content}))
-    unit = mine.folder / "phantom_chest/fold-1/seed0"
+    # One result is damaged, too: its job alone is run again.
+    unit, other = mine.folder / "phantom_chest/fold-1/seed0", mine.folder / "phantom_nodule/fold-1/seed0"
     (unit / "temperature.ipynb").unlink()
+    before = {path: path.stat().st_mtime_ns for path in other.glob("*.ipynb")}
+    (damaged,) = mine.folder.glob("models/phantom_nodule/ensemble/seed0/*/metrics.json")
+    damaged.write_text(damaged.read_text()[:100])
     done = snakemake(
         *("--configfile", "own.yaml", "--cores", "2", "--keep-going", "--rerun-triggers", "mtime"), cwd=workplace
     )
@@ -250,3 +303,7 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     assert (mine.folder / path).with_suffix(".failed.ipynb").exists() and not (mine.folder / path).exists()
     assert (unit / "temperature.ipynb").exists() and len(found.done) == len(grid.jobs(mine))
     assert len(found.missing) == 3  # what waits for the failed job
+    assert "ensemble.ipynb is gone or damaged: that job is run again" in done.stderr
+    assert results.read(damaged).method == "ensemble"
+    again = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert again == ["ensemble.ipynb"]

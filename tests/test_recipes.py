@@ -154,6 +154,7 @@ def test_the_loss_of_each_task_with_labels_by_hand(task, class_weights):
         {"scope": "world"},
         {"eligible": "none"},
         {"fan_out": -0.1},
+        {"fan_out": 1.5},
     ],
 )
 def test_a_recipe_out_of_range_is_refused_at_once(change):

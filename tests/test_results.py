@@ -594,7 +594,7 @@ def test_a_csv_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         results.write_csv([result(seed=3)], path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path, tmp_path / "table.csv.lock"]
 
 
 def test_results_of_the_validation_split_are_found_when_asked_for(tmp_path):
@@ -603,3 +603,16 @@ def test_results_of_the_validation_split_are_found_when_asked_for(tmp_path):
     assert [one.split for one in find(tmp_path, "phantom_nodule")] == ["test"]
     assert [one.split for one in find(tmp_path, "phantom_nodule", split="val")] == ["val"]
     assert len(find(tmp_path, "phantom_nodule", split=["val", "test"])) == 2
+
+
+def test_a_row_is_known_again_by_what_was_asked_for(tmp_path):
+    path = tmp_path / "table.csv"
+    for rate in (0.7 / 100, 0.007, 33.3 / 100):  # the first two differ in the last bit alone
+        results.write_csv([result(r_bayes=rate)], path)
+    assert len(results.read_csv(path)) == 2
+    old = result(r_bayes=0.007, title="in other words", settings={"epochs": 3}, num_groups=4)
+    results.write_csv([old], path, merge=False)
+    results.write_csv([result(r_bayes=0.007, settings={"epochs": 3, "scope": "global"})], path)
+    assert [one.title for one in results.read_csv(path)] == ["one line"]  # a field at its default, a new title
+    results.write_csv([result(r_bayes=0.007, settings={"epochs": 3, "scope": "layer"})], path)
+    assert len(results.read_csv(path)) == 2

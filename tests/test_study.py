@@ -78,7 +78,7 @@ def test_of_the_test_split_shifts_are_told_too(tmp_path):
     study.run(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
     (row,) = results.read_csv(tmp_path / "t.csv")
     assert row.split == "test" and set(row.shift) == {"noise", "blur", "contrast", "phantom_nodule instead"}
-    assert row.evaluation["swapped"] == "phantom_nodule"
+    assert row.evaluation["swapped"][0] == "phantom_nodule"
 
 
 def test_how_far_a_choice_repeats_itself(tmp_path):
@@ -99,6 +99,9 @@ def test_how_far_a_choice_repeats_itself(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"seeds": 0}, "Expected seeds .*Received: 0"),
+        ({"questions": {}}, "Expected questions"),
+        ({"data": {"dataset": "lidc", "sise": 3}}, "keys among .*Received: \\['sise'\\]"),
         ({"question": {}}, "Expected the keys .*questions.* Received: .*'question'"),
         ({"questions": {"a": {"text": "?"}}}, "question a. Received: .*'text'"),
         ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "methd": "y"}]}}}, "methd"),
