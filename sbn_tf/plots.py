@@ -840,7 +840,8 @@ def plot_differences(ax: Axes, rows: dict[str, dict], rival: dict, label: str = 
             ax.text(0, place, " missing", va="center", fontsize="small", color="grey")
     ax.axvline(0, color=GREY, linewidth=1, zorder=0)
     ax.set_yticks(range(len(rows)), [short_name(name, 48) for name in rows], fontsize="small")
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.5, -0.5)  # not inverted: axes that share it would turn it back
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.set_xlabel(label)
     return _plain(ax)
 

@@ -147,6 +147,8 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
         base = dataclasses.replace(base, shifts={}, swapped=None)  # what nothing is chosen by
     failed, done = [], set()
     asked = [question for question in study.questions if not names or question.name in names]
+    for seed in study.seeds if seeds is None else seeds:  # what knows nothing, and level sets of one map
+        results.write_csv(list(compare.trivial_rows(dataclasses.replace(base, seed=seed)).values()), table)
     for question, seed in itertools.product(asked, study.seeds if seeds is None else seeds):
         for variant in question.variants:
             if (same := (dataclasses.replace(variant, label=""), seed)) in done:

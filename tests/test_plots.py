@@ -560,6 +560,11 @@ def test_differences_are_of_the_same_training():
     assert [text.get_text().strip() for text in ax.texts] == ["missing"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "theirs"]
     plt.close(fig)
+    fig, axes = plt.subplots(1, 2, sharey=True)
+    for ax in axes:
+        plots.plot_differences(ax, rows, {0: 0.5}, "less")
+    assert axes[0].get_ylim() == (1.5, -0.5)  # the first row is on top in both
+    plt.close(fig)
 
 
 def test_a_comparison_shows_each_method_and_says_what_is_missing():

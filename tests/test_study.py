@@ -55,6 +55,9 @@ def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypat
     failed = study.run(plan, **options)
     assert len(failed) == 1 and failed[0].startswith("scale: fails, seed 0: Expected scale_start")
     found = results.read_csv(tmp_path / "t.csv")
+    trivial = [one for one in found if one.is_trivial]
+    assert {"trivial_prevalence", "trivial_level_sets"} < {one.method for one in trivial}
+    found = [one for one in found if not one.is_trivial]
     assert {one.split for one in found} == {"val"} and all(one.metrics["num_images"] == 12 for one in found)
     assert len(found) == 4  # "as it is" is "partial" again
     rows = {question.name: study.rows_of(question, plan, found) for question in plan.questions}
@@ -76,7 +79,7 @@ def test_of_the_test_split_shifts_are_told_too(tmp_path):
     one = dataclasses.replace(plan.questions[0], variants=plan.questions[0].variants[:1])
     plan = dataclasses.replace(plan, questions=(one,))
     study.run(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
-    (row,) = results.read_csv(tmp_path / "t.csv")
+    (row,) = [one for one in results.read_csv(tmp_path / "t.csv") if not one.is_trivial]
     assert row.split == "test" and set(row.shift) == {"noise", "blur", "contrast", "phantom_nodule instead"}
     assert row.evaluation["swapped"][0] == "phantom_nodule"
 
