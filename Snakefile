@@ -18,10 +18,11 @@ if "grid" not in config:
     sys.exit("Expected a profile with a key `grid`. Received: none. Run snakemake --profile profiles/smoke.")
 try:
     PLAN = grid.plan_of(config["grid"])
-    grid.check_names(PLAN)
-    grid.check_folder(PLAN)
-    for path in grid.forget_damaged(PLAN):
-        print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
+    if workflow.is_main_process:  # a cluster's jobs read this file again, while others write
+        grid.check_names(PLAN)
+        grid.check_folder(PLAN)
+        for path in grid.forget_damaged(PLAN):
+            print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 
