@@ -610,6 +610,13 @@ class Particles(Partial):
         self.trained, self.folder = [self.step1, run], run.folder
         self._hold(run.model)
 
+    def cost(self) -> dict:
+        """As of every method; Bayesian are the weights of which each particle has values of its own."""
+        return {**super().cost(), "num_bayesian": self.masks.num_bayesian}
+
+    def _paper_flops(self):
+        return None
+
     def _count_samples(self, num_samples):
         return self.recipe.num_samples
 
