@@ -338,12 +338,10 @@ def _result_of(notebook) -> Path | None:
 
 def check_names(plan: Plan) -> None:
     """Raise ValueError where the plan's recipe or a method is none. Not part of `plan_of`: it loads TensorFlow."""
-    from sbn_tf import baselines, recipes
+    from sbn_tf import baselines, models, recipes
 
     if plan.recipe not in recipes.RECIPES:
         raise ValueError(f"Expected a recipe among {', '.join(recipes.RECIPES)}. Received: {plan.recipe!r}")
-    from sbn_tf import models
-
     asked = {method for data in plan.datasets for method in data.methods}
     for data in plan.datasets:
         if (network := data.parameters.get("network")) not in (None, *models.NETWORKS):
@@ -606,17 +604,13 @@ def _estimate_table(plan, found):
     return "\n".join([*lines, "", end + ". Memory is without the framework's own."])
 
 
-def _write_table(plan):
+def _write_table(plan, found):
     from sbn_tf import results
 
-    found = gather(plan)
-    if not found:
-        raise ValueError(f"Expected results in {plan.folder}. Received: none. Run the grid first.")
     table = Path(plan.table) if plan.table else plan.folder / "results.csv"
-    old = _of_other_recipes(plan, results.read_csv(table)) if table.exists() else []
-    if old:  # a table of two recipes would be one of neither
-        kept = [one for one in results.read_csv(table) if one not in old]
-        results.write_csv(kept, table, merge=False)
+    there = results.read_csv(table) if table.exists() else []
+    if old := _of_other_recipes(plan, there):  # a table of two recipes would be one of neither
+        results.write_csv([one for one in there if one not in old], table, merge=False)
     results.write_csv(found, table)
     dropped = f", {len(old)} of another recipe dropped" if old else ""
     return f"{len(found)} results in {table}{dropped}"
@@ -652,10 +646,13 @@ def main(arguments=None) -> None:
             plan.folder.mkdir(parents=True, exist_ok=True)
             (plan.folder / "report.md").write_text(text)
             print(text)
-        if given.what == "finish" and not gather(plan):
-            print("No result yet.")
-        elif given.what in ("table", "finish"):
-            print(_write_table(plan))
+        if given.what in ("table", "finish"):
+            if found := gather(plan):
+                print(_write_table(plan, found))
+            elif given.what == "finish":
+                print("No result yet.")
+            else:
+                raise ValueError(f"Expected results in {plan.folder}. Received: none. Run the grid first.")
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
