@@ -59,6 +59,7 @@ class Method:
         title: one line for a table.
         takes_r_bayes: whether `r_bayes` shapes it.
         takes_samples: whether it predicts with as many samples as it is asked for.
+        sets: fields of the recipe that the method sets for itself.
         num_samples: samples of a prediction: the first axis of `predict_samples`.
         selection: what was chosen on the validation split, such as `{"temperature": 1.31}`; {} where nothing was.
         folder: `runs/<dataset>/<method>/seed<k>/<settings>`, where its results belong.
@@ -68,6 +69,7 @@ class Method:
 
     name = title = ""
     takes_r_bayes = takes_samples = False
+    sets: tuple[str, ...] = ()
     num_networks = 1  # that are stored
 
     def __init__(
@@ -113,6 +115,11 @@ class Method:
         self._train(data)
         self.history = self.trained[-1].history
         return self
+
+    def _use(self, **changes) -> Recipe:
+        """The recipe with the method's own settings, which its result tells."""
+        self.recipe_used = dataclasses.replace(self.recipe, **changes)
+        return self.recipe_used
 
     def predict_samples(self, images) -> np.ndarray:
         """Probabilities of each sample: float32 (samples, batch, labels), or (samples, batch, height, width) of masks.
@@ -439,14 +446,14 @@ class Snapshot(_Networks):
     """
 
     name, title = "snapshot", "snapshot ensemble from the trained weights"
+    sets = ("keep",)
 
     def _count_samples(self, num_samples):
         return min(MAX_CYCLES, self.recipe.bayes_epochs)
 
     def _train(self, data):
         self._train_step1(data)
-        recipe = dataclasses.replace(self.recipe, keep="last")  # the end of each cycle is what it is about
-        self.recipe_used = recipe
+        recipe = self._use(keep="last")  # the end of each cycle is what it is about
         run = training.continued_run(
             self.step1, data, recipe, method=self.name, cycles=self.num_samples, **self._options()
         )
@@ -570,9 +577,10 @@ class PartialChannel(Partial):
     """Whole output channels of the most saliency per entry, at most as many weights as in `partial`."""
 
     name, title = "partial_channel", "partial Bayesian, whole salient channels"
+    sets = ("scope",)
 
     def _choose_masks(self, data):
-        recipe = self.recipe_used = dataclasses.replace(self.recipe, scope="channel")
+        recipe = self._use(scope="channel")
         return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
@@ -583,9 +591,10 @@ class PartialLate(Partial):
     """
 
     name, title = "partial_late", f"partial Bayesian, salient late weights (fan-out {FAN_OUT:g})"
+    sets = ("fan_out",)
 
     def _choose_masks(self, data):
-        recipe = self.recipe_used = dataclasses.replace(self.recipe, fan_out=FAN_OUT)
+        recipe = self._use(fan_out=FAN_OUT)
         return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
 
 
@@ -594,15 +603,12 @@ class Particles(Partial):
 
     name, title = "particles", "sparse ensemble: particles on the salient weights"
     gaussian = takes_samples = False
+    sets = ("estimator", "batch_norm", "trains", "prior_scale", "kl_reduction", "beta_stop")
 
     def _train(self, data):
         self._train_step1(data)
-        recipe = self.recipe
-        self.recipe_used = dataclasses.replace(
-            recipe,
-            **{"estimator": "split", "batch_norm": "frozen", "trains": "all", "prior_scale": 1.0},
-            **{"kl_reduction": "sum", "beta_stop": recipe.beta_start},
-        )
+        of_fit = {"estimator": "split", "batch_norm": "frozen", "trains": "all"}
+        self._use(**of_fit, prior_scale=1.0, kl_reduction="sum", beta_stop=self.recipe.beta_start)
         self.masks = self._choose_masks(data)
         run = training.particles_run(
             self.step1, self.masks, data, self.recipe, method=self.name, gaussian=self.gaussian, **self._options()
@@ -700,13 +706,14 @@ class BayesNormal(Bayes):
     """
 
     name, title = "bayes_normal", "fully Bayesian, means from N(0, 1), as the paper's code starts it"
+    sets = ("bayes_epochs", "bayes_learning_rate", "batch_norm", "estimator")
 
     def _train(self, data):
         recipe = self.recipe
         changes = {"bayes_epochs": recipe.epochs + recipe.bayes_epochs, "bayes_learning_rate": None}
         if recipe.batch_norm == "frozen":
             changes |= {"batch_norm": "train", "estimator": "all"}
-        recipe = self.recipe_used = dataclasses.replace(recipe, **changes)
+        recipe = self._use(**changes)
         network = self.network or data.card.network
         head = {"activation": "softmax"} if data.card.task in EXCLUSIVE else {}
         untrained = models.build(network, data.input_shape, data.num_outputs, seed=self.seed, **head)

@@ -249,23 +249,11 @@ def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
         method: of `baselines.METHODS`; a trivial row is of any.
         settings, recipe: fields of `recipes.Recipe`.
     """
-    changed, defaults = _CHANGED_BY_METHOD.get(method, ()), {f.name: f.default for f in dataclasses.fields(Recipe)}
-    given = {**defaults, **settings}
-    return method not in baselines.METHODS or all(
-        given.get(key) == value for key, value in recipe.items() if key not in changed
-    )
-
-
-# Fields of the recipe that a method sets for itself.
-_CHANGED_BY_METHOD = {
-    **dict.fromkeys(
-        ("particles", "mixture"), ("estimator", "batch_norm", "trains", "prior_scale", "kl_reduction", "beta_stop")
-    ),
-    "partial_channel": ("scope",),
-    "partial_late": ("fan_out",),
-    "snapshot": ("keep",),
-    "bayes_normal": ("bayes_epochs", "bayes_learning_rate", "batch_norm", "estimator"),
-}
+    if method not in baselines.METHODS:
+        return True
+    given = {**{field.name: field.default for field in dataclasses.fields(Recipe)}, **settings}
+    own = baselines.METHODS[method].sets
+    return all(given.get(key) == value for key, value in recipe.items() if key not in own)
 
 
 def _write_stability(study, rows):

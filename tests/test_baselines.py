@@ -128,6 +128,8 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
     assert (dataset, seed, len(settings)) == ("colours", "seed0", 10)
     assert folder == (f"partial_r{method.masks.r_bayes:.2g}" if name == "partial" else name)
     assert method.title == baselines.describe(name) and "\n" not in method.title
+    asked, used = dataclasses.asdict(method.recipe), dataclasses.asdict(method.recipe_used)
+    assert {key for key in asked if used[key] != asked[key]} <= set(method.sets) <= set(asked)
 
     def trained_again(*args, **kwargs):
         raise AssertionError("trained again")
