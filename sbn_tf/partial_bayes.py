@@ -833,6 +833,7 @@ def to_partial_bayes(
     probabilities: str | None = "auto",
     from_logits: bool = False,
     seed: int | None = None,
+    verbose: bool = True,
 ) -> PartialBayes:
     """A sparse Bayesian copy of a trained model; every loc starts at the trained value.
 
@@ -861,6 +862,7 @@ def to_partial_bayes(
         probabilities: what the outputs are: "sigmoid", "softmax", None (a regression), "auto": by the activation.
         from_logits: the outputs are logits of these probabilities. Means are taken over probabilities.
         seed: int; fixes the noise.
+        verbose: show the progress of the pass over `data`.
 
     Returns:
         A `PartialBayes`, to be compiled and fitted.
@@ -876,7 +878,7 @@ def to_partial_bayes(
     if (masks is None) == (r_bayes is None):
         raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
     if masks is None:
-        masks = _salient_masks(model, r_bayes, data, loss, exclude_biases=batch_norm != "frozen")
+        masks = _salient_masks(model, r_bayes, data, loss, exclude_biases=batch_norm != "frozen", verbose=verbose)
     if batch_norm != "frozen":
         masked = {key for key, mask in dict(masks).items() if np.any(mask)}
         biases = [key for key in biases_before_batch_norm(model) if key in masked]
@@ -909,7 +911,7 @@ def to_partial_bayes(
 
 
 # %%
-def _salient_masks(model, r_bayes, data, loss, exclude_biases):
+def _salient_masks(model, r_bayes, data, loss, exclude_biases, verbose):
     loss = getattr(model, "loss", None) if loss is None else loss
     if data is None or loss is None:
         missing = "data" if data is None else "loss, and the model is not compiled"
@@ -920,7 +922,7 @@ def _salient_masks(model, r_bayes, data, loss, exclude_biases):
     if exclude_biases:
         eligible = eligible_weights(model)  # a frozen bias is none that could be chosen
         exclude = [key for key in biases_before_batch_norm(model) if key in eligible]
-    return top_k(saliency(model, data, loss, exclude=exclude or None), r_bayes)
+    return top_k(saliency(model, data, loss, exclude=exclude or None, verbose=verbose), r_bayes)
 
 
 def _check_count(name, value):

@@ -113,8 +113,8 @@ def labelled_table(
     shown = {}
     for label, found in rows.items():
         shown[label] = {
-            key: _cell(list(by_unit(found, key).values()), bool(found), most, 2 if key in COSTS else digits)
-            for key in keys
+            key: _cell(list(units.values()), bool(found), _wanted(units, most), 2 if key in COSTS else digits)
+            for key, units in ((key, by_unit(found, key)) for key in keys)
         }
     if rival:
         theirs, column = by_unit(rival, rival_key), f"{rival_key} less {rival_name}'s"
@@ -153,8 +153,16 @@ def cells(found: list[Result], lines: dict[str, Line], keys, digits: int = 3) ->
     shown = {}
     for label, row in rows.items():
         ran = any(one.method == lines[label].method and _of_rate(one, lines[label]) for one in found)
-        shown[label] = {key: _cell(list(units.values()), ran, most, digits) for key, units in row.items()}
+        shown[label] = {
+            key: _cell(list(units.values()), ran, _wanted(units, most), 2 if key in COSTS else digits)
+            for key, units in row.items()
+        }
     return shown
+
+
+def _wanted(units, most):
+    """How many units there should be: what needs no seed has one."""
+    return len(units) if all(seed is None for seed, _ in units) else most
 
 
 def _of_rate(one, line):

@@ -1011,10 +1011,13 @@ def test_flipout_is_refused_where_the_batch_may_be_mixed():
 # ---- one call, and serving ----
 
 
-def test_one_call_from_a_trained_model():
+def test_one_call_from_a_trained_model(capsys):
     model, (x, y) = network(), data()
     model.compile("sgd", "binary_crossentropy")
     bnn = to_partial_bayes(model, r_bayes=0.25, data=(x, y), num_train=16)
+    assert "saliency" in capsys.readouterr().err
+    to_partial_bayes(model, r_bayes=0.25, data=(x, y), num_train=16, verbose=False)
+    assert "saliency" not in capsys.readouterr().err
     expected = top_k(saliency(model, (x, y), "binary_crossentropy", verbose=False), 0.25)
     found = {w.key: w.layer.mask(w.name) for w in named_weights(bnn.network).values() if w.key in expected}
     for key, mask in expected.items():

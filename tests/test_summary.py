@@ -30,6 +30,8 @@ def test_what_is_missing_is_said_to_be_and_never_a_number():
     assert cells["1 %"] == {"nll": f"0.110 +- {np.std([0.10, 0.12, 0.11], ddof=1):.3f}", "ged": "-"}
     assert cells["5 %"]["nll"] == "0.250 +- 0.071 (n=2)"  # 0.05 * sqrt(2)
     assert cells["none"] == {"nll": "missing", "ged": "missing"}
+    no_seed = result("trivial_prevalence", seed=None, metrics={"nll": 0.5})  # one is all there can be
+    assert summary.cells([*FOUND, no_seed], {**lines, "p": Line("trivial_prevalence")}, ["nll"])["p"]["nll"] == "0.500"
     table = summary.summary_table({"a": FOUND, "b": []}, lines, {"a": ["nll"], "b": ["nll"]})
     assert table.count("missing") == 3 + 1 and "a: nll" in table and "b: nll" in table
 
