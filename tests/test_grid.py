@@ -240,7 +240,9 @@ def snakemake(*arguments, cwd=ROOT, **environment):
 
 
 @pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
-@pytest.mark.parametrize(("name", "jobs"), [("small", 6 * (2 + 10 + 8) + 3 * (2 + 5 + 8)), ("paper", (3 + 3 + 12) * (2 + 10 + 12))])
+@pytest.mark.parametrize(
+    ("name", "jobs"), [("small", 6 * (2 + 10 + 8) + 3 * (2 + 5 + 8)), ("paper", (3 + 3 + 12) * (2 + 10 + 12))]
+)
 def test_a_dry_run_counts_every_job(name, jobs, tmp_path):
     workplace = clone_of(tmp_path)
     done = snakemake("--profile", f"profiles/{name}", "-n", cwd=workplace)
