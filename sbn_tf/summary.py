@@ -112,10 +112,7 @@ def labelled_table(
     most = max((len(found) for found in rows.values()), default=0)
     shown = {}
     for label, found in rows.items():
-        shown[label] = {
-            key: _cell(list(units.values()), bool(found), _wanted(units, most), 2 if key in COSTS else digits)
-            for key, units in ((key, by_unit(found, key)) for key in keys)
-        }
+        shown[label] = {key: _cell(key, by_unit(found, key), bool(found), most, digits) for key in keys}
     if rival:
         theirs, column = by_unit(rival, rival_key), f"{rival_key} less {rival_name}'s"
         gaps = {label: paired(by_unit(found, rival_key), theirs) for label, found in rows.items()}
@@ -153,25 +150,20 @@ def cells(found: list[Result], lines: dict[str, Line], keys, digits: int = 3) ->
     shown = {}
     for label, row in rows.items():
         ran = any(one.method == lines[label].method and _of_rate(one, lines[label]) for one in found)
-        shown[label] = {
-            key: _cell(list(units.values()), ran, _wanted(units, most), 2 if key in COSTS else digits)
-            for key, units in row.items()
-        }
+        shown[label] = {key: _cell(key, units, ran, most, digits) for key, units in row.items()}
     return shown
-
-
-def _wanted(units, most):
-    """How many units there should be: what needs no seed has one."""
-    return len(units) if all(seed is None for seed, _ in units) else most
 
 
 def _of_rate(one, line):
     return line.r_bayes is None or _close(one.r_bayes, line.r_bayes)
 
 
-def _cell(numbers, ran, most, digits):
-    if not numbers:
+def _cell(key, units, ran, most, digits):
+    if not units:
         return "-" if ran else MISSING
+    numbers, digits = list(units.values()), 2 if key in COSTS else digits
+    if all(seed is None for seed, _ in units):  # what needs no seed has one unit
+        most = len(units)
     text = f"{np.mean(numbers):.{digits}f}"
     if len(numbers) > 1:
         text += f" +- {np.std(numbers, ddof=1):.{digits}f}"
