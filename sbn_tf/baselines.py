@@ -16,16 +16,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import tensorflow_probability as tfp
 from keras import ops
+from numpy.typing import ArrayLike
 from scipy import optimize, special
 
 from sbn_tf import cost as costs
 from sbn_tf import metrics, models, training
-from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION, Data
 from sbn_tf.partial_bayes import loss_terms, to_partial_bayes
 from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency
@@ -79,7 +81,7 @@ class Method:
         r_bayes: float = 0.01,
         seed: int = 0,
         network: str | None = None,
-        runs=None,
+        runs: str | os.PathLike | None = None,
         limit: int | None = None,
         num_samples: int | None = None,
         num_members: int = 5,
@@ -98,7 +100,7 @@ class Method:
         self.trained = []  # runs, in the order of their training
         self.recipe_used = recipe  # with a method's own changes, once it is fitted
 
-    def fit(self, data) -> Method:
+    def fit(self, data: Data) -> Method:
         """Train on the training split of `data`, choose on its validation split; or load what is finished.
 
         Args:
@@ -121,7 +123,7 @@ class Method:
         self.recipe_used = dataclasses.replace(self.recipe, **changes)
         return self.recipe_used
 
-    def predict_samples(self, images) -> np.ndarray:
+    def predict_samples(self, images: ArrayLike) -> np.ndarray:
         """Probabilities of each sample: float32 (samples, batch, labels), or (samples, batch, height, width) of masks.
 
         Sampled methods draw the same networks in each call: one batch or many, today or after loading, the samples are
@@ -282,7 +284,7 @@ class DeterministicLonger(Method):
 # ---------------------------------------------------------------------------
 
 
-def recovered_logits(probs, task: str) -> np.ndarray:
+def recovered_logits(probs: ArrayLike, task: str) -> np.ndarray:
     """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
 
     `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
@@ -293,13 +295,13 @@ def recovered_logits(probs, task: str) -> np.ndarray:
     return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
 
 
-def tempered(probs, temperature: float, task: str) -> np.ndarray:
+def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
     """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
     logits = recovered_logits(probs, task) / temperature
     return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
 
 
-def fit_temperature(logits, targets, task: str) -> float:
+def fit_temperature(logits: ArrayLike, targets: ArrayLike, task: str) -> float:
     """Temperature that minimises the NLL of `logits / temperature`, within 0.05 to 20.
 
     The NLL is convex in `1 / temperature`, so the minimum is one.
@@ -603,12 +605,12 @@ class Particles(Partial):
 
     name, title = "particles", "sparse ensemble: particles on the salient weights"
     gaussian = takes_samples = False
-    sets = ("estimator", "batch_norm", "trains", "prior_scale", "kl_reduction", "beta_stop")
+    sets = ("estimator", "batch_norm", "trains", "prior_scale", "prior_at", "kl_reduction", "beta_stop")
 
     def _train(self, data):
         self._train_step1(data)
         of_fit = {"estimator": "split", "batch_norm": "frozen", "trains": "all"}
-        self._use(**of_fit, prior_scale=1.0, kl_reduction="sum", beta_stop=self.recipe.beta_start)
+        self._use(**of_fit, prior_scale=1.0, prior_at="zero", kl_reduction="sum", beta_stop=self.recipe.beta_start)
         self.masks = self._choose_masks(data)
         run = training.particles_run(
             self.step1, self.masks, data, self.recipe, method=self.name, gaussian=self.gaussian, **self._options()

@@ -3,11 +3,14 @@
 What comes out is a plain Keras model with masked layers in it; `sbn_tf.partial_bayes` gives it the ELBO.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import inspect
 import itertools
 import tempfile
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -15,6 +18,7 @@ from keras import ops
 from keras.src.backend import compute_output_spec
 from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
+from numpy.typing import ArrayLike
 
 from sbn_tf.graph import functional_of
 from sbn_tf.layers import MaskedGaussian, _stock_class, masked_layers, partial_class
@@ -24,7 +28,9 @@ from sbn_tf.wrapper import MaskedWrapper
 __all__ = ["check_convertible", "convert", "to_deterministic"]
 
 
-def convert(model, masks, layer_options: dict, seed: int | None = None):
+def convert(
+    model: keras.Model, masks: Mapping[str, ArrayLike], layer_options: Mapping, seed: int | None = None
+) -> keras.Model:
     """Copy of a built Keras model whose masked weights are Gaussian, as a Functional or Sequential model.
 
     A layer that holds masked weights becomes its namesake in `sbn_tf.layers`, or, where none stands for it (attention,
@@ -72,6 +78,8 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
             raise
 
     network = _Copier(masked).network(model)
+    for layer in masked_layers(network):
+        layer.centre_prior()  # at the values that were copied
     if left:
         keys = [key for key, _ in left.values()]
         raise ValueError(
@@ -81,7 +89,7 @@ def convert(model, masks, layer_options: dict, seed: int | None = None):
     return network
 
 
-def check_convertible(model) -> None:
+def check_convertible(model: keras.Model) -> None:
     """Refuse what cannot become Bayesian, before any work is spent on it.
 
     Raises:
@@ -96,7 +104,7 @@ def check_convertible(model) -> None:
         )
 
 
-def to_deterministic(model):
+def to_deterministic(model: keras.Model) -> keras.Model:
     """Plain Keras model of the posterior means: the way back from `convert` and `to_partial_bayes`.
 
     Stock layers of the same names with the locs as weights; a wrapped layer comes out of its wrapper. Which weights

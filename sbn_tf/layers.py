@@ -153,6 +153,11 @@ def standard_normal(size, seed_generator, dtype: str = "float32"):
 # $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry; it stands in where the Keras backend is not TensorFlow.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
+#
+# A trained network has reasons to be where it is, and N(0, 1) does not know them: it charges $\mu^2 / 2$ for every
+# trained weight, and pulls it to 0. `prior_at_loc` puts the prior around the weight's own start $m$ instead. A KL does
+# not change when both distributions are moved alike, so it is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same
+# prior: the loc is free where it starts, and pays for how far it goes.
 
 
 # %%
@@ -330,6 +335,9 @@ def _seam(name: str, stock):
     return property(read, write, doc=f"The draw of `{name}` inside `call`, its loc elsewhere.")
 
 
+_POSTERIOR = ("index", "untransformed_scale", "prior_loc")  # of each weight: its variables, where there are any
+
+
 class _KL:
     """Regularizer of an untransformed scale: the weighted KL of its posterior, once a step."""
 
@@ -338,7 +346,7 @@ class _KL:
 
     def __call__(self, untransformed_scale):
         layer = self.layer
-        kl = kl_normal(layer._masked_loc(self.name), ops.softplus(untransformed_scale), layer.prior)
+        kl = kl_normal(layer._from_centre(self.name), ops.softplus(untransformed_scale), layer.prior)
         kl = ops.mean(kl) if layer.kl_reduction == "mean" else ops.sum(kl)
         return ops.cast(ops.convert_to_tensor(layer.kl_weight), kl.dtype) * kl
 
@@ -399,6 +407,9 @@ class MaskedGaussian:
             anew for each weight.
         prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal: in TFP 0.25 these
             are `tfd.Normal`s of any loc and scale.
+        prior_at_loc: the prior lies around each Bayesian entry's own value instead of around 0: it is of the distance
+            from the loc that the entry had when it became Bayesian, or at the last `centre_prior()`. `to_partial_bayes`
+            and a stock layer's checkpoint centre it at the trained weights. Costs one stored number an entry.
         kl_weight: factor of the KL in the loss, >= 0. A number is fixed when the model is compiled; to change it
             later, pass a `keras.Variable`. Required where any entry is Bayesian: 1 / num_train for a loss averaged
             over images. A frozen scale (`trainable=False`) charges no KL, as with every Keras regularizer.
@@ -442,6 +453,7 @@ class MaskedGaussian:
         initial_scale: float = 0.01,
         untransformed_scale_initializer=None,
         prior=None,
+        prior_at_loc: bool = False,
         kl_weight=None,
         kl_reduction: str = "sum",
         seed: int | None = None,
@@ -472,6 +484,9 @@ class MaskedGaussian:
         self.initial_scale = float(initial_scale)
         self.untransformed_scale_initializer = keras.initializers.get(untransformed_scale_initializer)
         self.prior = prior_config(prior)
+        if not isinstance(prior_at_loc, bool | np.bool_):
+            raise ValueError(f"Expected prior_at_loc True or False. Received: prior_at_loc={prior_at_loc!r}")
+        self.prior_at_loc = bool(prior_at_loc)
         self._kl_weight = _Box(None)
         self.kl_weight = 0.0 if kl_weight is None else kl_weight
         self.kl_reduction = kl_reduction
@@ -502,6 +517,7 @@ class MaskedGaussian:
             "initial_scale": self.initial_scale,
             "untransformed_scale_initializer": initializer and keras.initializers.serialize(initializer),
             "prior": {"class_name": self.prior["class_name"], "config": dict(self.prior["config"])},
+            "prior_at_loc": self.prior_at_loc,
             "kl_weight": float(ops.convert_to_numpy(self.kl_weight)),
             "kl_reduction": self.kl_reduction,
             "seed": self.seed,
@@ -528,13 +544,18 @@ class MaskedGaussian:
 
     @property
     def prior_distribution(self):
-        """The `tfd` prior of every Bayesian entry."""
+        """The `tfd` prior of every Bayesian entry; with `prior_at_loc`, of its distance from where it started."""
         return make_prior(self.prior)
 
     def kl_divergence(self):
         """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
-        terms = [kl_normal(self._masked_loc(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
+        terms = [kl_normal(self._from_centre(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
         return sum((ops.sum(t) for t in terms), ops.zeros((), self._posterior_dtype()))
+
+    def centre_prior(self) -> None:
+        """With `prior_at_loc`: put the prior of every Bayesian entry around its loc of now. Else nothing."""
+        for name in self._bayesian_names() if self.prior_at_loc else ():
+            getattr(self, f"{name}_posterior_prior_loc").assign(self._masked_loc(name))
 
     def mask(self, name: str) -> np.ndarray:
         """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
@@ -564,7 +585,7 @@ class MaskedGaussian:
             )
         self._tracker.unlock()
         for name in self._bayesian_names():
-            for suffix in ("index", "untransformed_scale"):
+            for suffix in _POSTERIOR:
                 variable = getattr(self, f"{name}_posterior_{suffix}", None)
                 if variable is not None:
                     self._untrack_variable(variable)
@@ -599,6 +620,8 @@ class MaskedGaussian:
                     f"Received: {tuple(store[name].shape)}. Build it with the same num_bayesian as when it was saved."
                 )
             posterior[name].assign(store[name])
+        if self.built and not keys - numbers:
+            self.centre_prior()
 
     def refresh_touched(self) -> None:
         """Count anew the channels that the masks touch, which `batch_draws` must know when a call is traced.
@@ -664,6 +687,11 @@ class MaskedGaussian:
         index = getattr(self, f"{name}_posterior_index", None)
         flat = flat if index is None else ops.take(flat, ops.convert_to_tensor(index), axis=0)
         return ops.cast(flat, self._posterior_dtype())
+
+    def _from_centre(self, name):
+        """The Bayesian entries' locs as the prior sees them: less the prior's centres, where it has any."""
+        loc = self._masked_loc(name)
+        return loc - getattr(self, f"{name}_posterior_prior_loc") if self.prior_at_loc else loc
 
     def _masked_scale(self, name):
         return ops.softplus(ops.convert_to_tensor(getattr(self, f"{name}_posterior_untransformed_scale")))
@@ -762,6 +790,16 @@ class MaskedGaussian:
                 autocast=False,
             )
             setattr(self, f"{name}_posterior_untransformed_scale", scale)
+            if self.prior_at_loc:
+                centre = self.add_weight(
+                    name=f"{name}_posterior_prior_loc",
+                    shape=(k,),
+                    dtype=self._posterior_dtype(),
+                    initializer=lambda shape, dtype, name=name: self._masked_loc(name),
+                    trainable=False,
+                    autocast=False,
+                )
+                setattr(self, f"{name}_posterior_prior_loc", centre)
         if self._bayesian_names() and not hasattr(self, "_noise_seed"):
             self._noise_seed = keras.random.SeedGenerator(self.seed)
         self._masks.value = None
@@ -795,7 +833,7 @@ class MaskedGaussian:
         return type(self.untransformed_scale_initializer).from_config(config)
 
     def _posterior_variables(self):
-        names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in ("index", "untransformed_scale")]
+        names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in _POSTERIOR]
         return {n: getattr(self, n) for n in names if getattr(self, n, None) is not None}
 
     def _stock_variables(self):

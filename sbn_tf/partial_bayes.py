@@ -829,6 +829,7 @@ def to_partial_bayes(
     initial_scale: float = 0.01,
     untransformed_scale_initializer=None,
     prior=None,
+    prior_at_loc: bool = False,
     batch_norm: str = "frozen",
     probabilities: str | None = "auto",
     from_logits: bool = False,
@@ -857,6 +858,7 @@ def to_partial_bayes(
         untransformed_scale_initializer: Keras initializer of the untransformed scales instead; the paper's is
             `RandomNormal(-3, 1)`.
         prior: None for N(0, 1), or a scalar `tfd` distribution.
+        prior_at_loc: the prior lies around the trained weights instead of around 0.
         batch_norm: "frozen" (inference mode), "statistics" (running statistics go on, gamma and beta frozen: the
             paper's code), or "train".
         probabilities: what the outputs are: "sigmoid", "softmax", None (a regression), "auto": by the activation.
@@ -891,6 +893,7 @@ def to_partial_bayes(
         "initial_scale": initial_scale,
         "untransformed_scale_initializer": untransformed_scale_initializer,
         "prior": prior,
+        "prior_at_loc": prior_at_loc,
         "kl_reduction": kl_reduction,
         "kl_weight": 0.0,
     }

@@ -6,9 +6,12 @@ Another posterior on the same masks: instead of one Gaussian at each salient wei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from sbn_tf.draws import first_rows, join_outputs, part_bounds
 from sbn_tf.layers import kl_normal, scatter_entries, softplus_inverse, standard_normal
@@ -44,8 +47,8 @@ class Particles(keras.Model):
 
     def __init__(
         self,
-        network,
-        index: dict,
+        network: keras.Model,
+        index: Mapping[str, int | ArrayLike],
         *,
         num_particles: int = 5,
         initial_scale: float = 0.1,
@@ -109,7 +112,7 @@ class Particles(keras.Model):
             total += ops.sum(kl_normal(loc, ops.softplus(self._rhos[key]))) / self.num_particles
         return total
 
-    def predict_samples(self, images, draws: int = 1) -> np.ndarray:
+    def predict_samples(self, images: ArrayLike, draws: int = 1) -> np.ndarray:
         """The output under each particle: (num_particles * draws, batch, ...); points need one draw each."""
         parts = []
         for _ in range(draws):
@@ -165,7 +168,7 @@ class Particles(keras.Model):
         return cls(**{**config, "network": network})
 
 
-def to_particles(model, masks, **options) -> Particles:
+def to_particles(model: keras.Model, masks: Mapping[str, ArrayLike], **options) -> Particles:
     """A sparse ensemble about a trained network, which is not changed.
 
     Args:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
+
+from sbn_tf.datasets.base import Card, Data
 
 __all__ = [
     "RECIPES",
@@ -47,6 +51,7 @@ class Recipe:
         scale_start: of what `initial_scale` is a multiple: "absolute" (of 1), "relative" (of |loc|, at least of 1e-3),
             "fisher" (of the diagonal Laplace approximation's, `(num_train * fisher + 1) ** -0.5`).
         prior_scale: standard deviation of the prior N(0, prior_scale), in the weights' unit.
+        prior_at: where the prior has its loc: "zero", or each trained "weight".
         trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
         scope: of `saliency.top_k`: "global", "layer" or "channel"; or "one_per_channel": the most salient entry of
             each output channel of each kernel, whatever `r_bayes` says.
@@ -84,6 +89,7 @@ class Recipe:
     initial_scale: float | None = 0.01
     scale_start: str = "absolute"
     prior_scale: float = 1.0
+    prior_at: str = "zero"
     trains: str = "all"
     scope: str = "global"
     fan_out: float | None = None
@@ -126,6 +132,7 @@ _CHOICES = {
     "estimator": ("all", "split", "flipout", "local"),
     "kl_reduction": ("sum", "mean"),
     "scale_start": ("absolute", "relative", "fisher"),
+    "prior_at": ("zero", "weight"),
     "trains": ("all", "bayesian", "scales"),
     "scope": ("global", "layer", "channel", "one_per_channel"),
     "eligible": ("all", "kernels", "biases"),
@@ -223,7 +230,7 @@ def _plain_value(text):
     return text
 
 
-def recipe_for(name: str, card, **changes) -> Recipe:
+def recipe_for(name: str, card: Card, **changes) -> Recipe:
     """The recipe of a name for a dataset, with changes.
 
     Args:
@@ -249,7 +256,7 @@ def recipe_for(name: str, card, **changes) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def network_for(name: str, card) -> str:
+def network_for(name: str, card: Card) -> str:
     """The network that goes with a recipe's name: small ones for "quick", the paper's own for its recipes."""
     if name.startswith("paper"):
         if card.task != "segmentation":
@@ -258,7 +265,7 @@ def network_for(name: str, card) -> str:
     return f"{card.network}_small" if name == "quick" else card.network
 
 
-def normalisation_for(name: str, card) -> str:
+def normalisation_for(name: str, card: Card) -> str:
     """How images are normalised: under the paper's recipes by its constants, where it has some."""
     return "paper" if name.startswith("paper") and card.paper_normalisation is not None else "train"
 
@@ -275,7 +282,9 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
             another number of weights than outputs.
     """
 
-    def __init__(self, pos_weight=1.0, name="weighted_bce", reduction="sum_over_batch_size"):
+    def __init__(
+        self, pos_weight: ArrayLike = 1.0, name: str = "weighted_bce", reduction: str = "sum_over_batch_size"
+    ):
         super().__init__(name=name, reduction=reduction)
         self.pos_weight = np.asarray(pos_weight, "float32")
         _check_weights("pos_weight", self.pos_weight)
@@ -294,7 +303,7 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
         weight = ops.cast(self.pos_weight, y_pred.dtype)
         return ops.mean(weight * y_true * positive + (1.0 - y_true) * negative, axis=-1)
 
-    def terms_per_example(self, output_shape) -> int:
+    def terms_per_example(self, output_shape: tuple) -> int:
         """How many terms of one example the mean runs over."""
         return int(np.prod(output_shape[1:]))
 
@@ -317,7 +326,9 @@ class WeightedCategoricalCrossentropy(keras.losses.Loss):
             outputs', or another number of weights than classes.
     """
 
-    def __init__(self, class_weights, name="weighted_categorical", reduction="sum_over_batch_size"):
+    def __init__(
+        self, class_weights: ArrayLike, name: str = "weighted_categorical", reduction: str = "sum_over_batch_size"
+    ):
         super().__init__(name=name, reduction=reduction)
         self.class_weights = np.asarray(class_weights, "float32")
         _check_weights("class_weights", self.class_weights)
@@ -337,7 +348,7 @@ class WeightedCategoricalCrossentropy(keras.losses.Loss):
         # Not inside: TensorFlow's gradient is that of labels which sum to 1, whatever they sum to.
         return weight * ops.categorical_crossentropy(y_true, y_pred)
 
-    def terms_per_example(self, output_shape) -> int:
+    def terms_per_example(self, output_shape: tuple) -> int:
         """How many terms of one example the mean runs over: 1 for an image's classes."""
         return int(np.prod(output_shape[1:-1], dtype=int))
 
@@ -360,7 +371,7 @@ def _check_same_shape(y_true, y_pred):
         )
 
 
-def loss_for(recipe: Recipe, data):
+def loss_for(recipe: Recipe, data: Data) -> keras.losses.Loss:
     """The recipe's loss for a dataset: cross-entropy, weighted from the training split if asked."""
     weighted = recipe.class_weights == "paper"
     if data.card.task in ("multi-class", "ordinal"):
@@ -392,7 +403,7 @@ class CosineCycles(keras.optimizers.schedules.LearningRateSchedule):
     al. 2017, "Snapshot Ensembles: Train 1, Get M for Free".
     """
 
-    def __init__(self, learning_rate: float, cycle_steps):
+    def __init__(self, learning_rate: float, cycle_steps: Iterable[int]):
         super().__init__()
         self.learning_rate, self.cycle_steps = float(learning_rate), [int(steps) for steps in cycle_steps]
         if not self.cycle_steps or min(self.cycle_steps) < 1:
@@ -414,8 +425,15 @@ class CosineCycles(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def optimizer_for(
-    name: str, learning_rate: float, *, momentum=0.0, weight_decay=None, decay="none", steps=1, cycle_steps=None
-):
+    name: str,
+    learning_rate: float,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float | None = None,
+    decay: str = "none",
+    steps: int = 1,
+    cycle_steps: Iterable[int] | None = None,
+) -> keras.optimizers.Optimizer:
     """Keras optimiser from plain numbers; with `cycle_steps` the rate is that of `CosineCycles`, whatever `decay`."""
     if decay not in ("none", "cosine") or name not in ("sgd", "adam"):
         raise ValueError(f'Expected "sgd" or "adam", "none" or "cosine". Received: {name!r}, decay={decay!r}')

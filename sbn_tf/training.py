@@ -19,8 +19,10 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import keras
 import numpy as np
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from sbn_tf import models
 from sbn_tf.cost import measured
-from sbn_tf.datasets.base import EXCLUSIVE
+from sbn_tf.datasets.base import EXCLUSIVE, Data, Split
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
 from sbn_tf.particles import LEAST_LOC, to_particles
@@ -143,12 +145,14 @@ class Checkpoint(keras.callbacks.Callback):
         best: of `keep="best"`, (epoch counted from 0, its weights); None before the first epoch.
     """
 
-    def __init__(self, path, guard: StopAtNaN | None = None, keep: str = "last"):
+    def __init__(self, path: str | os.PathLike, guard: StopAtNaN | None = None, keep: str = "last"):
         super().__init__()
         self.path, self.guard, self.keep, self.history = Path(path), guard, keep, {}
-        self.ended, self.best, self._best_before = False, None, None
+        self.ended = False
+        self.best: tuple[int, list[np.ndarray]] | None = None
+        self._best_before: tuple[int, list[np.ndarray]] | None = None
 
-    def resume(self, model) -> int:
+    def resume(self, model: keras.Model) -> int:
         """Load the last written epoch into a compiled model; return how many epochs are done (0: none).
 
         Raises:
@@ -235,17 +239,17 @@ class _Progress(keras.callbacks.Callback):
 
 
 def fit(
-    model,
-    train,
-    val,
+    model: keras.Model,
+    train: Split,
+    val: Split | None,
     *,
     epochs: int,
     batch_size: int,
     seed: int,
-    folder,
+    folder: str | os.PathLike,
     augment: str | None = None,
     keep: str = "last",
-    callbacks=(),
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     verbose: bool = True,
 ) -> dict[str, list]:
     """`model.fit` over a `datasets.Split`, interruptible: called again it goes on to the same weights.
@@ -359,7 +363,16 @@ class Run:
         return self.history.get("grown_bytes", [None])[0]
 
 
-def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, limit=None, verbose=True) -> Run:
+def deterministic_run(
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    network: str | None = None,
+    runs: str | os.PathLike | None = None,
+    limit: int | None = None,
+    verbose: bool = True,
+) -> Run:
     """Step 1: train the deterministic network, or load it where it is finished.
 
     Args:
@@ -379,7 +392,15 @@ def deterministic_run(data, recipe: Recipe, *, seed=0, network=None, runs=None, 
 
 
 def ensemble_runs(
-    data, recipe: Recipe, *, seed=0, num_members=5, network=None, runs=None, limit=None, verbose=True
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    num_members: int = 5,
+    network: str | None = None,
+    runs: str | os.PathLike | None = None,
+    limit: int | None = None,
+    verbose: bool = True,
 ) -> list[Run]:
     """The members of a deep ensemble: step 1 from other initial weights and another order of the images.
 
@@ -450,12 +471,12 @@ def _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose):
     return found
 
 
-def masks_run(step1: Run, data, recipe: Recipe, r_bayes: float, *, verbose=True) -> Masks:
+def masks_run(step1: Run, data: Data, recipe: Recipe, r_bayes: float, *, verbose: bool = True) -> Masks:
     """Step 2: masks of the top `r_bayes` of the weights that may be Bayesian, by the recipe's score and scope."""
     return choose_masks(step1.model, scores_run(step1, data, recipe, verbose=verbose), recipe, r_bayes)
 
 
-def choose_masks(model, scores, recipe: Recipe, r_bayes: float) -> Masks:
+def choose_masks(model: keras.Model, scores: Mapping[str, np.ndarray], recipe: Recipe, r_bayes: float) -> Masks:
     """Masks by the recipe's `eligible`, `scope` and `fan_out` from any scores of a model's weights.
 
     Under `eligible="kernels"` or `"biases"` the share `r_bayes` is of these alone.
@@ -475,7 +496,7 @@ def choose_masks(model, scores, recipe: Recipe, r_bayes: float) -> Masks:
     return top_k(scores, r_bayes, scope=recipe.scope, model=model if graph else None, cost_aware=recipe.fan_out)
 
 
-def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, np.ndarray]:
+def scores_run(step1: Run, data: Data, recipe: Recipe, *, verbose: bool = True) -> dict[str, np.ndarray]:
     """The recipe's saliency score of every weight that may be Bayesian, kept beside step 1 for every r_bayes.
 
     Left out are biases right before a batch norm that step 3 runs in training mode: they have no effect there.
@@ -494,7 +515,9 @@ def scores_run(step1: Run, data, recipe: Recipe, *, verbose=True) -> dict[str, n
     return scores
 
 
-def empirical_fisher(scores, score: str, *, terms: int, num_examples: int, batch_size: int) -> dict[str, np.ndarray]:
+def empirical_fisher(
+    scores: Mapping[str, np.ndarray], score: str, *, terms: int, num_examples: int, batch_size: int
+) -> dict[str, np.ndarray]:
     """Mean over examples of the squared gradient of one example's negative log-likelihood, from a saliency score.
 
     "per_example" is the mean of squared gradients of a loss that is itself a mean over `terms`: times `terms^2` it is
@@ -520,15 +543,15 @@ def empirical_fisher(scores, score: str, *, terms: int, num_examples: int, batch
 def partial_run(
     step1: Run,
     masks: Masks,
-    data,
+    data: Data,
     recipe: Recipe,
     *,
-    seed=0,
+    seed: int = 0,
     method: str | None = None,
     locs: str = "trained",
-    runs=None,
-    limit=None,
-    verbose=True,
+    runs: str | os.PathLike | None = None,
+    limit: int | None = None,
+    verbose: bool = True,
 ) -> Run:
     """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished.
 
@@ -574,6 +597,7 @@ def partial_run(
         initial_scale=0.01 if recipe.initial_scale is None else recipe.initial_scale,
         untransformed_scale_initializer=rho,
         prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
+        prior_at_loc=recipe.prior_at == "weight",
         batch_norm=recipe.batch_norm,
         seed=seed,
     )
@@ -597,7 +621,7 @@ def partial_run(
 
 PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
 _OF_MASKS = ("scope", "fan_out", "eligible")
-_ADDED = ("scale_start", "prior_scale", "trains")  # named where they are not the default, as `keep` is
+_ADDED = ("scale_start", "prior_scale", "prior_at", "trains")  # named where they are not the default, as `keep` is
 
 
 def _start_scales(model, masks, step1, data, recipe, verbose):
@@ -642,15 +666,15 @@ class _Held(keras.callbacks.Callback):
 def particles_run(
     step1: Run,
     masks: Masks,
-    data,
+    data: Data,
     recipe: Recipe,
     *,
-    seed=0,
+    seed: int = 0,
     method: str = "particles",
     gaussian: bool = False,
-    runs=None,
-    limit=None,
-    verbose=True,
+    runs: str | os.PathLike | None = None,
+    limit: int | None = None,
+    verbose: bool = True,
 ) -> Run:
     """Step 3 with another posterior on the same masks: `num_samples` particles, or Gaussians about them.
 
@@ -668,6 +692,7 @@ def particles_run(
     seed, method = _check_seed(seed), _check_method(method)
     if recipe.scale_start == "fisher":
         raise ValueError('Expected scale_start "absolute" or "relative" of particles. Received: scale_start="fisher"')
+    fields: tuple[str, ...]
     fields = ("optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights", "augment")
     fields += (
         "batch_size",
@@ -686,7 +711,7 @@ def particles_run(
     if (folder / "model.keras").exists():
         return _finished(folder, masks, tell=True)
     keras.utils.set_random_seed(seed)
-    terms = loss_terms(loss_for(recipe, data), step1.model.output_shape)
+    terms = loss_terms(loss_for(recipe, data), step1.model.output_shape)  # known of every recipe's losses: no None
     model = to_particles(
         step1.model,
         masks,
@@ -694,7 +719,7 @@ def particles_run(
         initial_scale=PAPERS_SCALE if recipe.initial_scale is None else recipe.initial_scale,
         relative=recipe.scale_start == "relative",
         gaussian=gaussian,
-        kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,
+        kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,  # type: ignore[operator]
         seed=seed,
     )
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
@@ -722,17 +747,17 @@ def _gentle(recipe):
 
 def continued_run(
     step1: Run,
-    data,
+    data: Data,
     recipe: Recipe,
     *,
     method: str,
-    seed=0,
+    seed: int = 0,
     epochs: int | None = None,
     cycles: int = 1,
     dropout: float = 0.0,
-    runs=None,
-    limit=None,
-    verbose=True,
+    runs: str | os.PathLike | None = None,
+    limit: int | None = None,
+    verbose: bool = True,
 ) -> Run:
     """Train on from step 1's weights without a posterior, as step 3 would, or load it where it is finished.
 
@@ -835,7 +860,7 @@ def _read_snapshots(folder, model, history, ends):
     return snapshots or [last]
 
 
-def run_folder(runs, dataset: str, method: str, seed: int, settings: dict) -> Path:
+def run_folder(runs: str | os.PathLike | None, dataset: str, method: str, seed: int, settings: dict) -> Path:
     """`runs/<dataset>/<method>/seed<k>/<hash of the settings>`."""
     if runs is None:
         here = Path.cwd()
@@ -866,7 +891,7 @@ def _check_seed(seed) -> int:
     return operator.index(seed)
 
 
-def write_json(path, content: dict) -> None:
+def write_json(path: str | os.PathLike, content: Mapping) -> None:
     """Write JSON with the versions and the commit that made it, whole or not at all."""
     import tensorflow as tf
 
@@ -976,7 +1001,7 @@ def _read_arrays(path):
         ) from None
 
 
-def write_atomically(path, write):
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write(file)` on a temporary file and put it in place only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

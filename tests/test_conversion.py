@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow_probability as tfp
 from keras import layers as kl
 from keras import ops
 
@@ -14,6 +15,8 @@ from sbn_tf.conversion import convert, to_deterministic
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights, saliency, top_k
 from sbn_tf.wrapper import MaskedWrapper
+
+tfd = tfp.distributions
 
 
 @keras.saving.register_keras_serializable(package="test_conversion")
@@ -137,6 +140,21 @@ def test_layers_become_twins_or_are_wrapped(mixed):
     assert type(network.get_layer("norm")) is kl.LayerNormalization
     counts = {f"{x.name}/{k}": n for x in layers.masked_layers(network) for k, n in x.num_bayesian.items()}
     assert counts == {k: int(np.prod(w.variable.shape)) for k, w in named_weights(model).items() if k in keys}
+
+
+def test_a_prior_at_the_trained_weights_is_centred_there_in_wrapped_layers_too(mixed, tmp_path):
+    model, _ = mixed
+    keys = [k for k in named_weights(model) if not k.startswith("norm")]
+    partial = to_partial_bayes(model, full(model, keys), num_train=10, prior_at_loc=True, initial_scale=0.5)
+    size = sum(int(np.prod(named_weights(model)[key].variable.shape)) for key in keys)
+    expected = size * float(tfd.kl_divergence(tfd.Normal(0.0, 0.5), tfd.Normal(0.0, 1.0)))
+    assert float(partial.kl_divergence()) == pytest.approx(expected, rel=1e-5)
+    for layer in layers.masked_layers(partial.network):
+        for name in layer._bayesian_names():
+            layer._loc(name).assign_add(keras.ops.ones_like(layer._loc(name)))
+    partial.save(tmp_path / "moved.keras")
+    moved = keras.saving.load_model(tmp_path / "moved.keras", safe_mode=False).kl_divergence()
+    assert float(moved) == pytest.approx(expected + 0.5 * size, rel=1e-5)  # each loc is one away from its centre
 
 
 def test_masks_reach_the_weights_that_they_name(mixed):

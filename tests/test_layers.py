@@ -342,6 +342,56 @@ def test_normal_prior_of_other_width(as_config):
     assert float(again.prior_distribution.scale) == 0.5
 
 
+def moved(layer, by=0.25):
+    """Where each Bayesian entry of the layer was, before all its weights are moved."""
+    starts = {name: layer.posterior[name].loc.numpy() for name in layer.posterior}
+    for name in starts:
+        layer._loc(name).assign(layer._loc(name) + by)
+    return starts
+
+
+def kl_from(layer, starts, scale):
+    """By TFP, the KL of a layer's posterior from priors around these values."""
+    terms = [tfd.kl_divergence(q, tfd.Normal(starts[name], scale)) for name, q in layer.posterior.items()]
+    return sum(float(np.sum(term)) for term in terms)
+
+
+@pytest.mark.parametrize("counts", [{"kernel": 5, "bias": 2}, {"kernel": 12}])
+def test_a_prior_around_the_weights_themselves(counts):
+    layer = dense(num_bayesian=counts, prior_at_loc=True, prior=tfd.Normal(0.0, 0.5), bias_initializer="normal")
+    starts = moved(layer)
+    expected = kl_from(layer, starts, 0.5)
+    np.testing.assert_allclose(layer.kl_divergence(), expected, rtol=1e-6)
+    np.testing.assert_allclose(sum(layer.losses), 0.1 * expected, rtol=1e-6)
+    layer.centre_prior()
+    np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
+    layer.set_mask(layer.mask("kernel"))  # chosen anew, it starts where the weights are now
+    np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
+
+
+def test_a_prior_around_the_weights_starts_at_a_stock_checkpoint_and_is_saved(tmp_path):
+    stock = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    layer = layers.Dense(3, num_bayesian=7, kl_weight=0.1, prior_at_loc=True)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.load_weights(tmp_path / "stock.weights.h5")
+    starts = moved(layer)
+    np.testing.assert_array_equal(starts["kernel"], stock.layers[0].kernel.numpy()[layer.mask("kernel")])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").layers[0]
+    assert again.prior_at_loc
+    np.testing.assert_allclose(again.kl_divergence(), kl_from(layer, starts, 1.0), rtol=1e-6)
+
+
+def test_a_layer_built_by_fit_keeps_the_prior_where_its_weights_began():
+    layer = layers.Dense(1, num_bayesian=4, kl_weight=0.0, prior_at_loc=True, kernel_initializer="ones")
+    model = keras.Sequential([layer])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(np.ones((8, 4), "float32"), np.zeros((8, 1), "float32"), epochs=3, verbose=0)
+    assert np.abs(layer.kernel.numpy() - 1.0).min() > 0.1
+    np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, {"kernel": np.ones(4, "float32")}, 1.0), rtol=1e-5)
+
+
 def test_prior_without_a_registered_kl_is_refused():
     with pytest.raises(ValueError, match=r"KL from tfd.Normal registered.*Laplace"):
         layers.Dense(3, prior=tfd.Laplace(0.0, 1.0))
@@ -604,6 +654,7 @@ def test_set_mask_of_a_stock_like_layer(tmp_path):
         ({"prior": tfd.Normal(0.0, -1.0)}, r"scale > 0"),
         ({"prior": {"class_name": "Gaussian", "config": {}}}, r"tfd.Normal\(loc, scale\). Received: Gaussian"),
         ({"prior": {"class_name": "Normal"}}, r"Expected a prior as"),
+        ({"prior_at_loc": "trained"}, r"True or False. Received: prior_at_loc='trained'"),
     ],
 )
 def test_errors_say_what_was_expected_and_received(arguments, message):

@@ -11,12 +11,15 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+import tensorflow_probability as tfp
 from scipy.stats import kstest
 
 from sbn_tf import cost, datasets, evaluation, models, recipes, training
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import named_weights, saliency, top_k
+
+tfd = tfp.distributions
 
 
 @pytest.fixture(scope="module")
@@ -980,6 +983,22 @@ def test_the_prior_s_width_is_in_the_kl(tmp_path, tiny):
         ratio = np.sort(scale) / width
         expected = (0.5 * (ratio**2 - 1) - np.log(ratio)).sum() + 0.5 * np.square(locs / width).sum()
         assert kls[width] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_prior_at_the_trained_weights_charges_scales_and_what_locs_have_moved(tmp_path, tiny):
+    data, recipe, step1, masks = trained_by(tmp_path)
+    changed = dataclasses.replace(recipe, prior_at="weight", prior_scale=0.1, bayes_epochs=1)
+    run = training.partial_run(step1, masks, data, changed, seed=1, runs=tmp_path, verbose=False)
+    start, end = named_weights(step1.model), named_weights(run.model.network)
+    expected = 0.0
+    for key, mask in masks.items():
+        if mask.any():
+            at, now = (keras.ops.convert_to_numpy(weights[key].variable)[mask] for weights in (start, end))
+            scale = np.logaddexp(0, end[f"{key}_posterior_untransformed_scale"].variable.numpy().astype("float64"))
+            expected += float(np.sum(tfd.kl_divergence(tfd.Normal(now, scale.astype("float32")), tfd.Normal(at, 0.1))))
+            assert not np.array_equal(at, now)
+    assert float(run.model.kl_divergence()) == pytest.approx(expected, rel=1e-4)
+    assert training.partial_run(step1, masks, data, recipe, seed=1, runs=tmp_path, verbose=False).folder != run.folder
 
 
 @pytest.mark.parametrize(
