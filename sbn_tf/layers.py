@@ -22,8 +22,12 @@
 #   and Dense, Conv, Embedding and other stock Keras layers that hold such weights.
 # - *Words*: an entry with a distribution is *Bayesian*, one that stays a number is a *point*; `r_bayes` is the share of
 #   a network's entries that is Bayesian. *Nats* are units of entropy and KL with the natural logarithm: 1 bit is 0.69.
+#   More words: [glossary](../../docs/glossary.md).
 # - *You need*: Keras layers, the normal distribution.
 # - *Runs in*: 30 seconds (CPU).
+#
+# One cell is very long, the class of section 5. At a first reading take sections 1 and 3, of section 5 what its lead
+# names, and section 7, where a layer is used.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -75,6 +79,7 @@ __all__ = [
     "partial_class",
     "posterior_mean",
     "posterior_sample",
+    "register",
 ]
 
 # %% [markdown]
@@ -94,6 +99,9 @@ __all__ = [
 #
 # By hand: $n = 4$, index $= [2]$, $\mu = [1, 2, 3, 4]$, $\rho = 0$ and $\epsilon = 1$: softplus(0) = 0.693, so the draw
 # is $[1, 2, 3.693, 4]$.
+#
+# > **Misconception: "the trained number $\rho$ is the standard deviation."** It is what stands before the softplus: at
+# > $\rho = 0$ the scale is 0.693, not 0, and a negative $\rho$ is no mistake. Read `layer.scale(name)`.
 
 
 # %%
@@ -146,10 +154,14 @@ def standard_normal(size, seed_generator, dtype: str = "float32"):
 # ## 3. How far is the posterior from the prior?
 #
 # Fitting the data alone would drive every scale to 0. The *evidence lower bound* (ELBO) that is maximised instead takes
-# from the expected log-likelihood the price $\mathrm{KL}(q \,\|\, p)$: how many nats the posterior $q$ says more than
-# the prior $p$ did. So a scale shrinks only where the data pay for it, and grows where they do not care. The price is
-# charged for the masked entries alone: a point has no KL here (the paper, section 2.3). TensorFlow Probability computes
-# it. For $q = \mathcal{N}(\mu, \sigma^2)$ and the default prior $p = \mathcal{N}(0, 1)$ the closed form is
+# from the expected log-likelihood the price (Blundell et al. 2015, equations 1 and 2)
+#
+# $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big] : $$
+#
+# how many nats the *posterior* $q$, what is believed after training, says more than the *prior* $p$, what was believed
+# before any data, did. So a scale shrinks only where the data pay for it, and grows where they do not care. The price
+# is charged for the masked entries alone: a point has no KL here (the paper, section 2.3). TensorFlow Probability
+# computes it. For $q = \mathcal{N}(\mu, \sigma^2)$ and the default prior $p = \mathcal{N}(0, 1)$ the closed form is
 # $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry; it stands in where the Keras backend is not TensorFlow.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
@@ -158,6 +170,8 @@ def standard_normal(size, seed_generator, dtype: str = "float32"):
 # trained weight, and pulls it to 0. `prior_at_loc` puts the prior around the weight's own start $m$ instead. A KL does
 # not change when both distributions are moved alike, so it is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same
 # prior: the loc is free where it starts, and pays for how far it goes.
+#
+# In code a prior is a plain description of numbers and strings, so that a layer's config can hold it.
 
 
 # %%
@@ -203,6 +217,11 @@ def prior_config(prior) -> dict:
     return prior
 
 
+# %% [markdown]
+# The KL itself, entry by entry: by TFP, which is the oracle of the closed form in the tests, or by the closed form.
+
+
+# %%
 def kl_normal(loc, scale, prior: dict = DEFAULT_PRIOR):
     """KL divergence in nats of N(loc, scale) from the prior, entry by entry: (k,)."""
     if keras.backend.backend() == "tensorflow":
@@ -248,6 +267,8 @@ def _check_tfp(what):
 # A layer that is called twice draws twice. Where a layer is shared within one network that is not *one* network drawn
 # from the posterior: `posterior_sample()` keeps each weight's first draw, so every use sees the same weight.
 # `posterior_mean()` switches the noise off: within it each weight is its loc.
+#
+# What a call has to know, it finds in context variables; the two contexts set them.
 
 # %%
 _draws: contextvars.ContextVar[dict] = contextvars.ContextVar("sbn_tf_draws", default={})  # noqa: B039
@@ -284,6 +305,12 @@ def posterior_mean():
         _at_mean.reset(token)
 
 
+# %% [markdown]
+# A third context is for training at about the price of one pass: several draws share a batch. What that is good for is
+# told in the lesson on [partial Bayes](partial_bayes.ipynb), section 6.
+
+
+# %%
 @contextlib.contextmanager
 def batch_draws(how: str, num_samples: int = 5, shared=()):
     """Within this context one call of a network on a batch holds several draws, at about the cost of one.
@@ -309,6 +336,12 @@ def batch_draws(how: str, num_samples: int = 5, shared=()):
         _kept.reset(kept_token)
 
 
+# %% [markdown]
+# The *seam* is where the draw comes in: a property for each weight, which answers in one way inside `call` and in
+# another outside.
+
+
+# %%
 def _seam(name: str, stock):
     """Property that answers with this call's draw inside the layer's `call`, with the loc outside.
 
@@ -335,6 +368,11 @@ def _seam(name: str, stock):
     return property(read, write, doc=f"The draw of `{name}` inside `call`, its loc elsewhere.")
 
 
+# %% [markdown]
+# What a posterior keeps, and how its KL reaches the loss: as a regularizer of the untransformed scale.
+
+
+# %%
 _POSTERIOR = ("index", "untransformed_scale", "prior_loc")  # of each weight: its variables, where there are any
 
 
@@ -359,9 +397,7 @@ class _Box:
 
 
 # %% [markdown]
-# ## 5. The mixin
-#
-# The longest cell of this lesson; at a first reading look at `Args`, `call` and `kl_divergence`, and go on.
+# ## 5. What does a layer have to know and to do?
 #
 # Which entries are Bayesian is settled at `build`, or later by `set_mask`. The KL hangs on the scale variable as its
 # *regularizer*: Keras evaluates it once a step however often the layer is called, so five posterior samples do not
@@ -393,6 +429,13 @@ def _stock_class(cls):
     return cls.__mro__[cls.__mro__.index(MaskedGaussian) + 1]  # of a class that is derived from ours, too
 
 
+# %% [markdown]
+# The longest cell of this lesson; at a first reading look at `Args`, `call` and `kl_divergence`, and go on. A class
+# cannot be cut: its order is that of a Keras layer (`__init__`, `build`, `call`, `get_config`), then what a user may
+# read and set, saving and loading, and below a line how it is done.
+
+
+# %%
 class MaskedGaussian:
     """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
 
@@ -842,19 +885,42 @@ class MaskedGaussian:
 
 
 # %% [markdown]
-# ## 6. The layers
+# ## 6. Which layers are there?
 #
 # Each is its stock layer with the mixin in front: same arguments, same `call`, same config, plus the posterior's.
 
 
 # %%
+_PARTIAL: dict[type, type] = {}  # stock or masked class: the masked class that stands for it
+
+
+def register(cls: type) -> type:
+    """Class decorator: conversion takes this masked class for its stock class, which need not be one of Keras.
+
+    Args:
+        cls: derived from `MaskedGaussian` and then from the stock class, with the names of its `posterior_weights`.
+            To be saved in a file it has to be registered with Keras as well, as every class of one's own.
+
+    Raises:
+        ValueError: a class that is not derived so, or one that names no weight.
+    """
+    derived = isinstance(cls, type) and issubclass(cls, MaskedGaussian) and cls is not MaskedGaussian
+    if not derived or not issubclass(_stock_class(cls), keras.layers.Layer) or not cls.posterior_weights:
+        raise ValueError(
+            "Expected a class Mine(MaskedGaussian, TheStockLayer) with posterior_weights, the names of its weights. "
+            f"Received: {cls!r}"
+        )
+    _PARTIAL[_stock_class(cls)] = _PARTIAL[cls] = cls
+    return cls
+
+
 def _register(cls):
     cls.__doc__ = (
         f"`keras.layers.{cls.__name__}` with masked Gaussian entries in {', '.join(cls.posterior_weights)}.\n\n"
         f"    Args, input and output shapes as in `keras.layers.{cls.__name__}`; the keyword arguments of\n"
         "    `MaskedGaussian` say which entries are Bayesian, where their scales start, their prior and KL weight.\n"
     )
-    return keras.saving.register_keras_serializable(package="sbn_tf")(cls)
+    return keras.saving.register_keras_serializable(package="sbn_tf")(register(cls))
 
 
 @_register
@@ -870,6 +936,10 @@ class EinsumDense(MaskedGaussian, keras.layers.EinsumDense):  # noqa: D101
 @_register
 class Embedding(MaskedGaussian, keras.layers.Embedding):  # noqa: D101
     posterior_weights = ("embeddings",)
+
+
+# %% [markdown]
+# The convolutions, plain and transposed.
 
 
 # %%
@@ -903,6 +973,10 @@ class Conv3DTranspose(MaskedGaussian, keras.layers.Conv3DTranspose):  # noqa: D1
     posterior_weights = ("kernel", "bias")
 
 
+# %% [markdown]
+# Depthwise and separable ones. A separable layer has two kernels, and each may have Bayesian entries.
+
+
 # %%
 @_register
 class DepthwiseConv1D(MaskedGaussian, keras.layers.DepthwiseConv1D):  # noqa: D101
@@ -928,24 +1002,8 @@ class SeparableConv2D(MaskedGaussian, keras.layers.SeparableConv2D):  # noqa: D1
 # Two look-ups for those who convert whole networks: the class that stands for a stock layer, and the masked layers that
 # a model holds.
 
+
 # %%
-_CLASSES = (
-    *(
-        Dense,
-        EinsumDense,
-        Embedding,
-        Conv1D,
-        Conv2D,
-        Conv3D,
-        Conv1DTranspose,
-        Conv2DTranspose,
-        Conv3DTranspose,
-    ),
-    *(DepthwiseConv1D, DepthwiseConv2D, SeparableConv1D, SeparableConv2D),
-)
-_PARTIAL = {_stock_class(cls): cls for cls in _CLASSES} | {cls: cls for cls in _CLASSES}
-
-
 def partial_class(layer) -> type | None:
     """The masked class that stands for a stock or masked layer (or for its class); None if there is none."""
     return _PARTIAL.get(layer if isinstance(layer, type) else type(layer))
@@ -959,9 +1017,9 @@ def masked_layers(model) -> list:
 
 
 # %% [markdown]
-# ### With no Bayesian entry: the stock layer
+# ### With no Bayesian entry, is it the stock layer?
 #
-# The same weights give the same outputs, to the last bit.
+# The oracle is Keras itself. The same weights give the same outputs, to the last bit.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)
@@ -974,7 +1032,7 @@ def masked_layers(model) -> list:
 # assert np.array_equal(layer(x), stock(x)) and not layer.losses
 
 # %% [markdown]
-# ### With some: a known mean and variance
+# ### With some, are mean and variance right?
 #
 # A Dense output is linear in its weights, so its mean is $x^\top \mu$ and its variance $\sum_i x_i^2 \sigma_i^2$, the
 # sum over the masked entries of its column.
@@ -1013,7 +1071,7 @@ def masked_layers(model) -> list:
 # *Reading*: the grey bars follow the curve: centred at the trained weight, with a standard deviation of 0.1.
 
 # %% [markdown]
-# ### The wrong call
+# ### What does a wrong call say?
 #
 # The KL's weight has no default, since a guess that is wrong by the number of pixels ruins training without a word.
 
@@ -1024,7 +1082,7 @@ def masked_layers(model) -> list:
 #     print(error)
 
 # %% [markdown]
-# ## 7. In your own model
+# ## 7. How does it go into your own model?
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
 # `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold?

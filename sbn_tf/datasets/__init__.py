@@ -13,11 +13,13 @@ for clinical use.
 """
 
 import inspect
+import os
+from collections.abc import Callable
 
 import numpy as np
 
 from . import chest, folder, isic, lidc, lidc_dicom, lidc_patches, medmnist, phantoms
-from .base import MULTI_LABEL, SEGMENTATION, Card, Data, Split, first_in_seeded_order
+from .base import MULTI_LABEL, SEGMENTATION, TASKS, Card, Data, Parts, Split, first_in_seeded_order
 from .check import check
 from .download import download
 from .tensors import from_arrays, from_tf_data
@@ -37,6 +39,7 @@ __all__ = [
     "lidc_dicom",
     "load",
     "names",
+    "register",
 ]
 
 MIN_SIZE = 8
@@ -47,7 +50,7 @@ MEMORY_BYTES = 512 * 2**20
 
 # name: (card, reader). A reader takes (root, size, seed[, limit][, cache]) and its own options by keyword, and gives
 # `Parts`.
-_REGISTRY = {
+_REGISTRY: dict[str, tuple[Card, Callable[..., Parts]]] = {
     "phantom_chest": (phantoms.PHANTOM_CHEST, phantoms.load_phantom_chest),
     "phantom_lesion": (phantoms.PHANTOM_LESION, phantoms.load_phantom_lesion),
     "phantom_nodule": (phantoms.PHANTOM_NODULE, phantoms.load_phantom_nodule),
@@ -63,7 +66,25 @@ def names() -> tuple[str, ...]:
     return (*_REGISTRY, *medmnist.NAMES)
 
 
-def card(name: str) -> Card:
+def register(card: Card, reader: Callable[..., Parts]) -> None:
+    """Make a dataset known to `load`, `card`, the notebooks and the grid under its card's name.
+
+    Args:
+        card: what it is; every reader of a table sees it.
+        reader: takes (root, size, seed) and options of its own by keyword, and gives `Parts`; it is given `limit` and
+            `cache` where it asks for them. `docs/extending.md` has one of twenty lines.
+
+    Raises:
+        ValueError: no `Card`, a name that is taken by another dataset, or a task that is none.
+    """
+    if not isinstance(card, Card) or card.task not in TASKS:
+        raise ValueError(f"Expected a Card with a task among {', '.join(TASKS)}. Received: {card!r}")
+    if card.name in names() and _REGISTRY.get(card.name, (None,))[0] != card:
+        raise ValueError(f"Expected a name that no dataset has. Received: {card.name!r}, of a dataset that is known.")
+    _REGISTRY[card.name] = (card, reader)
+
+
+def card(name: str | os.PathLike) -> Card:
     """The card of a dataset; reads no file, save for a folder of your own: its images.csv and the images' headers.
 
     Raises:
@@ -73,13 +94,13 @@ def card(name: str) -> Card:
 
 
 def load(
-    name: str,
-    root=None,
+    name: str | os.PathLike,
+    root: str | os.PathLike | None = None,
     size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     normalisation: str = "train",
-    cache=None,
+    cache: str | os.PathLike | None = None,
     in_memory: bool | None = None,
     **options,
 ) -> Data:
@@ -125,7 +146,7 @@ def load(
     _check_integer("seed", seed, 0)
     if limit is not None:
         _check_integer("limit", limit, 1)
-    moments = _moments(info, normalisation)
+    mean, sd = _moments(info, normalisation)
 
     arguments = inspect.signature(reader).parameters
     known = [key for key, value in arguments.items() if value.kind is value.KEYWORD_ONLY]
@@ -137,7 +158,7 @@ def load(
         )
     options |= {key: value for key, value in (("limit", limit), ("cache", cache)) if key in arguments}
     parts = reader(root, size, seed, **options)
-    splits = parts[:3]
+    splits = list(parts[:3])
     if limit is not None:
         splits = [
             s if s.num_examples <= limit else s.subset(first_in_seeded_order(s.num_examples, limit, seed))
@@ -145,10 +166,11 @@ def load(
         ]
     if in_memory or (in_memory is None and sum(s.nbytes for s in splits) <= MEMORY_BYTES):
         splits = [s.in_memory() for s in splits]
-    return Data(info, *splits, *moments, leak=parts.leak)
+    train, val, test = splits
+    return Data(info, train, val, test, mean, sd, parts.leak)
 
 
-def _registered(name):
+def _registered(name) -> tuple[Card, Callable[..., Parts]]:
     if name in medmnist.NAMES:
         return medmnist.registered(name)
     if name not in _REGISTRY:
@@ -166,7 +188,7 @@ def _check_integer(what, value, least):
         raise ValueError(f"Expected an integer {what} >= {least}. Received: {what}={value!r}")
 
 
-def _moments(info, normalisation):
+def _moments(info: Card, normalisation: str) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"Expected normalisation one of {NORMALISATIONS}. Received: {normalisation!r}")
     if normalisation == "train":
@@ -176,4 +198,5 @@ def _moments(info, normalisation):
             f"Expected normalisation='train' for {info.name!r}, for which the paper has no constants. "
             "Received: normalisation='paper'"
         )
-    return tuple(np.full(info.channels, value, "float32") for value in info.paper_normalisation)
+    mean, sd = (np.full(info.channels, value, "float32") for value in info.paper_normalisation)
+    return mean, sd

@@ -1,0 +1,117 @@
+"""The examples of `docs/extending.md`: each runs as it stands there, and does what the text says."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from sbn_tf import baselines, compare, datasets, layers, recipes
+from sbn_tf.conversion import to_deterministic
+from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf.saliency import saliency, top_k
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+
+
+def run(place):
+    """The names that an example defines."""
+    names = {"__name__": "extending"}
+    exec(compile(EXAMPLES[place], PAGE.name, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Each test leaves them as they were."""
+    for owner, name in ((datasets, "_REGISTRY"), (baselines, "METHODS"), (layers, "_PARTIAL")):
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+
+
+def test_three_examples_of_about_twenty_lines():
+    lines = [sum(bool(line.strip()) for line in example.splitlines()) for example in EXAMPLES]
+    assert len(lines) == 3 and max(lines) <= 22, lines
+
+
+def scans(folder):
+    random = np.random.default_rng(0)
+    arrays = {}
+    for name, size in (("train", 12), ("val", 4), ("test", 5)):
+        arrays[f"{name}_images"] = random.integers(0, 256, (size, 16, 16), "uint8")
+        arrays[f"{name}_labels"] = random.integers(0, 2, (size, 2))
+    np.savez(folder / "scans.npz", **arrays)
+    return arrays
+
+
+def test_a_dataset(registries, tmp_path):
+    names = run(0)
+    given = scans(tmp_path)
+    data = datasets.load("scans", root=tmp_path, size=16)
+    assert datasets.card("scans") is names["SCANS"] and "scans" in datasets.names()
+    for split in (data.train, data.val, data.test):
+        np.testing.assert_array_equal(split.images[..., 0], given[f"{split.name}_images"])
+        np.testing.assert_array_equal(split.targets, given[f"{split.name}_labels"])
+    np.testing.assert_allclose(data.train.mean, given["train_images"].mean() / 255, rtol=1e-5)
+    assert datasets.load("scans", root=tmp_path).train.images.shape == (12, 28, 28, 1)
+    with pytest.raises(FileNotFoundError, match="the clinic's archive"):
+        datasets.load("scans", root=tmp_path / "elsewhere")
+
+
+def test_a_dataset_s_name_is_its_own(registries):
+    names = run(0)
+    datasets.register(names["SCANS"], names["load_scans"])  # a cell that is run twice
+    for other in ("lidc", "chestmnist", "scans"):
+        card = dataclasses.replace(names["SCANS"], name=other, title="another")
+        with pytest.raises(ValueError, match=f"no dataset has. Received: '{other}'"):
+            datasets.register(card, names["load_scans"])
+    with pytest.raises(ValueError, match="Expected a Card with a task among"):
+        datasets.register(dataclasses.replace(names["SCANS"], task="regression"), names["load_scans"])
+
+
+def test_a_layer(registries, tmp_path):
+    names = run(1)
+    keras.utils.set_random_seed(0)
+    parts = [keras.Input((5,)), names["Gain"](name="gain"), keras.layers.Dense(2, activation="softmax", name="head")]
+    model = keras.Sequential(parts)
+    x, y = np.random.default_rng(0).normal(size=(8, 5)).astype("float32"), np.eye(2, dtype="float32")[[0, 1] * 4]
+    masks = top_k(saliency(model, [(x, y)], keras.losses.CategoricalCrossentropy(), verbose=False), 1.0)
+    bayes = to_partial_bayes(model, masks, num_train=8)
+    made = bayes.network.get_layer("gain")
+    assert type(made) is names["MaskedGain"] and made.num_bayesian == {"gain": 5}
+    with layers.posterior_mean():
+        np.testing.assert_allclose(bayes.network(x), model(x), rtol=1e-6)
+    assert not np.allclose(bayes.network(x), bayes.network(x))
+    bayes.save(tmp_path / "bayes.keras")
+    again = keras.saving.load_model(tmp_path / "bayes.keras")
+    np.testing.assert_allclose(again.kl_divergence(), bayes.kl_divergence(), rtol=1e-6)
+    plain = to_deterministic(bayes)
+    assert type(plain.get_layer("gain")) is names["Gain"]
+    np.testing.assert_allclose(plain(x), model(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [keras.layers.Dense, layers.MaskedGaussian, "Dense"])
+def test_what_is_no_masked_layer_is_not_registered(registries, wrong):
+    with pytest.raises(ValueError, match="Expected a class Mine"):
+        layers.register(wrong)
+
+
+@pytest.mark.parametrize("dataset", ["phantom_lesion", "phantom_chest"])
+def test_a_baseline(registries, tmp_path, dataset):
+    run(2)
+    data = datasets.load(dataset, size=16, num_train=20, num_val=10, num_test=12)
+    recipe = dataclasses.replace(recipes.recipe_for("quick", data.card), epochs=1)
+    method = baselines.make("mirrors", recipe, runs=tmp_path, verbose=False).fit(data)
+    images = data.test.normalised(slice(0, 12))
+    found, plain = method.predict_samples(images), method.step1.model
+    up = plain.predict(np.ascontiguousarray(images[:, ::-1]), verbose=0)
+    np.testing.assert_allclose(found[0], plain.predict(images, verbose=0).reshape(found[0].shape), atol=1e-5)
+    up = up[..., 0][:, ::-1] if dataset == "phantom_lesion" else up
+    np.testing.assert_allclose(found[1], up, atol=1e-5)
+    assert method.cost()["predict_flops"] == 4 * method.cost()["predict_flops_per_sample"]
+    options = {"num_train": 20, "num_val": 10, "num_test": 12}
+    settings = compare.experiment(dataset, size=16, changes="epochs=1", options=options, runs=tmp_path, verbose=False)
+    row = compare.row(settings, "mirrors")
+    assert row.num_samples == 4 and 0 < row.metrics["nll"] < 5
