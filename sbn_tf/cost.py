@@ -20,8 +20,15 @@
 #
 # - *You will see*: what counts as an operation, a convolution counted by hand and by graph, where the work of a
 #   training step goes, and why the paper's formula says 3.4 where the graph says 6.
-# - *You need*: a convolution, a gradient; the lessons on layers and on partial Bayes for the last sections.
+# - *Words*: a *Bayesian* weight has a mean (`loc`) and a standard deviation (`scale`) in place of one number; `r_bayes`
+#   is the share of such weights; a *sample* is the network with each of them drawn once. A *deterministic* network has
+#   none. More words: [glossary](../../docs/glossary.md).
+# - *You need*: a convolution, a gradient; the lessons on [layers](layers.ipynb) and on
+#   [partial Bayes](partial_bayes.ipynb) for the last sections.
 # - *Runs in*: a minute (CPU).
+#
+# At a first reading go from picture to picture: sections 1, 3, 4 and 6 say what is counted and what came out. The code
+# of section 2, which walks through a graph, can wait.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -80,6 +87,9 @@ __all__ = [
 #
 # An operation that is not in these tables counts 1 an entry of its output and is named in `Flops.unknown`: nothing is
 # dropped in silence.
+#
+# In code these are tables, one for each way of counting. First the products: for each kind of convolution, which two of
+# its tensors tell how many windows there are and how large a filter is.
 
 # %%
 # The convolutions: where the entry is (input or output of the operation) that one window belongs to, and the filter.
@@ -101,6 +111,10 @@ _CONVOLUTIONS = {
 }
 _MATRIX_PRODUCTS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
 
+# %% [markdown]
+# What works entry by entry counts by what comes out, once an entry or, for a few, more often.
+
+# %%
 _NAMES_ONE_AN_OUTPUT = """
 Abs Acos Acosh Add AddV2 Asin Asinh Atan Atan2 Atanh BesselI0e BesselI1e BiasAdd Ceil ClipByValue Cos Cosh Cumprod
 Cumsum CumulativeLogsumexp Digamma Div DivNoNan Elu EluGrad Equal Erf Erfc Erfinv Exp Expm1 Floor FloorDiv FloorMod
@@ -119,6 +133,11 @@ _AN_OUTPUT = {
     "ResizeBicubic": 32,
 }
 
+# %% [markdown]
+# A sum of a million numbers has one number as its output, and about a million additions: what brings many numbers
+# together counts by what goes in.
+
+# %%
 _NAMES_ONE_AN_INPUT = """
 All Any ArgMax ArgMin BiasAddGrad EuclideanNorm Max Mean Min Prod ResizeNearestNeighborGrad SegmentSum Sum
 UnsortedSegmentMax UnsortedSegmentMin UnsortedSegmentSum MirrorPadGrad TopKV2
@@ -138,6 +157,10 @@ _AN_INPUT = {  # operation: (which input, how many an entry of it)
     "TensorScatterSub": (2, 1),
 }
 
+# %% [markdown]
+# What moves numbers, copies them or asks for a shape computes none.
+
+# %%
 _NAMES_FREE = """
 Assert AssignVariableOp BatchToSpace BatchToSpaceND Bitcast BroadcastArgs BroadcastGradientArgs BroadcastTo Bucketize
 Cast CheckNumerics Concat ConcatV2 Const DepthToSpace DestroyResourceOp Diag DiagPart DynamicPartition DynamicStitch
@@ -152,16 +175,24 @@ TensorScatterUpdate Tile Transpose Unique Unpack VarHandleOp VarIsInitializedOp 
 _FREE = frozenset(_NAMES_FREE.split())
 
 # %% [markdown]
-# ### A convolution by hand
+# ### How many operations is a convolution?
 #
-# 3 x 3 windows on an image of 8 x 8 with 4 channels, 6 filters, "same" padding: 64 windows, each a sum of
+# $B$ images give $H' \times W'$ windows each. A window of $k \times k$ pixels with $C_{\text{in}}$ channels is summed
+# up once for each of $C_{\text{out}}$ filters:
+#
+# $$ 2 \cdot \underbrace{B\, H' W'}_{\text{windows}} \cdot \underbrace{k^2\, C_{\text{in}}}_{\text{products in a sum}}
+#  \cdot\; C_{\text{out}} . $$
+#
+# *Source*: Molchanov et al. (2017), appendix, without its term for the bias, which is an operation of its own here.
+#
+# By hand: 3 x 3 windows on one image of 8 x 8 with 4 channels, 6 filters, "same" padding: 64 windows, each a sum of
 # $3 \cdot 3 \cdot 4 = 36$ products for each of 6 filters: $2 \cdot 64 \cdot 36 \cdot 6 = 27{,}648$ operations.
 # Each pair of an input and a weight that meets in the forward pass meets once in the gradient by the inputs and once in
 # that by the filter: each of the two takes as many again. *Training is three times the forward pass*, wherever products
-# dominate.
+# dominate. (Griewank and Walther 2008, section 4.4, bound the cost of any gradient in this way.)
 #
 # Windows over the edge count whole, as is usual: their products with padded zeros are done by some kernels, not by
-# others.
+# others. In code, `_of_op` counts one operation (a *node*) of a graph by the tables.
 
 
 # %%
@@ -194,6 +225,11 @@ def _is_float(op):
     return any(t.dtype.is_floating or t.dtype.is_complex for t in (*op.inputs, *op.outputs))
 
 
+# %% [markdown]
+# The formula in code. Of a gradient, too, two tensors tell the number of windows and the size of a filter.
+
+
+# %%
 def _convolution(op):
     at, number, kept, filter_number = _CONVOLUTIONS[op.type]
     windows = _entries((op.inputs if at == "input" else op.outputs)[number])  # (batch, height, width, filters)
@@ -211,6 +247,12 @@ def _matrix_product(op):
     return 2 * _entries(op.outputs[0]) * int(left.shape[-2 if transposed else -1])
 
 
+# %% [markdown]
+# An Einstein sum is a product in other words: in `ab,bc->ac` each combination of $a$, $b$ and $c$ meets once. Letters
+# that the result lacks are summed over.
+
+
+# %%
 def _einsum(op):
     terms, result = op.get_attr("equation").decode().replace(" ", "").split("->")
     sizes = {}
@@ -227,6 +269,10 @@ def _einsum(op):
         return all_of_them if all_of_them > _entries(op.outputs[0]) else 0  # a sum, or a transposition
     summed = any(label not in result for label in sizes if isinstance(label, str))
     return (2 if summed else 1) * all_of_them
+
+
+# %% [markdown]
+# What is left has windows without products, or is a sum of tensors. `_KNOWN` says which function counts what.
 
 
 # %%
@@ -294,6 +340,11 @@ class Flops:
         return sum(n for kind, n in self.by_op.items() if kind in _PRODUCTS) / self.total if self.total else 0.0
 
 
+# %% [markdown]
+# `count_flops` traces and adds up. A batch of open size has no count: it is refused.
+
+
+# %%
 def count_flops(function, *specs, loop_trips: int | None = None) -> Flops:
     """Floating point operations of `function(*specs)`, counted from its graph. Nothing is computed.
 
@@ -324,6 +375,10 @@ def count_flops(function, *specs, loop_trips: int | None = None) -> Flops:
     counts = _count(graph, range(len(graph.outputs)), loop_trips, unknown)
     by_op = {kind: float(number) for kind, number in counts.most_common() if number}
     return Flops(by_op, tuple(sorted(unknown)))
+
+
+# %% [markdown]
+# What is needed is found from the end: from the wanted results and the assignments back to what they were made of.
 
 
 # %%
@@ -370,6 +425,11 @@ def _graph_of(op, attribute):
     return found.graph
 
 
+# %% [markdown]
+# Three kinds of operations hold graphs of their own: calls of functions, conditions and loops.
+
+
+# %%
 def _call(op, outputs, loop_trips, unknown):
     return _count(_graph_of(op, "f"), outputs, loop_trips, unknown)
 
@@ -438,6 +498,11 @@ def _place(tensor, graph) -> int | None:
     return names.index(tensor.op.name) if tensor.op.type == "Placeholder" and tensor.op.name in names else None
 
 
+# %% [markdown]
+# Two questions are left: what does one trip add to a variable, and is a number known before anything runs?
+
+
+# %%
 def _step(op, place) -> float | None:
     """What the body of a loop adds to its variable number `place`; None where that is no constant."""
     body = _graph_of(op, "body")
@@ -466,7 +531,9 @@ def _static(tensor) -> float | None:
 
 
 # %% [markdown]
-# ### The hand count against the graph
+# ### Does the graph agree with the count by hand?
+#
+# The convolution from above and both of its gradients: 27,648 each.
 
 # %% tags=["active-ipynb"]
 # image, filters = tf.TensorSpec((1, 8, 8, 4)), tf.TensorSpec((3, 3, 4, 6))
@@ -561,6 +628,11 @@ def training_step(model, batch_size: int, targets=None) -> Flops:
     return count_flops(lambda x, y: model.train_step((x, y)), inputs, targets)
 
 
+# %% [markdown]
+# Per example, steps of batches of different sizes can be compared. A prediction is the forward pass alone.
+
+
+# %%
 def training_flops(model, batch_size: int) -> float:
     """Operations of one step of `fit`, divided by the batch size; see `training_step`."""
     return training_step(model, batch_size).total / batch_size
@@ -581,6 +653,11 @@ def prediction_flops(model, batch_size: int = 1) -> float:
     return flops.total / batch_size
 
 
+# %% [markdown]
+# Step 2 of the method looks at gradients and changes nothing: forward and backward, no optimiser.
+
+
+# %%
 def saliency_flops(model, loss, batch_size: int) -> float:
     """Operations of a forward and a backward pass, per example: a pass of gradients over data, without an optimiser.
 
@@ -604,6 +681,11 @@ def saliency_flops(model, loss, batch_size: int) -> float:
 
     flops = count_flops(gradients, _input_specs(model, batch_size), _target_specs(model, loss, batch_size))
     return flops.total / batch_size
+
+
+# %% [markdown]
+# A trace needs no data, only what data look like: the shapes of a batch of inputs and of its targets, taken from the
+# model.
 
 
 # %%
@@ -702,15 +784,21 @@ def _target_specs(model, loss, batch_size):
 # operations a weight, shared by the images of a batch: little for convolutions, which use each weight at every pixel.
 
 # %% [markdown]
-# ## 4. The paper's formula, and the step that it describes
+# ## 4. Does the paper's formula count the whole step?
 #
 # The paper's Table 1 gives training costs of 3.36, 3.45 and 3.80 for 1, 5 and 20 % Bayesian weights, relative to the
-# deterministic training. They equal $1 + \tfrac73 (1 + r)$. Where does 7/3 come from? With the forward pass as 1 and
-# the backward pass as 2, a deterministic step is 3. *Five forwards and one backward* are $5 + 2 = 7$: 7/3 of it. The
-# factor $1 + r$ is for the scales, and the 1 is step 1 of the method.
+# deterministic training. They equal
 #
-# But the loss is the mean of five samples' losses, and each sample has its own activations: the gradient goes back
-# through *all five*. Five forwards and five backwards are 15/3 = 5 steps: with step 1, 6.
+# $$ 1 + \tfrac73 (1 + r). $$
+#
+# *Source*: Abboud et al. (2024), Table 1; the formula is ours, found from its numbers. Where does 7/3 come from? With
+# the forward pass as 1 and the backward pass as 2, a deterministic step is 3. *Five forwards and one backward* are
+# $5 + 2 = 7$: 7/3 of it. The factor $1 + r$ is for the scales, and the 1 is step 1 of the method, the deterministic
+# training that comes first.
+#
+# > **Misconception: "five samples need five forward passes and one backward pass."** The loss is the mean of five
+# > samples' losses, and each sample has its own activations: the gradient goes back through *all five*. Five forwards
+# > and five backwards are 15/3 = 5 steps: with step 1, 6.
 
 
 # %%
@@ -738,7 +826,7 @@ def paper_flops(r_bayes: float) -> float:
 # assert [round(paper_flops(r), 2) for r in (0.01, 0.05, 0.2)] == [3.36, 3.45, 3.8]
 
 # %% [markdown]
-# ### What the graph says
+# ### What does the graph say?
 #
 # The same network, 1 % of its weights Bayesian, five samples. `"all"`: each sample sees the whole batch. `"split"`:
 # each sees a fifth of it.
@@ -787,10 +875,14 @@ def paper_flops(r_bayes: float) -> float:
 # many epochs, as in the paper.)
 
 # %% [markdown]
-# ## 5. Parameters and bytes
+# ## 5. What must be stored?
 #
-# A Bayesian entry adds one trainable number, its scale, and one index of 8 bytes; the optimiser keeps its slots for
-# the scale too. A tensor that is Bayesian throughout needs no index.
+# A Bayesian entry adds one trainable number, its scale, and one index of 8 bytes; the optimiser keeps its *slots* (the
+# running means that it remembers of each number, two of Adam's) for the scale too. A tensor that is Bayesian throughout
+# needs no index.
+#
+# By hand, for the network above at `r_bayes` 0.01: 142 of its 14,180 weights. The weights take $4 \cdot 14{,}180 =
+# 56{,}720$ bytes, the scales $4 \cdot 142$ and the indices $8 \cdot 142$ more, and 4 hold the factor of the KL: 58,428.
 
 
 # %%
@@ -838,7 +930,7 @@ def bytes_of(model) -> dict[str, int]:
 #     assert numbers["num_trainable"] == numbers["num_weights"] + numbers["num_bayesian"]
 
 # %% [markdown]
-# ## 6. Time and memory
+# ## 6. How long does it take, and how much memory?
 #
 # Operations say what must be done, not how long it takes. `measured()` reads the clock, and the largest memory that the
 # process held within the block (on a GPU: that was allocated there).
@@ -885,6 +977,11 @@ def measured():
         _open_blocks.remove(used)
 
 
+# %% [markdown]
+# A system keeps *one* largest value since it was last told to forget. An inner block that makes it forget would spoil
+# the outer one's, so every open block notes the peak first.
+
+
 # %%
 def _see_peak():
     """Tell every open block the largest memory since the last time that the system was told to forget it."""
@@ -917,6 +1014,12 @@ def _forget_peak() -> str:
         return "largest memory of the process since it began: this system keeps no other"
 
 
+# %% [markdown]
+# Where does the number come from? From TensorFlow on a GPU, from the files of the process on Linux, and elsewhere from
+# what the process has ever held.
+
+
+# %%
 def _bytes_in_use() -> int | None:
     """Memory in use now."""
     try:
@@ -955,6 +1058,9 @@ def _largest_ever() -> int | None:
     return int(largest if sys.platform == "darwin" else largest * 1024)
 
 
+# %% [markdown]
+# A check: 200 MB are held, and given back within an inner block. The outer block must have seen them.
+
 # %% tags=["active-ipynb"]
 # with measured() as used:
 #     held = np.ones(25_000_000)  # 200 MB
@@ -965,7 +1071,9 @@ def _largest_ever() -> int | None:
 # assert used.start_bytes is None or used.peak_bytes - used.start_bytes > 150e6
 
 # %% [markdown]
-# ### Time is not operations
+# ### Do operations tell the time?
+#
+# The three training steps of section 4, by count and by the clock: medians of 30 steps, the deterministic one as 1.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # rng = np.random.default_rng(0)
@@ -984,10 +1092,12 @@ def _largest_ever() -> int | None:
 #     print(f"{name:<15}{operations:>11.2f}{np.median(taken) / np.median(times['deterministic']):>7.2f}")
 
 # %% [markdown]
-# *Reading*: in so small a network much of the time is not arithmetic: each operation has a price for being started, and
-# `"split"` starts five times as many as a deterministic step, on a fifth of the images each. The larger the network and
-# the batch, the nearer the two columns. Believe a count for what a method *must* do, a time for what *this* machine
-# made of it.
+# *Reading*: the two columns differ. In so small a network much of the time is not arithmetic: each operation has a
+# price for being started, and `"split"` starts five times as many as a deterministic step, on a fifth of the images
+# each. The larger the network and the batch, the nearer the two columns.
+#
+# > **Misconception: "as many operations, as much time."** Believe a count for what a method *must* do, a time for what
+# > *this* machine made of it.
 
 # %% [markdown]
 # ## Summary
@@ -1025,3 +1135,5 @@ def _largest_ever() -> int | None:
 # - Abboud, Lombaert, Kadoury (2024). *Sparse Bayesian Networks: Efficient Uncertainty Quantification in Medical Image
 #   Analysis*. MICCAI.
 # - Griewank, Walther (2008). *Evaluating Derivatives*. SIAM. Section 4.4 bounds the cost of a gradient.
+# - Molchanov, Tyree, Karras, Aila, Kautz (2017). *Pruning Convolutional Neural Networks for Resource Efficient
+#   Inference*. ICLR. arXiv:1611.06440. Appendix A.1 counts operations.

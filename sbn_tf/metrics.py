@@ -23,6 +23,10 @@
 #
 # - *You will see*: log score and Brier score, calibration, ranking, entropies, overlap of masks, distances between sets
 #   of masks, risk-coverage curves, and the paper's own metrics; four pictures of traps.
+# - *Words*: an *event* is one label of one image, or one pixel; its *target* is 1 where it is so (*positive*), else 0.
+#   The *prevalence* is the share of positives; as a predictor, that of the training set. *Log odds* of $p$ are $\ln p -
+#   \ln (1 - p)$; a network gives them as *logits*. A *posterior sample* is the prediction of one network drawn from a
+#   Bayesian one. *Nats* are units of the natural logarithm. More words: [glossary](../../docs/glossary.md).
 # - *You need*: probabilities and averages.
 # - *Runs in*: 20 seconds (CPU), most of it start-up.
 
@@ -64,6 +68,10 @@ from scipy.special import entr
 from sbn_tf.datasets.arrays import DiskArray
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, TASKS
 
+# %% [markdown]
+# What the lesson defines, and two numbers that several metrics share.
+
+# %%
 __all__ = [
     "TASKS",
     "accuracy",
@@ -149,6 +157,10 @@ def _pair(predicted, targets):
     return _check_range(predicted), _check_range(targets, "targets")
 
 
+# %% [markdown]
+# Masks have a shape of their own, and a prevalence may come once for all images.
+
+
 # %%
 def _image_pair(predicted, truth):
     predicted, truth = _pair(predicted, truth)
@@ -200,6 +212,11 @@ def _check_targets(targets, task):
     return targets
 
 
+# %% [markdown]
+# Not every image has all raters. A missing one's place holds a *filler* mask, and `rater_valid` says which masks are
+# real.
+
+
 # %%
 def _check_valid(rater_valid, masks):
     shape = (masks.shape[0], masks.shape[-1])
@@ -219,6 +236,10 @@ def _drop_channel(probs):
     if probs.ndim == 5 and probs.shape[-1] == 1:
         return probs[..., 0]
     return probs
+
+
+# %% [markdown]
+# Together they are the contract of all functions that take samples and a task.
 
 
 # %%
@@ -280,6 +301,11 @@ def _nll(probs, targets):
     return -(targets * np.log(probs) + (1 - targets) * np.log1p(-probs))
 
 
+# %% [markdown]
+# The Brier score asks for nothing but a mean of squares. Against a soft target the raters' own variance is missing;
+# `_soft_brier` adds it.
+
+
 # %%
 def brier(mean_probs, targets) -> float:
     """Brier score, `(p - y)^2`, mean over labels or pixels (Brier 1950, for one of the two classes).
@@ -319,7 +345,8 @@ def _soft_brier(probs, soft):
 #
 # $$\text{Brier skill} = 1 - \frac{\text{Brier}}{\text{Brier of the training prevalence}}$$
 #
-# 0 is what the prevalence scores, 1 is perfect. Accuracy has no such zero built in.
+# *Source*: Murphy (1988), with the training prevalence as what is to be beaten. 0 is what the prevalence scores, 1 is
+# perfect.
 
 
 # %%
@@ -336,6 +363,10 @@ def brier_skill(mean_probs, targets, train_prevalence) -> float:
     """
     reference = brier(_broadcast(train_prevalence, np.shape(targets), "train_prevalence"), targets)
     return 1 - brier(mean_probs, targets) / reference if reference > 0 else float("nan")
+
+
+# %% [markdown]
+# Accuracy cuts the probability at one half and counts. It has no such zero built in.
 
 
 # %%
@@ -373,6 +404,10 @@ def accuracy(mean_probs, labels) -> float:
 # %% [markdown]
 # *Reading*: the rarer the finding, the more accurate it is to deny it. No row of Table 1 reaches the dashed line. Brier
 # skill sees through it: below 0, since a certain "no" is worse than the prevalence.
+#
+# > **Misconception: "93 % accurate is good."** With rare labels accuracy is mostly the share of negatives: never
+# > looking has 1 - prevalence, here 0.948. The distance to that number is all that can be meant. For ranking ask AUC
+# > and average precision (section 4), for the probabilities Brier skill.
 
 # %% [markdown]
 # ## 3. Do the probabilities mean what they say?
@@ -415,6 +450,10 @@ def _calibration_bins(probs, targets, num_bins, binning="width"):
 def _ece_of_bins(bins):
     count, probs, targets = bins
     return float(np.abs(probs - targets).sum() / count.sum())
+
+
+# %% [markdown]
+# From the bins to the number. `per_label` asks each label on its own: over- and underconfident labels cannot cancel.
 
 
 # %%
@@ -576,18 +615,27 @@ def auc_per_label(mean_probs, labels) -> np.ndarray:
 
 # %% [markdown]
 # *Reading*: below the diagonal at the right and above it at the left is overconfidence. The bars count the values in
-# each bin: a point over a low bar is mostly noise. The prevalence would be one point on the diagonal: a perfect ECE,
-# and no resolution, no skill, no ranking.
+# each bin: a point over a low bar is mostly noise.
+#
+# > **Misconception: "well calibrated is good."** The prevalence would be one point on the diagonal: a perfect ECE, and
+# > no resolution, no skill, no ranking. Calibration is one part of a proper score, and the part that never looking has
+# > for nothing.
 
 # %% [markdown]
 # ## 4. Does it rank the sick above the well?
 #
-# AUC is the probability that a random positive scores higher than a random negative; 0.5 is chance. It needs both: a
-# label that is all 0 in the test split has none, and is returned as NaN so that a mean can leave it out *and say how
-# many labels it is of*. By hand: positives 0.8 and 0.3, negatives 0.5 and 0.1. Of four pairs three are in order: 0.75.
+# AUC, the area under the ROC curve (positives found against false alarms, at every cut), is the probability that a
+# random positive $p_+$ scores higher than a random negative $p_-$ (Hanley and McNeil 1982); 0.5 is chance:
+#
+# $$\mathrm{AUC} = \mathbb{P}(p_+ > p_-) + \tfrac12\, \mathbb{P}(p_+ = p_-).$$
+#
+# It needs both: a label that is all 0 in the test split has none, and is returned as NaN so that a mean can leave it
+# out *and say how many labels it is of*. By hand: positives 0.8 and 0.3, negatives 0.5 and 0.1. Of four pairs three are
+# in order: 0.75.
 #
 # Average precision is the mean, over the positives, of the share of positives among all that score at least as high:
-# $(1 + 2/3)/2 = 0.83$ here. Chance is the prevalence: for hernia 0.002, so 0.1 is then an achievement.
+# $(1 + 2/3)/2 = 0.83$ here. Chance is the prevalence: for hernia 0.002, so 0.1 is then an achievement. Both are
+# scikit-learn's; the check below is by hand.
 
 
 # %%
@@ -637,6 +685,10 @@ def _class_entropy(probs):
     return entr(probs).sum(-1)
 
 
+# %% [markdown]
+# The split in code: the entropy of the mean, the mean of the entropies, and what is left.
+
+
 # %%
 def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
     """Split the predictive entropy of every label or pixel, or of an image's classes, into two parts.
@@ -676,8 +728,12 @@ def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
 #     assert np.isclose(total, expected + mutual)
 
 # %% [markdown]
-# With one sample the mutual information is 0: a deterministic network cannot report it. A low entropy is no merit in
-# itself; it is one only where the prediction is right (section 8).
+# With one sample the mutual information is 0: a deterministic network cannot report it.
+#
+# > **Misconception: "low entropy is good calibration."** Entropy is a statement about the prediction alone: the labels
+# > do not occur in it. In section 9 the answer "no finding" has the lowest entropy, 0, and a calibration error of
+# > 0.052; the prevalence has 1.88 nats, and 0.000. A low entropy is a merit only where the prediction is right (section
+# > 8).
 
 # %% [markdown]
 # ## 6. Do the masks overlap?
@@ -685,8 +741,9 @@ def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
 # $$\mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{IoU} = \frac{|A \cap B|}{|A \cup B|}
 # = \frac{\mathrm{Dice}}{2 - \mathrm{Dice}}.$$
 #
-# Of the foreground, for each image, then the mean over images. By hand: $A = 1100$, $B = 0111$: one pixel in both, four
-# in either: IoU 1/4, Dice 2/5. Two empty masks agree: 1.
+# *Source*: Taha and Hanbury (2015). IoU is the intersection over the union, $A$ and $B$ are the pixels that the two
+# masks mark. Of the foreground, for each image, then the mean over images. By hand: $A = 1100$, $B = 0111$: one pixel
+# in both, four in either: IoU 1/4, Dice 2/5. Two empty masks agree: 1.
 
 
 # %%
@@ -707,6 +764,10 @@ def dice(predicted, truth) -> np.ndarray:
     """
     both, total = _overlap(predicted, truth)
     return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+
+
+# %% [markdown]
+# IoU from the same two counts: what is in either mask is the sum of both less what is in both.
 
 
 # %%
@@ -732,9 +793,15 @@ def iou(predicted, truth) -> np.ndarray:
 # %% [markdown]
 # ### How far apart are the outlines?
 #
-# Overlap hides *where* the masks differ: a thin rim around a large lesion costs little, and may be a centimetre. HD95
-# is a distance in pixels. By hand: a square of $3 \times 3$ and the same moved right by 3. Its outline has 8 pixels, at
-# distances 1, 2 or 3 from the other square's; at 95 % it is 3.
+# Overlap hides *where* the masks differ: a thin rim around a large lesion costs little, and may be a centimetre. HD95,
+# the 95th percentile of the Hausdorff distance, is a distance in pixels between the outlines $\partial A$, $\partial B$
+# (Huttenlocher et al. 1993; Taha and Hanbury 2015):
+#
+# $$\mathrm{HD}_{95} = P_{95} \Big( \{ \min_{b \in \partial B} \lVert a - b \rVert : a \in \partial A \} \cup
+# \{ \min_{a \in \partial A} \lVert a - b \rVert : b \in \partial B \} \Big).$$
+#
+# By hand: a square of $3 \times 3$ and the same moved right by 3. Its outline has 8 pixels, at distances 1, 2 or 3 from
+# the other square's; at 95 % it is 3.
 
 
 # %%
@@ -786,7 +853,11 @@ def _hausdorff95(one, other):
 #
 # None. The target is a rater drawn at random, and a score against it is the mean over the raters. Two questions follow:
 # how good is *one* mask (Dice against the majority, or against each rater), and do the *sampled* masks vary as the
-# raters do? Where raters disagree, $s (1 - s)$ of their mean $s$ is the variance that no prediction removes.
+# raters do? With $s$ the share of raters who mark a pixel, any prediction $p$ has
+#
+# $$\mathbb{E}\,(p - y)^2 = (p - s)^2 + s (1 - s):$$
+#
+# the last term is the raters' variance, which no prediction removes.
 
 
 # %%
@@ -813,6 +884,10 @@ def majority_mask(masks, rater_valid=None) -> np.ndarray:
         (batch, height, width) bool.
     """
     return _soft_mask(masks, rater_valid) >= 0.5
+
+
+# %% [markdown]
+# Where do the raters disagree, and what does each of them think of one mask?
 
 
 # %%
@@ -859,7 +934,8 @@ def dice_raters(predicted, masks, rater_valid=None) -> np.ndarray:
 # %% [markdown]
 # ### Do the samples vary as the raters do?
 #
-# The generalised energy distance (Kohl et al. 2018) between samples $S$ and raters $Y$, with $d = 1 - \mathrm{IoU}$:
+# The *generalised energy distance* (GED; Kohl et al. 2018) between samples $S$ and raters $Y$, with
+# $d = 1 - \mathrm{IoU}$; a prime is another one drawn from the same set:
 #
 # $$2\, \mathbb{E}\, d(S, Y) - \mathbb{E}\, d(S, S') - \mathbb{E}\, d(Y, Y').$$
 #
@@ -881,6 +957,10 @@ def _pairwise_distance(a, b):
     both = (a @ b.T).astype("float64")
     either = a.sum(1)[:, None] + b.sum(1)[None, :] - both
     return np.where(either > 0, 1 - both / np.maximum(either, 1), 0.0)
+
+
+# %% [markdown]
+# Each of the three expectations is a mean over all pairs of masks.
 
 
 # %%
@@ -975,6 +1055,9 @@ def _matched_iou(samples, raters):
 #     "left or right": ([disc(c, 8) for c in (13, 13, 35, 35)], [disc(13 + 22 * (k % 2), 7 + k / 2) for k in range(5)]),
 # }
 
+# %% [markdown]
+# Each toy's raters against four sets of masks, by both distances.
+
 # %% tags=["active-ipynb"]
 # thresholds, ged, matched = np.array([0.1, 0.3, 0.5, 0.7, 0.9]), {}, {}
 # for name, (truth, sampled) in toys.items():
@@ -1022,9 +1105,14 @@ def _matched_iou(samples, raters):
 # %% [markdown]
 # ## 8. Does uncertainty find the mistakes?
 #
-# Keep the most certain images and refer the rest to a person. The selective risk at coverage $k/n$ is the mean risk of
-# the $k$ most certain. By hand: risks 0, 1, 0, 1 in the order of uncertainty: 0, 1/2, 1/3, 1/2, whose mean, the area,
-# is 0.333. An oracle would sort them 0, 0, 1, 1 and have 0.208: the *excess* is 0.125 (Geifman et al. 2019).
+# Keep the most certain images and refer the rest to a person. *Risk* is what a mistake costs, *coverage* the share of
+# images that is kept. The *selective risk* at coverage $k/n$ is the mean risk of the $k$ most certain (Geifman and
+# El-Yaniv 2017), with $r_{(i)}$ the risk of the image of the $i$-th least uncertainty:
+#
+# $$R(k) = \frac1k \sum_{i=1}^{k} r_{(i)}, \qquad \text{area} = \frac1n \sum_{k=1}^{n} R(k).$$
+#
+# By hand: risks 0, 1, 0, 1 in the order of uncertainty: 0, 1/2, 1/3, 1/2, whose mean, the area, is 0.333. An oracle,
+# which knows the risks, would sort them 0, 0, 1, 1 and have 0.208: the *excess* is 0.125 (Geifman et al. 2019).
 
 
 # %%
@@ -1063,6 +1151,10 @@ def risk_coverage(uncertainty, risk) -> tuple[np.ndarray, np.ndarray]:
     return number / len(risk), np.cumsum(tied) / number
 
 
+# %% [markdown]
+# One number for the curve, and what is left of it when the oracle's is taken off.
+
+
 # %%
 def area_under_risk_coverage(uncertainty, risk) -> float:
     """Mean of the selective risk over all coverages: low if the risk is low, and if the uncertainty finds it.
@@ -1085,6 +1177,11 @@ def excess_area(uncertainty, risk) -> float:
         Classifiers" (E-AURC).
     """
     return area_under_risk_coverage(uncertainty, risk) - area_under_risk_coverage(risk, risk)
+
+
+# %% [markdown]
+# Without a curve: does an error look less certain than a correct prediction? It is the AUC of section 4, with errors as
+# the positives and the uncertainty as the score.
 
 
 # %%
@@ -1148,7 +1245,8 @@ def error_auroc(uncertainty, errors) -> float:
 # %% [markdown]
 # ## 9. What did the paper measure?
 #
-# Table 1's columns, as its code defines them. Each docstring says what the number really measures.
+# Table 1's columns, as its code defines them. Each docstring says what the number really measures;
+# [08_reading_table_1](../08_reading_table_1.ipynb) takes the table apart with them.
 
 
 # %%
@@ -1177,6 +1275,10 @@ def paper_accuracy(probs, labels) -> float:
     return accuracy((probs > 0.5).mean(0), labels)
 
 
+# %% [markdown]
+# Its Brier score is the mean over single samples, and one softmax too many lifts that of two of its rows.
+
+
 # %%
 def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
     """Mean of the samples' Brier scores: the Brier score of one random sample, not of the prediction.
@@ -1195,6 +1297,10 @@ def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
     if softmax_twice:
         probs = 1 / (1 + np.exp(1 - 2 * probs))
     return float(np.square(probs - targets).mean())
+
+
+# %% [markdown]
+# Its entropy of labels has half of the terms.
 
 
 # %%
@@ -1216,6 +1322,10 @@ def paper_entropy(probs, task: str = MULTI_LABEL) -> float:
         raise ValueError(f"Expected probs of shape (samples, batch, ...), not empty. Received: shape {probs.shape}")
     mean_probs = probs.mean(0)
     return float(binary_entropy(mean_probs).mean() if task == SEGMENTATION else entr(mean_probs).sum(-1).mean())
+
+
+# %% [markdown]
+# Its Dice is a mean over all pixels and both classes, so where lesions are small it is mostly about background.
 
 
 # %%
@@ -1240,6 +1350,10 @@ def paper_dice(probs, truth) -> np.ndarray:
     return (truth * score(probs) + (1 - truth) * score(1 - probs)).mean((0, 2, 3))
 
 
+# %% [markdown]
+# Its IoU pools the samples: a ratio of sums, where `iou` of each sample would give a mean of ratios.
+
+
 # %%
 def paper_iou(probs, truth) -> np.ndarray:
     """IoU of all samples' masks together, the sum of intersections over the sum of unions, for each image.
@@ -1259,6 +1373,10 @@ def paper_iou(probs, truth) -> np.ndarray:
     both = (votes * truth).sum((1, 2))
     either = votes.sum((1, 2)) + len(predicted) * truth.sum((1, 2)) - both
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+# %% [markdown]
+# Its text cites a calibration error that no column shows; by that definition it would be this one.
 
 
 # %%
@@ -1387,13 +1505,19 @@ def paper_ece(probs, targets, num_bins: int = 15) -> float:
 #
 # - Brier (1950). *Verification of forecasts expressed in terms of probability*. Monthly Weather Review 78.
 # - Murphy (1973). *A new vector partition of the probability score*. Journal of Applied Meteorology 12.
+# - Murphy (1988). *Skill scores based on the mean square error and their relationships to the correlation coefficient*.
+#   Monthly Weather Review 116.
 # - Stephenson, Coelho, Jolliffe (2008). *Two extra components in the Brier score decomposition*. Weather and
 #   Forecasting 23.
+# - Hanley, McNeil (1982). *The meaning and use of the area under a receiver operating characteristic (ROC) curve*.
+#   Radiology 143.
 # - Gneiting, Raftery (2007). *Strictly proper scoring rules, prediction, and estimation*. JASA 102.
 # - Guo, Pleiss, Sun, Weinberger (2017). *On calibration of modern neural networks*. ICML.
 # - Nixon, Dusenberry, Zhang, Jerfel, Tran (2019). *Measuring calibration in deep learning*. CVPR Workshops.
 # - Depeweg, Hernandez-Lobato, Doshi-Velez, Udluft (2018). *Decomposition of uncertainty in Bayesian deep learning for
 #   efficient and risk-sensitive learning*. ICML.
+# - Huttenlocher, Klanderman, Rucklidge (1993). *Comparing images using the Hausdorff distance*. IEEE Transactions on
+#   Pattern Analysis and Machine Intelligence 15.
 # - Taha, Hanbury (2015). *Metrics for evaluating 3D medical image segmentation*. BMC Medical Imaging 15.
 # - Kohl et al. (2018). *A probabilistic U-Net for segmentation of ambiguous images*. NeurIPS.
 # - Kohl et al. (2019). *A hierarchical probabilistic U-Net for modeling multi-scale ambiguities*. arXiv 1905.13077.

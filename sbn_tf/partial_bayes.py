@@ -20,8 +20,14 @@
 #
 # - *You will see*: the conversion, the ELBO and why its KL must be divided, five samples becoming one prediction,
 #   and the five traps that ruin training, each with its guard.
-# - *You need*: the lessons on layers and on saliency.
+# - *Words*: a *Bayesian* entry of a weight has a Gaussian with a mean (*loc*) and a standard deviation (*scale*), a
+#   *point* is one number. All Gaussians together are the *posterior*; a *sample* or *draw* is one network, each
+#   Bayesian entry drawn once. A *mask* says which entries are Bayesian. More words: [glossary](../../docs/glossary.md).
+# - *You need*: the lessons on [layers](layers.ipynb) and on [saliency](saliency.ipynb).
 # - *Runs in*: about a minute (CPU).
+#
+# At a first reading take sections 2 and 4, the table of traps in section 5 and all of section 8. The class of section 3
+# is very long: its lead says what of it to read.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -75,16 +81,26 @@ __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_no
 #     print(f"{layer.name:<8}{type(layer).__module__.split('.')[0]:<8}{dict(getattr(layer, 'num_bayesian', {}))}")
 
 # %% [markdown]
-# ## 2. The loss, and what divides its KL
+# ## 2. What is the loss, and what divides its KL?
 #
-# Training minimises the negative ELBO (Blundell et al. 2015, equation 2) per example, with $S$ reparameterized draws:
+# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2) per example, with $S$
+# draws $w_s$ of the weights. The NLL is the negative log-likelihood of the targets, the KL how far the posterior $q$ is
+# from the prior $p$ (layers, section 3), $\beta$ a factor that is 1 in the ELBO:
 #
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N} \, \mathrm{KL}(q \,\|\, p). $$
 #
 # $N$ counts the *terms that the loss averages over* in the whole training set. A loss averaged over images has
 # `num_train` of them; one averaged over pixels too has `num_train * pixels`; over labels, `num_train * labels`.
-# Dividing by `num_train` alone under a mean over 32 x 32 pixels makes the KL 1,024 times too strong: it ruins training.
 # By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is $1 / 1{,}024{,}000$.
+#
+# > **Misconception: "the KL is divided by `num_train`, and that is all."** Under a mean over 32 x 32 pixels that makes
+# > it 1,024 times too strong: it ruins training. The KL is of the weights, once for the whole training set; what it
+# > stands beside is the mean of all terms of all images.
+#
+# > **Misconception: "mean or sum over the weights is a matter of taste."** The ELBO has the *sum* of the KL over the
+# > Bayesian entries. `kl_reduction="mean"`, the paper's code, takes the mean over the $k$ entries of each weight and
+# > divides by neither images nor pixels. That is $N / k$ times the ELBO's KL: for the images above and $k = 100$ it is
+# > 10,240 times as strong, before $\beta$ takes a part of it off.
 
 
 # %%
@@ -132,7 +148,19 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # assert terms == 1024 and loss_terms(keras.losses.CategoricalCrossentropy(), (None, 7)) == 1
 
 # %% [markdown]
-# ## 3. The model
+# Sum and mean of one weight's KL, of six entries: the ratio must be six.
+
+# %% tags=["active-ipynb"]
+# nats, every = {}, {"first/kernel": np.ones((3, 2), bool)}
+# for how in ("sum", "mean"):
+#     layer = convert(small, every, {"kl_weight": 1.0, "kl_reduction": how}).get_layer("first")
+#     nats[how] = float(sum(layer.losses))
+# print(f"sum / mean: {nats['sum'] / nats['mean']:.0f} entries")
+# print(f"a mean over 100 entries, undivided: {1000 * terms / 100:,.0f} times the ELBO's")
+# assert np.isclose(nats["sum"], 6 * nats["mean"], rtol=1e-5)
+
+# %% [markdown]
+# ## 3. How does the model train and predict?
 #
 # The *posterior predictive* is the mean of the network's probabilities over the posterior of its weights; a few draws
 # estimate it. `PartialBayes` holds the converted `network` and draws from it `num_samples` times, in a Python loop
@@ -141,6 +169,14 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # which averages *probabilities*.
 #
 # Section 6 shows what that costs, and how several draws share one pass.
+#
+# > **Misconception: "five samples are five images, five raters or five trainings."** Five samples of *what*? Of the
+# > weights: each is one whole network, drawn from one posterior, which was trained once. Each predicts the same images;
+# > which rater's mask is the target, the stream of data decides, not the posterior. So more may be drawn in prediction
+# > than in training: `predict_uncertainty(x, num_samples=50)`.
+#
+# The class below is long, since it answers for all that `keras.Model` does. At a first reading take the table of its
+# docstring, then `call`, `compute_loss` and `predict_uncertainty`; below the line `how it is done` nothing is public.
 
 
 # %%
@@ -673,7 +709,7 @@ class PartialBayes(Distributed, keras.Model):
 
 
 # %% [markdown]
-# ## 4. Five samples become one number for each pixel
+# ## 4. How do five samples become one number for each pixel?
 #
 # *Aleatoric* uncertainty is in the data: more of them would not remove it (raters differ, classes overlap). *Epistemic*
 # uncertainty is the model's own: another draw of its weights would have said something else. For a predictive mean
@@ -698,6 +734,12 @@ def entropy(probs, kind: str):
     return -ops.sum(xlogx(probs), axis=-1)
 
 
+# %% [markdown]
+# Where are the samples drawn? In a model of their own, so that a whole prediction is one compiled call. Means and
+# entropies are summed up draw by draw; only `predict_samples` holds all samples at once.
+
+
+# %%
 class _Sampler(Distributed, keras.Model):
     """Runs S draws of a `PartialBayes`'s network for one batch, in one compiled call."""
 
@@ -754,6 +796,11 @@ class _Sampler(Distributed, keras.Model):
         return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
 
 
+# %% [markdown]
+# How it is written down: each sample's row once, and a name for each of several outputs.
+
+
+# %%
 def _rows_written_once(count):
     """`rows = start(row 0)`, `rows = write(rows, i, row)`, `whole(rows)`: of (count, ...), each row written once.
 
@@ -801,7 +848,7 @@ def _numbered(names):
 # assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
-# ## 5. From masks to model, past five traps
+# ## 5. How do masks become a model, past five traps?
 #
 # | trap | what happens | guard |
 # |---|---|---|
@@ -913,6 +960,10 @@ def to_partial_bayes(
     )
 
 
+# %% [markdown]
+# Without masks they are chosen here, by the Fisher score of the lesson on [saliency](saliency.ipynb).
+
+
 # %%
 def _salient_masks(model, r_bayes, data, loss, exclude_biases, verbose):
     loss = getattr(model, "loss", None) if loss is None else loss
@@ -938,6 +989,11 @@ def _check_choice(name, value, known):
         raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
 
 
+# %% [markdown]
+# Two of the traps are about batch norm. What of it goes on training?
+
+
+# %%
 def settle_batch_norm(network, how: str):
     """What of batch norm trains: nothing ("frozen"), its running statistics alone ("statistics"), or all of it."""
     for layer in network._flatten_layers(include_self=False):
@@ -950,6 +1006,12 @@ def settle_batch_norm(network, how: str):
                         variable.trainable = False
 
 
+# %% [markdown]
+# What a call of the network adds to the loss by `add_loss` counts once, or by its share of the samples: each call notes
+# which.
+
+
+# %%
 # By model, of its latest call: what each added loss counts for, by id, and what all others do. Replicas run in threads.
 _added: contextvars.ContextVar[Mapping] = contextvars.ContextVar("sbn_tf_added", default=MappingProxyType({}))
 
@@ -966,6 +1028,11 @@ def _same_structure(a, b):
     return True
 
 
+# %% [markdown]
+# Which operations depend on a draw? A batch norm in training mode must not be among them where one pass holds several.
+
+
+# %%
 def _trains_batch_norm(layer):
     return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
 
@@ -979,6 +1046,11 @@ def _after_draws(graph):
     return [step for step, depends in zip(graph.steps, after, strict=True) if depends]
 
 
+# %% [markdown]
+# What the outputs are, probabilities of what kind or no probabilities, the last activation tells.
+
+
+# %%
 def _output_kind(network):
     """The kind of each output ("sigmoid", "softmax" or None), by the activation of the layer that made it."""
     kinds = [_kind_of(output) for output in keras.tree.flatten(network.outputs)]
@@ -996,6 +1068,11 @@ def _kind_of(output):
     return name if name in ("sigmoid", "softmax") else None
 
 
+# %% [markdown]
+# A `PartialBayes` inside another model would be trained on one of its samples alone. How does it know?
+
+
+# %%
 def _is_a_part(model):
     """Whether another model is calling this one. Keras's JAX trainer runs `call` of the outermost without a context."""
     context = global_state.get_global_attribute("current_call_ctx")
@@ -1019,6 +1096,11 @@ def _call_context(model):
             model._maybe_reset_call_context()
 
 
+# %% [markdown]
+# The last small questions: of precision, of names, and whose weights a file holds.
+
+
+# %%
 def _at_least_float32(x):
     half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
     return ops.cast(x, "float32") if half else x
@@ -1065,7 +1147,7 @@ def _is_of_network(path, network):
 # What is random in training (dropout) and all after it runs anew for each sample there. The results are those of
 # running everything S times, to float rounding. A network that is not Functional is one operation: it runs S times.
 #
-# ### One pass for several draws
+# ### How do several draws share one pass?
 #
 # The loss is an expectation over the posterior. All four estimators are unbiased; they differ in cost and in variance.
 # But for one case: after a Bayesian weight batch norm in training mode would normalise over the draws of one pass
@@ -1101,13 +1183,13 @@ def _is_of_network(path, network):
 #     assert abs(losses.mean() - exact) < 4 * standard_error
 
 # %% [markdown]
-# ### To whom it goes
+# ### How does it reach other programs?
 #
 # `bnn.export(path, outputs="uncertainty")` writes a SavedModel with the S draws inside: its `serve` gives what
 # `predict_uncertainty` gives. The states of the noise seeds are stored too, so a fresh load repeats the same sequence.
 
 # %% [markdown]
-# ## 7. Two rates, one schedule
+# ## 7. Why two learning rates, and a schedule?
 #
 # Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer` gives each
 # its own optimiser. `BetaSchedule` anneals beta over the epochs: the paper's segmentation runs go from 0.2 to 0.01.
@@ -1205,6 +1287,10 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
         return [(o, vs) for o, vs in ((self.loc_optimizer, locs), (self.scale_optimizer, scales)) if vs]
 
 
+# %% [markdown]
+# The schedule is a callback: beta acts at once, also on a compiled model.
+
+
 # %%
 class BetaSchedule(keras.callbacks.Callback):
     """Sets `model.beta` before each epoch, linearly from `start` to `stop`, reached in the last epoch.
@@ -1239,10 +1325,10 @@ class BetaSchedule(keras.callbacks.Callback):
 
 
 # %% [markdown]
-# ## 8. From a trained network to uncertainty, once through
+# ## 8. What comes out, once through?
 #
-# Two noisy half-moons, a network of 337 weights, one in ten of them Bayesian. No step is new: train, score, select,
-# convert, fit, predict.
+# From a trained network to uncertainty, on two noisy half-moons: a network of 337 weights, one in ten of them Bayesian.
+# No step is new: train, score, select, convert, fit, predict.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.saliency import saliency, top_k
@@ -1298,6 +1384,9 @@ class BetaSchedule(keras.callbacks.Callback):
 #     axes.set_aspect("equal")
 #     figure.colorbar(drawn, ax=axes, shrink=0.8)
 # plt.show()
+
+# %% [markdown]
+# The check: the samples disagree more far from all points than among them.
 
 # %% tags=["active-ipynb"]
 # distance = np.min(np.linalg.norm(plane[:, None] - x[None], axis=-1), axis=1)

@@ -13,7 +13,9 @@ import io
 import json
 import math
 import numbers
+import os
 import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from filelock import FileLock
 
 from sbn_tf import evaluation, training
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
+from sbn_tf.evaluation import Record
 from sbn_tf.plots import format_table
 from sbn_tf.recipes import Recipe
 
@@ -103,7 +106,7 @@ METRICS = {
     "paper_brier": Metric("lower", 0, 1, "Brier score of one random sample, not of the mean prediction"),
     "paper_brier_softmax_twice": Metric("lower", 0, 1, "the same after a second softmax: 0.0723 is the least"),
     "paper_entropy": Metric(None, 0, _INFINITY, "of labels -p ln p without the 1 - p term; of masks the entropy"),
-    "paper_dice": Metric("higher", 0, 1, "mostly the share of background pixels: an empty mask scores 0.99"),
+    "paper_dice": Metric("higher", 0, 1, "mostly the share of background pixels: an empty mask scores nearly that share"),
     "paper_iou": Metric("higher", 0, 1, "IoU of a typical sample, not of the mean prediction"),
     "paper_ece": Metric("lower", 0, 1, "calibration error of the decisions: mostly whether a sure no is right"),
 }
@@ -244,10 +247,10 @@ class Result:
         """Whether this row is no method: a trivial predictor or a bound."""
         return self.method.startswith(("trivial_", "bound_"))
 
-    def record(self):
+    def record(self) -> Record | None:
         """The `evaluation.Record` beside it; None where there is none."""
         path = None if self.folder is None else Path(self.folder) / "record.npz"
-        return evaluation.Record.load(path) if path is not None and path.exists() else None
+        return Record.load(path) if path is not None and path.exists() else None
 
 
 # ---------------------------------------------------------------------------
@@ -255,7 +258,7 @@ class Result:
 # ---------------------------------------------------------------------------
 
 
-def write(result: Result, folder, record=None) -> Path:
+def write(result: Result, folder: str | os.PathLike, record: Record | None = None) -> Path:
     """Check a result and write it: `record.npz`, then `metrics.json`, each whole or not at all.
 
     Args:
@@ -287,7 +290,7 @@ def write(result: Result, folder, record=None) -> Path:
     return path
 
 
-def read(path) -> Result:
+def read(path: str | os.PathLike) -> Result:
     """Read and check a result.
 
     Args:
@@ -313,7 +316,7 @@ def read(path) -> Result:
     return Result(**content, folder=path.parent)
 
 
-def find(runs, dataset: str, **filters) -> list[Result]:
+def find(runs: str | os.PathLike | None, dataset: str, **filters) -> list[Result]:
     """All results of one dataset below a folder of runs, in the order of their paths.
 
     Args:
@@ -363,7 +366,7 @@ _JSON = ("settings", "options", "selection", "undefined", "shift", "evaluation",
 _DIGITS = 7  # significant ones of a number in a CSV
 
 
-def write_csv(results: list[Result], path, merge: bool = True) -> Path:
+def write_csv(results: Iterable[Result], path: str | os.PathLike, merge: bool = True) -> Path:
     """Write results as a CSV table, whole or not at all: a row each; `read_csv` gives all back but their records.
 
     Metrics are columns of their own names, intervals `<metric>_low` and `<metric>_high`, costs `cost_<key>`, dicts
@@ -409,7 +412,7 @@ def _write_csv(results, path, merge):
     training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def read_csv(path) -> list[Result]:
+def read_csv(path: str | os.PathLike) -> list[Result]:
     """The results of a table that `write_csv` wrote; each is checked as those of `read` are, and has no folder.
 
     Raises:
@@ -645,10 +648,13 @@ class Row:
         """Of one seed its interval over images or patients, of several mean -+ standard deviation; None: unknown."""
         values = list(self.values(key).values())
         if len(values) > 1:
-            spread = float(np.std(values, ddof=1))
-            return self.value(key) - spread, self.value(key) + spread
-        found = [result.intervals[key] for result in self.results if key in result.intervals]
-        return tuple(found[0]) if found else None
+            middle, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+            return middle - spread, middle + spread
+        for result in self.results:
+            if key in result.intervals:
+                low, high = result.intervals[key]
+                return low, high
+        return None
 
     @property
     def num_samples(self) -> int | None:
@@ -719,7 +725,9 @@ def _telling(contents):
 # ---------------------------------------------------------------------------
 
 
-def table(results: list[Result], keys=None, intervals: bool = True, num_resamples: int | None = None) -> str:
+def table(
+    results: list[Result], keys: Iterable[str] | None = None, intervals: bool = True, num_resamples: int | None = None
+) -> str:
     """The table of all methods, in Markdown: a row for each, its best values marked, and below it what they are.
 
     A cell is a value with its interval; of several seeds mean +- standard deviation and their number. "*" marks the
@@ -752,7 +760,8 @@ def table(results: list[Result], keys=None, intervals: bool = True, num_resample
         num_resamples = max((one.evaluation.get("num_resamples", 0) for one in results), default=0) or 1000
     counts = {row.label: row.num_samples for row in rows} if set(keys) & set(_OF_SAMPLES) else {}
     marks = _marks(rows, keys, num_resamples, counts)
-    notes, reasons = [], {}
+    notes: list[str] = []
+    reasons: dict[str, int] = {}  # reason -> its number
     cells = {row.label: {} for row in rows}
     for key in keys:
         digits = _digits(rows, key)
@@ -795,7 +804,7 @@ def cost_table(results: list[Result]) -> str:
     return format_table(cells, [COSTS[key][0] for key in _COST_COLUMNS]) + f"\n\n{notes}."
 
 
-def describe_metrics(keys) -> str:
+def describe_metrics(keys: Collection[str]) -> str:
     """A line for each metric, in Markdown: what it says, and which way is better.
 
     Raises:

@@ -24,8 +24,15 @@
 #
 # - *You will see*: a name for every weight, one gradient pass over the training set (or none), six scores, the
 #   selection by entries and by channels, where in the network it falls, and what that costs.
+# - *Words*: a *weight* is an array such as a kernel, an *entry* one number of it. A *Bayesian* entry has a
+#   distribution, a *point* has none. A *mask* says which entries are Bayesian. A *sample* is the network with each
+#   Bayesian entry drawn once. Choosing the entries is step 2 of the method; step 1 is the usual training, step 3 the
+#   training with distributions. More words: [glossary](../../docs/glossary.md).
 # - *You need*: gradients of a loss.
 # - *Runs in*: 30 seconds (CPU).
+#
+# The two longest cells are the pass over the data (section 2) and the recorder (section 3). At a first reading take
+# their docstrings, and go on to sections 4, 7 and 8.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -120,6 +127,11 @@ def named_weights(model) -> dict[str, Weight]:
     return found
 
 
+# %% [markdown]
+# Not every weight may be chosen. Normalisation layers are left out, frozen weights too, and what a pattern excludes.
+
+
+# %%
 def eligible_weights(model, include=None, exclude=None) -> dict[str, Weight]:
     """Weights that may become Bayesian: trainable ones, normalisation layers left out.
 
@@ -153,6 +165,12 @@ def eligible_weights(model, include=None, exclude=None) -> dict[str, Weight]:
     return kept
 
 
+# %% [markdown]
+# One kind of weight is eligible and yet has nothing to say: a bias whose layer feeds a batch norm in training mode. The
+# batch's mean takes it away, so the loss does not depend on it. To find it, look for each batch norm at what feeds it.
+
+
+# %%
 def biases_before_batch_norm(model) -> list[str]:
     """Keys of biases whose layer feeds a batch normalisation directly.
 
@@ -198,6 +216,9 @@ def biases_before_batch_norm(model) -> list[str]:
 # | `magnitude` | $\lvert w \rvert$ | pruning by size |
 # | `taylor` | $\frac1N \sum_b n_b\, (w\, g_b)^2$ | Molchanov et al. 2019, eq. 8 |
 # | `random` | uniform numbers | the control |
+#
+# (The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model;
+# the *empirical* one takes the labels of the data.)
 #
 # A batch's mean gradient squared is not the mean of its examples' squares; where examples are independent and gradients
 # nearly average out, as at an optimum, one is about $1/n_b$ of the other, and the ranking is nearly that of
@@ -252,54 +273,48 @@ def saliency(
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.2.
     """
+    _check_options(score, max_batches)
+    weights = eligible_weights(model, include, exclude)
+    if score in ("magnitude", "random"):
+        return _without_data(score, weights, seed)
+    loss = getattr(model, "loss", None) if loss is None else loss
+    _check_needed(score, data, loss)
+    training = score == "paper" if batch_statistics is None else batch_statistics
+    gradients = _Gradients(model, weights, loss, training)
+    sums = _Sums(weights, score)
+    num_examples = _pass(gradients, sums, *_batches(data, batch_size, max_batches), verbose)
+    if gradients.missing:
+        warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=2)
+    return sums.scores(num_examples)
+
+
+# %% [markdown]
+# Two scores need no data. The others need data, a loss and TensorFlow's gradients, and say so before any work is done.
+
+
+# %%
+def _check_options(score, max_batches):
     if score not in SCORES:
         raise ValueError(f"Expected score to be one of {SCORES}. Received: score={score!r}")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"Expected max_batches to be 1 or more, or None. Received: max_batches={max_batches!r}")
-    weights = eligible_weights(model, include, exclude)
+
+
+def _without_data(score, weights, seed):
+    """Scores "magnitude" and "random"."""
     if score == "magnitude":
         return {k: np.abs(keras.ops.convert_to_numpy(w.variable)).astype("float32") for k, w in weights.items()}
-    if score == "random":
-        return {
-            k: np.random.default_rng([seed, zlib.crc32(k.encode())]).random(tuple(w.variable.shape), "float32")
-            for k, w in weights.items()
-        }
-    loss = getattr(model, "loss", None) if loss is None else loss
+    return {
+        k: np.random.default_rng([seed, zlib.crc32(k.encode())]).random(tuple(w.variable.shape), "float32")
+        for k, w in weights.items()
+    }
+
+
+def _check_needed(score, data, loss):
     if data is None or loss is None:
         missing = "data=None" if data is None else "loss=None, and the model is not compiled"
         raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}")
     _check_backend(f"score={score!r}")
-    training = score == "paper" if batch_statistics is None else batch_statistics
-    gradients = _Gradients(model, weights, loss, training)
-    sums = _Sums(weights, score)
-
-    def step(batch, number):
-        if score != "per_example":
-            sums.add(*gradients(*batch), _num_examples(batch), number)
-            return
-
-        def one(i):
-            sums.add(*gradients(*keras.tree.map_structure(lambda t: t[i][None], batch)), 1, number)
-            return i + 1
-
-        tf.while_loop(lambda i: i < _num_examples(batch), one, [0], parallel_iterations=1)
-
-    compiled = tf.function(step, autograph=False, reduce_retracing=True)
-    batches, total = _batches(data, batch_size, max_batches)
-    num_batches = num_examples = 0
-    for batch in tqdm(batches, total=total, desc="saliency", mininterval=2.0, disable=not verbose):
-        batch = _checked(batch, num_batches)
-        compiled(batch, tf.constant(num_batches))
-        num_batches += 1
-        num_examples += int(_num_examples(batch))
-        if num_batches % 50 == 0:  # a NaN is told early, and yet the device seldom waits for the host
-            sums.check()
-    if not num_batches:
-        raise ValueError("Expected at least one batch of (x, y). Received: no data.")
-    sums.check()
-    if gradients.missing:
-        warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=2)
-    return sums.scores(num_examples)
 
 
 def _check_backend(what):
@@ -313,7 +328,41 @@ def _check_backend(what):
 # %% [markdown]
 # The pass has three parts. `_batches` brings data of every kind into one form. `_Gradients` takes the gradients of one
 # batch inside `keras.StatelessScope`: what the layers want to assign (running statistics, a dropout's next seed) stays
-# in the scope, so the model cannot change. `_Sums` adds up on the device.
+# in the scope, so the model cannot change. `_Sums` adds up on the device. `_pass` puts them together.
+
+
+# %%
+def _pass(gradients, sums, batches, total, verbose) -> int:
+    """Add up the gradients of each batch, or of each example; the number of examples."""
+
+    def step(batch, number):
+        if sums.score != "per_example":
+            sums.add(*gradients(*batch), _num_examples(batch), number)
+            return
+
+        def one(i):
+            sums.add(*gradients(*keras.tree.map_structure(lambda t: t[i][None], batch)), 1, number)
+            return i + 1
+
+        tf.while_loop(lambda i: i < _num_examples(batch), one, [0], parallel_iterations=1)
+
+    compiled = tf.function(step, autograph=False, reduce_retracing=True)
+    num_batches = num_examples = 0
+    for batch in tqdm(batches, total=total, desc="saliency", mininterval=2.0, disable=not verbose):
+        batch = _checked(batch, num_batches)
+        compiled(batch, tf.constant(num_batches))
+        num_batches += 1
+        num_examples += int(_num_examples(batch))
+        if num_batches % 50 == 0:  # a NaN is told early, and yet the device seldom waits for the host
+            sums.check()
+    if not num_batches:
+        raise ValueError("Expected at least one batch of (x, y). Received: no data.")
+    sums.check()
+    return num_examples
+
+
+# %% [markdown]
+# Arrays are cut into batches, a `PyDataset` is asked for one after the other, and what never ends is refused.
 
 
 # %%
@@ -337,6 +386,11 @@ def _batches(data, batch_size, max_batches):
     return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
 
 
+# %% [markdown]
+# A batch that does not fit is told by its number, before it is used.
+
+
+# %%
 def _num_examples(batch):
     return tf.shape(keras.tree.flatten(batch[0])[0])[0]
 
@@ -395,6 +449,12 @@ def _mean_loss(loss, y, y_pred, sample_weight=None):
     return tf.reduce_mean(values)
 
 
+# %% [markdown]
+# Which shape of labels does a loss need? Its name tells: a sparse one takes class numbers, the others the outputs'
+# shape.
+
+
+# %%
 def _fitted(name, y, y_pred):
     """Labels in the shape that Keras's loss of this name needs."""
     name = name.lower().replace("_", "")
@@ -410,6 +470,11 @@ def _fitted(name, y, y_pred):
         kind = "class numbers, without a class axis," if "sparse" in name else "labels"
         raise ValueError(f"Expected {kind} that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
     return y
+
+
+# %% [markdown]
+# The gradients of one batch. The seeds of dropout are copied, so that each batch is dropped out by a mask of its own
+# and the model's own seeds stay.
 
 
 # %%
@@ -438,6 +503,12 @@ class _Gradients:
         return value, found
 
 
+# %% [markdown]
+# What is added up for each score: gradients for `paper`, their squares times the number of examples for the others. Of
+# each weight it is noted when it was not finite for the first time.
+
+
+# %%
 class _Sums:
     """Sums of gradients, or of their squares, over batches; in float32 on the device."""
 
@@ -480,6 +551,11 @@ class _Sums:
         return _scores_of(self.score, self.weights, totals, num_examples)
 
 
+# %% [markdown]
+# From the sums to the scores, as the table above defines them.
+
+
+# %%
 def _scores_of(score, weights, totals, num_examples):
     """Scores from the sums over batches."""
     if score == "paper":
@@ -490,6 +566,10 @@ def _scores_of(score, weights, totals, num_examples):
         return {key: locs[key] ** 2 * value for key, value in scores.items()}
     return scores
 
+
+# %% [markdown]
+# By hand, two batches: gradients of 3 and -3, which cancel, and of 1 and 1, which do not. `fisher` ranks the first
+# weight higher, `paper` the second. Which is right for a trained network? Section 7 asks.
 
 # %% tags=["active-ipynb"]
 # def score_by_hand(batch_gradients):
@@ -513,6 +593,9 @@ def _scores_of(score, weights, totals, num_examples):
 # recorded epoch that method first hands its gradients to the recorder: before clipping, weight decay and momentum,
 # and, under loss scaling, unscaled and of those steps alone that are applied. In a pass of its own regularisers are
 # left out; here their gradient is subtracted again.
+#
+# The class is long, since Keras offers no such hook. Read its docstring first, then `on_epoch_begin`, `on_epoch_end`
+# and `_add`; the rest puts the optimiser's method back, whatever happens.
 
 
 # %%
@@ -678,6 +761,12 @@ class SaliencyRecorder(keras.callbacks.Callback):
             )
 
 
+# %% [markdown]
+# Its helpers: a gradient without that of the regulariser, an attribute that is another one for a while, and which
+# replica of a distributed training this is.
+
+
+# %%
 def _without_penalty(variable, gradient):
     """The gradient less that of the variable's regulariser."""
     if variable.regularizer is None:
@@ -710,6 +799,10 @@ def _local(variable):
     return values[0].numpy()
 
 
+# %% [markdown]
+# The oracle is the pass of section 2. With a learning rate of 0 the weights stand still, and the clipping must not be
+# seen.
+
 # %% tags=["active-ipynb"]
 # rng = np.random.default_rng(0)
 # inputs, labels = rng.normal(size=(90, 2)), rng.integers(0, 2, (90, 1))
@@ -739,17 +832,7 @@ class Masks(Mapping):
     """
 
     def __init__(self, masks: Mapping):
-        if not isinstance(masks, Mapping):
-            raise ValueError(
-                f"Expected masks: weight key -> boolean array, as top_k gives. Received: {masks!r}. A share of the "
-                "weights is r_bayes."
-            )
-        self._masks = {key: np.asarray(mask) for key, mask in masks.items()}
-        for key, mask in self._masks.items():
-            if mask.dtype != bool:
-                raise ValueError(
-                    f"Expected boolean masks (of scores, make them by top_k). Received: {mask.dtype} for {key!r}"
-                )
+        self._masks = _boolean_arrays(masks)
 
     def __getitem__(self, key):
         return self._masks[key]
@@ -761,13 +844,8 @@ class Masks(Mapping):
         return len(self._masks)
 
     def __eq__(self, other):
-        return (
-            isinstance(other, Masks)
-            and list(self) == list(other)
-            and all(np.array_equal(self[k], other[k]) for k in self)
-        )
-
-    __hash__ = None
+        same_keys = isinstance(other, Masks) and list(self) == list(other)
+        return same_keys and all(np.array_equal(self[k], other[k]) for k in self)
 
     def __repr__(self):
         return f"Masks({self.num_bayesian:,} of {self.num_weights:,} entries, {len(self)} weights)"
@@ -789,61 +867,111 @@ class Masks(Mapping):
 
     def digest(self) -> str:
         """Ten hexadecimal digits that stand for the chosen entries: other masks, other digits."""
-        found = hashlib.blake2b(digest_size=5)
-        for key, mask in self.items():
-            found.update(f"{key}{mask.shape}".encode())
-            found.update(np.packbits(mask).tobytes())
-        return found.hexdigest()
+        return _digest(self)
 
     def save(self, path) -> None:
         """Write an npz, whole or not at all."""
-        path = os.fspath(path)
-        # Not tempfile: its files are readable by their owner alone, and masks are shared.
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                for key, mask in self.items():  # as np.savez does, which a weight called "file" would break
-                    with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                        np.lib.format.write_array(file, mask, allow_pickle=False)
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+        _write_masks(os.fspath(path), self)
 
     @classmethod
     def load(cls, path) -> Masks:
         """Read what `save` wrote."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls({key: file[key] for key in file.files})
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"Expected masks written by Masks.save in {path}. Received: {error}") from None
+        return cls(_read_masks(path))
 
     def check(self, model) -> None:
         """Raise a ValueError unless these masks fit this model's weights."""
-        weights = named_weights(model)
-        unknown = [k for k in self if k not in weights]
-        other = [k for k in self if k not in unknown and self[k].shape != tuple(weights[k].variable.shape)]
-        if unknown or other:
-            raise ValueError(
-                f"These masks are of another model: {(unknown + other)[:3]} "
-                f"{'are not weights' if unknown else 'have another shape'} of '{model.name}'. "
-                "Make them with this model."
-            )
+        _check_fit(self, model)
 
     def table(self) -> str:
         """One line a weight: shape, entries, Bayesian entries, their share of the weight and of the selection."""
-        lines = [f"{'weight':<36}{'shape':>20}{'entries':>12}{'Bayesian':>10}{'of weight':>11}{'of all':>9}"]
-        chosen = max(self.num_bayesian, 1)
-        for key, m in self.items():
-            shape = "x".join(map(str, m.shape))
-            lines.append(f"{key:<36}{shape:>20}{m.size:>12,}{m.sum():>10,}{m.mean():>11.1%}{m.sum() / chosen:>9.1%}")
-        total, found = self.num_weights, self.num_bayesian
-        lines.append(f"{'all':<36}{'':>20}{total:>12,}{found:>10,}{self.r_bayes:>11.1%}{found / chosen:>9.1%}")
-        return "\n".join(lines)
+        return _table(self)
+
+
+# %% [markdown]
+# What may be a mask? Boolean arrays only: scores or numbers of 0 and 1 are a mistake, and are told so. And a mask must
+# fit the model that it is used on.
+
+
+# %%
+def _boolean_arrays(masks) -> dict[str, np.ndarray]:
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            f"Expected masks: weight key -> boolean array, as top_k gives. Received: {masks!r}. A share of the "
+            "weights is r_bayes."
+        )
+    found = {key: np.asarray(mask) for key, mask in masks.items()}
+    for key, mask in found.items():
+        if mask.dtype != bool:
+            raise ValueError(
+                f"Expected boolean masks (of scores, make them by top_k). Received: {mask.dtype} for {key!r}"
+            )
+    return found
+
+
+def _check_fit(masks, model):
+    weights = named_weights(model)
+    unknown = [k for k in masks if k not in weights]
+    other = [k for k in masks if k not in unknown and masks[k].shape != tuple(weights[k].variable.shape)]
+    if unknown or other:
+        raise ValueError(
+            f"These masks are of another model: {(unknown + other)[:3]} "
+            f"{'are not weights' if unknown else 'have another shape'} of '{model.name}'. "
+            "Make them with this model."
+        )
+
+
+# %% [markdown]
+# How are masks stored and shown? As an npz, whole or not at all: a program that is killed while it writes leaves the
+# old file as it was.
+
+
+# %%
+def _write_masks(path, masks):
+    # Not tempfile: its files are readable by their owner alone, and masks are shared.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            for key, mask in masks.items():  # as np.savez does, which a weight called "file" would break
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, mask, allow_pickle=False)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def _read_masks(path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _boolean_arrays({key: file[key] for key in file.files})
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"Expected masks written by Masks.save in {path}. Received: {error}") from None
+
+
+def _digest(masks) -> str:
+    found = hashlib.blake2b(digest_size=5)
+    for key, mask in masks.items():
+        found.update(f"{key}{mask.shape}".encode())
+        found.update(np.packbits(mask).tobytes())
+    return found.hexdigest()
+
+
+def _table(masks) -> str:
+    lines = [f"{'weight':<36}{'shape':>20}{'entries':>12}{'Bayesian':>10}{'of weight':>11}{'of all':>9}"]
+    chosen = max(masks.num_bayesian, 1)
+    for key, m in masks.items():
+        shape = "x".join(map(str, m.shape))
+        lines.append(f"{key:<36}{shape:>20}{m.size:>12,}{m.sum():>10,}{m.mean():>11.1%}{m.sum() / chosen:>9.1%}")
+    total, found = masks.num_weights, masks.num_bayesian
+    lines.append(f"{'all':<36}{'':>20}{total:>12,}{found:>10,}{masks.r_bayes:>11.1%}{found / chosen:>9.1%}")
+    return "\n".join(lines)
+
+
+# %% [markdown]
+# Now the choice. `top_k` checks what it was given, selects, and warns where rounding leaves no entry at all.
 
 
 # %%
@@ -894,6 +1022,12 @@ def top_k(
     return masks
 
 
+# %% [markdown]
+# A selection in one of three scopes: one ranking of all entries, the same share of each weight, or whole channels
+# (section 5).
+
+
+# %%
 def _select(scores, r_bayes, scope, weights, allowed):
     """Masks of k entries, all of them in the weights `allowed`."""
     n = sum(np.size(s) for s in scores.values())
@@ -915,6 +1049,11 @@ def _select(scores, r_bayes, scope, weights, allowed):
     return Masks(masks)
 
 
+# %% [markdown]
+# What must hold first: scores of this very model, and a share that is one.
+
+
+# %%
 def _weights_of(scores, model):
     weights = named_weights(model)
     other = [k for k, s in scores.items() if k not in weights or tuple(weights[k].variable.shape) != np.shape(s)]
@@ -931,6 +1070,13 @@ def check_r_bayes(r_bayes) -> None:
         raise ValueError(f"Expected r_bayes to be a fraction in [0, 1]. Received: r_bayes={r_bayes!r}")
 
 
+# %% [markdown]
+# Exactly $k$, even among equal scores, without sorting all of them: `np.partition` finds the k-th largest value, the
+# rest is counting. Two shares compare selections: of entries in common, and of all saliency that the chosen entries
+# hold.
+
+
+# %%
 def _largest(values, k):
     """Boolean array of the k largest entries; among equals the earlier ones."""
     chosen = np.zeros(values.size, bool)
@@ -960,7 +1106,7 @@ def captured(scores: Mapping, masks: Mapping) -> float:
 # assert masks.num_bayesian == round(0.4 * 5)
 
 # %% [markdown]
-# ## 5. Whole channels
+# ## 5. What do whole channels cost?
 #
 # Single entries are scattered over a kernel. Entries that fill whole output channels make the random part of a
 # convolution a small dense convolution, which is cheap; the price is saliency left behind. Which channels? Each costs
@@ -1010,6 +1156,11 @@ def _channels(scores, weights, k):
     return [masks[key] for key in scores]
 
 
+# %% [markdown]
+# The other extreme: one entry in every channel. No part of the network is then without a distribution.
+
+
+# %%
 def one_per_channel(scores: Mapping, model) -> Masks:
     """Masks of the most salient entry of each output channel of each kernel: the sparsest that leaves no channel out.
 
@@ -1031,6 +1182,10 @@ def one_per_channel(scores: Mapping, model) -> Masks:
             moved = np.moveaxis(mask, axes, range(len(axes)))  # a view of the mask
             moved[...] = best.reshape(moved.shape)
     return Masks(masks)
+
+
+# %% [markdown]
+# Which axes of a weight count the outputs? `_by_channel` brings those to the front.
 
 
 # %%
@@ -1062,6 +1217,9 @@ def _channel_axes(weight):
     return (rank - 1,)
 
 
+# %% [markdown]
+# By hand: a layer from 2 to 3 has three channels, each of two kernel entries and one bias entry. With $k = 4$ one fits.
+
 # %% tags=["active-ipynb"]
 # small = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a")])
 # by_hand = {"a/kernel": np.array([[1.0, 5.0, 0.0], [1.0, 0.0, 2.0]]), "a/bias": np.array([1.0, 1.0, 0.0])}
@@ -1072,7 +1230,7 @@ def _channel_axes(weight):
 # print(f"saliency kept: channels {captured(by_hand, channels):.2f}, single entries {captured(by_hand, entries):.2f}")
 
 # %% [markdown]
-# ## 6. Late weights are cheaper
+# ## 6. Why are late weights cheaper?
 #
 # What comes before the first Bayesian weight gives the same for every sample and runs once. Let $f(W)$ be the *fan-out*
 # of a set $W$ of weights: the share of the network's multiply-adds that use one of them, or depend on what does. $S$
@@ -1119,6 +1277,11 @@ def _late(scores, r_bayes, scope, weights, graph, most):
     return max((_select(scores, r_bayes, scope, weights, keys) for keys in enough), key=lambda m: captured(scores, m))
 
 
+# %% [markdown]
+# Where no set of weights grown so far is large enough: grow one by size.
+
+
+# %%
 def _most_entries(size, graph, most, keys):
     """Weights whose fan-out is at most `most`, taken one by one by entries per fan-out that they add."""
     chosen, left, now = [], list(keys), 0.0
@@ -1133,6 +1296,11 @@ def _most_entries(size, graph, most, keys):
     return set(chosen)
 
 
+# %% [markdown]
+# What does the bound cost in saliency? One selection for each bound that makes a difference.
+
+
+# %%
 def saliency_against_cost(
     scores: Mapping, r_bayes: float, model, *, num_samples: int = 5, scope: str = "global", num_points: int = 30
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1185,8 +1353,21 @@ def saliency_against_cost(
 # %% [markdown]
 # ## 7. Is the score a signal, or noise?
 #
-# Three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that means something
-# should be nearly the same when it is made from half of the training data.
+# The mean square of $B$ batch gradients has two parts:
+#
+# $$ \frac1B \sum_b g_b^2 = \underbrace{\bar g^2}_{\text{the paper's, up to } B^2}
+# + \underbrace{\frac1B \sum_b (g_b - \bar g)^2}_{\text{spread between batches}},
+# \qquad \bar g = \frac1B \sum_b g_b . $$
+#
+# `fisher` has both, `paper` the first alone. By hand, the first weight of section 2: $3^2 = 0^2 + 3^2$.
+#
+# > **Misconception: "$(\sum_b g_b)^2$ is the gradient of the whole loss, so it is the better score."** Training goes
+# > where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left of it there is the
+# > rest of the way, $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum): it tells where the optimiser
+# > happened to stop, and its square ranks noise. The spread between batches does not vanish there.
+#
+# Is it so? Three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that means
+# something should be nearly the same when it is made from half of the training data.
 
 # %% tags=["active-ipynb"]
 # def two_moons(n, seed):
@@ -1212,6 +1393,10 @@ def saliency_against_cost(
 #     network.optimizer.learning_rate = 0.0005
 #     network.fit(x, y, batch_size=32, epochs=10, verbose=0)
 #     return network
+
+# %% [markdown]
+# Each score chooses its 10 % three times: from one half, from the other, and from all data. By chance two choices have
+# 10 % in common.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def choose(network, x, y, score):
@@ -1244,6 +1429,8 @@ def saliency_against_cost(
 
 # %% [markdown]
 # ## 8. Where do the chosen weights lie?
+#
+# The last of the three networks, by `fisher`: for each weight the share of its entries that was chosen.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -1322,12 +1509,6 @@ def saliency_against_cost(
 #    <details><summary>Answer</summary>
 #
 #    In one whose most salient `k` entries all lie in late layers; or with `cost_aware=1`.
-#    </details>
-# 6. Why may recorded scores differ from those of a pass of its own, with the same batches?
-#
-#    <details><summary>Answer</summary>
-#
-#    During the epoch the weights move, dropout is on, and batch norm uses each batch's statistics.
 #    </details>
 #
 # ## References
