@@ -12,8 +12,10 @@ import argparse
 import dataclasses
 import itertools
 import logging
+import os
 import warnings
 import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +75,7 @@ class Experiment:
     network: str
     r_bayes: float = 0.01
     seed: int = 0
-    runs: str | None = None
+    runs: str | os.PathLike | None = None
     limit: int | None = None
     options: dict = field(default_factory=dict)
     normalisation: str = "train"
@@ -81,7 +83,7 @@ class Experiment:
     num_resamples: int = 1000
     shifts: dict = field(default_factory=lambda: dict(SHIFTS))
     swapped: str | None = None
-    data_root: str | None = None
+    data_root: str | os.PathLike | None = None
     split: str = "test"
     num_samples: int | None = None
     verbose: bool = True
@@ -133,7 +135,7 @@ def experiment(
     limit: int | None = None,
     size: int | None = None,
     normalisation: str | None = None,
-    data_root: str | None = None,
+    data_root: str | os.PathLike | None = None,
     options: dict | None = None,
     **shared,
 ) -> Experiment:
@@ -250,7 +252,7 @@ def _folder(settings, made) -> Path:
     return Path(made.folder, "_".join(parts))
 
 
-def fitted(settings: Experiment, method: str):
+def fitted(settings: Experiment, method: str) -> baselines.Method:
     """A method of `baselines`, trained on the experiment's data or loaded."""
     made = baselines.make(
         method,
@@ -275,8 +277,9 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
     rated = settings.task == SEGMENTATION and settings.scored.num_raters > 1
     step1 = fitted(settings, "deterministic") if rated else None
     places = {name: _trivial_place(settings, name, step1) for name in _trivial_names(settings)}
-    found = {name: _stored(settings, folder, shaping) for name, (_, folder, shaping) in places.items()}
-    if None not in found.values():
+    stored = {name: _stored(settings, folder, shaping) for name, (_, folder, shaping) in places.items()}
+    found = {name: one for name, one in stored.items() if one is not None}
+    if len(found) == len(places):
         return found
     for name, record in _trivial_records(settings, step1).items():
         seed, folder, shaping = places[name]
@@ -292,7 +295,7 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
             evaluation=shaping,
         )
         results.write(found[name], folder, record)
-    return found
+    return {name: found[name] for name in places}
 
 
 def _trivial_names(settings) -> list[str]:
@@ -334,7 +337,7 @@ TRIVIAL = {
 }
 
 
-def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
+def all_rows(settings: Experiment, methods: Iterable[str] | None = None) -> list[results.Result]:
     """Every method's row, trivial ones first.
 
     Args:
@@ -347,7 +350,7 @@ def all_rows(settings: Experiment, methods=None) -> list[results.Result]:
     return rows + [row(settings, name) for name in methods]
 
 
-def check_methods(methods) -> None:
+def check_methods(methods: Collection[str]) -> None:
     """Raise ValueError where a name is unknown or given twice."""
     if len(set(methods)) < len(methods):
         raise ValueError(f"Expected each method once. Received: {', '.join(methods)}")
@@ -438,7 +441,7 @@ PAPER = {
 }
 
 
-def _cut(settings, probs_of) -> float:
+def _cut(settings, probs_of: Callable[[slice], np.ndarray]) -> float:
     """The threshold, chosen on the validation split where it is to be: `probs_of` gives probabilities of its slices."""
     if settings.threshold != "validation":
         return float(settings.threshold)
@@ -553,7 +556,7 @@ def _result(experiment, record, **given):
     )
 
 
-def main(arguments=None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: make or read every row, print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m sbn_tf.compare",
@@ -613,9 +616,10 @@ def main(arguments=None) -> None:
     print("\n## What the rows and columns are\n")
     print("\n".join(f"- {name}: {title}" for name, title in {one.method: one.title for one in rows}.items()))
     calibration = _CALIBRATION_OF_MASKS if shared.task == SEGMENTATION else _CALIBRATION
-    keys = dict.fromkeys((*results.KEYS[shared.task], *calibration, *USE[shared.task], *PAPER.get(shared.task, ())))
-    print(f"\n{results.describe_metrics(keys)}")
-    print(f"\nEach row is a metrics.json with its settings in {rows[-1].folder.parents[2]}")
+    shown = dict.fromkeys((*results.KEYS[shared.task], *calibration, *USE[shared.task], *PAPER.get(shared.task, ())))
+    print(f"\n{results.describe_metrics(shown)}")
+    folders = [one.folder for one in rows if one.folder is not None]
+    print(f"\nEach row is a metrics.json with its settings in {folders[-1].parents[2]}")
 
 
 def parse_seeds(text: str) -> list[int]:

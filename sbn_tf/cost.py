@@ -206,7 +206,7 @@ def _entries(tensor) -> int:
     return tensor.shape.num_elements()
 
 
-def _of_op(op, known: dict) -> float | None:
+def _of_op(op, known: dict) -> int | None:
     """Operations of one node of the graph; None: of a kind that no table has."""
     kind = op.type
     if kind in _FREE or kind.startswith(("TensorList", "TensorArray", "StatelessRandomGet")) or not _is_float(op):
@@ -480,7 +480,7 @@ def _trips(op) -> int | None:
             start = None if place is None else _static(op.inputs[place])
             place = _place(limit, test.graph)
             limit = _static(limit) if place is None else _static(op.inputs[place]) if _step(op, place) == 0 else None
-            if None not in (start, limit, step) and step > 0:
+            if start is not None and limit is not None and step is not None and step > 0:
                 known.append(max(0, math.ceil((limit - start + (test.type == "LessEqual")) / step)))
     return min(known, default=None)
 
@@ -527,7 +527,7 @@ def _static(tensor) -> float | None:
         return None
     loop, place = tensor.op, tensor.value_index
     start, step, trips = _static(loop.inputs[place]), _step(loop, place), _trips(loop)
-    return None if None in (start, step, trips) else start + step * trips
+    return None if start is None or step is None or trips is None else start + step * trips
 
 
 # %% [markdown]

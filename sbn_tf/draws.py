@@ -8,11 +8,14 @@ Bayesian entries the second term is small. `sbn_tf.layers` imports this module, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from numpy.typing import ArrayLike
 
 __all__ = [
     "BatchDraws",
@@ -39,7 +42,7 @@ class BatchDraws:
         shared: layers that the network uses more than once: "local" does not fit them, and is flipout there.
     """
 
-    def __init__(self, how: str, num_samples: int, shared=()):
+    def __init__(self, how: str, num_samples: int, shared: Iterable[keras.layers.Layer] = ()):
         if how not in KINDS:
             raise ValueError(f"Expected how to be one of {KINDS}. Received: how={how!r}")
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
@@ -48,13 +51,13 @@ class BatchDraws:
         self.shared = {id(layer) for layer in shared}
         self._kept = {}
 
-    def keep(self, key, make):
+    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make()` gave at the first call with this key."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
-    def holds(self, key) -> bool:
+    def holds(self, key: Hashable) -> bool:
         """Whether something is kept under this key."""
         return key in self._kept
 
@@ -103,7 +106,7 @@ def join_batch(parts: list, batch_size, num_samples: int):
     return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=0)
 
 
-def with_attached(tensor, rows):
+def with_attached(tensor, rows: Callable):
     """`rows(tensor)`, with the same rows of what Keras attaches to it: a mask, the logits of probabilities.
 
     Without its logits a loss clips probabilities at 1e-7, where a network that is sure and wrong gets no gradient.
@@ -166,7 +169,8 @@ class _Linear:
     """
 
     weight = "kernel"
-    channels_in = channels_out = None
+    channels_in: int | None = None
+    channels_out: int | None = None
     gathers = True  # inputs can be multiplied by signs and restricted to channels
 
     def __init__(self, layer):
@@ -302,7 +306,7 @@ def _einsum_fits(layer):
 # ---- one call ----
 
 
-def call_in_batch(layer, inputs, batch: BatchDraws, stock_call):
+def call_in_batch(layer: keras.layers.Layer, inputs, batch: BatchDraws, stock_call: Callable):
     """Outputs of a masked layer on a whole batch, its draws distributed over the examples as `batch` says.
 
     Args:
@@ -459,7 +463,7 @@ def _embedding_noise(layer, inputs, draws):
     return ops.take(table, rows + (count + 1) * ops.reshape(part, (-1,) + (1,) * (len(inputs.shape) - 1)), axis=0)
 
 
-def touched_channels(layer, name: str, positions) -> tuple[int, int] | None:
+def touched_channels(layer: keras.layers.Layer, name: str, positions: ArrayLike) -> tuple[int, int] | None:
     """How many indices of the two last axes of weight `name` hold Bayesian entries at flat `positions`."""
     shape = tuple(layer._loc(name).shape)
     if len(shape) < 2:

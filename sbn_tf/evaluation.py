@@ -6,17 +6,30 @@ two records under the same weights. A record takes memory for images, not for pi
 image and 9 a label or class, or 13 kB an image with masks of any size.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
+from sbn_tf.datasets.base import (
+    BINARY,
+    EXCLUSIVE,
+    MULTI_CLASS,
+    MULTI_LABEL,
+    ORDINAL,
+    SEGMENTATION,
+    TASKS,
+    Data,
+    Split,
+)
 from sbn_tf.metrics import (
     LOG_CLIP,
     _broadcast,
@@ -122,25 +135,41 @@ class Evaluator:
         ValueError: an unknown task or metric, a threshold or a prevalence outside 0..1.
     """
 
-    def __init__(self, task: str, *, train_prevalence=None, threshold=0.5, boundary: bool = True, only=None):
+    def __init__(
+        self,
+        task: str,
+        *,
+        train_prevalence: ArrayLike | None = None,
+        threshold: float = 0.5,
+        boundary: bool = True,
+        only: Sequence[str] | None = None,
+    ):
         if task not in TASKS:
             raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"Expected threshold between 0 and 1. Received: threshold={threshold!r}")
         if unknown := [key for key in only or () if key not in _KEYS[task]]:
             raise ValueError(f"Expected only among {_KEYS[task]}. Received: {unknown}")
-        if train_prevalence is not None:
-            train_prevalence = _float64(train_prevalence)
-            if not ((train_prevalence >= 0) & (train_prevalence <= 1)).all():  # nor NaN
-                low, high = train_prevalence.min(), train_prevalence.max()
-                raise ValueError(f"Expected train_prevalence in 0..1. Received: values from {low} to {high}")
-        self.task, self.train_prevalence, self.threshold = task, train_prevalence, float(threshold)
+        frequency = None if train_prevalence is None else _float64(train_prevalence)
+        if frequency is not None and not ((frequency >= 0) & (frequency <= 1)).all():  # nor NaN
+            low, high = frequency.min(), frequency.max()
+            raise ValueError(f"Expected train_prevalence in 0..1. Received: values from {low} to {high}")
+        self.task, self.train_prevalence, self.threshold = task, frequency, float(threshold)
         self.boundary, self.only = boundary, None if only is None else tuple(only)
-        self._parts, self._shape = [], None
-        self._groups, self._has_ids = [], True
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._shape: tuple[tuple[int, ...], int] | None = None  # of a target, and number of samples
+        self._groups: list[np.ndarray] | None = []
+        self._has_ids = True
         self._hashes = {name: hashlib.blake2b(digest_size=16) for name in ("targets", "raters", "ids")}
 
-    def update(self, probs, targets, rater_valid=None, groups=None, ids=None) -> None:
+    def update(
+        self,
+        probs: ArrayLike,
+        targets: ArrayLike,
+        rater_valid: ArrayLike | None = None,
+        groups: Sequence | np.ndarray | None = None,
+        ids: Sequence | np.ndarray | None = None,
+    ) -> None:
         """Add some images.
 
         Args:
@@ -157,43 +186,42 @@ class Evaluator:
                 0 and 1 or not one-hot, shapes that do not fit one another or the images before, an empty batch,
                 an image without a valid rater.
         """
-        probs, targets, valid = _check(probs, targets, self.task, rater_valid)
-        shape = (targets.shape[1:3] if self.task == SEGMENTATION else targets.shape[1:], len(probs))
-        if self._shape not in (None, shape):
+        samples, truths, valid = _check(probs, targets, self.task, rater_valid)
+        shape = (truths.shape[1:3] if self.task == SEGMENTATION else truths.shape[1:], len(samples))
+        if self._shape is not None and self._shape != shape:
             raise ValueError(
                 f"Expected targets and samples as before, {self._shape[0]} and {self._shape[1]}. "
                 f"Received: {shape[0]} and {shape[1]}"
             )
         for name, values in (("groups", groups), ("ids", ids)):
-            if values is not None and len(values) != len(targets):
-                raise ValueError(f"Expected {name} of {len(targets)} images. Received: {len(values)}")
+            if values is not None and len(values) != len(truths):
+                raise ValueError(f"Expected {name} of {len(truths)} images. Received: {len(values)}")
         reference = None
         if self.train_prevalence is not None:
-            expected = targets.shape[1:3] if self.task == SEGMENTATION else targets.shape[1:]
-            reference = _broadcast(self.train_prevalence, expected, "train_prevalence")
+            reference = _broadcast(self.train_prevalence, shape[0], "train_prevalence")
         if self.task == SEGMENTATION:
             boundary = self.boundary and (self.only is None or "hausdorff95" in self.only)
-            for chunk in _chunks(probs, targets, valid):
+            for chunk in _chunks(samples, truths, valid):
                 self._hashes["targets"].update(_bytes(chunk[1] * chunk[2][:, None, None, :]))
                 self._hashes["raters"].update(_bytes(chunk[2]))
                 self._parts.append(_score_masks(*chunk, reference, self.threshold, boundary))
         else:
             scores = _score_classes if self.task in EXCLUSIVE else _score_labels
-            self._hashes["targets"].update(_bytes(targets))
-            self._parts.append(scores(probs, targets, reference, self.threshold, self.task))
+            self._hashes["targets"].update(_bytes(truths))
+            self._parts.append(scores(samples, truths, reference, self.threshold, self.task))
         self._shape = shape
         self._groups = None if groups is None or self._groups is None else [*self._groups, np.asarray(groups)]
         self._has_ids = self._has_ids and ids is not None
         if ids is not None:
             self._hashes["ids"].update("".join(f"{name}\n" for name in np.asarray(ids).tolist()).encode())
 
-    def record(self) -> "Record":
+    def record(self) -> Record:
         """The statistics of all images so far.
 
         Raises:
             ValueError: there are none.
         """
-        if not self._parts:
+        if not self._parts or self._shape is None:
             raise ValueError("Expected one image or more: call update first. Received: none")
         arrays = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
         groups = None
@@ -216,16 +244,16 @@ class Evaluator:
 
 def score(
     predict_samples: Callable,
-    split,
+    split: Split,
     task: str,
     *,
     batch_size: int = 50,
-    train_prevalence=None,
+    train_prevalence: ArrayLike | None = None,
     threshold: float = 0.5,
     boundary: bool = True,
     shift: tuple[str, float] | None = None,
     verbose: bool = True,
-) -> "Record":
+) -> Record:
     """Predict a split in batches and keep the statistics of each image: memory does not grow with the split's pixels.
 
     Args:
@@ -441,7 +469,17 @@ class Record:
         only: the metrics that it has, or None: all.
     """
 
-    def __init__(self, task, arrays, *, threshold, num_samples, groups=None, digests=None, only=None):
+    def __init__(
+        self,
+        task: str,
+        arrays: dict[str, np.ndarray],
+        *,
+        threshold: float,
+        num_samples: int,
+        groups: np.ndarray | None = None,
+        digests: dict[str, str] | None = None,
+        only: tuple[str, ...] | None = None,
+    ):
         self.task, self.arrays, self.threshold, self.num_samples = task, arrays, threshold, num_samples
         self.groups, self.digests, self.only = groups, digests or {"images": "", "ids": ""}, only
         self._statistics, self._resampled = None, {}
@@ -457,7 +495,7 @@ class Record:
         """Number of images."""
         return len(self.arrays["risk"])
 
-    def metrics(self, weights=None) -> dict[str, float | dict[str, str]]:
+    def metrics(self, weights: ArrayLike | None = None) -> dict[str, float | dict[str, str]]:
         """All metrics, as `evaluate` describes them.
 
         Args:
@@ -516,8 +554,8 @@ class Record:
             raise ValueError(
                 f"Expected num_resamples >= 1 and level between 0 and 1. Received: {num_resamples} and {level}"
             )
-        metrics = self.metrics()
-        keys = [key for key in metrics if key != "undefined" and key not in _COUNTS]
+        metrics = self._numbers()
+        keys = [key for key in metrics if key not in _COUNTS]
         if self._num_units() == 1:
             return {"undefined": dict.fromkeys(keys, f"one {self._unit()}: nothing to resample")}
         result, undefined = {}, {}
@@ -532,7 +570,7 @@ class Record:
                 result[key] = (float(low), float(high))
         return {**result, "undefined": undefined}
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write it as an npz file, whole or not at all."""
         path = Path(path)
         about = {
@@ -550,14 +588,15 @@ class Record:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
+                # Of numpy's own parameters none has such a name as these arrays.
+                np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
-    def load(cls, path) -> "Record":
+    def load(cls, path: str | os.PathLike) -> Record:
         """Read what `save` wrote.
 
         Raises:
@@ -595,6 +634,10 @@ class Record:
         for name, array in self.arrays.items():
             if name not in _WITH_RATERS and not np.isfinite(array).all():
                 raise ValueError(f"NaN or infinity in {name!r}")
+
+    def _numbers(self) -> dict[str, float]:
+        """The metrics that have a value."""
+        return {key: value for key, value in self.metrics().items() if isinstance(value, float)}
 
     def _unit(self):
         return "image" if self.groups is None else "patient"
@@ -986,7 +1029,9 @@ def _pearson(moments):
 # ---------------------------------------------------------------------------
 
 
-def compare(record: Record, other: Record, keys=None, num_resamples: int = 1000, seed: int = 0) -> dict:
+def compare(
+    record: Record, other: Record, keys: Iterable[str] | None = None, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Paired bootstrap test of two methods on the same images.
 
     Both are resampled alike, so what makes an image hard for both cancels. The test asks whether the difference
@@ -1020,7 +1065,7 @@ def compare(record: Record, other: Record, keys=None, num_resamples: int = 1000,
         raise ValueError(f"Expected keys among {known}. Received: {unknown}")
     if num_resamples < 1:
         raise ValueError(f"Expected num_resamples >= 1. Received: num_resamples={num_resamples}")
-    ours, theirs = record.metrics(), other.metrics()
+    ours, theirs = record._numbers(), other._numbers()
     keys = [key for key in keys if key in ours and key in theirs]
     one, two = (each._distribution(keys, num_resamples, seed) for each in (record, other))
     result = {}
@@ -1083,7 +1128,7 @@ def shift_auroc(clean: Record, moved: Record) -> dict:
     return {**result, "undefined": undefined}
 
 
-def shifted(images, kind: str, severity: float, seed: int = 0, offset: int = 0) -> np.ndarray:
+def shifted(images: np.ndarray, kind: str, severity: float, seed: int = 0, offset: int = 0) -> np.ndarray:
     """Images as another scanner might give them: normalised images, made worse; severity 0 leaves them as they are.
 
     Args:
@@ -1125,12 +1170,12 @@ def shifted(images, kind: str, severity: float, seed: int = 0, offset: int = 0) 
 
 
 def evaluate(
-    probs,
-    targets,
+    probs: ArrayLike,
+    targets: ArrayLike,
     task: str,
     *,
-    rater_valid=None,
-    train_prevalence=None,
+    rater_valid: ArrayLike | None = None,
+    train_prevalence: ArrayLike | None = None,
     threshold: float = 0.5,
     boundary: bool = False,
 ) -> dict[str, float | dict[str, str]]:
@@ -1200,7 +1245,7 @@ def evaluate(
     return evaluator.record().metrics()
 
 
-def per_image(probs, masks, rater_valid=None) -> dict[str, np.ndarray]:
+def per_image(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> dict[str, np.ndarray]:
     """The segmentation metrics of each image, for distributions, worst cases and paired tests.
 
     Args:
@@ -1221,7 +1266,7 @@ def per_image(probs, masks, rater_valid=None) -> dict[str, np.ndarray]:
     return {key: arrays[key] for key in _KEYS[SEGMENTATION] if key in arrays and arrays[key].ndim == 1}
 
 
-def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
+def prevalence(task: str, targets: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Frequency of 1 in the targets: of each label or class, (labels,), or of each pixel, (height, width).
 
     Args:
@@ -1232,18 +1277,20 @@ def prevalence(task: str, targets, rater_valid=None) -> np.ndarray:
     Returns:
         float64 in 0..1, of shape (labels,) or (height, width).
     """
-    targets = _check_targets(targets, task)
+    truths = _check_targets(targets, task)
     if task != SEGMENTATION:
-        return targets.mean(0, dtype="float64")
-    valid = _check_valid(rater_valid, targets)
-    total = np.zeros(targets.shape[1:3])
-    for start in range(0, len(targets), 256):
+        return truths.mean(0, dtype="float64")
+    valid = _check_valid(rater_valid, truths)
+    total = np.zeros(truths.shape[1:3])
+    for start in range(0, len(truths), 256):
         part = slice(start, start + 256)
-        total += _rater_mean(targets[part], valid[part]).sum(0)
-    return total / len(targets)
+        total += _rater_mean(truths[part], valid[part]).sum(0)
+    return total / len(truths)
 
 
-def select_threshold(mean_probs, targets, task: str, rater_valid=None) -> float:
+def select_threshold(
+    mean_probs: ArrayLike, targets: ArrayLike, task: str, rater_valid: ArrayLike | None = None
+) -> float:
     """The cut of 0.05, 0.10, ..., 0.95 that serves decisions best; to be chosen on validation, never on test.
 
     Best is the highest mean Dice with the majority masks or, for labels, the highest balanced accuracy (mean of
@@ -1258,29 +1305,30 @@ def select_threshold(mean_probs, targets, task: str, rater_valid=None) -> float:
     Raises:
         ValueError: as `evaluate`.
     """
-    probs, targets, valid = _check(np.asarray(mean_probs)[None], targets, task, rater_valid)
+    probs, truths, valid = _check(np.asarray(mean_probs)[None], targets, task, rater_valid)
     cuts = np.arange(1, 20) / 20
     if task in EXCLUSIVE:
         return 0.5
     if task == SEGMENTATION:
         values = np.zeros(len(cuts))
-        for part_probs, masks, part_valid in _chunks(probs, targets, valid):
+        for part_probs, masks, part_valid in _chunks(probs, truths, valid):
             truth = majority_mask(masks, part_valid)
             values += [dice(part_probs[0] > cut, truth).sum() for cut in cuts]
-        values /= len(targets)
+        values /= len(truths)
     else:
-        truth = targets > 0.5
+        truth = truths > 0.5
         both = truth.any(0) & ~truth.all(0)
         if not both.any():
             return 0.5
         truth, found = truth[:, both], probs[0][:, both]
         positives, negatives = truth.sum(0), (~truth).sum(0)
-        values = []
+        balanced = []
         for cut in cuts:
             decided = found > cut
             sensitivity, specificity = (decided & truth).sum(0) / positives, (~decided & ~truth).sum(0) / negatives
-            values.append(((sensitivity + specificity) / 2).mean())
-    best = np.flatnonzero(np.asarray(values) >= np.max(values) - 1e-12)
+            balanced.append(((sensitivity + specificity) / 2).mean())
+        values = np.asarray(balanced)
+    best = np.flatnonzero(values >= np.max(values) - 1e-12)
     return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5).round(DECIMALS))]])
 
 
@@ -1291,11 +1339,11 @@ def select_threshold(mean_probs, targets, task: str, rater_valid=None) -> float:
 
 def trivial(
     task: str,
-    train_targets,
-    test_targets,
+    train_targets: ArrayLike,
+    test_targets: ArrayLike,
     *,
-    rater_valid=None,
-    train_rater_valid=None,
+    rater_valid: np.ndarray | None = None,
+    train_rater_valid: ArrayLike | None = None,
 ) -> dict[str, dict[str, float | dict[str, str]]]:
     """Rows of predictors that never look at an image, scored by the same `evaluate`.
 
@@ -1319,7 +1367,7 @@ def trivial(
 
 
 def trivial_records(
-    data,
+    data: Data,
     *,
     threshold: float = 0.5,
     boundary: bool = True,
@@ -1351,7 +1399,7 @@ def trivial_records(
     return records
 
 
-def level_sets(mean_probs, levels=(0.1, 0.3, 0.5, 0.7, 0.9)) -> np.ndarray:
+def level_sets(mean_probs: ArrayLike, levels: Iterable[float] = (0.1, 0.3, 0.5, 0.7, 0.9)) -> np.ndarray:
     """Masks where a probability map exceeds each level, as samples: the spread of raters that one map already knows.
 
     Args:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import contextvars
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import keras
@@ -56,7 +57,7 @@ class Graph:
         ValueError: a model that is not built.
     """
 
-    def __init__(self, model, open_size: int = 64):
+    def __init__(self, model: keras.Model, open_size: int = 64):
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(f"Expected a built keras.Model (call it once on data). Received: {model!r}")
         self.model, self._open_size = model, open_size
@@ -84,7 +85,7 @@ class Graph:
         """
         return {step.name: step.multiply_adds for step in self.steps}
 
-    def fan_out(self, keys) -> float:
+    def fan_out(self, keys: str | Iterable[str]) -> float:
         """Share of the multiply-adds that run anew for each sample if the weights `keys` are Bayesian: 0 to 1.
 
         These are the operations that use such a weight, and all that depend on them.
@@ -128,7 +129,7 @@ class Graph:
         return list({id(step.layer): step.layer for step in self.steps if uses[id(step.layer)] > 1}.values())
 
     @contextlib.contextmanager
-    def sharing(self, training: bool = False):
+    def sharing(self, training: bool = False) -> Iterator[set[int]]:
         """Within it the model may be called again and again: what no posterior draw changes runs at the first call.
 
         The inputs and `training` must be the same at every call. Where the model is not Functional everything runs

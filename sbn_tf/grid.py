@@ -14,11 +14,14 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "Dataset",
@@ -125,7 +128,7 @@ _OF_BASELINES = ("bayes_epochs", "num_samples", "threshold", "num_resamples", "s
 _DATASET = {"folds", "seeds", "r_bayes", "methods", "images"} | _PARAMETERS
 
 
-def read(profile) -> Plan:
+def read(profile: str | os.PathLike) -> Plan:
     """Read a profile: its folder, or the YAML file in it.
 
     Raises:
@@ -145,7 +148,7 @@ def read(profile) -> Plan:
     return plan_of(content["grid"], path)
 
 
-def plan_of(content: dict, where="the profile") -> Plan:
+def plan_of(content: dict, where: str | os.PathLike = "the profile") -> Plan:
     """Check what stands under `grid:` of a profile.
 
     Raises:
@@ -231,7 +234,7 @@ def jobs(plan: Plan) -> list[Job]:
     for data in plan.datasets:
         for fold in data.folds:
             for seed in data.seeds:
-                of = {"dataset": data, "fold": fold, "seed": seed}
+                of: dict[str, Any] = {"dataset": data, "fold": fold, "seed": seed}
                 found += [Job("step1", "step1", **of), Job("saliency", "saliency", **of)]
                 found += [
                     Job("partial", f"partial_r{_share(r)}", **of, method="partial", percent=r) for r in data.r_bayes
@@ -240,7 +243,9 @@ def jobs(plan: Plan) -> list[Job]:
     return found
 
 
-def papermill_options(plan: Plan, dataset: str, fold: int, seed: int, percent=None, method=None) -> str:
+def papermill_options(
+    plan: Plan, dataset: str, fold: int, seed: int, percent: float | None = None, method: str | None = None
+) -> str:
     """Parameters of one job's notebook, as papermill's command line takes them.
 
     Args:
@@ -254,6 +259,8 @@ def papermill_options(plan: Plan, dataset: str, fold: int, seed: int, percent=No
     given["runs"] = (plan.folder / "models").resolve().as_posix()
     if method is None:
         given = {key: value for key, value in given.items() if key not in _OF_BASELINES}
+    elif percent is None:
+        raise ValueError(f"Expected percent with a method. Received: percent=None, method={method!r}")
     else:
         given |= {"method": method, "r_bayes": percent / 100}
     flags = {key: "-r" if isinstance(value, str) else "-p" for key, value in given.items()}
@@ -318,6 +325,8 @@ def forget_damaged(plan: Plan) -> list[str]:
             continue
         place = _result_of(notebook)
         try:
+            if place is None:
+                raise ValueError("the notebook names no result")
             results.read(place)
         except (ValueError, OSError, TypeError):
             notebook.unlink()
@@ -391,7 +400,7 @@ def status(plan: Plan, cores: int = 1) -> Status:
             failed[job.path] = _error_of(broken)
         else:
             missing.append(job)
-    remaining = 0.0
+    remaining: float | None = 0.0
     for job in missing:
         keys = ((job.dataset.name, job.name), (job.dataset.name, job.kind), job.kind)
         times = next((taken[key] for key in keys if key in taken), None)
@@ -463,7 +472,7 @@ def gather(plan: Plan) -> list:
 # ---------------------------------------------------------------------------
 
 
-def estimates(plan: Plan) -> dict[str, dict[str, float]]:
+def estimates(plan: Plan) -> dict[str, dict[str, float | None]]:
     """Job's path -> {"flops", "hours", "mb"}: operations counted from traced steps, time at the plan's speed, memory.
 
     Nothing is trained and no data are read. Memory is that of weights, gradients, optimiser state and of every layer's
@@ -626,7 +635,7 @@ def _of_other_recipes(plan, rows):
     ]
 
 
-def main(arguments=None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: `status`, `table`, `report` or `estimate` of a profile."""
     parser = argparse.ArgumentParser(prog="python -m sbn_tf.grid", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("status", "table", "report", "finish", "estimate"))

@@ -45,6 +45,7 @@ import contextlib
 import contextvars
 import inspect
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -469,6 +470,11 @@ class MaskedGaussian:
     """
 
     posterior_weights: tuple[str, ...] = ()
+    # Of the stock layer behind the mixin:
+    name: str
+    built: bool
+    _tracker: Any
+    _untrack_variable: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -531,7 +537,7 @@ class MaskedGaussian:
             raise ValueError(f"Expected prior_at_loc True or False. Received: prior_at_loc={prior_at_loc!r}")
         self.prior_at_loc = bool(prior_at_loc)
         self._kl_weight = _Box(None)
-        self.kl_weight = 0.0 if kl_weight is None else kl_weight
+        self.kl_weight = 0.0 if kl_weight is None else kl_weight  # type: ignore[misc]  # see __setattr__
         self.kl_reduction = kl_reduction
         self.seed = seed
 
@@ -894,7 +900,7 @@ class MaskedGaussian:
 _PARTIAL: dict[type, type] = {}  # stock or masked class: the masked class that stands for it
 
 
-def register(cls: type) -> type:
+def register(cls: type[MaskedGaussian]) -> type[MaskedGaussian]:
     """Class decorator: conversion takes this masked class for its stock class, which need not be one of Keras.
 
     Args:

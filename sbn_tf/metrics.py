@@ -1399,7 +1399,7 @@ def paper_ece(probs, targets, num_bins: int = 15) -> float:
     probs, targets = _samples_pair(probs, targets)
     mean_probs = probs.mean(0)
     correct = np.where(mean_probs > 0.5, targets, 1 - targets)
-    return ece(np.maximum(mean_probs, 1 - mean_probs), correct, num_bins)
+    return float(ece(np.maximum(mean_probs, 1 - mean_probs), correct, num_bins))
 
 
 # %% [markdown]

@@ -10,6 +10,8 @@ Nothing here is Bayesian: these are the stock Keras models of step 1. Three habi
 
 import weakref
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -276,7 +278,7 @@ def unet(
     return keras.Model(inputs, outputs, name=name)
 
 
-UNET_PAPER = {
+UNET_PAPER: dict[str, dict[str, Any]] = {
     "lidc": {"input_shape": (128, 128, 1), "widths": (32, 64, 128, 192)},
     "isic": {"input_shape": (224, 224, 3), "widths": (32, 64, 128, 256, 366)},
 }
@@ -336,7 +338,7 @@ def unet_paper(
 
 
 # name -> (function, its options): recipes name a network by a string and numbers, never by a function.
-NETWORKS = {
+NETWORKS: dict[str, tuple[Callable[..., keras.Model], dict[str, Any]]] = {
     "resnet18": (resnet18, {}),
     "resnet18_small": (resnet18, {"width": 16, "name": "resnet18_small"}),
     "resnet18_paper": (resnet18_paper, {}),

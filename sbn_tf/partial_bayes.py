@@ -134,7 +134,7 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
         averaged = output_shape[1:]
     elif name in _PER_POSITION:
         classes = getattr(loss, "axis", -1) % len(output_shape)
-        averaged = [size for axis, size in enumerate(output_shape) if axis not in (0, classes)]
+        averaged = tuple(size for axis, size in enumerate(output_shape) if axis not in (0, classes))
     else:
         return None
     if None in averaged:

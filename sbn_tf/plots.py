@@ -6,16 +6,22 @@ argument draw into it and return it; the panels (`plot_segmentation`, `plot_comp
 in nats on viridis.
 """
 
+from __future__ import annotations
+
 import itertools
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from numpy.typing import ArrayLike
 
 from sbn_tf import metrics
 from sbn_tf.metrics import majority_mask, uncertainty
@@ -58,7 +64,7 @@ def short_name(name: str, most: int = 24) -> str:
     return name if len(name) <= most else name[: most - 4].rstrip() + " ..."
 
 
-def plot_history(histories: dict[str, dict[str, list]], keys: list[str], ax: Axes) -> Axes:
+def plot_history(histories: Mapping[str, Mapping[str, Sequence[float]]], keys: Sequence[str], ax: Axes) -> Axes:
     """Training curves: a colour for each run, a line style for each key.
 
     Args:
@@ -88,7 +94,7 @@ def plot_history(histories: dict[str, dict[str, list]], keys: list[str], ax: Axe
     return _plain(ax)
 
 
-def plot_masks_by_layer(ax: Axes, names: list[str], num_bayesian: list[int], num_weights: list[int]) -> Axes:
+def plot_masks_by_layer(ax: Axes, names: Sequence[str], num_bayesian: ArrayLike, num_weights: ArrayLike) -> Axes:
     """How much of each layer is Bayesian: a bar for each layer, the network's input at the top.
 
     The axis is logarithmic, since fractions run from one weight in a million to all; a layer with none has no
@@ -127,7 +133,7 @@ def plot_masks_by_layer(ax: Axes, names: list[str], num_bayesian: list[int], num
     return _plain(ax)
 
 
-def plot_scores(ax: Axes, scores: np.ndarray, chosen: np.ndarray) -> Axes:
+def plot_scores(ax: Axes, scores: ArrayLike, chosen: ArrayLike) -> Axes:
     """Histogram of log10 of the saliency, and which weights are Bayesian.
 
     Args:
@@ -149,11 +155,11 @@ def plot_scores(ax: Axes, scores: np.ndarray, chosen: np.ndarray) -> Axes:
     positive = scores[scores > 0]
     if positive.size:
         logs = np.log10(positive)
-        bins = np.linspace(logs.min(), logs.max() + 1e-9, 61)
+        bins = np.linspace(logs.min(), logs.max() + 1e-9, 61).tolist()
         counts, _, _ = ax.hist(logs, bins, color=GREY)
         ax.hist(logs[chosen[scores > 0]], bins, color=BLUE)
     num_selected, num_zero = int(chosen.sum()), int((scores[~chosen] == 0).sum())
-    handles = [
+    handles: list[Artist] = [
         Patch(color=BLUE, label=f"Bayesian: {num_selected:,} ({num_selected / max(scores.size, 1):.2%})"),
         Patch(color=GREY, label=f"the others: {scores.size - num_selected:,}"),
     ]
@@ -164,14 +170,14 @@ def plot_scores(ax: Axes, scores: np.ndarray, chosen: np.ndarray) -> Axes:
         handles.append(Line2D([], [], color=ORANGE, linestyle="--", label=f"smallest chosen: {threshold:.2g}"))
     ax.set_yscale("log")
     if positive.size:
-        ax.set_ylim(0.7, 2 * counts.max() ** 1.6)  # room for the legend
+        ax.set_ylim(0.7, 2 * np.max(counts) ** 1.6)  # room for the legend
     ax.set_xlabel("log10 of the saliency")
     ax.set_ylabel("weights")
     ax.legend(handles=handles, frameon=False, fontsize="small")
     return _plain(ax)
 
 
-def plot_saliency_against_cost(ax: Axes, costs: np.ndarray, kept: np.ndarray, num_samples: int = 5) -> Axes:
+def plot_saliency_against_cost(ax: Axes, costs: ArrayLike, kept: ArrayLike, num_samples: int = 5) -> Axes:
     """Saliency that a selection keeps against what its samples cost: a step at each place where more is kept.
 
     Args:
@@ -195,7 +201,7 @@ def plot_saliency_against_cost(ax: Axes, costs: np.ndarray, kept: np.ndarray, nu
     return _plain(ax)
 
 
-def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
+def plot_scales(ax: Axes, before: ArrayLike, after: ArrayLike) -> Axes:
     """Posterior scales before and after training, as histograms over a logarithmic axis.
 
     Scales that are all equal, as before training they often are, are drawn as a line.
@@ -215,7 +221,7 @@ def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
     pooled = np.concatenate(list(groups.values()))
     low, high = np.log10(pooled.min()), np.log10(pooled.max())
     margin = max(0.05 * (high - low), 0.02)
-    bins = np.logspace(low - margin, high + margin, 50)
+    bins = np.logspace(low - margin, high + margin, 50).tolist()
     for (name, scales), colour in zip(groups.items(), (GREY, BLUE), strict=True):
         label = f"{name}: median {np.median(scales):.3g}"
         if scales.max() < 1.001 * scales.min():
@@ -233,7 +239,9 @@ def plot_scales(ax: Axes, before: np.ndarray, after: np.ndarray) -> Axes:
     return _plain(ax)
 
 
-def plot_reliability(ax: Axes, probs: np.ndarray, targets: np.ndarray, num_bins: int = 15, binning="width") -> Axes:
+def plot_reliability(
+    ax: Axes, probs: ArrayLike, targets: ArrayLike, num_bins: int = 15, binning: str = "width"
+) -> Axes:
     """Observed frequency against mean probability in bins, with the count of each bin.
 
     Args:
@@ -249,7 +257,9 @@ def plot_reliability(ax: Axes, probs: np.ndarray, targets: np.ndarray, num_bins:
     return plot_reliability_curves(ax, {"predictions": (probs, targets)}, num_bins, binning)
 
 
-def plot_reliability_curves(ax: Axes, curves: dict[str, tuple], num_bins: int = 15, binning="width") -> Axes:
+def plot_reliability_curves(
+    ax: Axes, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], num_bins: int = 15, binning: str = "width"
+) -> Axes:
     """Reliability of several methods in one picture: a curve for each, and the counts of its bins below.
 
     Args:
@@ -267,11 +277,11 @@ def plot_reliability_curves(ax: Axes, curves: dict[str, tuple], num_bins: int = 
     """
     if not curves or binning not in ("width", "mass"):
         raise ValueError(f'Expected a curve and binning "width" or "mass". Received: {len(curves)}, {binning!r}')
-    curves = {name: [values.ravel() for values in metrics._pair(*pair)] for name, pair in curves.items()}
+    flat = {name: [values.ravel() for values in metrics._pair(*pair)] for name, pair in curves.items()}
     num_bins = metrics._check_bins(num_bins)
     counts, most = ax.twinx(), 1.0
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
-    for (name, (probs, targets)), colour in zip(curves.items(), _colours(len(curves)), strict=True):
+    for (name, (probs, targets)), colour in zip(flat.items(), _colours(len(curves)), strict=True):
         edges, count, mean_probs, frequency = _bins(probs, targets, num_bins, binning)
         value = metrics.ece(probs, targets, num_bins, binning=binning)
         ax.plot(mean_probs, frequency, "o-", color=colour, markersize=4, label=f"{name}: ECE {value:.4f}")
@@ -320,7 +330,7 @@ def _colours(number):
     return [BLUE] if number == 1 else list(plt.get_cmap("viridis")(np.linspace(0, 0.85, number)))
 
 
-def plot_risk_coverage(ax: Axes, curves: dict[str, tuple], oracle: bool = True) -> Axes:
+def plot_risk_coverage(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], oracle: bool = True) -> Axes:
     """Mean error of the images that are kept, when those of the highest uncertainty are refused first.
 
     Useful uncertainty bends its curve below the dashed line, which refuses at random, and towards the dotted one of
@@ -412,17 +422,19 @@ def plot_intervals(ax: Axes, rows: list, key: str, band: str | None = "determini
     if all(row.value(key) is None for row in rows):
         ax.set_xticks([])
     base = next((row for row in rows if row.label == band and row.value(key) is not None), None)
-    if base is not None:
-        start, stop = base.interval(key) or (base.value(key),) * 2
+    middle = None if base is None else base.value(key)
+    if base is not None and middle is not None:
+        start, stop = base.interval(key) or (middle, middle)
         ax.axvspan(start, stop, color=ORANGE, alpha=0.15, linewidth=0, zorder=0)
-        ax.axvline(base.value(key), color=ORANGE, linestyle="--", linewidth=1, zorder=0)
+        ax.axvline(middle, color=ORANGE, linestyle="--", linewidth=1, zorder=0)
     ax.set_xlim(low, high)
     ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize="small")
     ax.set_ylim(len(rows) - 0.5, -0.5)
     better = METRICS[key].better
     if better is not None:
-        side = {"higher": {"loc": "right"}, "lower": {"loc": "left"}}[better]
-        ax.set_title("better \u2192" if better == "higher" else "\u2190 better", fontsize="small", **side)
+        higher = better == "higher"
+        text = "better \u2192" if higher else "\u2190 better"
+        ax.set_title(text, fontsize="small", loc="right" if higher else "left")
     lines = "mean and sd of the seeds" if any(len(row.results) > 1 for row in rows) else "95 % interval"
     ax.set_xlabel(f"{key} ({lines})" if any(row.interval(key) for row in rows) else key)
     return _plain(ax)
@@ -458,7 +470,7 @@ def plot_cost(ax: Axes, rows: list, x: str = "train_flops_ratio", y: str = "nll"
     ax.set_ylim(low, high)
     handles, points = [], []
     for number, row in enumerate(shown, 1):
-        cost, value, bounds = row.value(x), row.value(y), row.interval(y)
+        cost, value, bounds = row.value(x) or 0.0, row.value(y) or 0.0, row.interval(y)  # what is shown has both
         inside, label = low <= value <= high, f"{number}  {row.label}"
         if inside and bounds is not None:
             ax.plot([cost] * 2, bounds, color=BLUE, alpha=0.3, linewidth=1.2)
@@ -482,7 +494,7 @@ def plot_cost(ax: Axes, rows: list, x: str = "train_flops_ratio", y: str = "nll"
     ax.legend(
         handles=handles, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.2
     )
-    ax.figure.draw_without_rendering()  # the layout, by which the numbers find their places
+    ax.figure.figure.draw_without_rendering()  # the layout, by which the numbers find their places
     _number_points(ax, points)
     return _plain(ax)
 
@@ -697,7 +709,7 @@ def plot_segmentation(
 def plot_comparison(
     images: np.ndarray,
     truths: np.ndarray,
-    probs: dict[str, np.ndarray],
+    probs: Mapping[str, np.ndarray | None],
     rater_valid: np.ndarray | None = None,
     panel_inches: float = 1.45,
 ) -> np.ndarray:
@@ -781,7 +793,9 @@ def _hit_handles():
     ]
 
 
-def plot_sweep(ax: Axes, sweep: dict[float, list[float]], lines: dict[str, list[float]], label: str = "") -> Axes:
+def plot_sweep(
+    ax: Axes, sweep: Mapping[float, Sequence[float]], lines: Mapping[str, Sequence[float]], label: str = ""
+) -> Axes:
     """A metric against the share of Bayesian weights: median and quartile band over trainings; rivals as lines.
 
     Args:
@@ -819,7 +833,7 @@ def plot_sweep(ax: Axes, sweep: dict[float, list[float]], lines: dict[str, list[
     return _plain(ax)
 
 
-def plot_differences(ax: Axes, rows: dict[str, dict], rival: dict, label: str = "") -> Axes:
+def plot_differences(ax: Axes, rows: Mapping[str, Mapping], rival: Mapping, label: str = "") -> Axes:
     """How far each row's metric lies from a rival's, training by training: a dot each, and their mean as a bar.
 
     Args:
@@ -897,7 +911,7 @@ def plot_sample_masks(
         squeeze=False,
         layout="constrained",
     )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     for row in range(rows):
         for ax in axes[row, :-1]:
             _show(ax, images[row])
@@ -926,7 +940,7 @@ def plot_classification(
     images: np.ndarray,
     labels: np.ndarray,
     probs: np.ndarray,
-    class_names: list[str],
+    class_names: Sequence[str],
     num_rows: int | None = None,
     row_inches: float | None = None,
 ) -> np.ndarray:
@@ -980,14 +994,14 @@ def plot_classification(
         bars.invert_yaxis()
         _plain(bars)
     axes[-1, 1].set_xlabel("probability")
-    handles = [Patch(color=ORANGE, label="truly present"), Patch(color=BLUE, label="absent")]
+    handles: list[Artist] = [Patch(color=ORANGE, label="truly present"), Patch(color=BLUE, label="absent")]
     if len(probs) > 1:
         handles.append(Line2D([], [], color="black", linewidth=1, label=f"range of {len(probs)} samples"))
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize="small")
     return axes
 
 
-def format_table(rows: dict[str, dict], keys: list[str], digits: int = 3) -> str:
+def format_table(rows: Mapping[str, Mapping], keys: Sequence[str], digits: int = 3) -> str:
     """A Markdown table that also reads well as plain text: a line for each method, a column for each key.
 
     Args:
@@ -1020,10 +1034,10 @@ def plot_wall(
     images: np.ndarray,
     targets: np.ndarray | None = None,
     rater_valid: np.ndarray | None = None,
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
     columns: int = 8,
     panel_inches: float = 1.3,
-    figure=None,
+    figure: Figure | SubFigure | None = None,
 ) -> np.ndarray:
     """A wall of images, each with the outlines of its masks, or with the names of its labels below it.
 
@@ -1066,8 +1080,8 @@ def plot_wall(
         num_raters = 0 if masks is None else 1 if masks.ndim == 3 else masks.shape[-1]
         legend = 0.1 + 0.2 * -(-num_raters // columns)
         size = (panel_inches * columns + 0.1, (panel_inches + 0.14 * lines) * rows + 0.1 + legend)
-        figure = plt.figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0, hspace=0)
+        figure = plt.figure(figsize=size)
+        figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.03, wspace=0, hspace=0)
     axes = figure.subplots(rows, columns, squeeze=False)
     low, high = (0, 255) if images.dtype == np.uint8 else (0, 1)
     if images.min() < low or images.max() > high:

@@ -282,9 +282,7 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
             another number of weights than outputs.
     """
 
-    def __init__(
-        self, pos_weight: ArrayLike = 1.0, name: str = "weighted_bce", reduction: str = "sum_over_batch_size"
-    ):
+    def __init__(self, pos_weight: ArrayLike = 1.0, name: str = "weighted_bce", reduction: str = "sum_over_batch_size"):
         super().__init__(name=name, reduction=reduction)
         self.pos_weight = np.asarray(pos_weight, "float32")
         _check_weights("pos_weight", self.pos_weight)

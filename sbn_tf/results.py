@@ -106,7 +106,9 @@ METRICS = {
     "paper_brier": Metric("lower", 0, 1, "Brier score of one random sample, not of the mean prediction"),
     "paper_brier_softmax_twice": Metric("lower", 0, 1, "the same after a second softmax: 0.0723 is the least"),
     "paper_entropy": Metric(None, 0, _INFINITY, "of labels -p ln p without the 1 - p term; of masks the entropy"),
-    "paper_dice": Metric("higher", 0, 1, "mostly the share of background pixels: an empty mask scores nearly that share"),
+    "paper_dice": Metric(
+        "higher", 0, 1, "mostly the share of background pixels: an empty mask scores nearly that share"
+    ),
     "paper_iou": Metric("higher", 0, 1, "IoU of a typical sample, not of the mean prediction"),
     "paper_ece": Metric("lower", 0, 1, "calibration error of the decisions: mostly whether a sure no is right"),
 }

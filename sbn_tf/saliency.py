@@ -282,7 +282,8 @@ def saliency(
     training = score == "paper" if batch_statistics is None else batch_statistics
     gradients = _Gradients(model, weights, loss, training)
     sums = _Sums(weights, score)
-    num_examples = _pass(gradients, sums, *_batches(data, batch_size, max_batches), verbose)
+    batches, total = _batches(data, batch_size, max_batches)
+    num_examples = _pass(gradients, sums, batches, total, verbose)
     if gradients.missing:
         warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=2)
     return sums.scores(num_examples)

@@ -16,9 +16,12 @@ import inspect
 import io
 import itertools
 import logging
+import os
 import traceback
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +82,7 @@ class Study:
     questions: tuple[Question, ...] = field(default=())
 
 
-def read(path) -> Study:
+def read(path: str | os.PathLike) -> Study:
     """Read a study's file.
 
     Raises:
@@ -120,7 +123,16 @@ def _keys(content, wanted, where):
     return content
 
 
-def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="val", verbose=False) -> list[str]:
+def run(
+    study: Study,
+    *,
+    runs: str | os.PathLike | None = None,
+    table: str | os.PathLike | None = None,
+    seeds: Sequence[int] | None = None,
+    names: Collection[str] | None = None,
+    split: str = "val",
+    verbose: bool = False,
+) -> list[str]:
     """Train and score every variant, or read what is finished, and keep the table up to date.
 
     Args:
@@ -156,6 +168,7 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
             done.add(same)
             try:
                 recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
+                changes: dict[str, Any]
                 changes = {"recipe": recipe, "r_bayes": float(variant.r_bayes), "num_samples": variant.num_samples}
                 row = compare.row(dataclasses.replace(base, seed=seed, **changes), variant.method)
             except Exception as error:  # of one variant: the others go on
@@ -168,7 +181,14 @@ def run(study: Study, *, runs=None, table=None, seeds=None, names=None, split="v
     return failed
 
 
-def stability(study: Study, *, runs=None, seeds=None, r_bayes=0.01, early=20) -> list[dict]:
+def stability(
+    study: Study,
+    *,
+    runs: str | os.PathLike | None = None,
+    seeds: Sequence[int] | None = None,
+    r_bayes: float = 0.01,
+    early: int = 20,
+) -> list[dict]:
     """How far the choice of weights repeats itself: shares that two masks have in common, of each score.
 
     Args:
@@ -267,7 +287,7 @@ def _write_stability(study, rows):
     return f"{len(rows)} rows in {path}"
 
 
-def main(arguments=None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: run a study, or parts of it."""
     parser = argparse.ArgumentParser(prog="python -m sbn_tf.study", description="Train and score every variant.")
     parser.add_argument("study", help="a YAML file")

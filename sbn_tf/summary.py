@@ -6,6 +6,7 @@ A *unit* is one training: a seed, of one fold. Spread is over units, and says no
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ def values(found: list[Result], line: Line, key: str) -> dict[tuple, float]:
     return by_unit([one for one in found if one.method == line.method and _of_rate(one, line)], key)
 
 
-def by_unit(results_of_one: list[Result], key: str) -> dict[tuple, float]:
+def by_unit(results_of_one: Iterable[Result], key: str) -> dict[tuple, float]:
     """(seed, fold) -> a metric or cost, of results that differ in seed and fold alone."""
     units = {}
     for one in results_of_one:
@@ -92,9 +93,9 @@ def by_unit(results_of_one: list[Result], key: str) -> dict[tuple, float]:
 
 
 def labelled_table(
-    rows: dict[str, list[Result]],
-    keys,
-    rival: list[Result] = (),
+    rows: Mapping[str, Sequence[Result]],
+    keys: Collection[str],
+    rival: Sequence[Result] = (),
     rival_key: str = "nll",
     rival_name: str = "the rival",
     digits: int = 4,
@@ -140,7 +141,9 @@ def _close(rate, wanted):
     return rate is not None and abs(rate - wanted) <= 1e-9 + 1e-6 * wanted
 
 
-def cells(found: list[Result], lines: dict[str, Line], keys, digits: int = 3) -> dict[str, dict[str, str]]:
+def cells(
+    found: list[Result], lines: dict[str, Line], keys: Collection[str], digits: int = 3
+) -> dict[str, dict[str, str]]:
     """Label -> key -> "mean +- sd", of one unit the value alone; "(n=2)" where it has fewer units than the most.
 
     What was not run is "missing"; what is undefined in all runs is "-".

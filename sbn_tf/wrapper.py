@@ -42,7 +42,15 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         ValueError: a weight that the layer does not have, or one that the layer itself assigns to during its call.
     """
 
-    def __init__(self, layer, *, weight_names=None, name=None, trainable=True, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        *,
+        weight_names: list[str] | None = None,
+        name: str | None = None,
+        trainable: bool = True,
+        **kwargs,
+    ):
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"Expected a keras layer or model. Received: layer={layer!r}")
         self._variables, self._weight_names = _Box(None), _Box(weight_names)

@@ -6,11 +6,15 @@ import os
 import threading
 import tokenize
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 __all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums", "stored_rows"]
+
+Index = slice | Sequence[int] | np.ndarray  # of rows: integers, or a bool for each
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -21,7 +25,7 @@ def row_crc32(rows: np.ndarray) -> np.ndarray:
     if not rows.size:
         return np.full(len(rows), zlib.crc32(b""), "uint32")
     views = rows.reshape(len(rows), -1).view("uint8")
-    return np.fromiter((zlib.crc32(row) for row in views), "uint32", len(rows))
+    return np.fromiter((zlib.crc32(row.data) for row in views), "uint32", len(rows))
 
 
 def row_sums(images: np.ndarray) -> np.ndarray:
@@ -54,7 +58,13 @@ class DiskArray:
         ValueError: a file that is not a whole `.npy` array; in reading, rows that are cut short or changed.
     """
 
-    def __init__(self, path, rows=None, crc32=None, sums=None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        rows: np.ndarray | None = None,
+        crc32: np.ndarray | None = None,
+        sums: np.ndarray | None = None,
+    ):
         self.path, self._rows, self._crc32, self._sums = Path(path), rows, crc32, sums
         self.dtype, whole, self._offset = _read_header(self.path)
         if rows is not None and len(rows) and not (rows.min() >= 0 and rows.max() < whole[0]):
@@ -80,7 +90,7 @@ class DiskArray:
     def __reduce__(self):  # a copy or a pickle names the file; it does not hold it
         return type(self), (self.path, self._rows, self._crc32, self._sums)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key) -> np.ndarray:
         first, *rest = key if isinstance(key, tuple) else (key,)
         if first is None or first is Ellipsis:
             return self[:][key]
@@ -96,7 +106,7 @@ class DiskArray:
             raise ValueError("Expected copy=None or True: a DiskArray has to be read. Received: copy=False")
         return self[:] if dtype is None else self[:].astype(dtype)
 
-    def select(self, index) -> "DiskArray":
+    def select(self, index: Index) -> "DiskArray":
         """The rows of `index` (integers, a slice or a bool per row), not read yet."""
         rows = np.arange(len(self)) if self._rows is None else self._rows
         return DiskArray(self.path, rows[index], self._crc32, self._sums)
@@ -113,7 +123,7 @@ class DiskArray:
             return self._sums if self._rows is None else self._sums[self._rows]
         return np.concatenate([row_sums(part) for part in self.pieces()])
 
-    def pieces(self, num_bytes: int = 2**24):
+    def pieces(self, num_bytes: int = 2**24) -> Iterator[np.ndarray]:
         """All rows in order, as arrays of about `num_bytes`."""
         step = max(1, num_bytes // max(self._row_bytes, 1))
         return (self[start : start + step] for start in range(0, len(self), step))
@@ -184,7 +194,7 @@ def _read_header(path):
     return dtype, shape, offset
 
 
-def stored_rows(path, row_shape, dtype) -> np.ndarray:
+def stored_rows(path: str | os.PathLike, row_shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """The whole rows of a file that an `NpyWriter` left, mapped; none where it is not there or of another kind."""
     dtype = np.dtype(dtype)
     header = _header(0, row_shape, dtype)
@@ -216,7 +226,7 @@ class NpyWriter:
         rows: how many of its rows to keep; those behind are cut off.
     """
 
-    def __init__(self, path, row_shape, dtype, rows=0):
+    def __init__(self, path: str | os.PathLike, row_shape: tuple[int, ...], dtype: DTypeLike, rows: int = 0):
         self.row_shape, self.dtype, self.rows = tuple(row_shape), np.dtype(dtype), rows
         self._file = open(path, "r+b" if Path(path).exists() else "w+b")  # noqa: SIM115 - closed by close()
         header = _header(0, self.row_shape, self.dtype)
@@ -224,7 +234,7 @@ class NpyWriter:
         self._file.truncate(len(header) + rows * int(np.prod(row_shape)) * self.dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
 
-    def append(self, rows):
+    def append(self, rows: np.ndarray) -> None:
         """Write rows behind the others; raises ValueError where their shape or dtype is another."""
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(f"Expected rows {self.row_shape} {self.dtype}. Received: {rows.shape[1:]} {rows.dtype}")
@@ -232,7 +242,7 @@ class NpyWriter:
         self._file.flush()  # a killed process loses no more than it was writing
         self.rows += len(rows)
 
-    def close(self, finish=False):
+    def close(self, finish: bool = False) -> None:
         """Close the file; `finish` writes its length into its header, and has it all on the disk, first."""
         try:
             if finish and not self._file.closed:

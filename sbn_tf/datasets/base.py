@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import DiskArray, row_crc32, row_sums
+from .arrays import DiskArray, Index, row_crc32, row_sums
 
 __all__ = [
     "BINARY",
@@ -217,7 +217,7 @@ class Split:
         """Bytes of images and targets, in memory or on disk."""
         return self.images.nbytes + self.targets.nbytes
 
-    def subset(self, index) -> "Split":
+    def subset(self, index: Index) -> "Split":
         """The same split with the examples of `index` (integers or a bool per example) alone."""
         keys = ("images", "targets", "groups", "ids", "rater_valid", "truth_probs")
         parts = {key: getattr(self, key) for key in keys}
@@ -235,7 +235,7 @@ class Split:
             raise ValueError(f"Expected batch_size >= 1. Received: batch_size={batch_size}")
         return self.num_examples // batch_size if drop_remainder else -(-self.num_examples // batch_size)
 
-    def normalised(self, index=slice(None)) -> np.ndarray:
+    def normalised(self, index: int | Index = slice(None)) -> np.ndarray:
         """Images as the network sees them: `(pixel on the 0..1 scale - mean) / sd`, float32 `(N, H, W, C)`.
 
         Args:
@@ -248,7 +248,7 @@ class Split:
         images /= self.sd
         return images
 
-    def mean_mask(self, index=slice(None)) -> np.ndarray:
+    def mean_mask(self, index: Index = slice(None)) -> np.ndarray:
         """Share of the valid raters who marked each pixel, float32 `(N, H, W, 1)`.
 
         Args:
@@ -256,11 +256,11 @@ class Split:
         """
         if self.task != SEGMENTATION:
             raise ValueError(f"Expected a split with masks. Received: split {self.name!r} of task={self.task!r}")
-        valid = self.rater_valid[index][:, None, None, :]
+        valid = np.asarray(self.rater_valid)[index][:, None, None, :]
         marks = (self.targets[index] * valid).sum(axis=-1, keepdims=True, dtype="float32")
         return marks / valid.sum(axis=-1, keepdims=True, dtype="float32")
 
-    def majority(self, index=slice(None)) -> np.ndarray:
+    def majority(self, index: Index = slice(None)) -> np.ndarray:
         """Pixels that at least half of the valid raters marked, uint8 `(N, H, W, 1)`.
 
         A tie (2 of 4) counts as marked: the 50 % consensus customary for LIDC (Kubota et al. 2011).
@@ -442,7 +442,7 @@ class Data:
             foreground = total = 0.0
             for start in range(0, self.train.num_examples, 256):
                 part = slice(start, start + 256)
-                valid = self.train.rater_valid[part]
+                valid = np.asarray(self.train.rater_valid)[part]
                 masks = self.train.targets[part]
                 foreground += float((masks.sum(axis=(1, 2), dtype="float64") * valid).sum())
                 total += float(valid.sum()) * masks.shape[1] * masks.shape[2]
@@ -462,12 +462,12 @@ class Data:
         return f"{self.card.name}: {sizes} images of {shape}, pixels {moments}{leak}"
 
 
-def first_in_seeded_order(n, limit, seed):
+def first_in_seeded_order(n: int, limit: int, seed: int) -> np.ndarray:
     """The first `limit` of a seeded order of `range(n)`, sorted: a smaller limit takes a subset of these."""
     return np.sort(np.random.default_rng([seed, 711]).permutation(n)[:limit])
 
 
-def channel_statistics(images):
+def channel_statistics(images: np.ndarray | DiskArray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel on the 0..1 scale, `(C,)` float32 each."""
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     count = images.size // images.shape[-1]

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ CRC32, SUMS = "_crc32", "_sums"
 CHUNK = 64  # rows checked at a time
 
 
-def cache_folder(cache=None) -> Path:
+def cache_folder(cache: str | os.PathLike | None = None) -> Path:
     """Where caches go: `cache`; else SBN_TF_CACHE; else `data/cache` of the checkout; else `~/.cache/sbn_tf`."""
     if cache is not None or os.environ.get("SBN_TF_CACHE"):
         return Path(cache or os.environ["SBN_TF_CACHE"]).expanduser()
@@ -52,13 +52,13 @@ def fingerprint(paths: Iterable[Path]) -> list:
 
 def cached(
     name: str,
-    source,
-    arrays: dict[str, tuple[tuple[int, ...], str]],
+    source: object,
+    arrays: Mapping[str, tuple[tuple[int, ...], str]],
     produce: Callable[[int], Iterable[dict[str, np.ndarray]]],
     *,
     total: int | Callable[[], int] | None = None,
     images: tuple[str, ...] = ("images",),
-    cache=None,
+    cache: str | os.PathLike | None = None,
     unit: str = "image",
 ) -> dict[str, DiskArray]:
     """The arrays of a cache; it is built first where it is not there, and anew where a file is cut short or missing.

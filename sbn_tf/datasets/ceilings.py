@@ -42,7 +42,7 @@ def ceilings(split: Split) -> dict[str, dict]:
             rows["level sets"] = {"ged": float(ged.mean())}
     if split.task != SEGMENTATION or split.num_raters < 2:
         return rows
-    complete = np.flatnonzero(split.rater_valid.all(axis=1))
+    complete = np.flatnonzero(np.asarray(split.rater_valid).all(axis=1))
     if not len(complete):
         return rows
     masks = np.asarray(split.targets)[complete]

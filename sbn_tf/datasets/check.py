@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -113,7 +114,7 @@ class Report:
 
 
 def check(
-    data,
+    data: Any,
     task: str | None = None,
     *,
     classes: tuple[str, ...] | None = None,

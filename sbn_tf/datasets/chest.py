@@ -1,10 +1,11 @@
 """A small subset of NIH ChestX-ray14, the source of ChestMNIST, in ChestMNIST's keys and label order."""
 
 import logging
+import os
 from pathlib import Path
 
 from . import files
-from .base import MULTI_LABEL, Card
+from .base import MULTI_LABEL, Card, Parts
 from .medmnist import CHEST_NORMALISATION, load_npz
 
 __all__ = ["LABELS", "NIH_CHEST", "load_nih_chest"]
@@ -47,7 +48,9 @@ NIH_CHEST = Card(
 )
 
 
-def load_nih_chest(root, size, seed, cache=None):
+def load_nih_chest(
+    root: str | os.PathLike | None, size: int, seed: int, cache: str | os.PathLike | None = None
+) -> Parts:
     """The NIH subset: three splits, images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
     folder, name = NIH_CHEST.files[0].split("/")
     if size != 64:

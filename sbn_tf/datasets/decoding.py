@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +38,12 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def decoded(
-    name: str, pairs: list[tuple[Path, ...]], size: int, fit: str, channels: int, cache=None
+    name: str,
+    pairs: Sequence[tuple[Path | None, ...]],
+    size: int,
+    fit: str,
+    channels: int,
+    cache: str | os.PathLike | None = None,
 ) -> dict[str, DiskArray]:
     """Images `(N, size, size, C)` and masks `(N, size, size, R)`, uint8, of files, through the array cache.
 
@@ -53,13 +60,14 @@ def decoded(
     """
     raters = len(pairs[0]) - 1
     present = [path for pair in pairs for path in pair if path is not None]
+    missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
     source = {"files": array_cache.fingerprint(present), "size": size, "fit": fit, "channels": channels}
-    source["missing"] = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
+    source["missing"] = missing
 
     def one(pair):
         image, whole = read_image(pair[0], size, fit, channels)
-        missing = np.zeros((size, size), "uint8"), 0.0
-        found = [missing if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
+        empty = np.zeros((size, size), "uint8"), 0.0
+        found = [empty if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
         masks, lost = zip(*found, strict=True) if found else ((), ())
         return image, np.stack(masks, -1) if masks else None, np.array(lost, "float32")
 
@@ -71,7 +79,7 @@ def decoded(
                     {"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {}
                 )
 
-    arrays = {"images": ((size, size, channels), "uint8")}
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), "uint8")}
     if raters:
         arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
@@ -81,13 +89,13 @@ def decoded(
             "%s: the crop to the centre square cuts %d of %d masks, %d of them wholly; fit='pad' keeps them",
             name,
             (lost > 0).sum(),
-            lost.size - len(source["missing"]),
+            lost.size - len(missing),
             (lost == 1).sum(),
         )
     return found
 
 
-def read_image(path, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
     """A file as `(size, size, C)` uint8, bilinear and antialiased, and its own (width, height)."""
     with _opened(path) as image:
         whole = image.size
@@ -95,7 +103,7 @@ def read_image(path, size: int, fit: str, channels: int) -> tuple[np.ndarray, tu
         return _square(image.convert(MODES[channels]), size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
-def read_mask(path, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
+def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
     """A mask file as `(size, size)` uint8 of 0 and 1, nearest pixel; and the share of it that a crop cuts off.
 
     Args:
@@ -143,7 +151,7 @@ def _square(image, size, fit, resample, channels):
     return np.asarray(out).reshape(size, size, channels)
 
 
-def check_header(image, path):
+def check_header(image: Image.Image, path: str | os.PathLike) -> None:
     """Refuses what would not be read as it looks: several frames, a turned picture, more than 8 bits a channel."""
     # A camera's JPEG may hold its preview too: Pillow calls that MPO.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -163,7 +171,7 @@ def check_header(image, path):
 
 
 @contextlib.contextmanager
-def readable(path):
+def readable(path: str | os.PathLike) -> Iterator[None]:
     """Says in two lines of a file that it cannot be opened or decoded."""
     try:
         yield

@@ -21,7 +21,7 @@ PIECE_BYTES = 2**20
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # of HTTP
 
 
-def download(name: str, size: int | None = None, root=None) -> Path:
+def download(name: str, size: int | None = None, root: str | os.PathLike | None = None) -> Path:
     """Download the official file of a set of MedMNIST, where it is not there yet.
 
     Args:
@@ -57,7 +57,7 @@ def download(name: str, size: int | None = None, root=None) -> Path:
     return fetch(url, folders[0] / file_name, md5, card.source)
 
 
-def fetch(url: str, path, md5: str, source: str) -> Path:
+def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
     """Download `url` to `path`, through `path.part`, which a later call goes on with.
 
     Args:

@@ -6,18 +6,22 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import filelock
 import numpy as np
 from PIL import Image
 
+from .base import Card
+
 __all__ = ["check_binary", "check_room", "find", "locked", "md5", "resize_images", "roots", "writable"]
 
 logger = logging.getLogger(__name__)
 
 
-def roots(root=None):
+def roots(root: str | os.PathLike | None = None) -> list[Path]:
     """Folders to look in: `root`; else SBN_TF_DATA; else `data/` here, then `data/` beside the package."""
     if root is not None:
         return [Path(root).expanduser()]
@@ -26,7 +30,7 @@ def roots(root=None):
     return list(dict.fromkeys([Path.cwd() / "data", Path(__file__).resolve().parents[2] / "data"]))
 
 
-def find(card, root, places):
+def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.PathLike]) -> Path:
     """First of `places` (paths under a data root) that is there.
 
     Raises:
@@ -44,14 +48,14 @@ def find(card, root, places):
     )
 
 
-def md5(path):
+def md5(path: str | os.PathLike) -> str:
     """md5 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 @contextlib.contextmanager
-def writable(what: str, folder, kept: str, instead: str):
+def writable(what: str, folder: str | os.PathLike, kept: str, instead: str) -> Iterator[None]:
     """Says in an OSError's message what was expected, in two lines: room, or a folder that can be written to.
 
     Args:
@@ -74,7 +78,7 @@ def writable(what: str, folder, kept: str, instead: str):
 
 
 @contextlib.contextmanager
-def locked(path, writing, does: str):
+def locked(path: Path, writing: AbstractContextManager, does: str) -> Iterator[None]:
     """Alone in writing `path`: another process that does so is waited for, with a warning.
 
     Args:
@@ -96,14 +100,14 @@ def locked(path, writing, does: str):
         lock.release()
 
 
-def check_room(folder, needed: int):
+def check_room(folder: str | os.PathLike, needed: int) -> None:
     """Raises an OSError of a full disk if `needed` bytes are more than are free where `folder` is."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
-def check_binary(values, what):
+def check_binary(values: np.ndarray, what: str) -> np.ndarray:
     """`values` as uint8 if they are all 0 or 1, else a ValueError that names `what`."""
     strange = values[(values != 0) & (values != 1)]
     if strange.size:
@@ -111,7 +115,7 @@ def check_binary(values, what):
     return values.astype("uint8")
 
 
-def resize_images(images, size):
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
     """Square uint8 images `(N, H, W, C)` at `size` pixels: Pillow's bilinear filter, antialiased."""
     if images.shape[1] == images.shape[2] == size:
         return images

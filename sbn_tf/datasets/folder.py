@@ -27,6 +27,7 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -59,13 +60,13 @@ IGNORED = ("thumbs.db", "desktop.ini")
 GREY = ("1", "L", "LA")
 
 
-def is_folder(name) -> bool:
+def is_folder(name: str | os.PathLike) -> bool:
     """Whether the name of a dataset means a folder: it has a path separator, or an images.csv is in it."""
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
     return bool(text) and ("/" in text or os.sep in text or not isinstance(name, str) or (Path(text) / CSV).is_file())
 
 
-def folder_dataset(name):
+def folder_dataset(name: str | os.PathLike) -> tuple[Card, Callable[..., Parts]]:
     """Card and reader of a folder, as the registry has them; the csv and the files' headers are read for it.
 
     Raises:

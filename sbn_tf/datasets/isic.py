@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,15 @@ ISIC2018 = Card(
 )
 
 
-def load_isic2018(root, size, seed, limit=None, cache=None, *, fit="crop"):
+def load_isic2018(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    limit: int | None = None,
+    cache: str | os.PathLike | None = None,
+    *,
+    fit: str = "crop",
+) -> Parts:
     """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
 
     Args:
@@ -72,7 +81,8 @@ def load_isic2018(root, size, seed, limit=None, cache=None, *, fit="crop"):
         ids = np.array([image.stem for image, _ in names])
         images, masks = (arrays[key].select(rows) for key in ("images", "masks"))
         splits.append(Split(name=part, task=SEGMENTATION, images=images, targets=masks, ids=ids))
-    return Parts(*splits)
+    train, val, test = splits
+    return Parts(train, val, test)
 
 
 def _split(folder, seed):

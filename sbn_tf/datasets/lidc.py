@@ -1,8 +1,13 @@
 """LIDC-IDRI: lung nodules on CT, each outlined by up to four radiologists."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from . import files, npz
@@ -37,7 +42,17 @@ LIDC = Card(
 )
 
 
-def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WINDOW, raters="all"):
+def load_lidc(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    *,
+    split: str = "file",
+    fold: int = 0,
+    spacing: float | None = None,
+    window: tuple[float, float] = WINDOW,
+    raters: str = "all",
+) -> Parts:
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients.
 
     Args:
@@ -73,7 +88,7 @@ def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WI
     image, masks, patients = (arrays[key] for key in ("image", "masks", "patient_id"))
     index = split_by_group(patients, fold, seed) if split == "patient" else _split_of_file(arrays["split"], path)
     masks = files.check_binary(masks, f"masks of {path}").transpose(0, 2, 3, 1)  # (N, H, W, 4)
-    drew = masks.any(axis=(1, 2))  # before the crop: who drew outside it drew all the same
+    drew = np.asarray(masks.any(axis=(1, 2)))  # before the crop: who drew outside it drew all the same
     if spacing is not None:
         image, masks = _resampled(image, masks, arrays["pixel_spacing"], size, spacing, low, path)
     image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")
@@ -94,7 +109,8 @@ def load_lidc(root, size, seed, *, split="file", fold=0, spacing=None, window=WI
                 rater_valid=drew[rows] if raters == "drew" else None,
             )
         )
-    return Parts(*splits)
+    train, val, test = splits
+    return Parts(train, val, test)
 
 
 def _split_of_file(part, path):
@@ -104,19 +120,19 @@ def _split_of_file(part, path):
     return {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
 
 
-def check_fold(fold):
+def check_fold(fold: int) -> None:
     """Raises a ValueError for a fold that is none of 0 to 3."""
     if isinstance(fold, bool) or not hasattr(fold, "__index__") or not 0 <= fold < FOLDS:
         raise ValueError(f"Expected fold 0 to {FOLDS - 1}. Received: fold={fold!r}")
 
 
-def check_spacing(spacing):
+def check_spacing(spacing: float) -> None:
     """Raises a ValueError for a spacing that is no positive number."""
     if isinstance(spacing, bool) or not np.isscalar(spacing) or isinstance(spacing, str) or not 0 < spacing < np.inf:
         raise ValueError(f"Expected spacing > 0 in mm. Received: spacing={spacing!r}")
 
 
-def check_window(window) -> tuple[float, float]:
+def check_window(window: Iterable[float]) -> tuple[float, float]:
     """(low, high) as floats; a ValueError where they are no such pair."""
     try:
         low, high = (float(value) for value in window)
@@ -127,7 +143,7 @@ def check_window(window) -> tuple[float, float]:
     return low, high
 
 
-def split_by_group(groups, fold: int, seed: int) -> dict[str, np.ndarray]:
+def split_by_group(groups: ArrayLike, fold: int, seed: int) -> dict[str, np.ndarray]:
     """Rows of train, val and test such that no group is in two of them.
 
     A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The same
@@ -167,7 +183,14 @@ def _resampled(images, masks, native, size, spacing, air, path):
     return out_images, out_masks
 
 
-def resample(image, size: int, scale: float, middle=None, order: int = 1, outside: float = 0.0) -> np.ndarray:
+def resample(
+    image: np.ndarray,
+    size: int,
+    scale: float,
+    middle: tuple[float, float] | None = None,
+    order: int = 1,
+    outside: float = 0.0,
+) -> np.ndarray:
     """A square of `size` pixels, each `scale` pixels of `image` wide, about its middle; a scale of 1 crops or pads.
 
     Args:
@@ -180,22 +203,22 @@ def resample(image, size: int, scale: float, middle=None, order: int = 1, outsid
         outside: what lies beyond the image.
     """
     if middle is None:
-        middle = [side // 2 for side in image.shape]
+        about = np.array([side // 2 for side in image.shape])
         target = np.array(
             [
                 m - (side - size) // 2 if side > size else m + (size - side) // 2
-                for m, side in zip(middle, image.shape, strict=True)
+                for m, side in zip(about, image.shape, strict=True)
             ]
         )
     else:
-        target = np.full(2, (size - 1) / 2)
-    offset = np.asarray(middle) - scale * target
+        about, target = np.asarray(middle), np.full(2, (size - 1) / 2)
+    offset = about - scale * target
     return ndimage.affine_transform(
         image, np.diag([scale, scale]), offset, (size, size), order=order, mode="constant", cval=outside
     )
 
 
-def centre(images, size):
+def centre(images: np.ndarray, size: int) -> np.ndarray:
     """Centre crop, or centre pad with zeros, of `(N, H, W, C)` to `(N, size, size, C)`."""
     for axis in (1, 2):
         side = images.shape[axis]

@@ -42,7 +42,11 @@ WIDTHS = {"key": 128, "series_uid": 64, "patient_id": 64}  # letters
 
 
 def patches_from_pylidc(
-    scans: Iterable, path, size: int = 128, spacing: float = 0.5, window: tuple[float, float] = WINDOW
+    scans: Iterable,
+    path: str | os.PathLike,
+    size: int = 128,
+    spacing: float = 0.5,
+    window: tuple[float, float] = WINDOW,
 ) -> Path:
     """Cut every axial slice of every nodule, with the masks of its raters, and write them to an npz.
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,16 @@ LIDC_PATCHES = Card(
 )
 
 
-def load_lidc_patches(root, size, seed, cache=None, *, split="patient", fold=0, raters="all"):
+def load_lidc_patches(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    cache: str | os.PathLike | None = None,
+    *,
+    split: str = "patient",
+    fold: int = 0,
+    raters: str = "all",
+) -> Parts:
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients or series.
 
     The files are converted to the array cache once. Pickles are read as data (see `safe_pickle`): no code in them runs.
@@ -91,7 +101,7 @@ def load_lidc_patches(root, size, seed, cache=None, *, split="patient", fold=0, 
             f"split='paper' cuts the file by patch: {both} of the {len(tested)} patients or series of test are in "
             "train too, so test scores are too good"
         )
-    parts = [
+    train, val, test = (
         Split(
             name=part,
             task=SEGMENTATION,
@@ -102,8 +112,8 @@ def load_lidc_patches(root, size, seed, cache=None, *, split="patient", fold=0, 
             rater_valid=valid[rows],
         )
         for part, rows in index.items()
-    ]
-    return Parts(*parts, leak=leak)
+    )
+    return Parts(train, val, test, leak)
 
 
 def _split_in_order(num_patches, fold):

@@ -11,6 +11,8 @@ import importlib.util
 import json
 import logging
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +58,7 @@ PIECE_BYTES = 2**22  # of decompressed images held at a time
 # ---- cards
 
 
-def registered(name):
+def registered(name: str) -> tuple[Card, Callable[..., Parts]]:
     """(card, reader) of one of `NAMES`; the reader takes `(root, size, seed, cache=None, *, verify, download)`."""
     card = _cards()[name]
     return card, functools.partial(_load, card)
@@ -198,7 +200,13 @@ def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
     return parts
 
 
-def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -> Parts:
+def load_npz(
+    card: Card,
+    path: str | os.PathLike,
+    size: int,
+    side: int | None = None,
+    cache: str | os.PathLike | None = None,
+) -> Parts:
     """Three splits from an npz with MedMNIST's keys, images through the array cache; never holds a whole array of them.
 
     Args:
@@ -235,7 +243,8 @@ def load_npz(card: Card, path, size: int, side: int | None = None, cache=None) -
         rows = images.select(slice(first, first + n))
         splits.append(Split(part, card.task, rows, targets, groups=groups, ids=ids))
         first += n
-    return Parts(*splits)
+    train, val, test = splits
+    return Parts(train, val, test)
 
 
 # ---- the npz, piece by piece

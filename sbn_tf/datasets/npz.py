@@ -7,6 +7,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 import numpy as np
 
@@ -39,7 +41,7 @@ _BROKEN = (
 
 
 @contextlib.contextmanager
-def whole(path):
+def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     """The archive at `path`; what a broken one raises becomes a ValueError that says so, in two lines.
 
     A file that is not there, or may not be read, stays a FileNotFoundError or PermissionError. An array's CRC-32 is
@@ -64,7 +66,7 @@ def whole(path):
 
 
 @contextlib.contextmanager
-def member(archive, key: str):
+def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tuple[tuple[int, ...], bool, np.dtype]]]:
     """An array of an archive: its bytes as a file, and (shape, fortran_order, dtype), which tell how many they are."""
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -79,12 +81,12 @@ def member(archive, key: str):
         if info.file_size != expected:
             raise ValueError(f"{key} has {info.file_size} bytes, not {expected}")
         ratio = 1 if info.compress_type == zipfile.ZIP_STORED else MAX_RATIO
-        if info.file_size > ratio * os.path.getsize(archive.filename):
+        if info.file_size > ratio * os.path.getsize(str(archive.filename)):
             raise ValueError(f"{key} is said to have {info.file_size} bytes, more than the file can hold")
         yield file, (shape, fortran_order, dtype)
 
 
-def read_exactly(file, num_bytes: int, key: str) -> bytes:
+def read_exactly(file: IO[bytes], num_bytes: int, key: str) -> bytes:
     """So many bytes; an EOFError that names the array where there are fewer."""
     data = file.read(num_bytes)
     if len(data) != num_bytes:
@@ -92,7 +94,7 @@ def read_exactly(file, num_bytes: int, key: str) -> bytes:
     return data
 
 
-def read_array(archive, key: str) -> np.ndarray:
+def read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     """A whole array of an archive; its bytes are held once."""
     with member(archive, key) as (file, (shape, fortran_order, dtype)):
         array = np.empty(shape, dtype, order="F" if fortran_order else "C")
@@ -104,7 +106,9 @@ def read_array(archive, key: str) -> np.ndarray:
 
 
 def read_npz(
-    path, keys: dict[str, tuple[tuple, str]], optional: dict[str, tuple[tuple, str]] | None = None
+    path: str | os.PathLike,
+    keys: Mapping[str, tuple[tuple[int | str, ...], str]],
+    optional: Mapping[str, tuple[tuple[int | str, ...], str]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays of an archive, by key; all headers are compared before the first array is read.
 
@@ -119,7 +123,7 @@ def read_npz(
             of another shape or kind.
         FileNotFoundError, PermissionError: the file cannot be read.
     """
-    wanted = keys | (optional or {})
+    wanted = {**keys, **(optional or {})}
     with whole(path) as archive:
         found = [name.removesuffix(".npy") for name in archive.namelist()]
         missing = [key for key in keys if key not in found]

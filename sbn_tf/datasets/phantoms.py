@@ -6,6 +6,9 @@ on average no network has a better NLL or Brier score than these: an upper bound
 Coordinates run from 0 to 1 over the image, so the same seed gives the same scenes at every size.
 """
 
+import os
+from typing import Any
+
 import numpy as np
 from scipy.special import ndtr
 
@@ -22,7 +25,7 @@ __all__ = [
     "load_phantom_nodule",
 ]
 
-_COMMON = dict(
+_COMMON: dict[str, Any] = dict(
     licence="Apache-2.0 (made by this package)",
     citation="none needed",
     source="sbn_tf.datasets.phantoms",
@@ -71,7 +74,15 @@ FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels
 NUM_RATERS = 4
 
 
-def load_phantom_chest(root, size, seed, *, num_train=600, num_val=150, num_test=300):
+def load_phantom_chest(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    *,
+    num_train: int = 600,
+    num_val: int = 150,
+    num_test: int = 300,
+) -> Parts:
     """Three splits: images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, `truth_probs` `(N, 14)`.
 
     A finding has a severity, 0 for most images. Its sign's contrast grows with the severity, and
@@ -81,7 +92,15 @@ def load_phantom_chest(root, size, seed, *, num_train=600, num_val=150, num_test
     return _three_splits(_chest, 1, size, seed, num_train, num_val, num_test)
 
 
-def load_phantom_lesion(root, size, seed, *, num_train=600, num_val=150, num_test=300):
+def load_phantom_lesion(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    *,
+    num_train: int = 600,
+    num_val: int = 150,
+    num_test: int = 300,
+) -> Parts:
     """Three splits: images `(N, size, size, 3)` uint8, targets and `truth_probs` `(N, size, size, 1)`.
 
     The annotated boundary is the true one moved, in each direction, by a smooth Gaussian error of standard
@@ -91,7 +110,15 @@ def load_phantom_lesion(root, size, seed, *, num_train=600, num_val=150, num_tes
     return _three_splits(_lesion, 2, size, seed, num_train, num_val, num_test)
 
 
-def load_phantom_nodule(root, size, seed, *, num_train=600, num_val=150, num_test=300):
+def load_phantom_nodule(
+    root: str | os.PathLike | None,
+    size: int,
+    seed: int,
+    *,
+    num_train: int = 600,
+    num_val: int = 150,
+    num_test: int = 300,
+) -> Parts:
     """Three splits: images `(N, size, size, 1)` uint8, targets `(N, size, size, 4)`, one mask per rater.
 
     A rater takes the core or, with probability `q`, the halo as well; errs on the boundary by a bias and a

@@ -23,6 +23,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class PickledArray:
 
     __slots__ = ("_axes", "_data", "_order", "_scalar", "_stored_shape", "dtype", "shape")
 
-    def __init__(self, scalar=False):
+    def __init__(self, scalar: bool = False):
         self.shape = self.dtype = self._data = self._axes = None
         self._scalar = scalar
 
@@ -174,7 +175,7 @@ class PickledArray:
             self.shape = shape
         self._stored_shape, self.dtype, self._data, self._order = shape, dtype.dtype, data, order
 
-    def read(self, file) -> np.ndarray:
+    def read(self, file: IO[bytes]) -> np.ndarray:
         """The array itself: writable, in native byte order, and owner of its memory."""
         if self._data is None:
             raise ValueError("an array without data")
@@ -204,7 +205,7 @@ class SafePickle(Mapping):
             the file is not the one that was opened.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._items, self._status = _follow(self.path)
         if type(self._items) is not dict:
@@ -222,12 +223,12 @@ class SafePickle(Mapping):
     def __contains__(self, key):  # Mapping's would read the item
         return key in self._items
 
-    def peek(self, key):
+    def peek(self, key: object) -> Any:
         """An item with a `PickledArray` for each array; long text and bytes are not readable in it either."""
         return self._items[key]
 
 
-def load(path):
+def load(path: str | os.PathLike) -> Any:
     """All that a pickle holds, arrays included.
 
     Args:

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from .arrays import DiskArray
-from .base import SEGMENTATION
+from .base import SEGMENTATION, Split
 
 __all__ = ["AUGMENTATIONS", "RATERS", "batches"]
 
@@ -16,7 +16,17 @@ AUGMENTATIONS = ("flips_and_quarter_turns",)
 RATERS = ("random", "majority", "mean")
 
 
-def batches(split, batch_size, *, seed=None, initial_epoch=0, epochs=1, augment=None, rater=None, drop_remainder=False):
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    initial_epoch: int = 0,
+    epochs: int = 1,
+    augment: str | None = None,
+    rater: str | None = None,
+    drop_remainder: bool = False,
+) -> tf.data.Dataset:
     """The stream that `Split.batches` documents."""
     rater = _check(split, batch_size, seed, initial_epoch, epochs, augment, rater)
     read_images, read_targets = _reader(split.images), _reader(split.targets)
@@ -89,7 +99,7 @@ def _one_mask(masks, valid, rater, draw):
     return share if rater == "mean" else tf.cast(share >= 0.5, "float32")
 
 
-def flip_and_turn(images, flips):
+def flip_and_turn(images: tf.Tensor, flips: tf.Tensor) -> tf.Tensor:
     """One of the square's eight symmetries per image.
 
     Args:

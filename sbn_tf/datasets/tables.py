@@ -1,12 +1,13 @@
 """Tables that people write by hand or in a spreadsheet: csv files, read strictly."""
 
 import csv
+import os
 from collections import Counter
 
 __all__ = ["read_table"]
 
 
-def read_table(path, columns: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
+def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a csv file, each cell without blanks around it; blank lines are left out.
 
     Args:

@@ -7,6 +7,8 @@ Then `datasets.check(data)`, and the methods and notebooks take it like any othe
 `tf.data.Dataset`: that no patient is in two of them is up to you.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import itertools
@@ -19,8 +21,10 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import cache as array_cache
 from .arrays import DiskArray
@@ -37,15 +41,15 @@ ROUNDING = 1e-5  # of float images: that much outside 0..1 is cut off
 
 
 def from_tf_data(
-    train,
-    val,
-    test,
+    train: Any,
+    val: Any,
+    test: Any,
     *,
     task: str,
     classes: tuple[str, ...] | None = None,
     name: str = "my_data",
     key: str | None = None,
-    cache=None,
+    cache: str | os.PathLike | None = None,
     in_memory: bool | None = None,
 ) -> Data:
     """A `Data` of any three `tf.data.Dataset`s, each read once, through the array cache: they may exceed memory.
@@ -118,7 +122,7 @@ def from_arrays(
     task: str,
     classes: tuple[str, ...] | None = None,
     name: str = "my_data",
-    patients: tuple | None = None,
+    patients: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Data:
     """A `Data` of numpy arrays in memory.
 
@@ -393,7 +397,9 @@ def are_class_numbers(targets: np.ndarray) -> np.ndarray:
 # ---- shapes
 
 
-def pieces(source, task: str, where: str = "the dataset") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+def pieces(
+    source: Any, task: str, where: str = "the dataset"
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Images, targets and rater_valid (or None) of a source, some at a time; shapes are checked, values are not.
 
     Args:
