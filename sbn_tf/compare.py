@@ -378,7 +378,8 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
     """Each method's metric less a rival's, on the same images and of the same seed: Markdown, a row a method.
 
     Intervals and p-values are of the paired bootstrap, the p-values adjusted for the number of methods (Holm). They
-    speak of other test images, not of other trainings: of several seeds only the rival's is compared.
+    speak of other test images, not of other trainings: of several seeds only the rival's is compared. A method whose
+    metric is undefined in more than 5 % of the resamples (the AUC of a rare label) has no row.
 
     Raises:
         ValueError: a rival without a record or without this metric.
@@ -390,7 +391,8 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
         same = one.seed == rival.seed and (one.method != rival.method or one.r_bayes != rival.r_bayes)
         if not one.is_trivial and same and key in one.metrics and (record := one.record()) is not None:
             label = one.method if one.r_bayes is None else f"{one.method} r={one.r_bayes:g}"
-            found[label] = evaluation.compare(record, ours, keys=[key], num_resamples=num_resamples)[key]
+            paired = evaluation.compare(record, ours, keys=[key], num_resamples=num_resamples)
+            found |= {label: paired[key]} if key in paired else {}  # undefined in too many resamples
     adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
     shown = {
         name: {

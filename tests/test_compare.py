@@ -144,6 +144,12 @@ def test_shifted_images_are_scored_against_clean_ones(rows):
     assert compare.shift_table(rows).count("\n") == 1 + len(METHODS) + 2
 
 
+def test_a_metric_that_is_undefined_in_too_many_resamples_has_no_row(rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "compare", lambda *records, **options: {})  # what it then gives
+    text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
+    assert "partial" not in text and "nll less deterministic's" in text
+
+
 def test_the_paired_table_is_the_paired_test(rows):
     found = evaluation.compare(rows[-1].record(), rows[-2].record(), keys=["nll"], num_resamples=50)["nll"]
     text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
