@@ -260,6 +260,8 @@ def _without_masks(config, is_masked=False):
     if isinstance(cls, type) and issubclass(cls, MaskedGaussian):
         stock = _stock_class(cls)
         named = {"module": "keras.layers", "class_name": stock.__name__, "registered_name": None}
+        if not stock.__module__.startswith("keras."):
+            named |= {"module": stock.__module__, "registered_name": keras.saving.get_registered_name(stock)}
         return {**config, **named, "config": _without_masks(config["config"], is_masked=True)}
     return {k: _without_masks(v) for k, v in config.items() if not (is_masked and k in _POSTERIOR_OPTIONS)}
 

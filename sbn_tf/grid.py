@@ -283,7 +283,7 @@ def check_folder(plan: Plan) -> None:
             there = json.loads(path.read_text())
             known = there["datasets"]
             same = there["formats"] == mine["formats"] and all(
-                known.get(name, own) == own for name, own in mine["datasets"].items()
+                name not in known or _with_defaults(known[name]) == own for name, own in mine["datasets"].items()
             )
         except (ValueError, KeyError, TypeError):
             same, known = False, {}
@@ -308,6 +308,14 @@ def _shaping(plan, data):
 
     recipe = compare.recipe_of(data.name, plan.recipe, **data.parameters)
     return json.loads(json.dumps({"parameters": data.parameters, "recipe": dataclasses.asdict(recipe)}))
+
+
+def _with_defaults(shaping):
+    """A dataset's entry of an older version, with the recipe's fields that came since."""
+    from sbn_tf.recipes import Recipe
+
+    new = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING}
+    return {**shaping, "recipe": {**new, **shaping["recipe"]}}
 
 
 def forget_damaged(plan: Plan) -> list[str]:

@@ -95,7 +95,8 @@ __all__ = [
 # $$ w = \mu + \mathrm{scatter}\big(\text{index},\ \mathrm{softplus}(\rho) \odot \epsilon\big),
 # \qquad \epsilon \sim \mathcal{N}(0, I_k). $$
 #
-# The stock variable *is* the loc, so trained checkpoints load unchanged. Beside it live two short vectors:
+# The stock variable *is* the loc, so trained checkpoints load unchanged. Beside it live two short vectors (three where
+# the prior lies around the weights themselves, section 3):
 # `kernel_posterior_index` and `kernel_posterior_untransformed_scale`, both of length $k$.
 #
 # By hand: $n = 4$, index $= [2]$, $\mu = [1, 2, 3, 4]$, $\rho = 0$ and $\epsilon = 1$: softplus(0) = 0.693, so the draw
@@ -168,9 +169,10 @@ def standard_normal(size, seed_generator, dtype: str = "float32"):
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
 # A trained network has reasons to be where it is, and N(0, 1) does not know them: it charges $\mu^2 / 2$ for every
-# trained weight, and pulls it to 0. `prior_at_loc` puts the prior around the weight's own start $m$ instead. A KL does
-# not change when both distributions are moved alike, so it is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same
-# prior: the loc is free where it starts, and pays for how far it goes.
+# trained weight, and pulls it to 0. `prior_at_loc` puts the prior around the weight's own start $m$ instead. A KL
+# does not change when both distributions are moved alike, so it is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the
+# same prior: the loc is free where it starts, and pays for how far it goes. By hand: with $m = \mu$ the term $\mu^2 /
+# 2 = 0.125$ is gone, 1.808 nats are left.
 #
 # In code a prior is a plain description of numbers and strings, so that a layer's config can hold it.
 
@@ -254,7 +256,9 @@ def _check_tfp(what):
 # by_hand = 0.5 * (0.5**2 + 0.1**2 - 1) - np.log(0.1)
 # nats = kl_normal(np.float32([0.5]), np.float32([0.1]))
 # print(f"{float(nats[0]):.3f} nats, by hand {by_hand:.3f}")
-# assert np.allclose(nats, by_hand, atol=1e-5)
+# around = kl_normal(np.float32([0.5 - 0.5]), np.float32([0.1]))  # a prior around the loc itself
+# print(f"{float(nats[0] - around[0]):.3f} nats less around the loc")
+# assert np.allclose(nats, by_hand, atol=1e-5) and np.allclose(nats - around, 0.5**2 / 2, atol=1e-5)
 
 # %% [markdown]
 # ## 4. How does a stock layer come to hold such a weight?
@@ -437,6 +441,9 @@ def _stock_class(cls):
 
 
 # %%
+_AS_SAVED = "Build it with the num_bayesian and prior_at_loc that it had when it was saved."
+
+
 class MaskedGaussian:
     """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
 
@@ -658,7 +665,7 @@ class MaskedGaussian:
         if missing or extra or (keys - numbers and set(posterior) - keys):
             raise ValueError(
                 f"Layer '{self.name}' expected {len(stock)} stock variables and posterior {sorted(posterior)}. "
-                f"Received: {sorted(keys)}. Build it with the same num_bayesian as when it was saved."
+                f"Received: {sorted(keys)}. {_AS_SAVED}"
             )
         for i, variable in enumerate(stock):
             variable.assign(store[str(i)])
@@ -666,7 +673,7 @@ class MaskedGaussian:
             if tuple(store[name].shape) != tuple(posterior[name].shape):
                 raise ValueError(
                     f"Layer '{self.name}' expected {name} of shape {tuple(posterior[name].shape)}. "
-                    f"Received: {tuple(store[name].shape)}. Build it with the same num_bayesian as when it was saved."
+                    f"Received: {tuple(store[name].shape)}. {_AS_SAVED}"
                 )
             posterior[name].assign(store[name])
         if self.built and not keys - numbers:
@@ -908,7 +915,8 @@ def register(cls: type[MaskedGaussian]) -> type[MaskedGaussian]:
             To be saved in a file it has to be registered with Keras as well, as every class of one's own.
 
     Raises:
-        ValueError: a class that is not derived so, or one that names no weight.
+        ValueError: a class that is not derived so, or one that names no weight; a stock class of one's own whose `call`
+            takes more than `inputs`; a stock class for which another one stands.
     """
     derived = isinstance(cls, type) and issubclass(cls, MaskedGaussian) and cls is not MaskedGaussian
     if not derived or not issubclass(_stock_class(cls), keras.layers.Layer) or not cls.posterior_weights:
@@ -916,7 +924,19 @@ def register(cls: type[MaskedGaussian]) -> type[MaskedGaussian]:
             "Expected a class Mine(MaskedGaussian, TheStockLayer) with posterior_weights, the names of its weights. "
             f"Received: {cls!r}"
         )
-    _PARTIAL[_stock_class(cls)] = _PARTIAL[cls] = cls
+    stock = _stock_class(cls)
+    taken = list(inspect.signature(stock.call).parameters)[1:]
+    if len(taken) != 1 and not stock.__module__.startswith("keras."):  # of Keras's, those for quantized training
+        raise ValueError(
+            f"Expected a stock layer with call(self, inputs). Received: {stock.__name__}.call with {taken}. It needs "
+            "no masked class: conversion wraps it, and hands every argument on."
+        )
+    known = _PARTIAL.get(stock, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # the same: a cell that ran twice
+        raise ValueError(
+            f"Expected a stock class without a masked one. Received: {stock.__name__}, which has {known!r}."
+        )
+    _PARTIAL[stock] = _PARTIAL[cls] = cls
     return cls
 
 

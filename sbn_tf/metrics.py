@@ -239,7 +239,7 @@ def _drop_channel(probs):
 
 
 # %% [markdown]
-# Together they are the contract of all functions that take samples and a task.
+# The checks above together are the contract of all functions that take samples and a task.
 
 
 # %%
@@ -406,7 +406,7 @@ def accuracy(mean_probs, labels) -> float:
 # skill sees through it: below 0, since a certain "no" is worse than the prevalence.
 #
 # > **Misconception: "93 % accurate is good."** With rare labels accuracy is mostly the share of negatives: never
-# > looking has 1 - prevalence, here 0.948. The distance to that number is all that can be meant. For ranking ask AUC
+# > looking has 1 - prevalence, here 0.948. Only the distance from that number says anything. For ranking ask AUC
 # > and average precision (section 4), for the probabilities Brier skill.
 
 # %% [markdown]
@@ -730,10 +730,10 @@ def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
 # %% [markdown]
 # With one sample the mutual information is 0: a deterministic network cannot report it.
 #
-# > **Misconception: "low entropy is good calibration."** Entropy is a statement about the prediction alone: the labels
-# > do not occur in it. In section 9 the answer "no finding" has the lowest entropy, 0, and a calibration error of
-# > 0.052; the prevalence has 1.88 nats, and 0.000. A low entropy is a merit only where the prediction is right (section
-# > 8).
+# > **Misconception: "low entropy is good calibration."** Entropy is a statement about the prediction alone: the
+# > labels do not occur in it. In section 9, by the paper's entropy and the calibration error that it names, the
+# > answer "no finding" has the lowest entropy, 0, and an error of 0.052; the prevalence has 1.88 nats, and 0.000. A
+# > low entropy is a merit only where the prediction is right (section 8).
 
 # %% [markdown]
 # ## 6. Do the masks overlap?
@@ -1325,15 +1325,16 @@ def paper_entropy(probs, task: str = MULTI_LABEL) -> float:
 
 
 # %% [markdown]
-# Its Dice is a mean over all pixels and both classes, so where lesions are small it is mostly about background.
+# Its Dice is a mean over all pixels and both classes, so where lesions are small it asks mostly whether the
+# background is *exactly* 0: at $p = 0.001$ a right background pixel scores one half.
 
 
 # %%
 def paper_dice(probs, truth) -> np.ndarray:
     """Elementwise `(2 p y + eps) / (p + y + eps)`, mean over pixels, both classes and samples, eps = 1e-5.
 
-    It measures mostly the fraction of background that is called background: an all-background prediction
-    scores 1 - the fraction of foreground, about 0.99 on LIDC.
+    It measures mostly how near to exactly 0 the probabilities of the background are: an all-background prediction
+    scores 1 - the fraction of foreground, about 0.99 on LIDC, a right background pixel with p = 0.001 one half.
 
     Args:
         probs: (samples, batch, height, width), probabilities of foreground.

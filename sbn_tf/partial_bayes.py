@@ -83,15 +83,18 @@ __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_no
 # %% [markdown]
 # ## 2. What is the loss, and what divides its KL?
 #
-# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2) per example, with $S$
-# draws $w_s$ of the weights. The NLL is the negative log-likelihood of the targets, the KL how far the posterior $q$ is
-# from the prior $p$ (layers, section 3), $\beta$ a factor that is 1 in the ELBO:
+# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the
+# number of terms that the loss averages over, with $S$ draws $w_s$ of the weights. The NLL is the negative
+# log-likelihood of the targets, the KL how far the posterior $q$ is from the prior $p$ (layers, section 3), $\beta$ a
+# factor that is 1 in the ELBO:
 #
-# $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N} \, \mathrm{KL}(q \,\|\, p). $$
+# $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
-# $N$ counts the *terms that the loss averages over* in the whole training set. A loss averaged over images has
-# `num_train` of them; one averaged over pixels too has `num_train * pixels`; over labels, `num_train * labels`.
-# By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is $1 / 1{,}024{,}000$.
+# $N$ is `num_train`, the number of training examples; $T$ how many *terms* of one example the loss averages over, so
+# the NLL is a mean, too. A loss averaged over images has $T = 1$; one averaged over pixels too has the pixels of an
+# image; over labels, their number. A mean squared error is no NLL: that is the error over $2 s^2$ for noise of
+# deviation $s$, so there give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight
+# is $1 / 1{,}024{,}000$.
 #
 # > **Misconception: "the KL is divided by `num_train`, and that is all."** Under a mean over 32 x 32 pixels that makes
 # > it 1,024 times too strong: it ruins training. The KL is of the weights, once for the whole training set; what it
@@ -99,8 +102,8 @@ __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_no
 #
 # > **Misconception: "mean or sum over the weights is a matter of taste."** The ELBO has the *sum* of the KL over the
 # > Bayesian entries. `kl_reduction="mean"`, the paper's code, takes the mean over the $k$ entries of each weight and
-# > divides by neither images nor pixels. That is $N / k$ times the ELBO's KL: for the images above and $k = 100$ it is
-# > 10,240 times as strong, before $\beta$ takes a part of it off.
+# > divides by neither images nor pixels. That is $N T / k$ times the ELBO's KL: for the images above and $k = 100$ it
+# > is 10,240 times as strong, before $\beta$ takes a part of it off.
 
 
 # %%
@@ -718,6 +721,10 @@ class PartialBayes(Distributed, keras.Model):
 # $$ \underbrace{H[\bar p]}_{\text{total}} = \underbrace{\tfrac1S \textstyle\sum_s H[p_s]}_{\text{aleatoric}}
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
+# $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
+# samples are an array (samples, batch, height, width, 1); each of the four results has lost the axis of samples (over
+# classes that of classes, too), and is one picture an image.
+#
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
 # the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
 
@@ -797,7 +804,8 @@ class _Sampler(Distributed, keras.Model):
 
 
 # %% [markdown]
-# How it is written down: each sample's row once, and a name for each of several outputs.
+# A loop that wrote the samples one by one into one array would copy it each time; `_rows_written_once` does not.
+# `_numbered` names the outputs of a network that has several.
 
 
 # %%
@@ -1097,7 +1105,8 @@ def _call_context(model):
 
 
 # %% [markdown]
-# The last small questions: of precision, of names, and whose weights a file holds.
+# Sums over samples are kept in float32 or better, whatever the network computes in. The others tell a scale from a loc
+# by its name, and whether a file holds the network's weights or the whole model's.
 
 
 # %%
@@ -1362,8 +1371,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #     print(f"{name:<16}right on the training points: {right:.1%}")
 
 # %% [markdown]
-# The scales left their initial 0.01: the data allow these weights far more freedom than the guess did. The KL falls as
-# they grow towards the prior's 1; the loss of the data holds them back.
+# The scales left their initial 0.01, which was a guess and too narrow: the KL falls as they grow towards the prior's 1,
+# until the loss of the data holds them back, soonest where it is most sensitive.
 #
 # ### Where is the model unsure, and why?
 
@@ -1386,7 +1395,8 @@ class BetaSchedule(keras.callbacks.Callback):
 # plt.show()
 
 # %% [markdown]
-# The check: the samples disagree more far from all points than among them.
+# The check, within this picture: in the mean the samples disagree more off the points, where the border fans out, than
+# among them.
 
 # %% tags=["active-ipynb"]
 # distance = np.min(np.linalg.norm(plane[:, None] - x[None], axis=-1), axis=1)
@@ -1416,7 +1426,8 @@ class BetaSchedule(keras.callbacks.Callback):
 # - *Scales that hardly moved.* Then the spread of the samples is the initial scale, a guess. Look at `bnn.scales()`.
 # - *Mutual information near 0.* The posterior then says nothing that the mean probability does not.
 # - *One seed, five samples.* Both are noise: repeat before you believe a difference.
-# - *A number without its trivial row.* A predictor that always says no is right on 94 % of rare labels.
+# - *A number without its trivial row*, that of a predictor which looks at no image. Where a label is true of 6 % of the
+#   images, "never" is right on 94 %.
 #
 # ## Exercises
 #

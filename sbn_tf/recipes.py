@@ -51,7 +51,7 @@ class Recipe:
         scale_start: of what `initial_scale` is a multiple: "absolute" (of 1), "relative" (of |loc|, at least of 1e-3),
             "fisher" (of the diagonal Laplace approximation's, `(num_train * fisher + 1) ** -0.5`).
         prior_scale: standard deviation of the prior N(0, prior_scale), in the weights' unit.
-        prior_at: where the prior has its loc: "zero", or each trained "weight".
+        prior_at: where the prior has its loc: "zero", or each trained "weight" (`weight_decay` still pulls to 0).
         trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
         scope: of `saliency.top_k`: "global", "layer" or "channel"; or "one_per_channel": the most salient entry of
             each output channel of each kernel, whatever `r_bayes` says.

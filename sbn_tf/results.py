@@ -74,7 +74,7 @@ METRICS = {
     ),
     "entropy": Metric(None, 0, _INFINITY, "entropy of the mean prediction, nats: how unsure it is in all"),
     "expected_entropy": Metric(None, 0, _INFINITY, "mean entropy of the samples, nats: what each is unsure of"),
-    "mutual_information": Metric(None, 0, _INFINITY, "the difference of both, nats: what the samples disagree on"),
+    "mutual_information": Metric(None, 0, _INFINITY, "entropy less expected_entropy, nats: how far samples disagree"),
     "risk": Metric("lower", 0, 1, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
     "aurc": Metric("lower", 0, 1, "area under the risk-coverage curve: mean error if unsure images are refused"),
     "excess_aurc": Metric("lower", 0, 1, "that area less the oracle's, which refuses the worst images first"),
@@ -106,9 +106,7 @@ METRICS = {
     "paper_brier": Metric("lower", 0, 1, "Brier score of one random sample, not of the mean prediction"),
     "paper_brier_softmax_twice": Metric("lower", 0, 1, "the same after a second softmax: 0.0723 is the least"),
     "paper_entropy": Metric(None, 0, _INFINITY, "of labels -p ln p without the 1 - p term; of masks the entropy"),
-    "paper_dice": Metric(
-        "higher", 0, 1, "mostly the share of background pixels: an empty mask scores nearly that share"
-    ),
+    "paper_dice": Metric("higher", 0, 1, "mostly how near to exactly 0 background is: an empty mask scores its share"),
     "paper_iou": Metric("higher", 0, 1, "IoU of a typical sample, not of the mean prediction"),
     "paper_ece": Metric("lower", 0, 1, "calibration error of the decisions: mostly whether a sure no is right"),
 }
@@ -1014,6 +1012,8 @@ def _notes_of_samples(rows, keys, marks, counts):
     note = f"Depends on the number of samples: {', '.join(shown)}. Samples: {'; '.join(texts)}."
     if any(key in marks.labels for key in shown):
         note += f" Compared and marked there: rows with {_count(rows, counts)}."
+    elif len(labels) > 1:
+        note += " So no row is marked there."
     return [note]
 
 

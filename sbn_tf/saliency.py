@@ -18,16 +18,22 @@
 # **The weights whose gradients are large matter most to the loss; the top `k = round(r_bayes * n)` of them become
 # Bayesian.**
 #
-# Why these? The loss is most sensitive to them, so the data pin them down best, and a small doubt about them moves the
-# predictions most. That this is where a distribution helps *uncertainty* is the paper's claim, not a theorem: compare
-# with `random`. `r_bayes` is a share of the *eligible* weights: trainable ones outside normalisation layers.
+# `r_bayes` is the share of the *eligible* entries that becomes Bayesian, 0 to 1: `n` counts the entries of trainable
+# weights outside normalisation layers.
+#
+# Why these? The loss is most sensitive to them: the same small noise moves predictions most where it falls on them, so
+# few of them suffice to make samples differ. The other side of it: what the loss feels, the data pin down, so these are
+# *not* the weights that the data leave most in doubt, and an exact posterior would be narrowest here. How far samples
+# differ is sensitivity times scale. That the first is what to choose by is the paper's claim, not a theorem: compare
+# with `random`; [what works](../09_what_works.ipynb) does.
 #
 # - *You will see*: a name for every weight, one gradient pass over the training set (or none), six scores, the
 #   selection by entries and by channels, where in the network it falls, and what that costs.
-# - *Words*: a *weight* is an array such as a kernel, an *entry* one number of it. A *Bayesian* entry has a
-#   distribution, a *point* has none. A *mask* says which entries are Bayesian. A *sample* is the network with each
-#   Bayesian entry drawn once. Choosing the entries is step 2 of the method; step 1 is the usual training, step 3 the
-#   training with distributions. More words: [glossary](../../docs/glossary.md).
+# - *Words*: a *weight* is, as in Keras, an array such as a kernel, an *entry* one number of it; "the salient weights"
+#   or "1 % of the weights" are entries, as in the paper. A *Bayesian* entry has a distribution, a *point* has none. A
+#   *mask* says which entries are Bayesian. A *sample* is the network with each Bayesian entry drawn once. Choosing
+#   the entries is step 2 of the method; step 1 is the usual training, step 3 the training with distributions. More
+#   words: [glossary](../../docs/glossary.md).
 # - *You need*: gradients of a loss.
 # - *Runs in*: 30 seconds (CPU).
 #
@@ -210,7 +216,7 @@ def biases_before_batch_norm(model) -> list[str]:
 #
 # | score | definition | source |
 # |---|---|---|
-# | `fisher` | $\frac1N \sum_b n_b\, g_b^2$ | squared batch gradients: the empirical Fisher's diagonal, up to scale |
+# | `fisher` (the default) | $\frac1N \sum_b n_b\, g_b^2$ | batch gradients squared: the Fisher's, up to scale |
 # | `paper` | $\big(\sum_b g_b\big)^2$, network in training mode | the paper's code |
 # | `per_example` | $\frac1N \sum_i g_i^2$ | the empirical Fisher's diagonal (Kirkpatrick et al. 2017) |
 # | `magnitude` | $\lvert w \rvert$ | pruning by size |
@@ -1360,12 +1366,14 @@ def saliency_against_cost(
 # + \underbrace{\frac1B \sum_b (g_b - \bar g)^2}_{\text{spread between batches}},
 # \qquad \bar g = \frac1B \sum_b g_b . $$
 #
-# `fisher` has both, `paper` the first alone. By hand, the first weight of section 2: $3^2 = 0^2 + 3^2$.
+# For batches of one size `fisher` has both, `paper` the first alone. By hand, the first weight of section 2: $3^2 =
+# 0^2 + 3^2$.
 #
-# > **Misconception: "$(\sum_b g_b)^2$ is the gradient of the whole loss, so it is the better score."** Training goes
-# > where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left of it there is the
-# > rest of the way, $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum): it tells where the optimiser
-# > happened to stop, and its square ranks noise. The spread between batches does not vanish there.
+# > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
+# > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left of it
+# > there is the rest of the way, $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum): it tells
+# > where the optimiser happened to stop, and its square ranks noise. The spread between batches does not vanish
+# > there, unless the network fits every example exactly.
 #
 # Is it so? Three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that means
 # something should be nearly the same when it is made from half of the training data.
@@ -1444,7 +1452,8 @@ def saliency_against_cost(
 # plt.show()
 
 # %% [markdown]
-# *Reading*: a bar to the right of the dashed line is a weight that got more than its share of the 10 %; no bar, none.
+# *Reading*: a bar to the right of the dashed line is a weight that got more than its share of the 10 %; no bar, none. A
+# layer of many entries may have the most chosen ones and still less than its share.
 #
 # What would cheaper samples leave behind? The middle layer has most of the multiply-adds: before it or in it, nearly
 # the whole network runs anew.

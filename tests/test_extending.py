@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sbn_tf import baselines, compare, datasets, layers, recipes
+from sbn_tf import cost as costs
 from sbn_tf.conversion import to_deterministic
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
@@ -69,6 +70,8 @@ def test_a_dataset_s_name_is_its_own(registries):
             datasets.register(card, names["load_scans"])
     with pytest.raises(ValueError, match="Expected a Card with a task among"):
         datasets.register(dataclasses.replace(names["SCANS"], task="regression"), names["load_scans"])
+    with pytest.raises(ValueError, match="Expected a reader"):
+        datasets.register(dataclasses.replace(names["SCANS"], name="others"), "scans.npz")
 
 
 def test_a_layer(registries, tmp_path):
@@ -92,10 +95,41 @@ def test_a_layer(registries, tmp_path):
     np.testing.assert_allclose(plain(x), model(x), rtol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [keras.layers.Dense, layers.MaskedGaussian, "Dense"])
+def test_a_layer_comes_out_of_another_that_holds_it(registries):
+    names = run(1)
+    names["Gain"].compute_output_shape = lambda self, shape: shape  # `TimeDistributed` asks for it
+    masked = names["MaskedGain"](num_bayesian=5, kl_weight=0.1)
+    model = keras.Sequential([keras.Input((3, 5)), keras.layers.TimeDistributed(masked, name="each")])
+    masked.gain.assign(np.arange(5.0))
+    plain, x = to_deterministic(model), np.ones((2, 3, 5), "float32")
+    assert type(plain.get_layer("each").layer) is names["Gain"]
+    np.testing.assert_allclose(plain(x), np.broadcast_to(np.arange(5.0), x.shape), rtol=1e-6)
+
+
+class Nameless(layers.MaskedGaussian, keras.layers.Rescaling):
+    pass
+
+
+@pytest.mark.parametrize("wrong", [keras.layers.Dense, layers.MaskedGaussian, "Dense", Nameless])
 def test_what_is_no_masked_layer_is_not_registered(registries, wrong):
     with pytest.raises(ValueError, match="Expected a class Mine"):
         layers.register(wrong)
+
+
+def test_a_layer_with_more_arguments_is_left_to_the_wrapper(registries):
+    class Noisy(keras.layers.Layer):
+        def call(self, inputs, training=None):
+            return inputs
+
+    with pytest.raises(ValueError, match=r"Noisy.call with \['inputs', 'training'\]. It needs"):
+        layers.register(type("MaskedNoisy", (layers.MaskedGaussian, Noisy), {"posterior_weights": ("gain",)}))
+
+
+def test_a_stock_class_has_one_masked_class(registries):
+    names = run(1)
+    assert layers.register(names["MaskedGain"]) is names["MaskedGain"]  # a cell that is run twice
+    with pytest.raises(ValueError, match="Expected a stock class without a masked one. Received: Dense"):
+        layers.register(type("Mine", (layers.MaskedGaussian, keras.layers.Dense), {"posterior_weights": ("kernel",)}))
 
 
 @pytest.mark.parametrize("dataset", ["phantom_lesion", "phantom_chest"])
@@ -106,11 +140,12 @@ def test_a_baseline(registries, tmp_path, dataset):
     method = baselines.make("mirrors", recipe, runs=tmp_path, verbose=False).fit(data)
     images = data.test.normalised(slice(0, 12))
     found, plain = method.predict_samples(images), method.step1.model
-    up = plain.predict(np.ascontiguousarray(images[:, ::-1]), verbose=0)
-    np.testing.assert_allclose(found[0], plain.predict(images, verbose=0).reshape(found[0].shape), atol=1e-5)
-    up = up[..., 0][:, ::-1] if dataset == "phantom_lesion" else up
-    np.testing.assert_allclose(found[1], up, atol=1e-5)
-    assert method.cost()["predict_flops"] == 4 * method.cost()["predict_flops_per_sample"]
+    for sample, (up, left) in zip(found, ((1, 1), (-1, 1), (1, -1), (-1, -1)), strict=True):
+        seen = plain.predict(np.ascontiguousarray(images[:, ::up, ::left]), verbose=0)
+        seen = seen[..., 0][:, ::up, ::left] if dataset == "phantom_lesion" else seen
+        np.testing.assert_allclose(sample, seen, atol=1e-5)
+    one_pass = costs.prediction_flops(plain, 12)
+    assert method.cost()["predict_flops"] == pytest.approx(4 * one_pass, rel=0.01)
     options = {"num_train": 20, "num_val": 10, "num_test": 12}
     settings = compare.experiment(dataset, size=16, changes="epochs=1", options=options, runs=tmp_path, verbose=False)
     row = compare.row(settings, "mirrors")

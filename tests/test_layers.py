@@ -365,8 +365,10 @@ def test_a_prior_around_the_weights_themselves(counts):
     np.testing.assert_allclose(sum(layer.losses), 0.1 * expected, rtol=1e-6)
     layer.centre_prior()
     np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
+    moved(layer)
     layer.set_mask(layer.mask("kernel"))  # chosen anew, it starts where the weights are now
     np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
+    assert [one.name for one in layer.weights if "prior_loc" in one.name] == ["kernel_posterior_prior_loc"]
 
 
 def test_a_prior_around_the_weights_starts_at_a_stock_checkpoint_and_is_saved(tmp_path):
@@ -381,6 +383,26 @@ def test_a_prior_around_the_weights_starts_at_a_stock_checkpoint_and_is_saved(tm
     again = keras.saving.load_model(tmp_path / "model.keras").layers[0]
     assert again.prior_at_loc
     np.testing.assert_allclose(again.kl_divergence(), kl_from(layer, starts, 1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_weights_of_a_layer_with_another_kind_of_prior_are_refused(tmp_path, saved):
+    options = {"num_bayesian": 7, "kl_weight": 0.1}
+    one, other = (
+        keras.Sequential([keras.Input((4,)), layers.Dense(3, prior_at_loc=at_loc, **options)])
+        for at_loc in (saved, not saved)
+    )
+    one.save_weights(tmp_path / "saved.weights.h5")
+    with pytest.raises(ValueError, match="with the num_bayesian and prior_at_loc that it had"):
+        other.load_weights(tmp_path / "saved.weights.h5")
+
+
+def test_a_prior_around_the_weights_in_mixed_precision():
+    layer = layers.Dense(3, num_bayesian=7, kl_weight=0.1, prior_at_loc=True, dtype="mixed_float16")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    starts = moved(layer)
+    model(np.ones((2, 4), "float32"))
+    np.testing.assert_allclose(sum(model.losses), 0.1 * kl_from(layer, starts, 1.0), rtol=1e-6)
 
 
 def test_a_layer_built_by_fit_keeps_the_prior_where_its_weights_began():

@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -55,6 +56,21 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     assert names["uncertainty"]["mutual_information"].shape == (4,)
     assert data["model"].history.epoch == [0, 1]
     assert "No problem found" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_papermill_reads_every_parameter(caplog):
+    from papermill.translators import PythonTranslator
+
+    found = 0
+    for name, notebook in tracked_notebooks().items():
+        for cell in code_cells(notebook):
+            if "parameters" in cell["metadata"].get("tags", ()):
+                source = "".join(cell["source"])
+                read = PythonTranslator.inspect(nbformat.from_dict({**cell, "source": source}))
+                assert [one.name for one in read] == re.findall(r"^(\w+) = ", source, re.M), name
+                found += 1
+    assert found >= 6 and not caplog.records  # it only warns of a line that it cannot read: an "=" in its comment
 
 
 def test_no_placeholder_is_left():

@@ -67,7 +67,7 @@ def names() -> tuple[str, ...]:
 
 
 def register(card: Card, reader: Callable[..., Parts]) -> None:
-    """Make a dataset known to `load`, `card`, the notebooks and the grid under its card's name.
+    """Make a dataset known to `load`, `card` and `compare` under its card's name, in this process.
 
     Args:
         card: what it is; every reader of a table sees it.
@@ -75,10 +75,12 @@ def register(card: Card, reader: Callable[..., Parts]) -> None:
             `cache` where it asks for them. `docs/extending.md` has one of twenty lines.
 
     Raises:
-        ValueError: no `Card`, a name that is taken by another dataset, or a task that is none.
+        ValueError: no `Card`, no function, a name that is taken by another dataset, or a task that is none.
     """
     if not isinstance(card, Card) or card.task not in TASKS:
         raise ValueError(f"Expected a Card with a task among {', '.join(TASKS)}. Received: {card!r}")
+    if not callable(reader):
+        raise ValueError(f"Expected a reader, a function of (root, size, seed). Received: {reader!r}")
     if card.name in names() and _REGISTRY.get(card.name, (None,))[0] != card:
         raise ValueError(f"Expected a name that no dataset has. Received: {card.name!r}, of a dataset that is known.")
     _REGISTRY[card.name] = (card, reader)
