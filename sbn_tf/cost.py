@@ -44,6 +44,7 @@ import contextlib
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import keras
@@ -345,7 +346,7 @@ class Flops:
 
 
 # %%
-def count_flops(function, *specs, loop_trips: int | None = None) -> Flops:
+def count_flops(function: Callable, *specs, loop_trips: int | None = None) -> Flops:
     """Floating point operations of `function(*specs)`, counted from its graph. Nothing is computed.
 
     The graph is counted as traced: TensorFlow may still merge equal operations or fuse neighbours when it runs it.
@@ -601,7 +602,7 @@ def _static(tensor) -> float | None:
 
 
 # %%
-def training_step(model, batch_size: int, targets=None) -> Flops:
+def training_step(model: keras.Model, batch_size: int, targets=None) -> Flops:
     """Operations of one step of `fit` on a whole batch: forward, every backward pass, optimiser and metrics.
 
     No value changes. An optimiser or a metric without variables gets them, as in the first step of `fit`.
@@ -633,12 +634,12 @@ def training_step(model, batch_size: int, targets=None) -> Flops:
 
 
 # %%
-def training_flops(model, batch_size: int) -> float:
+def training_flops(model: keras.Model, batch_size: int) -> float:
     """Operations of one step of `fit`, divided by the batch size; see `training_step`."""
     return training_step(model, batch_size).total / batch_size
 
 
-def prediction_flops(model, batch_size: int = 1) -> float:
+def prediction_flops(model: keras.Model, batch_size: int = 1) -> float:
     """Operations of one call of a model in inference mode, per example; of a `PartialBayes`: all its samples.
 
     Args:
@@ -658,7 +659,7 @@ def prediction_flops(model, batch_size: int = 1) -> float:
 
 
 # %%
-def saliency_flops(model, loss, batch_size: int) -> float:
+def saliency_flops(model: keras.Model, loss, batch_size: int) -> float:
     """Operations of a forward and a backward pass, per example: a pass of gradients over data, without an optimiser.
 
     Args:
@@ -886,7 +887,7 @@ def paper_flops(r_bayes: float) -> float:
 
 
 # %%
-def parameters(model) -> dict[str, int]:
+def parameters(model: keras.Model) -> dict[str, int]:
     """How many numbers a model has.
 
     Returns:
@@ -906,7 +907,7 @@ def parameters(model) -> dict[str, int]:
     }
 
 
-def bytes_of(model) -> dict[str, int]:
+def bytes_of(model: keras.Model) -> dict[str, int]:
     """Bytes that a model's variables hold.
 
     Returns:
@@ -958,7 +959,7 @@ _open_blocks: list[Used] = []  # blocks may be nested: an inner one must not hid
 
 
 @contextlib.contextmanager
-def measured():
+def measured() -> Iterator[Used]:
     """Measures a block: `with measured() as used: ...`, then `used.seconds` and `used.peak_bytes`.
 
     Blocks may be nested; a block that ends by an exception is measured up to there. It never fails by itself.

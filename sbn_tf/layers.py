@@ -45,6 +45,7 @@ import contextlib
 import contextvars
 import inspect
 import zlib
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
@@ -283,7 +284,7 @@ _batch: contextvars.ContextVar[BatchDraws | None] = contextvars.ContextVar("sbn_
 
 
 @contextlib.contextmanager
-def posterior_sample():
+def posterior_sample() -> Iterator[None]:
     """Within this context each masked weight is drawn once: a layer used twice has the same weight both times.
 
     Outside it every call draws anew. In a loop that TensorFlow itself traces (`tf.while_loop`) the draw is the loop's.
@@ -297,7 +298,7 @@ def posterior_sample():
 
 
 @contextlib.contextmanager
-def posterior_mean():
+def posterior_mean() -> Iterator[None]:
     """Within this context each masked weight is its loc: calls are deterministic.
 
     It acts while a call is traced: use it around `model(x)`, not around `model.predict(x)`, whose compiled function
@@ -317,7 +318,7 @@ def posterior_mean():
 
 # %%
 @contextlib.contextmanager
-def batch_draws(how: str, num_samples: int = 5, shared=()):
+def batch_draws(how: str, num_samples: int = 5, shared: Collection[keras.layers.Layer] = ()) -> Iterator[None]:
     """Within this context one call of a network on a batch holds several draws, at about the cost of one.
 
     Axis 0 of every masked layer's inputs must be the batch, in the same order throughout the network.
@@ -1030,12 +1031,12 @@ class SeparableConv2D(MaskedGaussian, keras.layers.SeparableConv2D):  # noqa: D1
 
 
 # %%
-def partial_class(layer) -> type | None:
+def partial_class(layer: keras.layers.Layer | type) -> type | None:
     """The masked class that stands for a stock or masked layer (or for its class); None if there is none."""
     return _PARTIAL.get(layer if isinstance(layer, type) else type(layer))
 
 
-def masked_layers(model) -> list:
+def masked_layers(model: keras.layers.Layer) -> list:
     """All layers of a model, nested ones too, that have Bayesian entries; each once."""
     found = [model, *model._flatten_layers(include_self=False, recursive=True)]
     unique = {id(x): x for x in found if isinstance(x, MaskedGaussian) and any(x.num_bayesian.values())}

@@ -61,7 +61,10 @@ outside 0..1 (but for rounding), NaN, empty arrays and shapes that do not fit ar
 a docstring says so, and only there.
 """
 
+from __future__ import annotations
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage, optimize
 from scipy.special import entr
 
@@ -134,11 +137,11 @@ SUM_TOLERANCE = 1e-4
 
 
 # %%
-def _float64(values):
+def _float64(values) -> np.ndarray:
     return np.asarray(values).astype("float64", copy=False)
 
 
-def _check_range(values, name="probabilities"):
+def _check_range(values, name="probabilities") -> np.ndarray:
     """The values, if all are in 0..1, what rounding left above 1 cut off; empty arrays pass."""
     if values.size == 0:
         return values
@@ -148,7 +151,7 @@ def _check_range(values, name="probabilities"):
     return np.minimum(values, 1) if high > 1 else values
 
 
-def _pair(predicted, targets):
+def _pair(predicted, targets) -> tuple[np.ndarray, np.ndarray]:
     predicted, targets = _float64(predicted), _float64(targets)
     if predicted.shape != targets.shape or predicted.size == 0:
         raise ValueError(
@@ -162,7 +165,7 @@ def _pair(predicted, targets):
 
 
 # %%
-def _image_pair(predicted, truth):
+def _image_pair(predicted, truth) -> tuple[np.ndarray, np.ndarray]:
     predicted, truth = _pair(predicted, truth)
     if predicted.ndim != 3:
         raise ValueError(f"Expected masks of shape (batch, height, width). Received: shape {predicted.shape}")
@@ -193,7 +196,7 @@ _TARGETS = {BINARY: "(batch, 1)", SEGMENTATION: "(batch, height, width, raters)"
 _TARGETS |= dict.fromkeys(EXCLUSIVE, "(batch, classes), one-hot")
 
 
-def _check_targets(targets, task):
+def _check_targets(targets, task) -> np.ndarray:
     if task not in TASKS:
         raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
     if task != SEGMENTATION or not isinstance(targets, DiskArray):
@@ -218,7 +221,7 @@ def _check_targets(targets, task):
 
 
 # %%
-def _check_valid(rater_valid, masks):
+def _check_valid(rater_valid, masks) -> np.ndarray:
     shape = (masks.shape[0], masks.shape[-1])
     if rater_valid is None:
         return np.ones(shape, bool)
@@ -232,7 +235,7 @@ def _check_valid(rater_valid, masks):
     return valid
 
 
-def _drop_channel(probs):
+def _drop_channel(probs) -> np.ndarray:
     if probs.ndim == 5 and probs.shape[-1] == 1:
         return probs[..., 0]
     return probs
@@ -243,7 +246,7 @@ def _drop_channel(probs):
 
 
 # %%
-def _check(probs, targets, task, rater_valid):
+def _check(probs, targets, task, rater_valid) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     targets, probs = _check_targets(targets, task), np.asarray(probs)
     if task != SEGMENTATION and rater_valid is not None:
         raise ValueError(f"Expected rater_valid=None, as {task} targets have no raters. Received: an array")
@@ -286,7 +289,7 @@ def _check(probs, targets, task, rater_valid):
 
 
 # %%
-def nll(mean_probs, targets) -> float:
+def nll(mean_probs: ArrayLike, targets: ArrayLike) -> float:
     """Negative log likelihood, `-y ln p - (1 - y) ln(1 - p)`, in nats per label or pixel.
 
     Args:
@@ -307,7 +310,7 @@ def _nll(probs, targets):
 
 
 # %%
-def brier(mean_probs, targets) -> float:
+def brier(mean_probs: ArrayLike, targets: ArrayLike) -> float:
     """Brier score, `(p - y)^2`, mean over labels or pixels (Brier 1950, for one of the two classes).
 
     Args:
@@ -350,7 +353,7 @@ def _soft_brier(probs, soft):
 
 
 # %%
-def brier_skill(mean_probs, targets, train_prevalence) -> float:
+def brier_skill(mean_probs: ArrayLike, targets: ArrayLike, train_prevalence: ArrayLike) -> float:
     """`1 - brier / brier of the training prevalence`: 1 is perfect, 0 no better than never looking, below it worse.
 
     Args:
@@ -370,7 +373,7 @@ def brier_skill(mean_probs, targets, train_prevalence) -> float:
 
 
 # %%
-def accuracy(mean_probs, labels) -> float:
+def accuracy(mean_probs: ArrayLike, labels: ArrayLike) -> float:
     """Fraction of labels for which `p > 0.5` equals the label; with rare labels, 1 - prevalence is free."""
     mean_probs, labels = _pair(mean_probs, labels)
     return float(((mean_probs > 0.5) == (labels > 0.5)).mean())
@@ -457,7 +460,9 @@ def _ece_of_bins(bins):
 
 
 # %%
-def ece(mean_probs, targets, num_bins: int = 15, per_label: bool = False, binning: str = "width") -> float | np.ndarray:
+def ece(
+    mean_probs: ArrayLike, targets: ArrayLike, num_bins: int = 15, per_label: bool = False, binning: str = "width"
+) -> float | np.ndarray:
     """Expected calibration error of the probability of 1.
 
     `sum over bins of n_bin / n * |mean p - mean y|`. Each label or pixel is a binary event of its own, so p
@@ -506,7 +511,7 @@ def ece(mean_probs, targets, num_bins: int = 15, per_label: bool = False, binnin
 
 
 # %%
-def brier_decomposition(mean_probs, targets, num_bins: int = 15) -> dict[str, float]:
+def brier_decomposition(mean_probs: ArrayLike, targets: ArrayLike, num_bins: int = 15) -> dict[str, float]:
     """The Brier score as `reliability - resolution + uncertainty + within`, exactly, over equal-width bins.
 
     "reliability": squared distance of a bin's mean probability and its frequency of 1 (0: calibrated).
@@ -579,7 +584,7 @@ def _per_label(function, mean_probs, labels):
     return scores
 
 
-def auc_per_label(mean_probs, labels) -> np.ndarray:
+def auc_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Area under the ROC curve of each label, (labels,); NaN where the labels are all 0 or all 1.
 
     Args:
@@ -639,7 +644,7 @@ def auc_per_label(mean_probs, labels) -> np.ndarray:
 
 
 # %%
-def average_precision_per_label(mean_probs, labels) -> np.ndarray:
+def average_precision_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Average precision of each label, (labels,); NaN where the labels are all 0 or all 1.
 
     A random ranking scores about the label's prevalence.
@@ -675,7 +680,7 @@ def average_precision_per_label(mean_probs, labels) -> np.ndarray:
 
 
 # %%
-def binary_entropy(probs) -> np.ndarray:
+def binary_entropy(probs: ArrayLike) -> np.ndarray:
     """Entropy of a binary event, `-p ln p - (1 - p) ln(1 - p)`, in nats, elementwise: 0 to ln 2 = 0.693."""
     probs = _check_range(_float64(probs))
     return entr(probs) + entr(1 - probs)
@@ -690,7 +695,7 @@ def _class_entropy(probs):
 
 
 # %%
-def uncertainty(probs, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
+def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:
     """Split the predictive entropy of every label or pixel, or of an image's classes, into two parts.
 
     `entropy = expected_entropy + mutual_information`: total, aleatoric (the samples are each unsure),
@@ -752,7 +757,7 @@ def _overlap(predicted, truth):
     return (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
 
 
-def dice(predicted, truth) -> np.ndarray:
+def dice(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """Dice of the foreground, `2 |A and B| / (|A| + |B|)`, for each image; 1 if both masks are empty.
 
     Args:
@@ -771,7 +776,7 @@ def dice(predicted, truth) -> np.ndarray:
 
 
 # %%
-def iou(predicted, truth) -> np.ndarray:
+def iou(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """Intersection over union of the foreground, `|A and B| / |A or B|`, for each image; 1 if both are empty.
 
     Args:
@@ -805,7 +810,7 @@ def iou(predicted, truth) -> np.ndarray:
 
 
 # %%
-def hausdorff95(predicted, truth) -> np.ndarray:
+def hausdorff95(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """95th percentile of the distances between the two outlines, in pixels, for each image.
 
     An outline is the foreground's pixels with a background pixel, or the image's edge, above, below, left or
@@ -866,12 +871,12 @@ def _rater_mean(masks, valid):
     return np.einsum("bhwr,br->bhw", _float64(masks), _float64(valid)) / valid.sum(1)[:, None, None]
 
 
-def _soft_mask(masks, rater_valid):
+def _soft_mask(masks, rater_valid) -> np.ndarray:
     masks = _check_targets(np.asarray(masks), SEGMENTATION)
     return _rater_mean(masks, _check_valid(rater_valid, masks))
 
 
-def majority_mask(masks, rater_valid=None) -> np.ndarray:
+def majority_mask(masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Foreground where at least half of the valid raters mark it: a tie (2 of 4) is foreground.
 
     The 50 % consensus customary for LIDC (Kubota et al. 2011), as `datasets.Split.majority` has it.
@@ -891,7 +896,7 @@ def majority_mask(masks, rater_valid=None) -> np.ndarray:
 
 
 # %%
-def disagreement(masks, rater_valid=None) -> np.ndarray:
+def disagreement(masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """The raters' variance at each pixel, `s (1 - s)` of their mean s: 0 if they agree, at most 1/4.
 
     It is the part of a pixel's Brier score against a random rater that no prediction can remove.
@@ -907,7 +912,7 @@ def disagreement(masks, rater_valid=None) -> np.ndarray:
     return soft * (1 - soft)
 
 
-def dice_raters(predicted, masks, rater_valid=None) -> np.ndarray:
+def dice_raters(predicted: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Dice against each valid rater, their mean, for each image: what a random rater thinks of one mask.
 
     Args:
@@ -964,7 +969,7 @@ def _pairwise_distance(a, b):
 
 
 # %%
-def generalised_energy_distance(probs, masks, rater_valid=None) -> np.ndarray:
+def generalised_energy_distance(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Distance between the distribution of sampled masks and that of the raters' masks, for each image.
 
     `2 E d(sample, rater) - E d(sample, sample') - E d(rater, rater')` with `d = 1 - IoU`, and `d = 0`
@@ -1001,7 +1006,7 @@ def _energy_distance(probs, masks, valid):
 
 
 # %%
-def hungarian_iou(probs, masks, rater_valid=None) -> np.ndarray:
+def hungarian_iou(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Mean IoU of sampled and raters' masks, each paired with one of the other so that the mean is largest.
 
     Both sets are repeated to their least common multiple first, so a rater's mask finds as many samples as its
@@ -1116,7 +1121,7 @@ def _matched_iou(samples, raters):
 
 
 # %%
-def _check_risk(uncertainty, risk):
+def _check_risk(uncertainty, risk) -> tuple[np.ndarray, np.ndarray]:
     uncertainty, risk = _float64(uncertainty), _float64(risk)
     if uncertainty.ndim != 1 or uncertainty.shape != risk.shape or risk.size == 0:
         raise ValueError(
@@ -1128,7 +1133,7 @@ def _check_risk(uncertainty, risk):
     return uncertainty, risk
 
 
-def risk_coverage(uncertainty, risk) -> tuple[np.ndarray, np.ndarray]:
+def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Mean risk of the most certain images, for every share of images that is kept.
 
     Equally uncertain images count with their mean risk, the expectation over their order: an uncertainty that
@@ -1156,7 +1161,7 @@ def risk_coverage(uncertainty, risk) -> tuple[np.ndarray, np.ndarray]:
 
 
 # %%
-def area_under_risk_coverage(uncertainty, risk) -> float:
+def area_under_risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> float:
     """Mean of the selective risk over all coverages: low if the risk is low, and if the uncertainty finds it.
 
     Args:
@@ -1165,7 +1170,7 @@ def area_under_risk_coverage(uncertainty, risk) -> float:
     return float(risk_coverage(uncertainty, risk)[1].mean())
 
 
-def excess_area(uncertainty, risk) -> float:
+def excess_area(uncertainty: ArrayLike, risk: ArrayLike) -> float:
     """Area under the risk-coverage curve beyond the oracle's, which sorts by the risk itself: 0 is best.
 
     The area alone is mostly the mean risk; this is what a better uncertainty could still gain.
@@ -1185,7 +1190,7 @@ def excess_area(uncertainty, risk) -> float:
 
 
 # %%
-def error_auroc(uncertainty, errors) -> float:
+def error_auroc(uncertainty: ArrayLike, errors: ArrayLike) -> float:
     """Probability that an error is more uncertain than a correct prediction: 0.5 is chance.
 
     It also tells shifted (1) from clean (0) inputs. A method with other errors is asked another question, so
@@ -1250,7 +1255,7 @@ def error_auroc(uncertainty, errors) -> float:
 
 
 # %%
-def _samples_pair(probs, targets, target_axes=None):
+def _samples_pair(probs, targets, target_axes=None) -> tuple[np.ndarray, np.ndarray]:
     probs, targets = _float64(probs), _float64(targets)
     axes = targets.ndim if target_axes is None else target_axes
     if probs.shape[1:] != targets.shape or targets.ndim != axes or probs.ndim == 0 or probs.size == 0:
@@ -1261,7 +1266,7 @@ def _samples_pair(probs, targets, target_axes=None):
     return _check_range(probs), _check_range(targets, "targets")
 
 
-def paper_accuracy(probs, labels) -> float:
+def paper_accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     """Accuracy of the samples' majority vote: what it measures is mostly that most labels are 0.
 
     Predicting no finding for everyone scores 1 - prevalence, on ChestMNIST above every row of the paper's
@@ -1280,7 +1285,7 @@ def paper_accuracy(probs, labels) -> float:
 
 
 # %%
-def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
+def paper_brier(probs: ArrayLike, targets: ArrayLike, softmax_twice: bool = False) -> float:
     """Mean of the samples' Brier scores: the Brier score of one random sample, not of the prediction.
 
     It exceeds `brier` of the mean by the samples' variance. With two classes, background and foreground,
@@ -1304,7 +1309,7 @@ def paper_brier(probs, targets, softmax_twice: bool = False) -> float:
 
 
 # %%
-def paper_entropy(probs, task: str = MULTI_LABEL) -> float:
+def paper_entropy(probs: ArrayLike, task: str = MULTI_LABEL) -> float:
     """Entropy of the mean prediction; for labels the sum over them of `-p ln p` *without* the 1 - p term.
 
     For labels it measures mostly how far the probabilities are from both 0 and 1 on the low side: p = 1/e,
@@ -1330,7 +1335,7 @@ def paper_entropy(probs, task: str = MULTI_LABEL) -> float:
 
 
 # %%
-def paper_dice(probs, truth) -> np.ndarray:
+def paper_dice(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """Elementwise `(2 p y + eps) / (p + y + eps)`, mean over pixels, both classes and samples, eps = 1e-5.
 
     It measures mostly how near to exactly 0 the probabilities of the background are: an all-background prediction
@@ -1356,7 +1361,7 @@ def paper_dice(probs, truth) -> np.ndarray:
 
 
 # %%
-def paper_iou(probs, truth) -> np.ndarray:
+def paper_iou(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
     """IoU of all samples' masks together, the sum of intersections over the sum of unions, for each image.
 
     It measures the overlap of a typical sample, not of the mean prediction. 1 if truth and all samples are
@@ -1381,7 +1386,7 @@ def paper_iou(probs, truth) -> np.ndarray:
 
 
 # %%
-def paper_ece(probs, targets, num_bins: int = 15) -> float:
+def paper_ece(probs: ArrayLike, targets: ArrayLike, num_bins: int = 15) -> float:
     """Expected calibration error of the predicted class, as Guo et al. define it, of the mean prediction.
 
     It measures mostly whether a confident "no" is right: the confidence is `max(p, 1 - p)`, and with rare labels

@@ -56,6 +56,7 @@ from keras import ops
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from numpy.typing import ArrayLike
 
 from sbn_tf.conversion import check_convertible, convert
 from sbn_tf.distribution import Distributed
@@ -869,8 +870,8 @@ def _numbered(names):
 
 # %%
 def to_partial_bayes(
-    model,
-    masks=None,
+    model: keras.Model,
+    masks: Mapping[str, ArrayLike] | None = None,
     *,
     num_train: int,
     r_bayes: float | None = None,
@@ -1002,7 +1003,7 @@ def _check_choice(name, value, known):
 
 
 # %%
-def settle_batch_norm(network, how: str):
+def settle_batch_norm(network: keras.Model, how: str) -> None:
     """What of batch norm trains: nothing ("frozen"), its running statistics alone ("statistics"), or all of it."""
     for layer in network._flatten_layers(include_self=False):
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -59,7 +59,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import keras
@@ -107,7 +107,7 @@ class Weight(NamedTuple):
     variable: keras.Variable
 
 
-def named_weights(model) -> dict[str, Weight]:
+def named_weights(model: keras.Model) -> dict[str, Weight]:
     """Every variable of a built model's layers by key, nested models and sublayers included, each once.
 
     Raises:
@@ -138,7 +138,9 @@ def named_weights(model) -> dict[str, Weight]:
 
 
 # %%
-def eligible_weights(model, include=None, exclude=None) -> dict[str, Weight]:
+def eligible_weights(
+    model: keras.Model, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> dict[str, Weight]:
     """Weights that may become Bayesian: trainable ones, normalisation layers left out.
 
     Args:
@@ -177,7 +179,7 @@ def eligible_weights(model, include=None, exclude=None) -> dict[str, Weight]:
 
 
 # %%
-def biases_before_batch_norm(model) -> list[str]:
+def biases_before_batch_norm(model: keras.Model) -> list[str]:
     """Keys of biases whose layer feeds a batch normalisation directly.
 
     In training mode such a bias has no effect (the batch mean takes it away), so its gradient is zero and a KL alone
@@ -237,7 +239,7 @@ def biases_before_batch_norm(model) -> list[str]:
 
 # %%
 def saliency(
-    model,
+    model: keras.Model,
     data=None,
     loss=None,
     *,
@@ -246,8 +248,8 @@ def saliency(
     max_batches: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    include=None,
-    exclude=None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     verbose: bool = True,
 ) -> dict[str, np.ndarray]:
     """Saliency score of every eligible weight entry, in one pass over the data. Nothing in the model changes.
@@ -983,7 +985,12 @@ def _table(masks) -> str:
 
 # %%
 def top_k(
-    scores: Mapping, r_bayes: float, *, scope: str = "global", model=None, cost_aware: float | None = None
+    scores: Mapping,
+    r_bayes: float,
+    *,
+    scope: str = "global",
+    model: keras.Model | None = None,
+    cost_aware: float | None = None,
 ) -> Masks:
     """Masks of the `k = round(r_bayes * n)` largest scores, of whole channels, or of weights late in the network.
 
@@ -1071,7 +1078,7 @@ def _weights_of(scores, model):
     return weights
 
 
-def check_r_bayes(r_bayes) -> None:
+def check_r_bayes(r_bayes: float) -> None:
     """Raise a ValueError unless `r_bayes` is a fraction in [0, 1]: long work asks first."""
     if isinstance(r_bayes, bool) or not isinstance(r_bayes, int | float | np.number) or not 0 <= r_bayes <= 1:
         raise ValueError(f"Expected r_bayes to be a fraction in [0, 1]. Received: r_bayes={r_bayes!r}")
@@ -1168,7 +1175,7 @@ def _channels(scores, weights, k):
 
 
 # %%
-def one_per_channel(scores: Mapping, model) -> Masks:
+def one_per_channel(scores: Mapping, model: keras.Model) -> Masks:
     """Masks of the most salient entry of each output channel of each kernel: the sparsest that leaves no channel out.
 
     Args:
@@ -1309,7 +1316,13 @@ def _most_entries(size, graph, most, keys):
 
 # %%
 def saliency_against_cost(
-    scores: Mapping, r_bayes: float, model, *, num_samples: int = 5, scope: str = "global", num_points: int = 30
+    scores: Mapping,
+    r_bayes: float,
+    model: keras.Model,
+    *,
+    num_samples: int = 5,
+    scope: str = "global",
+    num_points: int = 30,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `top_k(..., cost_aware=...)` keeps of all saliency, against what its samples cost.
 

@@ -125,6 +125,12 @@ def test_a_folder_of_another_grid_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="another version"):
         patch.setattr(results, "FORMAT", 99)
         grid.check_folder(plan())
+    path = plan().folder / "grid.json"
+    older = json.loads(path.read_text())
+    for entry in older["datasets"].values():
+        del entry["recipe"]["prior_at"]  # which came later, and is what it was without
+    path.write_text(json.dumps(older))
+    grid.check_folder(plan())
     (plan().folder / "grid.json").write_text("{")
     with pytest.raises(ValueError, match="another version"):
         grid.check_folder(plan())
