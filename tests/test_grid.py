@@ -1,6 +1,7 @@
 """The grid: which jobs a profile asks for, what became of them, and what it refuses."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
