@@ -9,6 +9,8 @@ import logging
 import os
 import re
 
+import sphinx.util.inspect
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 logging.getLogger("tensorflow").setLevel("ERROR")
 
@@ -50,6 +52,8 @@ add_module_names = False
 autodoc_inherit_docstrings = False
 
 
+sphinx.util.inspect.TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # in hints that hold it, as `A | None`
+
 PAGES = {
     "keras": "https://www.tensorflow.org/api_docs/python/tf/keras/",
     "tf": "https://www.tensorflow.org/api_docs/python/tf/",
@@ -61,15 +65,25 @@ PAGES = {
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings are written to be read as they are, `code`, |loc|, tables of Markdown. Say it as Sphinx reads it."""
     found = []
-    for is_table, part in itertools.groupby(lines, lambda line: line.startswith("|")):
-        if not is_table:
+    for kind, part in itertools.groupby(lines, lambda line: _kind(line, what)):
+        if kind == "text":
             found += _escaped("\n".join(part)).split("\n")
+            continue
+        if kind == "code":
+            found += ["::", "", *part, ""]
             continue
         rows = [[_escaped(cell.strip()) for cell in line.strip("|").split("|")] for line in part]
         found += [".. list-table::", "   :header-rows: 1", ""]
         for row in rows[:1] + rows[2:]:
             found += [f"   {'  ' if place else '* '}- {cell}" for place, cell in enumerate(row)]
     lines[:] = found
+
+
+def _kind(line, what):
+    """What a line of a docstring is of: "table", "code" (indented, in a module's; elsewhere an argument) or "text"."""
+    if line.startswith("|"):
+        return "table"
+    return "code" if what == "module" and line.startswith("    ") else "text"
 
 
 def _escaped(text):
