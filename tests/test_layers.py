@@ -599,11 +599,11 @@ def test_a_stock_checkpoint_loads_as_locs(tmp_path):
 
 def test_wrong_counts_are_named_when_loading(tmp_path):
     two_layers(layers, num_bayesian=4, kl_weight=0.1).save_weights(tmp_path / "four.weights.h5")
-    with pytest.raises(ValueError, match=r"conv.*of shape \(5,\).*same num_bayesian"):
+    with pytest.raises(ValueError, match=r"conv.*of shape \(5,\).*num_bayesian and prior_at_loc that it had"):
         two_layers(layers, num_bayesian=5, kl_weight=0.1).load_weights(tmp_path / "four.weights.h5")
-    with pytest.raises(ValueError, match=r"conv.*same num_bayesian"):
+    with pytest.raises(ValueError, match=r"conv.*num_bayesian and prior_at_loc that it had"):
         two_layers(layers, num_bayesian={"bias": 1}, kl_weight=0.1).load_weights(tmp_path / "four.weights.h5")
-    with pytest.raises(ValueError, match=r"conv.*same num_bayesian"):
+    with pytest.raises(ValueError, match=r"conv.*num_bayesian and prior_at_loc that it had"):
         two_layers(layers).load_weights(tmp_path / "four.weights.h5")
 
 

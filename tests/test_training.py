@@ -357,12 +357,13 @@ def test_notebooks_pass_options_to_the_dataset_only_where_they_are_set(monkeypat
         raise Loaded(options)
 
     monkeypatch.setattr(datasets, "load", load)
-    parameters, setup, *_ = cells_of(notebook)
+    parameters, *setup = cells_of(notebook)[:3]
     names = {}
     exec(parameters, names)
     names |= changes
     with matplotlib.rc_context(), pytest.raises(Loaded) as caught:
-        exec(setup, names)
+        for cell in setup:
+            exec(cell, names)
     common = {"root": None, "size": None, "limit": None, "normalisation": "train"}
     assert caught.value.args[0] == {**common, **expected}
 
