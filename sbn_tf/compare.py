@@ -392,7 +392,8 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
         if not one.is_trivial and same and key in one.metrics and (record := one.record()) is not None:
             label = one.method if one.r_bayes is None else f"{one.method} r={one.r_bayes:g}"
             paired = evaluation.compare(record, ours, keys=[key], num_resamples=num_resamples)
-            found |= {label: paired[key]} if key in paired else {}  # undefined in too many resamples
+            if key in paired:  # else it is undefined in too many resamples
+                found[label] = paired[key]
     adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
     shown = {
         name: {

@@ -312,10 +312,9 @@ def _shaping(plan, data):
 
 def _with_defaults(shaping):
     """A dataset's entry of an older version, with the recipe's fields that came since."""
-    from sbn_tf.recipes import Recipe
+    from sbn_tf.recipes import with_defaults
 
-    new = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING}
-    return {**shaping, "recipe": {**new, **shaping["recipe"]}}
+    return {**shaping, "recipe": with_defaults(shaping["recipe"])}
 
 
 def forget_damaged(plan: Plan) -> list[str]:

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from sbn_tf import baselines, compare, recipes, results, training
-from sbn_tf.recipes import Recipe
 from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
 
 __all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
@@ -271,7 +270,7 @@ def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
     """
     if method not in baselines.METHODS:
         return True
-    given = {**{field.name: field.default for field in dataclasses.fields(Recipe)}, **settings}
+    given = recipes.with_defaults(settings)
     own = baselines.METHODS[method].sets
     return all(given.get(key) == value for key, value in recipe.items() if key not in own)
 
