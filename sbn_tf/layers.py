@@ -26,8 +26,8 @@
 # - *You need*: Keras layers, the normal distribution.
 # - *Runs in*: 30 seconds (CPU).
 #
-# One cell is very long, the class of section 5. At a first reading take sections 1 and 3, of section 5 what its lead
-# names, and section 7, where a layer is used.
+# At a first reading take sections 1 and 3, of section 5 its opening and its last cell, and section 7, where a layer is
+# used.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -375,6 +375,38 @@ def _seam(name: str, stock):
 
 
 # %% [markdown]
+# Every masked class gets these properties, and a signature that shows the stock layer's arguments beside ours.
+
+
+# %%
+def _stock_class(cls):
+    """The stock Keras class that a masked class is made of: `class Dense(MaskedGaussian, keras.layers.Dense)`."""
+    return cls.__mro__[cls.__mro__.index(_Seams) + 1]  # what follows the last of ours
+
+
+class _Seams:
+    """Gives each masked class its properties: `kernel`, `kernel_mask`, `kernel_posterior`, `kernel_posterior_scale`."""
+
+    posterior_weights: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if not cls.__dict__.get("posterior_weights"):
+            return
+        stock = _stock_class(cls)
+        for name in cls.posterior_weights:
+            setattr(cls, name, _seam(name, getattr(stock, name, None)))
+            setattr(cls, f"{name}_mask", property(lambda self, n=name: self.mask(n)))
+            setattr(cls, f"{name}_posterior", property(lambda self, n=name: self.posterior.get(n)))
+            setattr(cls, f"{name}_posterior_scale", property(lambda self, n=name: self.scale(n)))
+        theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
+        ours = inspect.signature(MaskedGaussian.__init__).parameters.values()
+        ours = [p for p in ours if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        end = [p for p in theirs if p.kind is inspect.Parameter.VAR_KEYWORD]
+        cls.__signature__ = inspect.Signature([*(p for p in theirs if p not in end), *ours, *end])
+
+
+# %% [markdown]
 # What a posterior keeps, and how its KL reaches the loss: as a regularizer of the untransformed scale.
 
 
@@ -418,6 +450,21 @@ def _check_scale(scale, dtype):
         raise ValueError(f"Expected a finite initial_scale > {tiny:.1e}. Received: initial_scale={scale}")
 
 
+def _check_counts(counts, received):
+    if any(not np.isfinite(v) or v != int(v) or v < 0 for v in counts.values()):
+        raise ValueError(
+            "Expected whole counts num_bayesian >= 0 (for a share of n entries: round(share * n)). "
+            f"Received: num_bayesian={received}"
+        )
+
+
+def _check_options(kl_reduction, prior_at_loc):
+    if kl_reduction not in ("sum", "mean"):
+        raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}')
+    if not isinstance(prior_at_loc, bool | np.bool_):
+        raise ValueError(f"Expected prior_at_loc True or False. Received: prior_at_loc={prior_at_loc!r}")
+
+
 def _check_kl_weight(value):
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value < np.inf:
         raise ValueError(f"Expected a finite number kl_weight >= 0, or a keras.Variable. Received: kl_weight={value!r}")
@@ -430,193 +477,124 @@ def _graph():
     return id(tf.compat.v1.get_default_graph())
 
 
-def _stock_class(cls):
-    """The stock Keras class that a masked class is made of: `class Dense(MaskedGaussian, keras.layers.Dense)`."""
-    return cls.__mro__[cls.__mro__.index(MaskedGaussian) + 1]  # of a class that is derived from ours, too
-
-
 # %% [markdown]
-# The longest cell of this lesson; at a first reading look at `Args`, `call` and `kl_divergence`, and go on. A class
-# cannot be cut: its order is that of a Keras layer (`__init__`, `build`, `call`, `get_config`), then what a user may
-# read and set, saving and loading, and below a line how it is done.
+# The class comes in parts, one idea each, each built on the one before; a user meets the last alone, `MaskedGaussian`,
+# and at a first reading so may you. The first knows which entries of a weight are Bayesian, and reads their locs.
 
 
 # %%
-_AS_SAVED = "Build it with the num_bayesian and prior_at_loc that it had when it was saved."
+class _Entries(_Seams):
+    """The Bayesian entries of a stock layer's weights: their locs, of shape (k,), and dense arrays to look at."""
 
-
-class MaskedGaussian:
-    """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
-
-    `kernel = loc + softplus(untransformed_scale) * eps` at the masked entries; `eps ~ N(0, 1)` is new at each call.
-
-    Args:
-        num_bayesian: how many entries are Bayesian, chosen at random: an int (of the first of `posterior_weights`)
-            or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
-        mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
-        initial_scale: standard deviation at which each posterior starts, in the weight's unit. > 0.
-        untransformed_scale_initializer: a Keras initializer for the untransformed scales instead; a seeded one draws
-            anew for each weight.
-        prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal: in TFP 0.25 these
-            are `tfd.Normal`s of any loc and scale.
-        prior_at_loc: the prior lies around each Bayesian entry's own value instead of around 0: it is of the distance
-            from the loc that the entry had when it became Bayesian, or at the last `centre_prior()`. `to_partial_bayes`
-            and a stock layer's checkpoint centre it at the trained weights. Costs one stored number an entry.
-        kl_weight: factor of the KL in the loss, >= 0. A number is fixed when the model is compiled; to change it
-            later, pass a `keras.Variable`. Required where any entry is Bayesian: 1 / num_train for a loss averaged
-            over images. A frozen scale (`trainable=False`) charges no KL, as with every Keras regularizer.
-        kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
-        seed: int; fixes the mask chosen at random and the noise.
-
-    A stock layer's `kernel_regularizer` acts on the loc, and so does its `kernel_constraint`, after each step: a draw
-    may leave the constraint's set. An `activity_regularizer` sees the outputs of the draw.
-
-    Raises:
-        ValueError: a count, mask, scale, reduction or `kl_weight` that does not fit, or a missing `kl_weight`.
-
-    Reference: Abboud, Lombaert, Kadoury (2024), section 2.3; Blundell et al. (2015), equations 3 and 8.
-    """
-
-    posterior_weights: tuple[str, ...] = ()
+    num_bayesian: dict[str, int]
+    prior_at_loc: bool
+    kl_weight: Any
     # Of the stock layer behind the mixin:
     name: str
     built: bool
+    add_weight: Any
     _tracker: Any
     _untrack_variable: Any
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        stock = _stock_class(cls)
-        for name in cls.__dict__.get("posterior_weights", ()):
-            setattr(cls, name, _seam(name, getattr(stock, name, None)))
-            setattr(cls, f"{name}_mask", property(lambda self, n=name: self.mask(n)))
-            setattr(cls, f"{name}_posterior", property(lambda self, n=name: self.posterior.get(n)))
-            setattr(cls, f"{name}_posterior_scale", property(lambda self, n=name: self.scale(n)))
-        if cls.__dict__.get("posterior_weights"):
-            theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
-            ours = [
-                p
-                for p in inspect.signature(MaskedGaussian.__init__).parameters.values()
-                if p.kind is inspect.Parameter.KEYWORD_ONLY
-            ]
-            end = [p for p in theirs if p.kind is inspect.Parameter.VAR_KEYWORD]
-            cls.__signature__ = inspect.Signature([*(p for p in theirs if p not in end), *ours, *end])
-
-    def __init__(
-        self,
-        *args,
-        num_bayesian=0,
-        mask=None,
-        initial_scale: float = 0.01,
-        untransformed_scale_initializer=None,
-        prior=None,
-        prior_at_loc: bool = False,
-        kl_weight=None,
-        kl_reduction: str = "sum",
-        seed: int | None = None,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self._masks = _Box(self._by_weight(mask, "mask"))
-        counts = self._by_weight(num_bayesian, "num_bayesian") or {}
-        if any(not np.isfinite(v) or v != int(v) or v < 0 for v in counts.values()):
-            raise ValueError(
-                "Expected whole counts num_bayesian >= 0 (for a share of n entries: round(share * n)). "
-                f"Received: num_bayesian={num_bayesian}"
-            )
-        self.num_bayesian = {k: int(v) for k, v in counts.items()}
-        self._touched = _Box({})  # weight -> how many indices of its last two axes hold Bayesian entries
-        if self._masks.value:
-            if any(self.num_bayesian.values()):
-                raise ValueError(f"Expected num_bayesian or mask. Received: both, num_bayesian={num_bayesian}")
-            self.num_bayesian = {k: int(np.sum(v)) for k, v in self._masks.value.items()}
-        _check_scale(initial_scale, self._posterior_dtype())
-        if kl_reduction not in ("sum", "mean"):
-            raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={kl_reduction!r}')
-        if kl_weight is None and any(self.num_bayesian.values()):
-            raise ValueError(
-                f"Layer '{self.name}' has Bayesian entries and no kl_weight. Pass kl_weight=1/num_train (a loss that "
-                "averages over images) or 1/(num_train * pixels) (one that averages over pixels as well)."
-            )
-        self.initial_scale = float(initial_scale)
-        self.untransformed_scale_initializer = keras.initializers.get(untransformed_scale_initializer)
-        self.prior = prior_config(prior)
-        if not isinstance(prior_at_loc, bool | np.bool_):
-            raise ValueError(f"Expected prior_at_loc True or False. Received: prior_at_loc={prior_at_loc!r}")
-        self.prior_at_loc = bool(prior_at_loc)
-        self._kl_weight = _Box(None)
-        self.kl_weight = 0.0 if kl_weight is None else kl_weight  # type: ignore[misc]  # see __setattr__
-        self.kl_reduction = kl_reduction
-        self.seed = seed
-
-    def build(self, input_shape=None):
-        """Build the stock layer, then the posterior of its masked entries."""
-        if self.built:
-            return
-        super().build(input_shape)
-        self._build_posterior(self._masks.value)
-
-    def call(self, inputs):
-        """The stock layer's `call` with one new draw of the masked entries."""
-        names = [] if _at_mean.get() else self._bayesian_names()
-        if not names:
-            return super().call(inputs)
-        if _batch.get() is not None:
-            return call_in_batch(self, inputs, _batch.get(), self._call_with)
-        return self._call_with(inputs, {name: self._kept_draw(name) for name in names})
-
-    def get_config(self):
-        """The stock layer's config and the posterior's; the mask itself is saved among the weights."""
-        initializer = self.untransformed_scale_initializer
-        return {
-            **super().get_config(),
-            "num_bayesian": dict(self.num_bayesian),
-            "initial_scale": self.initial_scale,
-            "untransformed_scale_initializer": initializer and keras.initializers.serialize(initializer),
-            "prior": {"class_name": self.prior["class_name"], "config": dict(self.prior["config"])},
-            "prior_at_loc": self.prior_at_loc,
-            "kl_weight": float(ops.convert_to_numpy(self.kl_weight)),
-            "kl_reduction": self.kl_reduction,
-            "seed": self.seed,
-        }
-
-    @property
-    def kl_weight(self):
-        """Factor of the KL in the loss: a number or a `keras.Variable`."""
-        return self._kl_weight.value
-
-    def __setattr__(self, name, value):
-        if name == "kl_weight":  # another object's variable: out of sight of Keras's tracking
-            if not isinstance(value, keras.Variable):
-                _check_kl_weight(value)
-            self._kl_weight.value = value
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def posterior(self) -> dict:
-        """`tfd.Normal` over the (k,) Bayesian entries of each weight that has any."""
-        _check_tfp("posterior")
-        return {n: tfd.Normal(self._masked_loc(n), self._masked_scale(n)) for n in self._bayesian_names()}
-
-    @property
-    def prior_distribution(self):
-        """The `tfd` prior of every Bayesian entry; with `prior_at_loc`, of its distance from where it started."""
-        return make_prior(self.prior)
-
-    def kl_divergence(self):
-        """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
-        terms = [kl_normal(self._from_centre(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
-        return sum((ops.sum(t) for t in terms), ops.zeros((), self._posterior_dtype()))
-
-    def centre_prior(self) -> None:
-        """With `prior_at_loc`: put the prior of every Bayesian entry around its loc of now. Else nothing."""
-        for name in self._bayesian_names() if self.prior_at_loc else ():
-            getattr(self, f"{name}_posterior_prior_loc").assign(self._masked_loc(name))
 
     def mask(self, name: str) -> np.ndarray:
         """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
         return self._dense(name, True, bool)
+
+    def _bayesian_names(self):
+        return [n for n in self.posterior_weights if self.num_bayesian.get(n, 0) > 0]
+
+    def _by_weight(self, value, argument):
+        if value is None or isinstance(value, dict):
+            unknown = set(value or {}) - set(self.posterior_weights)
+            if unknown:
+                raise ValueError(
+                    f"Expected {argument} for weights among {self.posterior_weights} of layer '{self.name}'. "
+                    f"Received: {sorted(unknown)}"
+                )
+            return value
+        return {self.posterior_weights[0]: value}
+
+    def _loc(self, name):
+        variable = getattr(self, name)
+        if variable is None:
+            raise ValueError(f"Layer '{self.name}' has no weight `{name}` (use_bias=False?). Leave it out of the mask.")
+        return variable
+
+    def _dense(self, name, values, dtype):
+        shape = tuple(self._loc(name).shape)
+        dense = np.zeros(int(np.prod(shape)), dtype)
+        if name in self._bayesian_names():
+            index = getattr(self, f"{name}_posterior_index", None)
+            dense[slice(None) if index is None else ops.convert_to_numpy(index)] = values
+        return dense.reshape(shape)
+
+    def _masked_loc(self, name):
+        flat = ops.reshape(ops.convert_to_tensor(self._loc(name)), (-1,))
+        index = getattr(self, f"{name}_posterior_index", None)
+        flat = flat if index is None else ops.take(flat, ops.convert_to_tensor(index), axis=0)
+        return ops.cast(flat, self._posterior_dtype())
+
+    def _posterior_dtype(self):
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+
+# %% [markdown]
+# An *index* holds the positions of a weight's Bayesian entries in its flattened array. From it follows which channels
+# a draw touches, which matters for what several draws at once cost (`sbn_tf.draws`).
+
+
+# %%
+class _Index(_Entries):
+    """The positions of the Bayesian entries, and the channels that they touch."""
+
+    def refresh_touched(self) -> None:
+        """Count anew the channels that the masks touch, which `batch_draws` must know when a call is traced.
+
+        Every assignment to an index counts them, those of `set_weights` and `load_weights` too. After one that goes
+        around the Keras variable, as a `tf.train.Checkpoint` does, call this, then compile the model again.
+        """
+        for name in self._bayesian_names():
+            self._count_touched(name, getattr(self, f"{name}_posterior_index", None))
+
+    def _add_index(self, name, chosen):
+        self._touched.value[name] = touched_channels(self, name, chosen)
+        index = self.add_weight(
+            name=f"{name}_posterior_index",
+            shape=(len(chosen),),
+            dtype="int64" if keras.backend.backend() == "tensorflow" else "int32",  # JAX has no int64
+            initializer=lambda shape, dtype: ops.convert_to_tensor(chosen, dtype=dtype),
+            trainable=False,
+            autocast=False,
+        )
+        index.assign = self._counting(name, index)
+        setattr(self, f"{name}_posterior_index", index)
+
+    def _count_touched(self, name, index):
+        if index is not None:
+            self._touched.value[name] = touched_channels(self, name, ops.convert_to_numpy(index))
+
+    def _counting(self, name, index):
+        """An index's `assign`, after which its touched channels are counted anew wherever its value can be read."""
+        assign = index.assign
+
+        def assign_and_count(value):
+            result = assign(value)
+            is_current = getattr(self, f"{name}_posterior_index", None) is index  # set_mask makes a new one
+            if is_current and _graph() is None and not in_stateless_scope():
+                self._count_touched(name, index)  # no other: JAX's `fit` empties all variables, and then fills each
+            return result
+
+        return assign_and_count
+
+
+# %% [markdown]
+# Each weight with Bayesian entries gets up to three variables of its own: `index` (none where all entries are
+# Bayesian), `untransformed_scale` and, with `prior_at_loc`, the prior's centres.
+
+
+# %%
+class _Variables(_Index):
+    """The variables of a posterior: made, read and listed."""
 
     def scale(self, name: str) -> np.ndarray:
         """Dense posterior standard deviation of weight `name`: 0 where it is a point. For reading and plotting."""
@@ -624,32 +602,67 @@ class MaskedGaussian:
         values = ops.convert_to_numpy(self._masked_scale(name)) if bayesian else 0.0
         return self._dense(name, values, self._posterior_dtype())
 
-    def set_mask(self, mask) -> None:
-        """Choose anew which entries are Bayesian; scales start again. Compile the model again after it.
+    def _add_scale(self, name, k):
+        scale = self.add_weight(
+            name=f"{name}_posterior_untransformed_scale",
+            shape=(k,),
+            dtype=self._posterior_dtype(),
+            initializer=self._scale_initializer(name),
+            regularizer=_KL(self, name),
+            autocast=False,
+        )
+        setattr(self, f"{name}_posterior_untransformed_scale", scale)
 
-        Args:
-            mask: boolean array of the first weight's shape, or a dict of such arrays; weights left out become points.
-        """
-        if not self.built:
-            raise ValueError(f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it).")
-        masks = self._by_weight(mask, "mask")
-        self._check_masks(masks)
-        first = not any(self.num_bayesian.values())
-        if first and any(np.any(m) for m in masks.values()) and float(ops.convert_to_numpy(self.kl_weight)) == 0.0:
-            raise ValueError(
-                f"Layer '{self.name}' becomes Bayesian with a kl_weight of 0, which charges no KL. Set "
-                "layer.kl_weight = 1/num_train first."
-            )
-        self._tracker.unlock()
-        for name in self._bayesian_names():
-            for suffix in _POSTERIOR:
-                variable = getattr(self, f"{name}_posterior_{suffix}", None)
-                if variable is not None:
-                    self._untrack_variable(variable)
-                    setattr(self, f"{name}_posterior_{suffix}", None)
-        self.num_bayesian = {k: int(np.sum(v)) for k, v in masks.items()}
-        self._build_posterior(masks)
-        self._tracker.lock()
+    def _add_centre(self, name, k):
+        centre = self.add_weight(
+            name=f"{name}_posterior_prior_loc",
+            shape=(k,),
+            dtype=self._posterior_dtype(),
+            initializer=lambda shape, dtype: self._masked_loc(name),
+            trainable=False,
+            autocast=False,
+        )
+        setattr(self, f"{name}_posterior_prior_loc", centre)
+
+    def _masked_scale(self, name):
+        return ops.softplus(ops.convert_to_tensor(getattr(self, f"{name}_posterior_untransformed_scale")))
+
+    def _from_centre(self, name):
+        """The Bayesian entries' locs as the prior sees them: less the prior's centres, where it has any."""
+        loc = self._masked_loc(name)
+        return loc - getattr(self, f"{name}_posterior_prior_loc") if self.prior_at_loc else loc
+
+    def _scale_initializer(self, name):
+        """Initializer of one weight's untransformed scales. Keras's seeded ones repeat, so each weight has its seed."""
+        if self.untransformed_scale_initializer is None:
+            return keras.initializers.Constant(softplus_inverse(self.initial_scale))
+        config = self.untransformed_scale_initializer.get_config()
+        if isinstance(config.get("seed"), int):
+            where = zlib.crc32(f"{self.name}/{name}".encode())
+            own = [config["seed"], self.seed or 0, where]
+            config["seed"] = int(np.random.default_rng(own).integers(2**31))
+        return type(self.untransformed_scale_initializer).from_config(config)
+
+    def _posterior_variables(self):
+        names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in _POSTERIOR]
+        return {n: getattr(self, n) for n in names if getattr(self, n, None) is not None}
+
+    def _stock_variables(self):
+        ours = {id(v) for v in self._posterior_variables().values()}
+        return [v for v in self._trainable_variables + self._non_trainable_variables if id(v) not in ours]
+
+
+# %% [markdown]
+# Under which names are they saved? A stock layer numbers its variables in a file, and so does this one; the
+# posterior's have names. So a trained stock checkpoint loads as it is: its weights become the locs.
+
+
+# %%
+_AS_SAVED = "Build it with the num_bayesian and prior_at_loc that it had when it was saved."
+
+
+class _Saved(_Variables):
+    """Saving and loading, and what Keras may do with a trained layer that a posterior does not allow."""
 
     def save_own_variables(self, store):
         """Stock variables under the stock layer's numbers, the posterior under its names."""
@@ -680,15 +693,6 @@ class MaskedGaussian:
         if self.built and not keys - numbers:
             self.centre_prior()
 
-    def refresh_touched(self) -> None:
-        """Count anew the channels that the masks touch, which `batch_draws` must know when a call is traced.
-
-        Every assignment to an index counts them, those of `set_weights` and `load_weights` too. After one that goes
-        around the Keras variable, as a `tf.train.Checkpoint` does, call this, then compile the model again.
-        """
-        for name in self._bayesian_names():
-            self._count_touched(name, getattr(self, f"{name}_posterior_index", None))
-
     def enable_lora(self, *args, **kwargs):
         """Refused with Bayesian entries: a layer holds a posterior or LoRA factors, not both."""
         if self._bayesian_names():
@@ -701,57 +705,82 @@ class MaskedGaussian:
             raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
         super().quantize(*args, **kwargs)
 
-    # ---- below: how it is done ----
 
-    def _call_with(self, inputs, drawn):
-        """The stock layer's `call` with the weights `drawn` (name -> tensor)."""
-        token = _draws.set({**_draws.get(), **{(id(self), name): value for name, value in drawn.items()}})
-        try:
-            return super().call(inputs)
-        finally:
-            _draws.reset(token)
+# %% [markdown]
+# Which entries? Those of a given mask, or as many at random; `set_mask` chooses anew.
 
-    def _by_weight(self, value, argument):
-        if value is None or isinstance(value, dict):
-            unknown = set(value or {}) - set(self.posterior_weights)
-            if unknown:
+
+# %%
+class _Choice(_Saved):
+    """Which entries are Bayesian: at `build`, and later."""
+
+    def set_mask(self, mask) -> None:
+        """Choose anew which entries are Bayesian; scales start again. Compile the model again after it.
+
+        Args:
+            mask: boolean array of the first weight's shape, or a dict of such arrays; weights left out become points.
+        """
+        if not self.built:
+            raise ValueError(f"Build layer '{self.name}' before set_mask (call it once, or pass mask= to it).")
+        masks = self._by_weight(mask, "mask")
+        self._check_masks(masks)
+        first = not any(self.num_bayesian.values())
+        if first and any(np.any(m) for m in masks.values()) and float(ops.convert_to_numpy(self.kl_weight)) == 0.0:
+            raise ValueError(
+                f"Layer '{self.name}' becomes Bayesian with a kl_weight of 0, which charges no KL. Set "
+                "layer.kl_weight = 1/num_train first."
+            )
+        self._tracker.unlock()
+        for name in self._bayesian_names():
+            for suffix in _POSTERIOR:
+                variable = getattr(self, f"{name}_posterior_{suffix}", None)
+                if variable is not None:
+                    self._untrack_variable(variable)
+                    setattr(self, f"{name}_posterior_{suffix}", None)
+        self.num_bayesian = {k: int(np.sum(v)) for k, v in masks.items()}
+        self._build_posterior(masks)
+        self._tracker.lock()
+
+    def _build_posterior(self, masks):
+        """Make the variables of every weight that has Bayesian entries: at those of `masks`, or at random ones."""
+        if masks:
+            self._check_masks(masks)
+        random = np.random.default_rng(self.seed)
+        for name in self._bayesian_names():
+            size, k = int(np.prod(self._loc(name).shape)), self.num_bayesian[name]
+            if k > size:
                 raise ValueError(
-                    f"Expected {argument} for weights among {self.posterior_weights} of layer '{self.name}'. "
-                    f"Received: {sorted(unknown)}"
+                    f"Expected at most {size} Bayesian entries in `{name}` of layer '{self.name}'. Received: {k}"
                 )
-            return value
-        return {self.posterior_weights[0]: value}
+            self._touched.value.pop(name, None)
+            if k < size:
+                chosen = np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
+                self._add_index(name, chosen)
+            self._add_scale(name, k)
+            if self.prior_at_loc:
+                self._add_centre(name, k)
+        if self._bayesian_names() and not hasattr(self, "_noise_seed"):
+            self._noise_seed = keras.random.SeedGenerator(self.seed)
+        self._masks.value = None
 
-    def _bayesian_names(self):
-        return [n for n in self.posterior_weights if self.num_bayesian.get(n, 0) > 0]
+    def _check_masks(self, masks):
+        for name, mask in masks.items():
+            mask, shape = np.asarray(mask), tuple(self._loc(name).shape)
+            if mask.dtype != bool or mask.shape != shape:
+                raise ValueError(
+                    f"Expected a boolean mask of shape {shape} for `{name}` of layer '{self.name}'. "
+                    f"Received: {mask.dtype} of shape {mask.shape}"
+                )
 
-    def _loc(self, name):
-        variable = getattr(self, name)
-        if variable is None:
-            raise ValueError(f"Layer '{self.name}' has no weight `{name}` (use_bias=False?). Leave it out of the mask.")
-        return variable
 
-    def _dense(self, name, values, dtype):
-        shape = tuple(self._loc(name).shape)
-        dense = np.zeros(int(np.prod(shape)), dtype)
-        if name in self._bayesian_names():
-            index = getattr(self, f"{name}_posterior_index", None)
-            dense[slice(None) if index is None else ops.convert_to_numpy(index)] = values
-        return dense.reshape(shape)
+# %% [markdown]
+# The noise: (k,) numbers times the scales, scattered into a tensor of the weight's shape and added to the locs. A draw
+# is new at each call, unless something keeps it: `posterior_sample` (section 4), or a pass that holds several draws.
 
-    def _masked_loc(self, name):
-        flat = ops.reshape(ops.convert_to_tensor(self._loc(name)), (-1,))
-        index = getattr(self, f"{name}_posterior_index", None)
-        flat = flat if index is None else ops.take(flat, ops.convert_to_tensor(index), axis=0)
-        return ops.cast(flat, self._posterior_dtype())
 
-    def _from_centre(self, name):
-        """The Bayesian entries' locs as the prior sees them: less the prior's centres, where it has any."""
-        loc = self._masked_loc(name)
-        return loc - getattr(self, f"{name}_posterior_prior_loc") if self.prior_at_loc else loc
-
-    def _masked_scale(self, name):
-        return ops.softplus(ops.convert_to_tensor(getattr(self, f"{name}_posterior_untransformed_scale")))
+# %%
+class _Noise(_Choice):
+    """Draws of the weights."""
 
     def _kept_draw(self, name):
         """This call's draw: a new one, or under `posterior_sample` the one that is kept."""
@@ -802,100 +831,158 @@ class MaskedGaussian:
         signs = batch.keep((id(self), place, _graph()), lambda: ops.where(self._normal(kept) < 0, -1.0, 1.0))
         return ops.cast(ops.reshape(signs, [size if i in along else 1 for i, size in enumerate(shape)]), tensor.dtype)
 
-    def _posterior_dtype(self):
-        return "float64" if self.variable_dtype == "float64" else "float32"
 
-    def _check_masks(self, masks):
-        for name, mask in masks.items():
-            mask, shape = np.asarray(mask), tuple(self._loc(name).shape)
-            if mask.dtype != bool or mask.shape != shape:
-                raise ValueError(
-                    f"Expected a boolean mask of shape {shape} for `{name}` of layer '{self.name}'. "
-                    f"Received: {mask.dtype} of shape {mask.shape}"
-                )
+# %% [markdown]
+# And the layer itself, in the order of a Keras layer (`__init__`, `build`, `call`, `get_config`), then what a user may
+# read. Look at `Args`, `call` and `kl_divergence`: `call` is the stock layer's own, with drawn weights in place of the
+# locs.
 
-    def _build_posterior(self, masks):
-        if masks:
-            self._check_masks(masks)
-        random = np.random.default_rng(self.seed)
-        for name in self._bayesian_names():
-            size, k = int(np.prod(self._loc(name).shape)), self.num_bayesian[name]
-            if k > size:
-                raise ValueError(
-                    f"Expected at most {size} Bayesian entries in `{name}` of layer '{self.name}'. Received: {k}"
-                )
-            self._touched.value.pop(name, None)
-            if k < size:
-                chosen = np.flatnonzero(masks[name]) if masks else np.sort(random.choice(size, k, replace=False))
-                self._touched.value[name] = touched_channels(self, name, chosen)
-                index = self.add_weight(
-                    name=f"{name}_posterior_index",
-                    shape=(k,),
-                    dtype="int64" if keras.backend.backend() == "tensorflow" else "int32",  # JAX has no int64
-                    initializer=lambda shape, dtype, chosen=chosen: ops.convert_to_tensor(chosen, dtype=dtype),
-                    trainable=False,
-                    autocast=False,
-                )
-                index.assign = self._counting(name, index)
-                setattr(self, f"{name}_posterior_index", index)
-            scale = self.add_weight(
-                name=f"{name}_posterior_untransformed_scale",
-                shape=(k,),
-                dtype=self._posterior_dtype(),
-                initializer=self._scale_initializer(name),
-                regularizer=_KL(self, name),
-                autocast=False,
+
+# %%
+class MaskedGaussian(_Noise):
+    """Mixin: a stock Keras layer of which chosen weight entries are Gaussian, the rest points.
+
+    `kernel = loc + softplus(untransformed_scale) * eps` at the masked entries; `eps ~ N(0, 1)` is new at each call.
+
+    Args:
+        num_bayesian: how many entries are Bayesian, chosen at random: an int (of the first of `posterior_weights`)
+            or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
+        mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
+        initial_scale: standard deviation at which each posterior starts, in the weight's unit. > 0.
+        untransformed_scale_initializer: a Keras initializer for the untransformed scales instead; a seeded one draws
+            anew for each weight.
+        prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal: in TFP 0.25 these
+            are `tfd.Normal`s of any loc and scale.
+        prior_at_loc: the prior lies around each Bayesian entry's own value instead of around 0: it is of the distance
+            from the loc that the entry had when it became Bayesian, or at the last `centre_prior()`. `to_partial_bayes`
+            and a stock layer's checkpoint centre it at the trained weights. Costs one stored number an entry.
+        kl_weight: factor of the KL in the loss, >= 0. A number is fixed when the model is compiled; to change it
+            later, pass a `keras.Variable`. Required where any entry is Bayesian: 1 / num_train for a loss averaged
+            over images. A frozen scale (`trainable=False`) charges no KL, as with every Keras regularizer.
+        kl_reduction: "sum" over the entries of a weight (the ELBO), or "mean" (the paper's code).
+        seed: int; fixes the mask chosen at random and the noise.
+
+    A stock layer's `kernel_regularizer` acts on the loc, and so does its `kernel_constraint`, after each step: a draw
+    may leave the constraint's set. An `activity_regularizer` sees the outputs of the draw.
+
+    Raises:
+        ValueError: a count, mask, scale, reduction or `kl_weight` that does not fit, or a missing `kl_weight`.
+
+    Reference: Abboud, Lombaert, Kadoury (2024), section 2.3; Blundell et al. (2015), equations 3 and 8.
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_bayesian=0,
+        mask=None,
+        initial_scale: float = 0.01,
+        untransformed_scale_initializer=None,
+        prior=None,
+        prior_at_loc: bool = False,
+        kl_weight=None,
+        kl_reduction: str = "sum",
+        seed: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self._masks = _Box(self._by_weight(mask, "mask"))
+        counts = self._by_weight(num_bayesian, "num_bayesian") or {}
+        _check_counts(counts, num_bayesian)
+        self.num_bayesian = {k: int(v) for k, v in counts.items()}
+        self._touched = _Box({})  # weight -> how many indices of its last two axes hold Bayesian entries
+        if self._masks.value:
+            if any(self.num_bayesian.values()):
+                raise ValueError(f"Expected num_bayesian or mask. Received: both, num_bayesian={num_bayesian}")
+            self.num_bayesian = {k: int(np.sum(v)) for k, v in self._masks.value.items()}
+        _check_scale(initial_scale, self._posterior_dtype())
+        _check_options(kl_reduction, prior_at_loc)
+        if kl_weight is None and any(self.num_bayesian.values()):
+            raise ValueError(
+                f"Layer '{self.name}' has Bayesian entries and no kl_weight. Pass kl_weight=1/num_train (a loss that "
+                "averages over images) or 1/(num_train * pixels) (one that averages over pixels as well)."
             )
-            setattr(self, f"{name}_posterior_untransformed_scale", scale)
-            if self.prior_at_loc:
-                centre = self.add_weight(
-                    name=f"{name}_posterior_prior_loc",
-                    shape=(k,),
-                    dtype=self._posterior_dtype(),
-                    initializer=lambda shape, dtype, name=name: self._masked_loc(name),
-                    trainable=False,
-                    autocast=False,
-                )
-                setattr(self, f"{name}_posterior_prior_loc", centre)
-        if self._bayesian_names() and not hasattr(self, "_noise_seed"):
-            self._noise_seed = keras.random.SeedGenerator(self.seed)
-        self._masks.value = None
+        self.initial_scale = float(initial_scale)
+        self.untransformed_scale_initializer = keras.initializers.get(untransformed_scale_initializer)
+        self.prior = prior_config(prior)
+        self.prior_at_loc = bool(prior_at_loc)
+        self._kl_weight = _Box(None)
+        self.kl_weight = 0.0 if kl_weight is None else kl_weight  # type: ignore[misc]  # see __setattr__
+        self.kl_reduction = kl_reduction
+        self.seed = seed
 
-    def _count_touched(self, name, index):
-        if index is not None:
-            self._touched.value[name] = touched_channels(self, name, ops.convert_to_numpy(index))
+    def build(self, input_shape=None):
+        """Build the stock layer, then the posterior of its masked entries."""
+        if self.built:
+            return
+        super().build(input_shape)
+        self._build_posterior(self._masks.value)
 
-    def _counting(self, name, index):
-        """An index's `assign`, after which its touched channels are counted anew wherever its value can be read."""
-        assign = index.assign
+    def call(self, inputs):
+        """The stock layer's `call` with one new draw of the masked entries."""
+        names = [] if _at_mean.get() else self._bayesian_names()
+        if not names:
+            return super().call(inputs)
+        if _batch.get() is not None:
+            return call_in_batch(self, inputs, _batch.get(), self._call_with)
+        return self._call_with(inputs, {name: self._kept_draw(name) for name in names})
 
-        def assign_and_count(value):
-            result = assign(value)
-            is_current = getattr(self, f"{name}_posterior_index", None) is index  # set_mask makes a new one
-            if is_current and _graph() is None and not in_stateless_scope():
-                self._count_touched(name, index)  # no other: JAX's `fit` empties all variables, and then fills each
-            return result
+    def _call_with(self, inputs, drawn):
+        """The stock layer's `call` with the weights `drawn` (name -> tensor)."""
+        token = _draws.set({**_draws.get(), **{(id(self), name): value for name, value in drawn.items()}})
+        try:
+            return super().call(inputs)
+        finally:
+            _draws.reset(token)
 
-        return assign_and_count
+    def get_config(self):
+        """The stock layer's config and the posterior's; the mask itself is saved among the weights."""
+        initializer = self.untransformed_scale_initializer
+        return {
+            **super().get_config(),
+            "num_bayesian": dict(self.num_bayesian),
+            "initial_scale": self.initial_scale,
+            "untransformed_scale_initializer": initializer and keras.initializers.serialize(initializer),
+            "prior": {"class_name": self.prior["class_name"], "config": dict(self.prior["config"])},
+            "prior_at_loc": self.prior_at_loc,
+            "kl_weight": float(ops.convert_to_numpy(self.kl_weight)),
+            "kl_reduction": self.kl_reduction,
+            "seed": self.seed,
+        }
 
-    def _scale_initializer(self, name):
-        """Initializer of one weight's untransformed scales. Keras's seeded ones repeat, so each weight has its seed."""
-        if self.untransformed_scale_initializer is None:
-            return keras.initializers.Constant(softplus_inverse(self.initial_scale))
-        config = self.untransformed_scale_initializer.get_config()
-        if isinstance(config.get("seed"), int):
-            where = zlib.crc32(f"{self.name}/{name}".encode())
-            own = [config["seed"], self.seed or 0, where]
-            config["seed"] = int(np.random.default_rng(own).integers(2**31))
-        return type(self.untransformed_scale_initializer).from_config(config)
+    @property
+    def kl_weight(self):
+        """Factor of the KL in the loss: a number or a `keras.Variable`."""
+        return self._kl_weight.value
 
-    def _posterior_variables(self):
-        names = [f"{n}_posterior_{s}" for n in self._bayesian_names() for s in _POSTERIOR]
-        return {n: getattr(self, n) for n in names if getattr(self, n, None) is not None}
+    def __setattr__(self, name, value):
+        if name == "kl_weight":  # another object's variable: out of sight of Keras's tracking
+            if not isinstance(value, keras.Variable):
+                _check_kl_weight(value)
+            self._kl_weight.value = value
+        else:
+            super().__setattr__(name, value)
 
-    def _stock_variables(self):
-        ours = {id(v) for v in self._posterior_variables().values()}
-        return [v for v in self._trainable_variables + self._non_trainable_variables if id(v) not in ours]
+    @property
+    def posterior(self) -> dict:
+        """`tfd.Normal` over the (k,) Bayesian entries of each weight that has any."""
+        _check_tfp("posterior")
+        return {n: tfd.Normal(self._masked_loc(n), self._masked_scale(n)) for n in self._bayesian_names()}
+
+    @property
+    def prior_distribution(self):
+        """The `tfd` prior of every Bayesian entry; with `prior_at_loc`, of its distance from where it started."""
+        return make_prior(self.prior)
+
+    def kl_divergence(self):
+        """Summed KL of this layer's posterior from its prior, in nats: a scalar; 0 with no Bayesian entry."""
+        terms = [kl_normal(self._from_centre(n), self._masked_scale(n), self.prior) for n in self._bayesian_names()]
+        return sum((ops.sum(t) for t in terms), ops.zeros((), self._posterior_dtype()))
+
+    def centre_prior(self) -> None:
+        """With `prior_at_loc`: put the prior of every Bayesian entry around its loc of now. Else nothing."""
+        for name in self._bayesian_names() if self.prior_at_loc else ():
+            getattr(self, f"{name}_posterior_prior_loc").assign(self._masked_loc(name))
 
 
 # %% [markdown]

@@ -26,8 +26,8 @@
 # - *You need*: the lessons on [layers](layers.ipynb) and on [saliency](saliency.ipynb).
 # - *Runs in*: about a minute (CPU).
 #
-# At a first reading take sections 2 and 4, the table of traps in section 5 and all of section 8. The class of section 3
-# is very long: its lead says what of it to read.
+# At a first reading take sections 2 and 4, of section 3 its opening and its last cell, the table of traps in section 5,
+# and all of section 8.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -179,13 +179,476 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # > which rater's mask is the target, the stream of data decides, not the posterior. So more may be drawn in prediction
 # > than in training: `predict_uncertainty(x, num_samples=50)`.
 #
-# The class below is long, since it answers for all that `keras.Model` does. At a first reading take the table of its
-# docstring, then `call`, `compute_loss` and `predict_uncertainty`; below the line `how it is done` nothing is public.
+# The class comes in parts, each built on the one before; a user meets the last alone, `PartialBayes`, and at a first
+# reading so may you. First: what may be read and set, later too.
+
+
+# %%
+class _Settings(Distributed, keras.Model):
+    """What may be read of a model, and what may be set after it was made."""
+
+    @property
+    def beta(self) -> float:
+        """Factor of the KL: 1 is the ELBO. Setting it acts at once, also on a compiled model."""
+        return self._beta.value
+
+    @beta.setter
+    def beta(self, value):
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"Expected a finite beta >= 0. Received: beta={value}")
+        self._beta.value = float(value)
+        self._apply_beta()
+
+    @property
+    def num_samples(self) -> int:
+        """Posterior draws in each step and prediction. Setting it traces the compiled functions anew."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, value):
+        _check_count("num_samples", value)
+        self._num_samples = int(value)
+        self.train_function = self.test_function = self.predict_function = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether anything trains. Batch norm stays as `batch_norm` says."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        if hasattr(self, "batch_norm"):
+            settle_batch_norm(self.network, self.batch_norm)
+
+    @property
+    def output_names(self) -> list[str]:
+        """The network's: losses, weights of losses and metrics may be given by them."""
+        return self.network.output_names
+
+    @property
+    def num_bayesian(self) -> int:
+        """How many weight entries are Bayesian."""
+        return sum(sum(layer.num_bayesian.values()) for layer in masked_layers(self.network))
+
+    def kl_divergence(self):
+        """KL of the whole posterior from its prior, in nats: a scalar."""
+        terms = [layer.kl_divergence() for layer in masked_layers(self.network)]
+        return sum(terms[1:], terms[0]) if terms else ops.zeros(())
+
+    def scales(self) -> np.ndarray:
+        """Posterior standard deviations of all Bayesian entries, layer by layer: (k,)."""
+        layers = masked_layers(self.network)
+        found = [ops.convert_to_numpy(x._masked_scale(n)) for x in layers for n in x._bayesian_names()]
+        return np.concatenate(found) if found else np.zeros(0, "float32")
+
+    def _apply_beta(self):
+        terms = 1.0 if self.kl_reduction == "mean" else self.num_train * (self._terms.value or 1)
+        self.kl_weight.assign(self.beta / terms)
+
+
+# %% [markdown]
+# A mean over draws is one of probabilities. Of a network of logits it is taken by sums of exponentials, so that no
+# probability becomes 0 or 1 on the way, and given back as a logit: for logits $z_s$ of a sigmoid, with
+# $\ln \sigma(z) = -\ln(1 + e^{-z})$,
+#
+# $$ \operatorname{logit} \bar p = \ln \textstyle\sum_s \sigma(z_s) - \ln \textstyle\sum_s \sigma(-z_s). $$
+
+
+# %%
+class _Average(_Settings):
+    """The mean of several outputs' probabilities."""
+
+    def _as_probabilities(self, outputs):
+        """Outputs as probabilities, not in half precision: its entropies would be NaN."""
+        outputs = keras.tree.map_structure(_at_least_float32, outputs)
+        if not self.from_logits:
+            return outputs
+        link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
+        return keras.tree.map_structure(link, outputs)
+
+    def _to_average(self, outputs) -> list:
+        """One sample's probabilities, as what is summed: themselves, or logarithms that are added as exponentials."""
+        outputs = [_at_least_float32(x) for x in keras.tree.flatten(outputs)]
+        if not self.from_logits:
+            return outputs
+        if self.probabilities == "sigmoid":
+            return [ops.log_sigmoid(z) for x in outputs for z in (x, -x)]
+        return [ops.log_softmax(x) for x in outputs]
+
+    def _plus(self, state, more) -> list:
+        return [(ops.logaddexp if self.from_logits else ops.add)(a, b) for a, b in zip(state, more, strict=True)]
+
+    def _averaged(self, state, like):
+        """The samples' mean of what was summed, in the structure of `like`: stable however sure the samples are."""
+        if not self.from_logits:
+            state = [total / self.num_samples for total in state]
+        elif self.probabilities == "sigmoid":
+            state = [yes - no for yes, no in zip(state[::2], state[1::2], strict=True)]
+        else:
+            state = [total - math.log(self.num_samples) for total in state]
+        for mean, output in zip(state, keras.tree.flatten(like), strict=True):
+            if get_keras_mask(output) is not None:  # what loss and metrics leave out
+                set_keras_mask(mean, get_keras_mask(output))
+        return keras.tree.pack_sequence_as(like, state)
+
+
+# %% [markdown]
+# The draws. In training by the estimator "all" each of them sees the whole batch; by the others they share one pass
+# (section 6). In prediction they follow one another, and what no Bayesian weight precedes runs once.
+
+
+# %%
+class _Draws(_Average):
+    """What one call of the model runs: the network, once a draw."""
+
+    def _one_draw(self, inputs, training):
+        """The network's output for one draw of its weights."""
+        with posterior_sample():
+            return self.network(inputs, training=training)
+
+    def _training_outputs(self, inputs):
+        if self.estimator == "all":
+            with self._graph.value.sharing(training=True) as losses:
+                samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
+            self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
+            return {"samples": samples}
+        if self._graph.value.mixes_batch() is not None:
+            return self._in_parts(inputs)
+        self._set_added({}, 1.0)
+        with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
+            return self.network(inputs, training=True)
+
+    def _in_parts(self, inputs):
+        """The estimator "split" by one call a draw, each on its part of the batch. Outputs in the batch's order.
+
+        A draw that is left without examples, as by the last batch of an epoch, runs on one: a mean over none is NaN.
+        What a part adds as loss counts by the part's share of the batch: nothing, where that one example is no part.
+        """
+        size = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        outputs, shares, known = [], {}, _added_losses(self.network)
+        for start, stop in part_bounds(size, self.num_samples):
+            end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
+            part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
+            outputs.append(first_rows(self._one_draw(part, True), stop - start))
+            share = (stop - start) / (max(size, 1) if isinstance(size, int) else ops.maximum(size, 1))
+            shares.update({key: share for key in _added_losses(self.network) - known - shares.keys()})
+        self._set_added(shares, 1.0)
+        return join_outputs(outputs)
+
+    def _predictive_mean(self, inputs):
+        """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
+        with self._graph.value.sharing() as losses:
+            first = self._one_draw(inputs, False)
+
+            def step(_, state):
+                return self._plus(state, self._to_average(self._one_draw(inputs, False)))
+
+            state = self._to_average(first)
+            if any(layer._get_own_losses() for layer in self.network._flatten_layers()):  # evaluate needs each of them
+                for sample in range(1, self.num_samples):
+                    state = step(sample, state)
+            else:
+                state = one_after_another(step, state, 1, self.num_samples, self.network.non_trainable_variables)
+        self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
+        return self._averaged(state, first)
+
+    def _set_added(self, shares, share):
+        """What an added loss of this call counts for, by its id; all others `share`. Each model has its own."""
+        _added.set(weakref.WeakKeyDictionary({**_added.get(), self: (shares, share)}))
+
+    def _is_samples(self, y_pred):
+        """Whether these are one output a draw: such a dict, and not the network's own output of that form."""
+        own = getattr(self.network, "_outputs_struct", None)
+        return _of_samples(y_pred) and not (_of_samples(own) and _same_structure(y_pred, own))
+
+
+# %% [markdown]
+# What a prediction gives back but the mean: every sample, or the entropies of section 4, by a model that draws within
+# one compiled call; the same, exported for serving.
+
+
+# %%
+class _Predictions(_Draws):
+    """Samples and uncertainty, here and as a served model."""
+
+    def predict_samples(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """Outputs of `num_samples` posterior draws, as probabilities: (samples, batch, ...) for each output.
+
+        Each batch draws anew: the samples of two images from different batches share no weights.
+        """
+        self._refuse_posterior_mean()
+        outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+        return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
+
+    def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """How sure the model is, and why not.
+
+        Returns:
+            dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
+            `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
+            Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
+            Several outputs: such a dict for each, in the network's structure.
+
+        Raises:
+            ValueError: outputs that are not probabilities.
+        """
+        self._refuse_posterior_mean()
+        self._check_entropies()
+        return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+
+    def export(
+        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, outputs: str = "mean", **kwargs
+    ):
+        """`keras.Model.export` for serving, with `num_samples` draws in each call.
+
+        The states of the noise seeds are part of what is exported: each call of the served model goes on from them, so
+        two calls differ, and whoever loads it afresh gets the same sequence, the one that this model goes on with too.
+
+        Args:
+            filepath, format, verbose, input_signature: as in Keras.
+            outputs: "mean": what `predict` gives. "uncertainty": what `predict_uncertainty` gives: a dict with mean,
+                total_entropy, expected_entropy and mutual_information; of several outputs each with its name before it,
+                such as "lesion_mean": the keys of a dict of outputs, else names of layers, a second use numbered.
+            kwargs: as in Keras.
+
+        Raises:
+            ValueError: an unknown kind of outputs, outputs without an entropy, or another backend than TensorFlow.
+        """
+        _check_choice("outputs", outputs, ("mean", "uncertainty"))
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
+        self._refuse_posterior_mean()
+        if input_signature is None:
+            shapes = keras.tree.map_structure(lambda t: keras.InputSpec(t.dtype, t.shape, name=t.name), self._inputs())
+            input_signature = [shapes]
+        if outputs == "mean":
+            super().export(filepath, format, verbose, input_signature, **kwargs)
+        else:
+            self._check_entropies()
+            self._sampler("served", None).export(filepath, format, verbose, input_signature, **kwargs)
+
+    def _inputs(self):
+        return getattr(self.network, "_inputs_struct", self.network.inputs[0])
+
+    def _sampler(self, kind, num_samples):
+        num_samples = self.num_samples if num_samples is None else num_samples
+        _check_count("num_samples", num_samples)
+        key = (kind, num_samples)
+        if key not in self._samplers.value:
+            sampler = _Sampler(self, kind, num_samples)
+            sampler.compile(jit_compile=False)
+            self._samplers.value[key] = sampler
+        return self._samplers.value[key]
+
+
+# %% [markdown]
+# Some requests have no right answer. They are refused before anything is traced, with what to do instead.
+
+
+# %%
+class _Refusals(_Predictions):
+    """What would go wrong silently."""
+
+    def make_train_function(self, force=False):
+        """`keras.Model.make_train_function`, of `fit` and `train_on_batch`; not within `posterior_mean()`."""
+        self._refuse_posterior_mean()
+        return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        """`keras.Model.make_test_function`, of `evaluate` and `test_on_batch`; not within `posterior_mean()`."""
+        self._refuse_posterior_mean()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        """`keras.Model.make_predict_function`, of `predict` and `predict_on_batch`; not within `posterior_mean()`."""
+        self._refuse_posterior_mean()
+        return super().make_predict_function(force)
+
+    def _refuse_posterior_mean(self):
+        if _at_mean.get():
+            raise ValueError(
+                "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
+                "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
+            )
+
+    def _check_one_pass(self):
+        """Refuse what one call of the network cannot do for several draws."""
+        mixing = self._graph.value.mixes_batch()
+        if mixing is not None and self.estimator in ("flipout", "local"):
+            raise ValueError(
+                f"Expected layers that keep axis 0 as the batch for estimator={self.estimator!r}. Received: "
+                f"'{mixing}', which is not known to"
+                ' (a subclassed model cannot be looked into). Use "split" or "all".'
+            )
+        if self.estimator == "all" or self.batch_norm == "frozen":
+            return
+        if mixing is not None and any(_trains_batch_norm(layer) for layer in self.network._flatten_layers()):
+            raise ValueError(
+                f"estimator=\"split\" would show batch norm batch/num_samples images a draw, since '{mixing}' is not "
+                'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
+            )
+        for step in _after_draws(self._graph.value):
+            if any(_trains_batch_norm(layer) for layer in _layers_of(step.layer)):
+                raise ValueError(
+                    "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
+                    f"one pass would mix draws in it. Received: '{step.name}', estimator={self.estimator!r}, "
+                    f'batch_norm={self.batch_norm!r}. Use estimator="all", or batch_norm="frozen".'
+                )
+
+    def _check_states(self):
+        """Refuse what would carry a state from one draw to the next."""
+        once = self._graph.value.runs_once(training=True)
+        for step in self._graph.value.steps:
+            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_of(step.layer)):
+                raise ValueError(
+                    "Expected no stateful=True in or after what runs anew for each draw: a draw would go on from the "
+                    f"state of the one before. Received: '{step.name}'. Make it of stateful=False."
+                )
+
+    def _check_entropies(self):
+        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
+        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
+            raise ValueError(
+                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
+                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits); of a '
+                "regression take mean and deviation of predict_samples."
+            )
+
+
+# %% [markdown]
+# What `compile` settles: by how much the KL is divided, which the loss decides (section 2), and that weight decay
+# leaves the scales alone.
+
+
+# %%
+class _Compiled(_Refusals):
+    """The loss's part in the weight of the KL."""
+
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
+        """`keras.Model.compile`; the loss settles how many terms the KL is divided by, unless that was given."""
+        if loss is not None and self.kl_reduction == "sum":
+            self._settle_terms(loss)
+        if getattr(loss, "from_logits", False) and self.probabilities is None:
+            warnings.warn(
+                "This loss takes logits, and nothing says of what: predictions average logits, and have no entropy. "
+                'Pass from_logits=True and probabilities="sigmoid" or "softmax" to to_partial_bayes.',
+                stacklevel=2,
+            )
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        self._samplers.value.clear()  # they were traced with the masks of then
+        self._spare_scales_weight_decay()
+
+    def _settle_terms(self, loss):
+        terms = self._terms_of(loss)
+        if terms is None and self.terms_per_example is None:
+            raise ValueError(
+                "How many terms of one example does this loss average over? Pass terms_per_example= to "
+                "to_partial_bayes: 1 for a loss per image, pixels for a mean over pixels, labels for one over labels."
+            )
+        if terms is not None and self.terms_per_example not in (None, terms):
+            warnings.warn(
+                f"terms_per_example={self.terms_per_example}, but this loss averages over {terms} terms an example: "
+                f"the KL is {terms / self.terms_per_example:g} times the ELBO's.",
+                stacklevel=3,
+            )
+        self._terms.value = self.terms_per_example or terms
+        self._apply_beta()
+
+    def _terms_of(self, loss):
+        """Terms of one example that the loss averages over; None where it is unknown or differs between outputs."""
+        outputs = keras.tree.flatten(self.network.outputs)
+        if isinstance(loss, dict) and "class_name" not in loss:
+            structure = getattr(self.network, "_outputs_struct", None)
+            keys = sorted(structure) if isinstance(structure, dict) else self.network.output_names
+            losses = [loss.get(key) for key in keys]
+        else:
+            losses = list(loss) if isinstance(loss, list | tuple) else [loss] * len(outputs)
+        if len(losses) != len(outputs):
+            return None  # Keras says what is wrong
+        known = {loss_terms(one, tuple(out.shape)) for one, out in zip(losses, outputs, strict=True) if one is not None}
+        return known.pop() if len(known) == 1 else None
+
+    def _spare_scales_weight_decay(self):
+        """Decay would pull an untransformed scale to 0, a scale to 0.69: away from the data and from the prior."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        optimizer = getattr(optimizer, "scale_optimizer", optimizer)
+        if getattr(optimizer, "weight_decay", None) and not optimizer.built:
+            spared = {optimizer._var_key(v) for v in self.trainable_variables if _is_scale(v)}
+            optimizer._exclude_from_weight_decay = spared | getattr(optimizer, "_exclude_from_weight_decay", set())
+
+
+# %% [markdown]
+# Saved is the network with its posterior, and how the model was made; the weight of the KL follows from `beta`.
+
+
+# %%
+class _Saved(_Compiled):
+    """Saving and loading."""
+
+    def get_config(self):
+        """Arguments of the model, the network included."""
+        return {
+            **super().get_config(),
+            "network": keras.saving.serialize_keras_object(self.network),
+            "num_train": self.num_train,
+            "num_samples": self.num_samples,
+            "beta": self.beta,
+            "kl_reduction": self.kl_reduction,
+            "terms_per_example": self.terms_per_example,
+            "estimator": self.estimator,
+            "batch_norm": self.batch_norm,
+            "probabilities": self.probabilities,
+            "from_logits": self.from_logits,
+            "settled_terms": self._terms.value,
+            "frozen_weights": [k for k, w in named_weights(self.network).items() if _is_frozen_alone(w)],
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Model from its config."""
+        network = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
+        frozen, terms = (config.get(key) for key in ("frozen_weights", "settled_terms"))
+        weights = named_weights(network)
+        for key in frozen or ():
+            weights[key].variable.trainable = False
+        known = {k: v for k, v in config.items() if k not in ("frozen_weights", "settled_terms")}
+        model = cls(**{**known, "network": network})
+        model._terms.value = terms
+        model._apply_beta()
+        return model
+
+    def compile_from_config(self, config):
+        """Compile again after loading, optimiser state included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def load_weights(self, filepath, **kwargs):
+        """`keras.Model.load_weights`; the file of a deterministic network of these layers gives the locs."""
+        if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
+            return self.network.load_weights(filepath, **kwargs)
+        return super().load_weights(filepath, **kwargs)
+
+    def set_weights(self, weights):
+        """`keras.Model.set_weights`; beta stays what it is."""
+        super().set_weights(weights)
+        self._apply_beta()
+
+    def save_own_variables(self, store):
+        """Nothing: the weight of the KL follows from beta and is no state."""
+
+    def load_own_variables(self, store):
+        """Nothing, see `save_own_variables`."""
+
+
+# %% [markdown]
+# And the model itself. Look at the table of its docstring, at `call`, and at `compute_loss`, which is the ELBO.
 
 
 # %%
 @keras.saving.register_keras_serializable(package="sbn_tf")
-class PartialBayes(Distributed, keras.Model):
+class PartialBayes(_Saved):
     """A network with masked Gaussian weights, trained on the ELBO, predicting with posterior samples.
 
     Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
@@ -253,25 +716,9 @@ class PartialBayes(Distributed, keras.Model):
         self.kl_tracker = keras.metrics.Mean(name="kl")
         self.built = True
 
-    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
-        """`keras.Model.compile`; the loss settles how many terms the KL is divided by, unless that was given."""
-        if loss is not None and self.kl_reduction == "sum":
-            self._settle_terms(loss)
-        if getattr(loss, "from_logits", False) and self.probabilities is None:
-            warnings.warn(
-                "This loss takes logits, and nothing says of what: predictions average logits, and have no entropy. "
-                'Pass from_logits=True and probabilities="sigmoid" or "softmax" to to_partial_bayes.',
-                stacklevel=2,
-            )
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
-        self._samplers.value.clear()  # they were traced with the masks of then
-        self._spare_scales_weight_decay()
-
-    def compile_from_config(self, config):
-        """Compile again after loading, optimiser state included."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None:
-            self.optimizer.build(self.trainable_variables)
+    def build(self, input_shape=None):
+        """Nothing to do: the network is built."""
+        self.built = True
 
     def call(self, inputs, training=None):
         """Posterior predictive mean of `num_samples` draws.
@@ -329,387 +776,8 @@ class PartialBayes(Distributed, keras.Model):
             )
         return history
 
-    def make_train_function(self, force=False):
-        """`keras.Model.make_train_function`, of `fit` and `train_on_batch`; not within `posterior_mean()`."""
-        self._refuse_posterior_mean()
-        return super().make_train_function(force)
-
-    def make_test_function(self, force=False):
-        """`keras.Model.make_test_function`, of `evaluate` and `test_on_batch`; not within `posterior_mean()`."""
-        self._refuse_posterior_mean()
-        return super().make_test_function(force)
-
-    def make_predict_function(self, force=False):
-        """`keras.Model.make_predict_function`, of `predict` and `predict_on_batch`; not within `posterior_mean()`."""
-        self._refuse_posterior_mean()
-        return super().make_predict_function(force)
-
-    def export(
-        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, outputs: str = "mean", **kwargs
-    ):
-        """`keras.Model.export` for serving, with `num_samples` draws in each call.
-
-        The states of the noise seeds are part of what is exported: each call of the served model goes on from them, so
-        two calls differ, and whoever loads it afresh gets the same sequence, the one that this model goes on with too.
-
-        Args:
-            filepath, format, verbose, input_signature: as in Keras.
-            outputs: "mean": what `predict` gives. "uncertainty": what `predict_uncertainty` gives: a dict with mean,
-                total_entropy, expected_entropy and mutual_information; of several outputs each with its name before it,
-                such as "lesion_mean": the keys of a dict of outputs, else names of layers, a second use numbered.
-            kwargs: as in Keras.
-
-        Raises:
-            ValueError: an unknown kind of outputs, outputs without an entropy, or another backend than TensorFlow.
-        """
-        _check_choice("outputs", outputs, ("mean", "uncertainty"))
-        if keras.backend.backend() != "tensorflow":
-            raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
-        self._refuse_posterior_mean()
-        if input_signature is None:
-            shapes = keras.tree.map_structure(lambda t: keras.InputSpec(t.dtype, t.shape, name=t.name), self._inputs())
-            input_signature = [shapes]
-        if outputs == "mean":
-            super().export(filepath, format, verbose, input_signature, **kwargs)
-        else:
-            self._check_entropies()
-            self._sampler("served", None).export(filepath, format, verbose, input_signature, **kwargs)
-
-    def load_weights(self, filepath, **kwargs):
-        """`keras.Model.load_weights`; the file of a deterministic network of these layers gives the locs."""
-        if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
-            return self.network.load_weights(filepath, **kwargs)
-        return super().load_weights(filepath, **kwargs)
-
-    def set_weights(self, weights):
-        """`keras.Model.set_weights`; beta stays what it is."""
-        super().set_weights(weights)
-        self._apply_beta()
-
-    def save_own_variables(self, store):
-        """Nothing: the weight of the KL follows from beta and is no state."""
-
-    def load_own_variables(self, store):
-        """Nothing, see `save_own_variables`."""
-
-    def get_config(self):
-        """Arguments of the model, the network included."""
-        return {
-            **super().get_config(),
-            "network": keras.saving.serialize_keras_object(self.network),
-            "num_train": self.num_train,
-            "num_samples": self.num_samples,
-            "beta": self.beta,
-            "kl_reduction": self.kl_reduction,
-            "terms_per_example": self.terms_per_example,
-            "estimator": self.estimator,
-            "batch_norm": self.batch_norm,
-            "probabilities": self.probabilities,
-            "from_logits": self.from_logits,
-            "settled_terms": self._terms.value,
-            "frozen_weights": [k for k, w in named_weights(self.network).items() if _is_frozen_alone(w)],
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """Model from its config."""
-        network = keras.saving.deserialize_keras_object(config["network"], custom_objects=custom_objects)
-        frozen, terms = (config.get(key) for key in ("frozen_weights", "settled_terms"))
-        weights = named_weights(network)
-        for key in frozen or ():
-            weights[key].variable.trainable = False
-        known = {k: v for k, v in config.items() if k not in ("frozen_weights", "settled_terms")}
-        model = cls(**{**known, "network": network})
-        model._terms.value = terms
-        model._apply_beta()
-        return model
-
-    def build(self, input_shape=None):
-        """Nothing to do: the network is built."""
-        self.built = True
-
-    @property
-    def trainable(self) -> bool:
-        """Whether anything trains. Batch norm stays as `batch_norm` says."""
-        return self._trainable
-
-    @trainable.setter
-    def trainable(self, value):
-        keras.Model.trainable.fset(self, value)
-        if hasattr(self, "batch_norm"):
-            settle_batch_norm(self.network, self.batch_norm)
-
-    @property
-    def output_names(self) -> list[str]:
-        """The network's: losses, weights of losses and metrics may be given by them."""
-        return self.network.output_names
-
-    @property
-    def num_samples(self) -> int:
-        """Posterior draws in each step and prediction. Setting it traces the compiled functions anew."""
-        return self._num_samples
-
-    @num_samples.setter
-    def num_samples(self, value):
-        _check_count("num_samples", value)
-        self._num_samples = int(value)
-        self.train_function = self.test_function = self.predict_function = None
-
-    @property
-    def beta(self) -> float:
-        """Factor of the KL: 1 is the ELBO. Setting it acts at once, also on a compiled model."""
-        return self._beta.value
-
-    @beta.setter
-    def beta(self, value):
-        if not (np.isfinite(value) and value >= 0):
-            raise ValueError(f"Expected a finite beta >= 0. Received: beta={value}")
-        self._beta.value = float(value)
-        self._apply_beta()
-
-    @property
-    def num_bayesian(self) -> int:
-        """How many weight entries are Bayesian."""
-        return sum(sum(layer.num_bayesian.values()) for layer in masked_layers(self.network))
-
-    def kl_divergence(self):
-        """KL of the whole posterior from its prior, in nats: a scalar."""
-        terms = [layer.kl_divergence() for layer in masked_layers(self.network)]
-        return sum(terms[1:], terms[0]) if terms else ops.zeros(())
-
-    def scales(self) -> np.ndarray:
-        """Posterior standard deviations of all Bayesian entries, layer by layer: (k,)."""
-        layers = masked_layers(self.network)
-        found = [ops.convert_to_numpy(x._masked_scale(n)) for x in layers for n in x._bayesian_names()]
-        return np.concatenate(found) if found else np.zeros(0, "float32")
-
-    def predict_samples(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
-        """Outputs of `num_samples` posterior draws, as probabilities: (samples, batch, ...) for each output.
-
-        Each batch draws anew: the samples of two images from different batches share no weights.
-        """
-        self._refuse_posterior_mean()
-        outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
-        return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
-
-    def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
-        """How sure the model is, and why not.
-
-        Returns:
-            dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
-            `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
-            Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
-            Several outputs: such a dict for each, in the network's structure.
-
-        Raises:
-            ValueError: outputs that are not probabilities.
-        """
-        self._refuse_posterior_mean()
-        self._check_entropies()
-        return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
-
-    # ---- below: how it is done ----
-
-    def _apply_beta(self):
-        terms = 1.0 if self.kl_reduction == "mean" else self.num_train * (self._terms.value or 1)
-        self.kl_weight.assign(self.beta / terms)
-
-    def _training_outputs(self, inputs):
-        if self.estimator == "all":
-            with self._graph.value.sharing(training=True) as losses:
-                samples = [self._one_draw(inputs, True) for _ in range(self.num_samples)]
-            self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
-            return {"samples": samples}
-        if self._graph.value.mixes_batch() is not None:
-            return self._in_parts(inputs)
-        self._set_added({}, 1.0)
-        with batch_draws(self.estimator, self.num_samples, shared=self._graph.value.reused_layers()):
-            return self.network(inputs, training=True)
-
-    def _one_draw(self, inputs, training):
-        """The network's output for one draw of its weights."""
-        with posterior_sample():
-            return self.network(inputs, training=training)
-
-    def _in_parts(self, inputs):
-        """The estimator "split" by one call a draw, each on its part of the batch. Outputs in the batch's order.
-
-        A draw that is left without examples, as by the last batch of an epoch, runs on one: a mean over none is NaN.
-        What a part adds as loss counts by the part's share of the batch: nothing, where that one example is no part.
-        """
-        size = ops.shape(keras.tree.flatten(inputs)[0])[0]
-        outputs, shares, known = [], {}, _added_losses(self.network)
-        for start, stop in part_bounds(size, self.num_samples):
-            end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
-            part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
-            outputs.append(first_rows(self._one_draw(part, True), stop - start))
-            share = (stop - start) / (max(size, 1) if isinstance(size, int) else ops.maximum(size, 1))
-            shares.update({key: share for key in _added_losses(self.network) - known - shares.keys()})
-        self._set_added(shares, 1.0)
-        return join_outputs(outputs)
-
-    def _set_added(self, shares, share):
-        """What an added loss of this call counts for, by its id; all others `share`. Each model has its own."""
-        _added.set(weakref.WeakKeyDictionary({**_added.get(), self: (shares, share)}))
-
-    def _is_samples(self, y_pred):
-        """Whether these are one output a draw: such a dict, and not the network's own output of that form."""
-        own = getattr(self.network, "_outputs_struct", None)
-        return _of_samples(y_pred) and not (_of_samples(own) and _same_structure(y_pred, own))
-
-    def _check_one_pass(self):
-        """Refuse what one call of the network cannot do for several draws."""
-        mixing = self._graph.value.mixes_batch()
-        if mixing is not None and self.estimator in ("flipout", "local"):
-            raise ValueError(
-                f"Expected layers that keep axis 0 as the batch for estimator={self.estimator!r}. Received: "
-                f"'{mixing}', which is not known to"
-                ' (a subclassed model cannot be looked into). Use "split" or "all".'
-            )
-        if self.estimator == "all" or self.batch_norm == "frozen":
-            return
-        if mixing is not None and any(_trains_batch_norm(layer) for layer in self.network._flatten_layers()):
-            raise ValueError(
-                f"estimator=\"split\" would show batch norm batch/num_samples images a draw, since '{mixing}' is not "
-                'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
-            )
-        for step in _after_draws(self._graph.value):
-            if any(_trains_batch_norm(layer) for layer in _layers_of(step.layer)):
-                raise ValueError(
-                    "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
-                    f"one pass would mix draws in it. Received: '{step.name}', estimator={self.estimator!r}, "
-                    f'batch_norm={self.batch_norm!r}. Use estimator="all", or batch_norm="frozen".'
-                )
-
-    def _check_states(self):
-        """Refuse what would carry a state from one draw to the next."""
-        once = self._graph.value.runs_once(training=True)
-        for step in self._graph.value.steps:
-            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_of(step.layer)):
-                raise ValueError(
-                    "Expected no stateful=True in or after what runs anew for each draw: a draw would go on from the "
-                    f"state of the one before. Received: '{step.name}'. Make it of stateful=False."
-                )
-
-    def _check_entropies(self):
-        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
-        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
-            raise ValueError(
-                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
-                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits); of a '
-                "regression take mean and deviation of predict_samples."
-            )
-
-    def _inputs(self):
-        return getattr(self.network, "_inputs_struct", self.network.inputs[0])
-
     def _num_steps(self):
         return int(ops.convert_to_numpy(self.optimizer.iterations)) if self.optimizer else 0
-
-    def _refuse_posterior_mean(self):
-        if _at_mean.get():
-            raise ValueError(
-                "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
-                "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
-            )
-
-    def _spare_scales_weight_decay(self):
-        """Decay would pull an untransformed scale to 0, a scale to 0.69: away from the data and from the prior."""
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        optimizer = getattr(optimizer, "scale_optimizer", optimizer)
-        if getattr(optimizer, "weight_decay", None) and not optimizer.built:
-            spared = {optimizer._var_key(v) for v in self.trainable_variables if _is_scale(v)}
-            optimizer._exclude_from_weight_decay = spared | getattr(optimizer, "_exclude_from_weight_decay", set())
-
-    def _as_probabilities(self, outputs):
-        """Outputs as probabilities, not in half precision: its entropies would be NaN."""
-        outputs = keras.tree.map_structure(_at_least_float32, outputs)
-        if not self.from_logits:
-            return outputs
-        link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
-        return keras.tree.map_structure(link, outputs)
-
-    def _predictive_mean(self, inputs):
-        """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
-        with self._graph.value.sharing() as losses:
-            first = self._one_draw(inputs, False)
-
-            def step(_, state):
-                return self._plus(state, self._to_average(self._one_draw(inputs, False)))
-
-            state = self._to_average(first)
-            if any(layer._get_own_losses() for layer in self.network._flatten_layers()):  # evaluate needs each of them
-                for sample in range(1, self.num_samples):
-                    state = step(sample, state)
-            else:
-                state = one_after_another(step, state, 1, self.num_samples, self.network.non_trainable_variables)
-        self._set_added(dict.fromkeys(losses, 1.0), 1 / self.num_samples)
-        return self._averaged(state, first)
-
-    def _to_average(self, outputs) -> list:
-        """One sample's probabilities, as what is summed: themselves, or logarithms that are added as exponentials."""
-        outputs = [_at_least_float32(x) for x in keras.tree.flatten(outputs)]
-        if not self.from_logits:
-            return outputs
-        if self.probabilities == "sigmoid":
-            return [ops.log_sigmoid(z) for x in outputs for z in (x, -x)]
-        return [ops.log_softmax(x) for x in outputs]
-
-    def _plus(self, state, more) -> list:
-        return [(ops.logaddexp if self.from_logits else ops.add)(a, b) for a, b in zip(state, more, strict=True)]
-
-    def _averaged(self, state, like):
-        """The samples' mean of what was summed, in the structure of `like`: stable however sure the samples are."""
-        if not self.from_logits:
-            state = [total / self.num_samples for total in state]
-        elif self.probabilities == "sigmoid":
-            state = [yes - no for yes, no in zip(state[::2], state[1::2], strict=True)]
-        else:
-            state = [total - math.log(self.num_samples) for total in state]
-        for mean, output in zip(state, keras.tree.flatten(like), strict=True):
-            if get_keras_mask(output) is not None:  # what loss and metrics leave out
-                set_keras_mask(mean, get_keras_mask(output))
-        return keras.tree.pack_sequence_as(like, state)
-
-    def _settle_terms(self, loss):
-        terms = self._terms_of(loss)
-        if terms is None and self.terms_per_example is None:
-            raise ValueError(
-                "How many terms of one example does this loss average over? Pass terms_per_example= to "
-                "to_partial_bayes: 1 for a loss per image, pixels for a mean over pixels, labels for one over labels."
-            )
-        if terms is not None and self.terms_per_example not in (None, terms):
-            warnings.warn(
-                f"terms_per_example={self.terms_per_example}, but this loss averages over {terms} terms an example: "
-                f"the KL is {terms / self.terms_per_example:g} times the ELBO's.",
-                stacklevel=3,
-            )
-        self._terms.value = self.terms_per_example or terms
-        self._apply_beta()
-
-    def _terms_of(self, loss):
-        """Terms of one example that the loss averages over; None where it is unknown or differs between outputs."""
-        outputs = keras.tree.flatten(self.network.outputs)
-        if isinstance(loss, dict) and "class_name" not in loss:
-            structure = getattr(self.network, "_outputs_struct", None)
-            keys = sorted(structure) if isinstance(structure, dict) else self.network.output_names
-            losses = [loss.get(key) for key in keys]
-        else:
-            losses = list(loss) if isinstance(loss, list | tuple) else [loss] * len(outputs)
-        if len(losses) != len(outputs):
-            return None  # Keras says what is wrong
-        known = {loss_terms(one, tuple(out.shape)) for one, out in zip(losses, outputs, strict=True) if one is not None}
-        return known.pop() if len(known) == 1 else None
-
-    def _sampler(self, kind, num_samples):
-        num_samples = self.num_samples if num_samples is None else num_samples
-        _check_count("num_samples", num_samples)
-        key = (kind, num_samples)
-        if key not in self._samplers.value:
-            sampler = _Sampler(self, kind, num_samples)
-            sampler.compile(jit_compile=False)
-            self._samplers.value[key] = sampler
-        return self._samplers.value[key]
 
 
 # %% [markdown]

@@ -37,8 +37,8 @@
 # - *You need*: gradients of a loss.
 # - *Runs in*: 30 seconds (CPU).
 #
-# The two longest cells are the pass over the data (section 2) and the recorder (section 3). At a first reading take
-# their docstrings, and go on to sections 4, 7 and 8.
+# At a first reading take the docstrings of `saliency` (section 2) and of the recorder (the third part of its class,
+# section 3), and go on to sections 4, 7 and 8.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -603,12 +603,105 @@ def _scores_of(score, weights, totals, num_examples):
 # and, under loss scaling, unscaled and of those steps alone that are applied. In a pass of its own regularisers are
 # left out; here their gradient is subtracted again.
 #
-# The class is long, since Keras offers no such hook. Read its docstring first, then `on_epoch_begin`, `on_epoch_end`
-# and `_add`; the rest puts the optimiser's method back, whatever happens.
+# Keras offers no such hook, so the class comes in three parts. First the sums: `train_step` notes how many examples a
+# batch has, `_add` adds its gradients up.
 
 
 # %%
-class SaliencyRecorder(keras.callbacks.Callback):
+class _Recorded(keras.callbacks.Callback):
+    """A training step that counts its examples, and sums of gradients over steps."""
+
+    def _make(self):
+        """The step that records, and what it adds to: one local copy a replica."""
+        options = {"trainable": False, "synchronization": tf.VariableSynchronization.ON_READ}
+        options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        with self.model.distribute_strategy.scope():
+            self._totals = {k: tf.Variable(tf.zeros(w.variable.shape), **options) for k, w in self._weights.items()}
+            self._num_examples, self._num_steps = (tf.Variable(tf.zeros((), "int64"), **options) for _ in range(2))
+        self._sizes, ordinary, before = {}, self.model.train_step, self.model.train_function
+
+        def train_step(data):
+            x = next(t for t in keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(data)[0]) if t is not None)
+            self._sizes[_replica()] = tf.shape(x, out_type="int64")[0]
+            self._num_steps.assign_add(1)
+            return ordinary(data)
+
+        with _replaced(self.model, "train_step", train_step):
+            self.model.make_train_function(force=True)
+            self._function, self.model.train_function = self.model.train_function, before
+
+    def _add(self, gradients, loss_scale):
+        """Add one batch's gradients, variable's id -> gradient, to the totals."""
+        found = {k: gradients.get(id(w.variable)) for k, w in self._weights.items()}
+        found = {key: tf.convert_to_tensor(g) for key, g in found.items() if g is not None}  # an embedding's: dense
+        size = self._sizes[_replica()]
+        if self.model.distribute_strategy.num_replicas_in_sync > 1:
+            total = functools.partial(tf.distribute.get_replica_context().all_reduce, tf.distribute.ReduceOp.SUM)
+            size, found = total(size), dict(zip(found, total(list(found.values())), strict=True))
+        self._num_examples.assign_add(size)
+        for key, gradient in found.items():
+            if loss_scale is not None:
+                gradient /= tf.cast(loss_scale, gradient.dtype)
+            gradient = tf.cast(_without_penalty(self._weights[key].variable, gradient), "float32")
+            squared = self.score != "paper"
+            # `total += n * g ** 2` in place, n without a pass over memory of its own.
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=self._totals[key].handle,
+                alpha=-tf.cast(size, "float32") if squared else -1.0,
+                delta=tf.square(gradient) if squared else gradient,
+            )
+
+
+# %% [markdown]
+# Then the listening: one call of the training function, during which the optimiser's `apply` is another one; whatever
+# happens, it is put back.
+
+
+# %%
+class _Listening(_Recorded):
+    """The training function of the recorded epoch."""
+
+    def _step(self, iterator):
+        """One call of the training function, with the optimiser's `apply` listened to."""
+        if self._iterator is None:
+            self._iterator = iterator
+        if iterator is not self._iterator:  # another fit, after one that an error in a callback ended
+            ordinary = self._ordinary
+            self._give_up()
+            return ordinary(iterator)
+        optimizer = self.model.optimizer
+        while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        apply = optimizer.apply
+
+        def recorded(grads, trainable_variables=None):
+            variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
+            grads = list(grads)
+            self._add({id(v): g for v, g in zip(variables, grads, strict=True)}, optimizer.loss_scale_factor)
+            return apply(grads, variables)
+
+        try:
+            with _replaced(optimizer, "apply", recorded):
+                return self._function(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            self._ran_out = True
+            raise
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self):
+        """After an error, in this step or elsewhere."""
+        self.model.train_function = self._ordinary
+        self.on_train_end()
+
+
+# %% [markdown]
+# Last, the callback itself: when to listen, and when the sums are scores. It is the part that is used.
+
+
+# %%
+class SaliencyRecorder(_Listening):
     """Scores of `saliency` from the gradients of an epoch of `fit`: no pass of their own.
 
     `total += num_examples * gradient ** 2` at each step of the recorded epoch, one float32 array a weight; other epochs
@@ -695,79 +788,6 @@ class SaliencyRecorder(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Give the memory on the device back."""
         self._function = self._totals = self._ordinary = self._iterator = None
-
-    def _give_up(self):
-        """After an error, in this step or elsewhere."""
-        self.model.train_function = self._ordinary
-        self.on_train_end()
-
-    def _make(self):
-        """The step that records, and what it adds to: one local copy a replica."""
-        options = {"trainable": False, "synchronization": tf.VariableSynchronization.ON_READ}
-        options["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        with self.model.distribute_strategy.scope():
-            self._totals = {k: tf.Variable(tf.zeros(w.variable.shape), **options) for k, w in self._weights.items()}
-            self._num_examples, self._num_steps = (tf.Variable(tf.zeros((), "int64"), **options) for _ in range(2))
-        self._sizes, ordinary, before = {}, self.model.train_step, self.model.train_function
-
-        def train_step(data):
-            x = next(t for t in keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(data)[0]) if t is not None)
-            self._sizes[_replica()] = tf.shape(x, out_type="int64")[0]
-            self._num_steps.assign_add(1)
-            return ordinary(data)
-
-        with _replaced(self.model, "train_step", train_step):
-            self.model.make_train_function(force=True)
-            self._function, self.model.train_function = self.model.train_function, before
-
-    def _step(self, iterator):
-        """One call of the training function, with the optimiser's `apply` listened to."""
-        if self._iterator is None:
-            self._iterator = iterator
-        if iterator is not self._iterator:  # another fit, after one that an error in a callback ended
-            ordinary = self._ordinary
-            self._give_up()
-            return ordinary(iterator)
-        optimizer = self.model.optimizer
-        while isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
-        apply = optimizer.apply
-
-        def recorded(grads, trainable_variables=None):
-            variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
-            grads = list(grads)
-            self._add({id(v): g for v, g in zip(variables, grads, strict=True)}, optimizer.loss_scale_factor)
-            return apply(grads, variables)
-
-        try:
-            with _replaced(optimizer, "apply", recorded):
-                return self._function(iterator)
-        except (StopIteration, tf.errors.OutOfRangeError):
-            self._ran_out = True
-            raise
-        except BaseException:
-            self._give_up()
-            raise
-
-    def _add(self, gradients, loss_scale):
-        found = {k: gradients.get(id(w.variable)) for k, w in self._weights.items()}
-        found = {key: tf.convert_to_tensor(g) for key, g in found.items() if g is not None}  # an embedding's: dense
-        size = self._sizes[_replica()]
-        if self.model.distribute_strategy.num_replicas_in_sync > 1:
-            total = functools.partial(tf.distribute.get_replica_context().all_reduce, tf.distribute.ReduceOp.SUM)
-            size, found = total(size), dict(zip(found, total(list(found.values())), strict=True))
-        self._num_examples.assign_add(size)
-        for key, gradient in found.items():
-            if loss_scale is not None:
-                gradient /= tf.cast(loss_scale, gradient.dtype)
-            gradient = tf.cast(_without_penalty(self._weights[key].variable, gradient), "float32")
-            squared = self.score != "paper"
-            # `total += n * g ** 2` in place, n without a pass over memory of its own.
-            tf.raw_ops.ResourceApplyGradientDescent(
-                var=self._totals[key].handle,
-                alpha=-tf.cast(size, "float32") if squared else -1.0,
-                delta=tf.square(gradient) if squared else gradient,
-            )
 
 
 # %% [markdown]

@@ -53,6 +53,7 @@ __all__ = [
     "member_seed",
     "partial_run",
     "particles_run",
+    "repository",
     "scores_run",
     "write_atomically",
     "write_json",
@@ -860,12 +861,16 @@ def _read_snapshots(folder, model, history, ends):
     return snapshots or [last]
 
 
+def repository() -> Path:
+    """The checkout that the working folder lies in, as that of a notebook in `nbs/` does; else the working folder."""
+    here = Path.cwd()
+    ours = (path for path in (here, *here.parents) if (path / "pyproject.toml").exists() and (path / "sbn_tf").is_dir())
+    return next(ours, here)
+
+
 def run_folder(runs: str | os.PathLike | None, dataset: str, method: str, seed: int, settings: dict) -> Path:
     """`runs/<dataset>/<method>/seed<k>/<hash of the settings>`."""
-    if runs is None:
-        here = Path.cwd()
-        roots = [p for p in (here, *here.parents) if (p / "pyproject.toml").exists() and (p / "sbn_tf").is_dir()]
-        runs = (roots[0] if roots else here) / "runs"
+    runs = repository() / "runs" if runs is None else runs
     return Path(runs) / dataset / method / f"seed{seed}" / _digest(settings)
 
 

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 import yaml
 
+from sbn_tf import training
 from sbn_tf.layers import posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +138,18 @@ def test_machine_path_pattern(text, wanted):
 def test_notebooks_use_the_kernel_that_every_environment_has():
     kernels = {name: book["metadata"].get("kernelspec", {}).get("name") for name, book in tracked_notebooks().items()}
     assert {name: kernel for name, kernel in kernels.items() if kernel != "python3"} == {}
+
+
+def test_notebooks_read_the_same_files_from_the_root_as_from_their_folder(monkeypatch, tmp_path):
+    """Papermill runs a notebook where it is called, pytest and an editor in the notebook's folder."""
+    for folder, expected in ((ROOT, ROOT), (ROOT / "nbs" / "sbn_tf", ROOT), (tmp_path, tmp_path)):
+        monkeypatch.chdir(folder)
+        assert training.repository() == expected
+    lines = {
+        name: [line for cell in code_cells(notebook) for line in "".join(cell["source"]).splitlines() if "../" in line]
+        for name, notebook in tracked_notebooks().items()
+    }
+    assert lines and not any(lines.values()), lines
 
 
 def test_notebooks_hold_no_error():
