@@ -25,7 +25,7 @@
 #   none. More words: [glossary](../../docs/glossary.md).
 # - *You need*: a convolution, a gradient; the lessons on [layers](layers.ipynb) and on
 #   [partial Bayes](partial_bayes.ipynb) for the last sections.
-# - *Runs in*: a minute (CPU).
+# - *Runs in*: 20 seconds (CPU).
 #
 # At a first reading go from picture to picture: sections 1, 3, 4 and 6 say what is counted and what came out. The code
 # of section 2, which walks through a graph, can wait.

@@ -24,7 +24,7 @@
 #   *point* is one number. All Gaussians together are the *posterior*; a *sample* or *draw* is one network, each
 #   Bayesian entry drawn once. A *mask* says which entries are Bayesian. More words: [glossary](../../docs/glossary.md).
 # - *You need*: the lessons on [layers](layers.ipynb) and on [saliency](saliency.ipynb).
-# - *Runs in*: about a minute (CPU).
+# - *Runs in*: 30 seconds (CPU).
 #
 # At a first reading take sections 2 and 4, of section 3 its opening and its last cell, the table of traps in section 5,
 # and all of section 8.
