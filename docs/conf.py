@@ -14,6 +14,9 @@ import sphinx.util.inspect
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 logging.getLogger("tensorflow").setLevel("ERROR")
 
+from sbn_tf.layers import MaskedGaussian  # noqa: E402  (after TensorFlow is told to be quiet)
+from sbn_tf.partial_bayes import PartialBayes  # noqa: E402
+
 project = "sbn_tf"
 author = "The sbn_tf authors"
 release = version = importlib.metadata.version("sbn_tf")
@@ -106,6 +109,29 @@ def _code(part):
     return f"`{part[1:-1]} <{PAGES[name[1]]}{name[2].replace('.', '/')}>`__"
 
 
+def whole(cls):
+    """Lessons tell a long class in parts, each a private base of the next; to a reader of the reference it is one."""
+    for part in cls.__mro__[1:]:
+        if _is_part(part, cls):
+            for name in [name for name in vars(part) if not name.startswith("_") and name not in vars(cls)]:
+                setattr(cls, name, vars(part)[name])
+
+
+def known_bases(app, name, obj, options, bases):
+    """Instead of the parts of a class, what its first part is derived from."""
+    while any(_is_part(base, obj) for base in bases):
+        bases[:] = [one for base in bases for one in (base.__bases__ if _is_part(base, obj) else [base])]
+    if bases == [object]:
+        bases.clear()
+
+
+def _is_part(base, cls):
+    return base.__module__ == cls.__module__ and base.__name__.startswith("_")
+
+
 def setup(app):
     """Before napoleon, whose priority is 500, reads the sections."""
+    for cls in (MaskedGaussian, PartialBayes):
+        whole(cls)
+    app.connect("autodoc-process-bases", known_bases)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
