@@ -4,6 +4,7 @@ sphinx-build -W --keep-going -c docs . docs/_build/html
 """
 
 import importlib.metadata
+import inspect
 import itertools
 import logging
 import os
@@ -115,6 +116,8 @@ def whole(cls):
         if _is_part(part, cls):
             for name in [name for name in vars(part) if not name.startswith("_") and name not in vars(cls)]:
                 setattr(cls, name, vars(part)[name])
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    cls.__signature__ = inspect.Signature(parameters)  # Keras's own of a model says (*args, **kwargs)
 
 
 def known_bases(app, name, obj, options, bases):

@@ -337,7 +337,7 @@ class Flops:
 
     @property
     def matmul_like(self) -> float:
-        """Share of convolutions and matrix products, gradients included, in the total: 0 to 1."""
+        """Share of convolutions and matrix products, gradients included, in the total, 0 to 1."""
         return sum(n for kind, n in self.by_op.items() if kind in _PRODUCTS) / self.total if self.total else 0.0
 
 

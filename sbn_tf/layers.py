@@ -952,7 +952,7 @@ class MaskedGaussian(_Noise):
 
     @property
     def kl_weight(self):
-        """Factor of the KL in the loss: a number or a `keras.Variable`."""
+        """Factor of the KL in the loss, a number or a `keras.Variable`."""
         return self._kl_weight.value
 
     def __setattr__(self, name, value):

@@ -189,7 +189,7 @@ class _Settings(Distributed, keras.Model):
 
     @property
     def beta(self) -> float:
-        """Factor of the KL: 1 is the ELBO. Setting it acts at once, also on a compiled model."""
+        """Factor of the KL, 1 for the ELBO. Setting it acts at once, also on a compiled model."""
         return self._beta.value
 
     @beta.setter
@@ -223,7 +223,7 @@ class _Settings(Distributed, keras.Model):
 
     @property
     def output_names(self) -> list[str]:
-        """The network's: losses, weights of losses and metrics may be given by them."""
+        """The network's, by which losses, weights of losses and metrics may be given."""
         return self.network.output_names
 
     @property

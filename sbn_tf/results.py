@@ -244,7 +244,7 @@ class Result:
 
     @property
     def is_trivial(self) -> bool:
-        """Whether this row is no method: a trivial predictor or a bound."""
+        """Whether this row is no method but a trivial predictor or a bound."""
         return self.method.startswith(("trivial_", "bound_"))
 
     def record(self) -> Record | None:
@@ -658,7 +658,7 @@ class Row:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples behind one prediction; None: unknown."""
+        """Samples behind one prediction; None where unknown."""
         first = self.results[0]
         if first.num_samples is None and (record := first.record()) is not None:
             return record.num_samples

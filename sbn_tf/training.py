@@ -349,7 +349,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of all epochs; None where it is not known of each: a run made before it was taken."""
+        """Wall time of all epochs; None where it is not known of each, as of a run made before it was taken."""
         seconds = self.history.get("seconds", [])
         return float(sum(seconds)) if len(seconds) == len(self.history.get("loss", [])) > 0 else None
 
@@ -360,7 +360,7 @@ class Run:
 
     @property
     def grown_bytes(self) -> int | None:
-        """How much of the peak was new: above what the process held when training began; None where unknown."""
+        """How much of the peak was new, above what the process held when training began; None where unknown."""
         return self.history.get("grown_bytes", [None])[0]
 
 

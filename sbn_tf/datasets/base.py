@@ -390,7 +390,7 @@ class Data:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs the network needs: one per label or class, or one per pixel (1) for masks."""
+        """Outputs the network needs, one per label or class, or one per pixel (1) for masks."""
         return 1 if self.card.task == SEGMENTATION else self.train.targets.shape[1]
 
     def digest(self) -> str:
