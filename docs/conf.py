@@ -124,8 +124,6 @@ def known_bases(app, name, obj, options, bases):
     """Instead of the parts of a class, what its first part is derived from."""
     while any(_is_part(base, obj) for base in bases):
         bases[:] = [one for base in bases for one in (base.__bases__ if _is_part(base, obj) else [base])]
-    if bases == [object]:
-        bases.clear()
 
 
 def _is_part(base, cls):

@@ -542,7 +542,7 @@ class Partial(_Bayesian):
         self._hold(run.model)
 
     def _choose_masks(self, data):
-        return training.masks_run(self.step1, data, self.recipe, self.r_bayes, verbose=self.verbose)
+        return training.masks_run(self.step1, data, self.recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
 
     def _saliency_flops(self, batch):
         return _score_flops(self.step1.model, self._loss, self.recipe.score, batch)
@@ -583,7 +583,7 @@ class PartialChannel(Partial):
 
     def _choose_masks(self, data):
         recipe = self._use(scope="channel")
-        return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
+        return training.masks_run(self.step1, data, recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
 
 
 class PartialLate(Partial):
@@ -597,7 +597,7 @@ class PartialLate(Partial):
 
     def _choose_masks(self, data):
         recipe = self._use(fan_out=FAN_OUT)
-        return training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
+        return training.masks_run(self.step1, data, recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
 
 
 class Particles(Partial):
@@ -755,7 +755,7 @@ class Laplace(_Bayesian):
     def _train(self, data):
         self._train_step1(data)
         recipe = self.recipe
-        self.masks = training.masks_run(self.step1, data, recipe, self.r_bayes, verbose=self.verbose)
+        self.masks = training.masks_run(self.step1, data, recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
         # Other scores are no Fisher information.
         exact = recipe if recipe.score == "per_example" else dataclasses.replace(recipe, score="fisher")
         scores = training.scores_run(self.step1, data, exact, verbose=self.verbose)

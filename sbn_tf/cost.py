@@ -27,7 +27,7 @@
 #   [partial Bayes](partial_bayes.ipynb) for the last sections.
 # - *Runs in*: 20 seconds (CPU).
 #
-# At a first reading go from picture to picture: sections 1, 3, 4 and 6 say what is counted and what came out. The code
+# At a first reading take the text of sections 1, 3, 4 and 6, which say what is counted and what came out. The code
 # of section 2, which walks through a graph, can wait.
 
 # %% tags=["active-ipynb"]
@@ -1106,7 +1106,7 @@ def _largest_ever() -> int | None:
 # - Nearly all operations are convolutions and matrix products: 2 a multiplication and addition.
 # - Backward takes twice as many as forward: once by the inputs, once by the weights.
 # - Five samples have five backward passes: about 5 deterministic steps, and 6 with step 1. The paper's 3.36 counts one.
-# - `"split"` draws five samples at the price of one pass.
+# - `"split"` draws five samples with the operations of one pass; on the clock it takes more, 1.3 passes here.
 # - A graph is counted as it was traced: fusion, and what runs at once, is the clock's to tell.
 #
 # ## Exercises

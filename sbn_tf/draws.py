@@ -276,8 +276,8 @@ _LINEAR = {
 
 
 def _linear(layer):
-    """The `_Linear` of a layer; None for one that is not linear in one kernel (separable, wrapped, a subclass)."""
-    form = _LINEAR.get(type(layer).__bases__[-1])  # of `class Dense(MaskedGaussian, keras.layers.Dense)`
+    """The `_Linear` of a layer; None for one that is not linear in one kernel (separable, wrapped, another class)."""
+    form = _LINEAR.get(type(layer)._stock())
     if form is None or (form is _Einsum and not _einsum_fits(layer)):
         return None
     return form(layer)

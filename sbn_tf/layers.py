@@ -21,12 +21,12 @@
 # - *You will see*: the sparse posterior of one weight, the reparameterization trick, the KL term and its scale,
 #   and Dense, Conv, Embedding and other stock Keras layers that hold such weights.
 # - *Words*: an entry with a distribution is *Bayesian*, one that stays a number is a *point*; `r_bayes` is the share of
-#   a network's entries that is Bayesian. *Nats* are units of entropy and KL with the natural logarithm: 1 bit is 0.69.
-#   More words: [glossary](../../docs/glossary.md).
+#   a network's eligible entries (all that train, but for normalisation) that is Bayesian. *Nats* are units of entropy
+#   and KL with the natural logarithm: 1 bit is 0.69. More words: [glossary](../../docs/glossary.md).
 # - *You need*: Keras layers, the normal distribution.
 # - *Runs in*: 30 seconds (CPU).
 #
-# At a first reading take sections 1 and 3, of section 5 its opening and its last cell, and section 7, where a layer is
+# At a first reading take sections 1 and 3, of section 5 its opening and its last cell, and section 8, where a layer is
 # used.
 
 # %% tags=["active-ipynb"]
@@ -45,7 +45,7 @@ import contextlib
 import contextvars
 import inspect
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -389,6 +389,10 @@ class _Seams:
 
     posterior_weights: tuple[str, ...] = ()
 
+    @classmethod
+    def _stock(cls):
+        return _stock_class(cls)
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if not cls.__dict__.get("posterior_weights"):
@@ -407,7 +411,8 @@ class _Seams:
 
 
 # %% [markdown]
-# What a posterior keeps, and how its KL reaches the loss: as a regularizer of the untransformed scale.
+# What a posterior keeps, and how its KL reaches the loss: as a regularizer of the untransformed scale. `_Box` hides a
+# value from Keras, which would take another object's variable for the layer's own.
 
 
 # %%
@@ -478,8 +483,11 @@ def _graph():
 
 
 # %% [markdown]
-# The class comes in parts, one idea each, each built on the one before; a user meets the last alone, `MaskedGaussian`,
-# and at a first reading so may you. The first knows which entries of a weight are Bayesian, and reads their locs.
+# Above are the checks of its arguments. The class itself comes in parts, one idea each, each built on the one before,
+# the first on the seams of section 4; a user meets the last alone, `MaskedGaussian`, and at a first reading so may you.
+# What a part uses and does not set (`_masks`, `_touched`, the arguments) the last one's `__init__` sets.
+#
+# The first part reads the locs of the Bayesian entries, and makes dense arrays to look at.
 
 
 # %%
@@ -653,8 +661,9 @@ class _Variables(_Index):
 
 
 # %% [markdown]
-# Under which names are they saved? A stock layer numbers its variables in a file, and so does this one; the
-# posterior's have names. So a trained stock checkpoint loads as it is: its weights become the locs.
+# Under which names are they saved? A stock layer numbers its variables in a file, and so does this one; the posterior's
+# have names. So a trained stock checkpoint loads as it is: its weights become the locs. What Keras offers for trained
+# layers and a posterior does not allow, LoRA and quantisation, is refused.
 
 
 # %%
@@ -707,7 +716,8 @@ class _Saved(_Variables):
 
 
 # %% [markdown]
-# Which entries? Those of a given mask, or as many at random; `set_mask` chooses anew.
+# Who says which entries are Bayesian? A mask that is given, or `num_bayesian` of them at random; `set_mask` chooses
+# again later.
 
 
 # %%
@@ -775,7 +785,8 @@ class _Choice(_Saved):
 
 # %% [markdown]
 # The noise: (k,) numbers times the scales, scattered into a tensor of the weight's shape and added to the locs. A draw
-# is new at each call, unless something keeps it: `posterior_sample` (section 4), or a pass that holds several draws.
+# is new at each call, unless something keeps it: `posterior_sample` (section 4), or `batch_draws`, by whose estimators
+# one pass holds several draws (`_batch_draws`; flipout's random signs: `_signs`).
 
 
 # %%
@@ -874,7 +885,7 @@ class MaskedGaussian(_Noise):
     def __init__(
         self,
         *args,
-        num_bayesian=0,
+        num_bayesian: int | Mapping[str, int] = 0,
         mask=None,
         initial_scale: float = 0.01,
         untransformed_scale_initializer=None,
@@ -1131,6 +1142,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 
 
 # %% [markdown]
+# ## 7. Is it right?
+#
 # ### With no Bayesian entry, is it the stock layer?
 #
 # The oracle is Keras itself. The same weights give the same outputs, to the last bit.
@@ -1196,7 +1209,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 #     print(error)
 
 # %% [markdown]
-# ## 7. How does it go into your own model?
+# ## 8. How does it go into your own model?
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
 # `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold?

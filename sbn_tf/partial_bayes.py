@@ -27,7 +27,7 @@
 # - *Runs in*: 30 seconds (CPU).
 #
 # At a first reading take sections 2 and 4, of section 3 its opening and its last cell, the table of traps in section 5,
-# and all of section 8.
+# all of section 8, and "When not to trust it".
 
 # %% tags=["active-ipynb"]
 # import os
@@ -167,10 +167,10 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # ## 3. How does the model train and predict?
 #
 # The *posterior predictive* is the mean of the network's probabilities over the posterior of its weights; a few draws
-# estimate it. `PartialBayes` holds the converted `network` and draws from it `num_samples` times, in a Python loop
-# inside the traced step (`tf.vectorized_map` would give every sample the same draw, silently). In training its call
-# returns every sample's output, since the ELBO averages *losses*; elsewhere it returns the posterior predictive mean,
-# which averages *probabilities*.
+# estimate it. `PartialBayes` holds the converted `network` and draws from it `num_samples` times: in training by a
+# Python loop inside the traced step (`tf.vectorized_map` would give every sample the same draw, silently), in
+# prediction one after another. In training its call returns every sample's output, since the ELBO averages *losses*;
+# elsewhere it returns the posterior predictive mean, which averages *probabilities*.
 #
 # Section 6 shows what that costs, and how several draws share one pass.
 #
@@ -180,7 +180,10 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # > than in training: `predict_uncertainty(x, num_samples=50)`.
 #
 # The class comes in parts, each built on the one before; a user meets the last alone, `PartialBayes`, and at a first
-# reading so may you. First: what may be read and set, later too.
+# reading so may you. What a part uses and does not set (`network`, `_graph`, `_terms`, `_samplers`) the last one's
+# `__init__` sets; small functions are in section 5, under "Helpers".
+#
+# First: what may be read, and what may be changed after the model was made.
 
 
 # %%
@@ -295,7 +298,8 @@ class _Average(_Settings):
 
 # %% [markdown]
 # The draws. In training by the estimator "all" each of them sees the whole batch; by the others they share one pass
-# (section 6). In prediction they follow one another, and what no Bayesian weight precedes runs once.
+# (section 6). In prediction they follow one another, and what no Bayesian weight precedes runs once. What layers add to
+# the loss by themselves counts by its share of the samples: `_set_added` notes which.
 
 
 # %%
@@ -364,8 +368,8 @@ class _Draws(_Average):
 
 
 # %% [markdown]
-# What a prediction gives back but the mean: every sample, or the entropies of section 4, by a model that draws within
-# one compiled call; the same, exported for serving.
+# What a prediction gives besides the mean: every sample, or the entropies of section 4, by a model that draws within
+# one compiled call (`_Sampler`, there); and the same, exported for serving.
 
 
 # %%
@@ -579,7 +583,7 @@ class _Compiled(_Refusals):
 
 
 # %% [markdown]
-# Saved is the network with its posterior, and how the model was made; the weight of the KL follows from `beta`.
+# Saved is the network with its posterior, and how the model was made; the weight of the KL follows from that.
 
 
 # %%
@@ -791,8 +795,8 @@ class PartialBayes(_Saved):
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
-# samples are an array (samples, batch, height, width, 1); each of the four results has lost the axis of samples (over
-# classes that of classes, too), and is one picture an image.
+# samples are an array (samples, batch, height, width, 1); each of the four results has lost the axis of samples, and
+# is one picture an image. Over classes the three entropies have lost the axis of classes, too; the mean keeps it.
 #
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
 # the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
@@ -809,6 +813,13 @@ def entropy(probs, kind: str):
         return -xlogx(probs) - xlogx(1.0 - probs)
     return -ops.sum(xlogx(probs), axis=-1)
 
+
+# %% tags=["active-ipynb"]
+# two = np.array([[0.0, 1.0], [0.5, 0.5]])  # a row: two samples of one pixel
+# total = np.array(entropy(two.mean(axis=1), "sigmoid"))
+# aleatoric = np.array(entropy(two, "sigmoid")).mean(axis=1)
+# print("total:", total.round(3), "aleatoric:", aleatoric.round(3), "epistemic:", (total - aleatoric).round(3))
+# assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
 # Where are the samples drawn? In a model of their own, so that a whole prediction is one compiled call. Means and
@@ -874,7 +885,7 @@ class _Sampler(Distributed, keras.Model):
 
 # %% [markdown]
 # A loop that wrote the samples one by one into one array would copy it each time; `_rows_written_once` does not.
-# `_numbered` names the outputs of a network that has several.
+# `_names_of_outputs` names the outputs of a network that has several.
 
 
 # %%
@@ -916,13 +927,6 @@ def _numbered(names):
         found.append(new)
     return found
 
-
-# %% tags=["active-ipynb"]
-# two = np.array([[0.0, 1.0], [0.5, 0.5]])  # a row: two samples of one pixel
-# total = np.array(entropy(two.mean(axis=1), "sigmoid"))
-# aleatoric = np.array(entropy(two, "sigmoid")).mean(axis=1)
-# print("total:", total.round(3), "aleatoric:", aleatoric.round(3), "epistemic:", (total - aleatoric).round(3))
-# assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
 # ## 5. How do masks become a model, past five traps?
@@ -1084,6 +1088,8 @@ def settle_batch_norm(network: keras.Model, how: str) -> None:
 
 
 # %% [markdown]
+# ### Helpers of the model, to be skipped at first
+#
 # What a call of the network adds to the loss by `add_loss` counts once, or by its share of the samples: each call notes
 # which.
 

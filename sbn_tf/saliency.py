@@ -37,8 +37,8 @@
 # - *You need*: gradients of a loss.
 # - *Runs in*: 30 seconds (CPU).
 #
-# At a first reading take the docstrings of `saliency` (section 2) and of the recorder (the third part of its class,
-# section 3), and go on to sections 4, 7 and 8.
+# At a first reading take the table and the docstring of `saliency` in section 2, the docstring of the recorder (the
+# third part of its class, section 3), and go on to sections 4, 7 and 8.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -232,7 +232,7 @@ def biases_before_batch_norm(model: keras.Model) -> list[str]:
 # nearly average out, as at an optimum, one is about $1/n_b$ of the other, and the ranking is nearly that of
 # `per_example` at the price of one pass.
 #
-# Why the weights $n_b$? A batch of one example has a gradient as noisy as 32 times a batch of 32 in its square. Counted
+# Why the weights $n_b$? The squared noise of the gradient of one example is 32 times that of a batch of 32. Counted
 # once like the others, a last batch of one would make up more than half of the score of an epoch of 20 batches. The
 # paper's sum counts every batch once, and so does `paper`.
 
@@ -577,8 +577,8 @@ def _scores_of(score, weights, totals, num_examples):
 
 
 # %% [markdown]
-# By hand, two batches: gradients of 3 and -3, which cancel, and of 1 and 1, which do not. `fisher` ranks the first
-# weight higher, `paper` the second. Which is right for a trained network? Section 7 asks.
+# By hand, two weights and two batches: gradients of 3 and -3, which cancel, and of 1 and 1, which do not. `fisher`
+# ranks the first weight higher, `paper` the second. Which is right for a trained network? Section 7 asks.
 
 # %% tags=["active-ipynb"]
 # def score_by_hand(batch_gradients):
@@ -603,8 +603,9 @@ def _scores_of(score, weights, totals, num_examples):
 # and, under loss scaling, unscaled and of those steps alone that are applied. In a pass of its own regularisers are
 # left out; here their gradient is subtracted again.
 #
-# Keras offers no such hook, so the class comes in three parts. First the sums: `train_step` notes how many examples a
-# batch has, `_add` adds its gradients up.
+# Keras offers no such hook, so the class comes in three parts. What a part uses and does not set, the callback of the
+# last one does, as training and epochs begin. First the sums: `train_step` notes how many examples a batch has, `_add`
+# adds its gradients up.
 
 
 # %%
@@ -653,8 +654,8 @@ class _Recorded(keras.callbacks.Callback):
 
 
 # %% [markdown]
-# Then the listening: one call of the training function, during which the optimiser's `apply` is another one; whatever
-# happens, it is put back.
+# Then the listening: during one call of the training function the optimiser's `apply` is replaced by one that hands the
+# gradients to `_add` first; afterwards, also after an error, the old one is back.
 
 
 # %%
@@ -1378,7 +1379,8 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: a chain of three layers with 8, 8 and 4 multiply-adds, one salient entry in each. The last one alone costs
+# By hand: a chain of three layers with 8, 8 and 4 multiply-adds and two salient entries in each, of scores 6, 3 and 1;
+# one entry is chosen. The last one alone costs
 # $1 + 4 \cdot 4/20 = 1.8$ passes, from the second on $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
@@ -1485,8 +1487,9 @@ def saliency_against_cost(
 # plt.show()
 
 # %% [markdown]
-# *Reading*: a bar to the right of the dashed line is a weight that got more than its share of the 10 %; no bar, none. A
-# layer of many entries may have the most chosen ones and still less than its share.
+# *Reading*: a bar to the right of the dashed line is a weight that got more than its share of the 10 %; no bar, none.
+# Nearly all of the chosen are in the first layer, kernel and bias, which sees the data; of the largest weight, the
+# middle kernel, none or few.
 #
 # What would cheaper samples leave behind? The middle layer has most of the multiply-adds: before it or in it, nearly
 # the whole network runs anew.
@@ -1500,8 +1503,9 @@ def saliency_against_cost(
 # plt.show()
 
 # %% [markdown]
-# *Reading*: each point is the best selection of 4 % at its price. The next cell asks how far the recorder's choice,
-# from one more epoch of training, is that of the pass of its own.
+# *Reading*: each point is the best selection of 4 % at its price: the last layer alone, which would be cheap, leaves
+# nearly all saliency behind. (4 %, not 10: the last layer has no more entries than that.) The next cell asks how far
+# the recorder's choice, from one more epoch of training, is that of the pass of its own.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # recorder = SaliencyRecorder()

@@ -472,9 +472,12 @@ def _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose):
     return found
 
 
-def masks_run(step1: Run, data: Data, recipe: Recipe, r_bayes: float, *, verbose: bool = True) -> Masks:
-    """Step 2: masks of the top `r_bayes` of the weights that may be Bayesian, by the recipe's score and scope."""
-    return choose_masks(step1.model, scores_run(step1, data, recipe, verbose=verbose), recipe, r_bayes)
+def masks_run(step1: Run, data: Data, recipe: Recipe, r_bayes: float, *, seed: int = 0, verbose: bool = True) -> Masks:
+    """Step 2: masks of the top `r_bayes` of the weights that may be Bayesian, by the recipe's score and scope.
+
+    `seed`: of the score "random", as in `scores_run`.
+    """
+    return choose_masks(step1.model, scores_run(step1, data, recipe, seed=seed, verbose=verbose), recipe, r_bayes)
 
 
 def choose_masks(model: keras.Model, scores: Mapping[str, np.ndarray], recipe: Recipe, r_bayes: float) -> Masks:
@@ -497,18 +500,21 @@ def choose_masks(model: keras.Model, scores: Mapping[str, np.ndarray], recipe: R
     return top_k(scores, r_bayes, scope=recipe.scope, model=model if graph else None, cost_aware=recipe.fan_out)
 
 
-def scores_run(step1: Run, data: Data, recipe: Recipe, *, verbose: bool = True) -> dict[str, np.ndarray]:
+def scores_run(step1: Run, data: Data, recipe: Recipe, *, seed: int = 0, verbose: bool = True) -> dict[str, np.ndarray]:
     """The recipe's saliency score of every weight that may be Bayesian, kept beside step 1 for every r_bayes.
 
-    Left out are biases right before a batch norm that step 3 runs in training mode: they have no effect there.
+    `seed`: of the score "random" alone; the others follow from the trained weights and the data. Left out are biases
+    right before a batch norm that step 3 runs in training mode: they have no effect there.
     """
     settings = {"score": recipe.score, "batch_size": recipe.batch_size, "class_weights": recipe.class_weights}
+    settings |= {"seed": _check_seed(seed)} if recipe.score == "random" else {}
     path = step1.folder / f"saliency_{recipe.score}_{_digest({**settings, **_data_settings(data, None)})}.npz"
     if path.exists():
         scores = _read_arrays(path)
     else:
         stream = data.train.batches(recipe.batch_size, seed=0)
-        scores = saliency(step1.model, stream, loss_for(recipe, data), score=recipe.score, verbose=verbose)
+        loss = loss_for(recipe, data)
+        scores = saliency(step1.model, stream, loss, score=recipe.score, seed=seed, verbose=verbose)
         write_atomically(path, lambda file: np.savez(file, **scores))
     if recipe.batch_norm != "frozen":
         idle = biases_before_batch_norm(step1.model)

@@ -39,7 +39,7 @@ def repeated(layer, x, how, num_samples=3, repeats=600):
 
 def moments(layer, x):
     """Mean and variance of the outputs of a layer without activation, by its stock layer on squares."""
-    stock = type(layer).__bases__[-1]
+    stock = type(layer)._stock()
     config = {k: v for k, v in layer.get_config().items() if k in stock(**KINDS[type(layer).__name__][1]).get_config()}
     mean, variance = stock.from_config(config), stock.from_config(config)
     for one in (mean, variance):
@@ -49,6 +49,30 @@ def moments(layer, x):
         b.assign(layer.scale(b.name) ** 2)
     squares = x if type(layer).__name__ == "Embedding" else x**2
     return ops.convert_to_numpy(mean(x)), ops.convert_to_numpy(variance(squares))
+
+
+@pytest.mark.parametrize("how", ["split", "flipout", "local"])
+def test_what_stands_between_the_mixin_and_the_stock_layer_is_called(how):
+    """The oracle: a point layer of the same class, since the draws have next to no scale."""
+
+    class Doubled(keras.layers.Layer):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    class Between(layers.MaskedGaussian, Doubled, keras.layers.Dense):
+        posterior_weights = ("bias",)
+
+    class Derived(layers.Dense):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    for cls in (Between, Derived):
+        layer = cls(3, num_bayesian={"bias": 2}, kl_weight=1.0, initial_scale=1e-6)
+        layer.build(x.shape)
+        expected = 2 * (x @ ops.convert_to_numpy(layer.kernel) + ops.convert_to_numpy(layer.bias))
+        with layers.batch_draws(how, num_samples=3):
+            np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- parts of a batch ----

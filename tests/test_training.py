@@ -416,6 +416,18 @@ def test_scores_are_of_the_data_and_batches_they_were_made_from(data, tmp_path):
     assert training.masks_run(step1, data, recipe, 0.05) == first
 
 
+def test_random_scores_are_of_the_seed_and_no_others(data, tmp_path):
+    recipe = recipes.recipe_for("quick", data.card, epochs=1)
+    step1 = training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
+    by_chance = dataclasses.replace(recipe, score="random")
+    for seed in (0, 3, 0):  # made, made, read
+        expected = top_k(saliency(step1.model, score="random", seed=seed), 0.05)
+        assert training.masks_run(step1, data, by_chance, 0.05, seed=seed) == expected
+    assert training.masks_run(step1, data, recipe, 0.05, seed=3) == training.masks_run(step1, data, recipe, 0.05)
+    with pytest.raises(ValueError, match="Expected seed"):
+        training.scores_run(step1, data, by_chance, seed=-1)
+
+
 def test_changed_labels_are_other_data(data, tmp_path):
     recipe = recipes.recipe_for("quick", data.card, epochs=1)
     changed = datasets.load("phantom_lesion", size=16, limit=24)
