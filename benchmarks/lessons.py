@@ -1,7 +1,8 @@
 """How long does each lesson take? python benchmarks/lessons.py [name ...]
 
-Each runs alone, by papermill, with its defaults, in a copy of the repository that holds no finished runs. Best on a
-machine that does nothing else: the times are wall clock, TensorFlow's import included.
+Each runs alone, by papermill (`pip install -e ".[notebooks]"`), with its defaults and no real data, in a copy of the
+repository that holds no finished runs. Best on a machine that does nothing else: the times are wall clock, TensorFlow's
+import included.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "cache", "_build", "__pycache__", ".*_cache")
+PARTS = ("nbs", "sbn_tf", "profiles", "results")
 
 
 def seconds(notebook: Path) -> float:
@@ -27,8 +28,11 @@ def seconds(notebook: Path) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "sbn_tf"
-        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-        environment = {**os.environ, "PYTHONPATH": str(copy), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        for part in PARTS:
+            shutil.copytree(ROOT / part, copy / part)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        environment = {key: value for key, value in os.environ.items() if key != "SBN_TF_DATA"}
+        environment |= {"PYTHONPATH": str(copy), "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", copy / notebook, copy / "out.ipynb"]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
@@ -41,7 +45,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="of lessons, such as 03_partial_bayes; default: all")
     names = parser.parse_args().names
-    lessons = [path.relative_to(ROOT) for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.stem != "template"]
+    found = sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "sbn_tf").glob("*.ipynb")])
+    lessons = [path.relative_to(ROOT) for path in found if path.stem != "template"]
     unknown = set(names) - {lesson.stem for lesson in lessons}
     if unknown:
         parser.error(f"Expected names of lessons. Received: {sorted(unknown)}")

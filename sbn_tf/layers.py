@@ -375,7 +375,8 @@ def _seam(name: str, stock):
 
 
 # %% [markdown]
-# Every masked class gets these properties, and a signature that shows the stock layer's arguments beside ours.
+# Every masked class gets these properties, and a signature that shows the stock layer's arguments beside ours: the base
+# of the class of section 5, `MaskedGaussian`.
 
 
 # %%
@@ -484,8 +485,8 @@ def _graph():
 
 # %% [markdown]
 # Above are the checks of its arguments. The class itself comes in parts, one idea each, each built on the one before,
-# the first on the seams of section 4; a user meets the last alone, `MaskedGaussian`, and at a first reading so may you.
-# What a part uses and does not set (`_masks`, `_touched`, the arguments) the last one's `__init__` sets.
+# the first on the seams of section 4; what a user holds is the last, `MaskedGaussian`, and at a first reading that will
+# do. What a part uses and does not set (`_masks`, `_touched`, the arguments) the last one's `__init__` sets.
 #
 # The first part reads the locs of the Bayesian entries, and makes dense arrays to look at.
 
@@ -494,6 +495,7 @@ def _graph():
 class _Entries(_Seams):
     """The Bayesian entries of a stock layer's weights: their locs, of shape (k,), and dense arrays to look at."""
 
+    # Of the last part:
     num_bayesian: dict[str, int]
     prior_at_loc: bool
     kl_weight: Any
@@ -844,9 +846,9 @@ class _Noise(_Choice):
 
 
 # %% [markdown]
-# And the layer itself, in the order of a Keras layer (`__init__`, `build`, `call`, `get_config`), then what a user may
-# read. Look at `Args`, `call` and `kl_divergence`: `call` is the stock layer's own, with drawn weights in place of the
-# locs.
+# And the layer itself, in the order of a Keras layer (`__init__`, `build`, `call`, `get_config`), then the KL and its
+# parts (`mask`, `scale` and `set_mask` are above). Look at `Args`, `call` and `kl_divergence`: `call` is the stock
+# layer's own, with drawn weights in place of the locs.
 
 
 # %%

@@ -29,6 +29,8 @@
 #   Bayesian one. *Nats* are units of the natural logarithm. More words: [glossary](../../docs/glossary.md).
 # - *You need*: probabilities and averages.
 # - *Runs in*: 20 seconds (CPU), most of it start-up.
+#
+# At a first reading take sections 2, 3, 5 and 7, and the table of section 10.
 
 # %% tags=["active-ipynb"]
 # import os
@@ -1529,7 +1531,6 @@ def paper_ece(probs: ArrayLike, targets: ArrayLike, num_bins: int = 15) -> float
 # - Kohl et al. (2019). *A hierarchical probabilistic U-Net for modeling multi-scale ambiguities*. arXiv 1905.13077.
 # - Geifman, El-Yaniv (2017). *Selective classification for deep neural networks*. NeurIPS.
 # - Geifman, Uziel, El-Yaniv (2019). *Bias-reduced uncertainty estimation for deep neural classifiers*. ICLR.
-# - Maier-Hein et al. (2024). *Metrics reloaded: recommendations for image analysis validation*. Nature Methods 21.
 # - Wang et al. (2017). *ChestX-ray8*. CVPR. The counts of section 2 are those of its release of fourteen findings.
 # - Abboud, Lombaert, Kadoury (2024). *Sparse Bayesian Networks: Efficient Uncertainty Quantification in Medical Image
 #   Analysis*. MICCAI.

@@ -26,8 +26,8 @@
 # - *You need*: the lessons on [layers](layers.ipynb) and on [saliency](saliency.ipynb).
 # - *Runs in*: 30 seconds (CPU).
 #
-# At a first reading take sections 2 and 4, of section 3 its opening and its last cell, the table of traps in section 5,
-# all of section 8, and "When not to trust it".
+# At a first reading take sections 2 and 4, of section 3 its opening, `predict_uncertainty` and its last cell, the table
+# of traps in section 5, all of section 8, and "When not to trust it".
 
 # %% tags=["active-ipynb"]
 # import os
@@ -179,8 +179,8 @@ def loss_terms(loss, output_shape: tuple) -> int | None:
 # > which rater's mask is the target, the stream of data decides, not the posterior. So more may be drawn in prediction
 # > than in training: `predict_uncertainty(x, num_samples=50)`.
 #
-# The class comes in parts, each built on the one before; a user meets the last alone, `PartialBayes`, and at a first
-# reading so may you. What a part uses and does not set (`network`, `_graph`, `_terms`, `_samplers`) the last one's
+# The class comes in parts, each built on the one before; what a user holds is the last, `PartialBayes`, which has the
+# methods of all. What a part uses and does not set (`network`, `_graph`, `_terms`, `_samplers`) the last one's
 # `__init__` sets; small functions are in section 5, under "Helpers".
 #
 # First: what may be read, and what may be changed after the model was made.
@@ -298,13 +298,14 @@ class _Average(_Settings):
 
 # %% [markdown]
 # The draws. In training by the estimator "all" each of them sees the whole batch; by the others they share one pass
-# (section 6). In prediction they follow one another, and what no Bayesian weight precedes runs once. What layers add to
-# the loss by themselves counts by its share of the samples: `_set_added` notes which.
+# (section 6), or each sees its part of the batch where a layer may mix examples. In prediction they follow one another,
+# and what no Bayesian weight precedes runs once. What layers add to the loss by themselves counts by its share of the
+# samples: `_set_added` notes which.
 
 
 # %%
 class _Draws(_Average):
-    """What one call of the model runs: the network, once a draw."""
+    """What one call of the model runs: the network, for all of its draws."""
 
     def _one_draw(self, inputs, training):
         """The network's output for one draw of its weights."""
@@ -527,7 +528,7 @@ class _Refusals(_Predictions):
 
 # %%
 class _Compiled(_Refusals):
-    """The loss's part in the weight of the KL."""
+    """What `compile` settles: the loss's part in the weight of the KL, and what weight decay acts on."""
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """`keras.Model.compile`; the loss settles how many terms the KL is divided by, unless that was given."""
@@ -647,7 +648,8 @@ class _Saved(_Compiled):
 
 
 # %% [markdown]
-# And the model itself. Look at the table of its docstring, at `call`, and at `compute_loss`, which is the ELBO.
+# And the model itself. Look at the table of its docstring, at `call`, and at `compute_loss`, which is the loss of
+# section 2 and what layers add to it.
 
 
 # %%

@@ -226,7 +226,7 @@ def biases_before_batch_norm(model: keras.Model) -> list[str]:
 # | `random` | uniform numbers | the control |
 #
 # (The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model;
-# the *empirical* one takes the labels of the data.)
+# the *empirical* one takes the labels of the data. Sung et al. 2021 choose by it which weights to train at all.)
 #
 # A batch's mean gradient squared is not the mean of its examples' squares; where examples are independent and gradients
 # nearly average out, as at an optimum, one is about $1/n_b$ of the other, and the ranking is nearly that of
@@ -362,7 +362,7 @@ def _pass(gradients, sums, batches, total, verbose) -> int:
         compiled(batch, tf.constant(num_batches))
         num_batches += 1
         num_examples += int(_num_examples(batch))
-        if num_batches % 50 == 0:  # a NaN is told early, and yet the device seldom waits for the host
+        if num_batches % 50 == 0:  # a NaN is found early, and yet the device seldom waits for the host
             sums.check()
     if not num_batches:
         raise ValueError("Expected at least one batch of (x, y). Received: no data.")
@@ -396,7 +396,7 @@ def _batches(data, batch_size, max_batches):
 
 
 # %% [markdown]
-# A batch that does not fit is told by its number, before it is used.
+# A batch that does not fit is reported with its number, before it is used.
 
 
 # %%
@@ -918,7 +918,7 @@ class Masks(Mapping):
 
 
 # %% [markdown]
-# What may be a mask? Boolean arrays only: scores or numbers of 0 and 1 are a mistake, and are told so. And a mask must
+# What may be a mask? Boolean arrays only: scores or numbers of 0 and 1 are a mistake, and refused. And a mask must
 # fit the model that it is used on.
 
 
@@ -1562,7 +1562,6 @@ def saliency_against_cost(
 #
 # - Abboud, Lombaert, Kadoury (2024). *Sparse Bayesian Networks: Efficient Uncertainty Quantification in Medical Image
 #   Analysis*. MICCAI.
-# - LeCun, Denker, Solla (1990). *Optimal Brain Damage*. NeurIPS 2.
 # - Kirkpatrick et al. (2017). *Overcoming catastrophic forgetting in neural networks*. PNAS 114.
 # - Sung, Nair, Raffel (2021). *Training Neural Networks with Fixed Sparse Masks*. NeurIPS 34.
 # - Molchanov, Mallya, Tyree, Frosio, Kautz (2019). *Importance Estimation for Neural Network Pruning*. CVPR.

@@ -152,7 +152,7 @@ def run(
     known = [question.name for question in study.questions]
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"Expected questions among {', '.join(known)}. Received: {unknown}")
-    table = Path("results") / f"{study.name}.csv" if table is None else Path(table)
+    table = training.repository() / "results" / f"{study.name}.csv" if table is None else Path(table)
     base = compare.experiment(**study.data, runs=runs, split=split, num_resamples=200, verbose=verbose)
     if split == "val":
         base = dataclasses.replace(base, shifts={}, swapped=None)  # what nothing is chosen by
@@ -276,7 +276,7 @@ def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
 
 
 def _write_stability(study, rows):
-    path, text = Path("results") / f"{study.name}_masks.csv", io.StringIO()
+    path, text = training.repository() / "results" / f"{study.name}_masks.csv", io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(

@@ -16,6 +16,7 @@ from sbn_tf.layers import posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE_PATH = re.compile(r"(?<![\w.~$}/])/(?:work|root|home|Users|tmp|opt|mnt|private)/\w|\b[A-Z]:\\+Users\b")
+UP = re.compile(r"""["'/][.][.]["'/]""")
 REGISTRY = re.compile(r"pypi[.]org|pythonhosted[.]org|(?:index|find)[-_](?:url|links)\s*[=:]|/simple/\w")
 
 
@@ -146,7 +147,9 @@ def test_notebooks_read_the_same_files_from_the_root_as_from_their_folder(monkey
         monkeypatch.chdir(folder)
         assert training.repository() == expected
     lines = {
-        name: [line for cell in code_cells(notebook) for line in "".join(cell["source"]).splitlines() if "../" in line]
+        name: [
+            line for cell in code_cells(notebook) for line in "".join(cell["source"]).splitlines() if UP.search(line)
+        ]
         for name, notebook in tracked_notebooks().items()
     }
     assert lines and not any(lines.values()), lines

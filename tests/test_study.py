@@ -126,8 +126,10 @@ def test_unknown_questions_are_refused(tmp_path):
         study.run(plan, names=["why"], runs=str(tmp_path), table=tmp_path / "t.csv")
 
 
-def test_the_study_that_comes_with_it_is_whole():
-    plan = study.read(ROOT / "profiles" / "study.yaml")
+@pytest.mark.parametrize("name", ["study", "repeats"])
+def test_the_studies_that_come_with_it_are_whole(name):
+    plan = study.read(ROOT / "profiles" / f"{name}.yaml")
+    assert plan.name == name
     assert "deterministic, epochs of steps 1 and 3" in {variant.label for variant in plan.questions[0].variants}
     rows = study.rows_of(plan.questions[0], plan, [])
     assert list(rows) == [variant.label for variant in plan.questions[0].variants] and not any(rows.values())
