@@ -21,7 +21,7 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from numpy.typing import ArrayLike
 
 from sbn_tf.graph import functional_of
-from sbn_tf.layers import MaskedGaussian, _stock_class, masked_layers, partial_class
+from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
 from sbn_tf.saliency import Masks, named_weights
 from sbn_tf.wrapper import MaskedWrapper
 
@@ -125,7 +125,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
         name = layer.name
         while isinstance(layer, MaskedWrapper):
             layer = layer.layer
-        cls = _stock_class(type(layer)) if isinstance(layer, MaskedGaussian) else type(layer)
+        cls = type(layer)._stock() if isinstance(layer, MaskedGaussian) else type(layer)
         if isinstance(layer, MaskedGaussian) and type(layer).call is not MaskedGaussian.call:
             raise ValueError(
                 f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
@@ -258,7 +258,7 @@ def _without_masks(config, is_masked=False):
         inner = _without_masks(config["config"]["layer"])
         return {**inner, "config": {**inner["config"], "name": config["config"]["name"]}}
     if isinstance(cls, type) and issubclass(cls, MaskedGaussian):
-        stock = _stock_class(cls)
+        stock = cls._stock()
         named = {"module": "keras.layers", "class_name": stock.__name__, "registered_name": None}
         if not stock.__module__.startswith("keras."):
             named |= {"module": stock.__module__, "registered_name": keras.saving.get_registered_name(stock)}

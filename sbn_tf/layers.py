@@ -380,11 +380,6 @@ def _seam(name: str, stock):
 
 
 # %%
-def _stock_class(cls):
-    """The stock Keras class that a masked class is made of: `class Dense(MaskedGaussian, keras.layers.Dense)`."""
-    return cls.__mro__[cls.__mro__.index(_Seams) + 1]  # what follows the last of ours
-
-
 class _Seams:
     """Gives each masked class its properties: `kernel`, `kernel_mask`, `kernel_posterior`, `kernel_posterior_scale`."""
 
@@ -392,13 +387,14 @@ class _Seams:
 
     @classmethod
     def _stock(cls):
-        return _stock_class(cls)
+        """The stock class: `keras.layers.Dense` of `class Dense(MaskedGaussian, keras.layers.Dense)`."""
+        return cls.__mro__[cls.__mro__.index(_Seams) + 1]  # what follows the last of ours
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if not cls.__dict__.get("posterior_weights"):
             return
-        stock = _stock_class(cls)
+        stock = cls._stock()
         for name in cls.posterior_weights:
             setattr(cls, name, _seam(name, getattr(stock, name, None)))
             setattr(cls, f"{name}_mask", property(lambda self, n=name: self.mask(n)))
@@ -1020,12 +1016,12 @@ def register(cls: type[MaskedGaussian]) -> type[MaskedGaussian]:
             takes more than `inputs`; a stock class for which another one stands.
     """
     derived = isinstance(cls, type) and issubclass(cls, MaskedGaussian) and cls is not MaskedGaussian
-    if not derived or not issubclass(_stock_class(cls), keras.layers.Layer) or not cls.posterior_weights:
+    if not derived or not issubclass(cls._stock(), keras.layers.Layer) or not cls.posterior_weights:
         raise ValueError(
             "Expected a class Mine(MaskedGaussian, TheStockLayer) with posterior_weights, the names of its weights. "
             f"Received: {cls!r}"
         )
-    stock = _stock_class(cls)
+    stock = cls._stock()
     taken = list(inspect.signature(stock.call).parameters)[1:]
     if len(taken) != 1 and not stock.__module__.startswith("keras."):  # of Keras's, those for quantized training
         raise ValueError(
