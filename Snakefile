@@ -2,11 +2,11 @@
 #
 #   snakemake --profile profiles/smoke        # phantoms, minutes
 #   snakemake --profile profiles/small        # real data, small networks, hours on 2 cores
-#   snakemake --profile profiles/paper -n     # what it would run; python -m sbn_tf.grid estimate profiles/paper: what it takes
+#   snakemake --profile profiles/paper -n     # what it would run; python -m sbn_tf.experiments.grid estimate profiles/paper: what it takes
 #
 # Step 1 and the scores are made once for each dataset, fold and seed, and shared by every method and share of weights.
 # A notebook appears under its name only when it is whole: a job that was killed goes on from its last epoch, one that
-# failed leaves X.failed.ipynb behind and does not stop the others. `python -m sbn_tf.grid` says more.
+# failed leaves X.failed.ipynb behind and does not stop the others. `python -m sbn_tf.experiments.grid` says more.
 
 import shlex
 import sys
@@ -52,7 +52,7 @@ EXECUTE = (
     "if {PYTHON} -m papermill --cwd nbs --no-progress-bar NOTEBOOK $f.running.ipynb {params.options} > {log:q} 2>&1\n"
     "then mv $f.running.ipynb $f.ipynb\n"
     "else mv $f.running.ipynb $f.failed.ipynb || true; tail -n 3 {log:q} >&2; exit 1; fi\n"
-    "{PYTHON} sbn_tf/grid.py status {PROFILE:q} --cores {workflow.cores} --brief || true"
+    "{PYTHON} sbn_tf/experiments/grid.py status {PROFILE:q} --cores {workflow.cores} --brief || true"
 )
 
 
@@ -161,8 +161,8 @@ rule baseline:
 
 
 onsuccess:
-    shell("{PYTHON} -m sbn_tf.grid finish {PROFILE:q} --cores {workflow.cores}")
+    shell("{PYTHON} -m sbn_tf.experiments.grid finish {PROFILE:q} --cores {workflow.cores}")
 
 
 onerror:
-    shell("{PYTHON} -m sbn_tf.grid finish {PROFILE:q} --cores {workflow.cores}")
+    shell("{PYTHON} -m sbn_tf.experiments.grid finish {PROFILE:q} --cores {workflow.cores}")

@@ -12,7 +12,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from sbn_tf import cost, models
+from sbn_tf import cost
+from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -29,7 +30,7 @@ def main():
 
     keras.utils.set_random_seed(0)
     shape = (args.size, args.size, 1)
-    base = models.build(args.network, shape, 14 if "resnet" in args.network else 1, seed=0)
+    base = networks.build(args.network, shape, 14 if "resnet" in args.network else 1, seed=0)
     x = np.random.default_rng(0).normal(size=(args.batch, *shape)).astype("float32")
     y = (np.random.default_rng(1).random((args.batch, *base.output_shape[1:])) < 0.1).astype("float32")
     masks = top_k(saliency(base, score="magnitude"), args.r_bayes)

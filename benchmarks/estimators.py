@@ -23,7 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sbn_tf import models
+from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -90,7 +90,7 @@ def main():
     for network in args.networks:
         keras.utils.set_random_seed(0)
         shape = (args.size, args.size, 1)
-        base = models.build(network, shape, OUTPUTS[network], seed=0)
+        base = networks.build(network, shape, OUTPUTS[network], seed=0)
         for layer in base.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.trainable = False  # as in step 3

@@ -37,8 +37,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import keras
 import numpy as np
 
-from sbn_tf import models, saliency
-from sbn_tf.graph import Graph
+from sbn_tf import saliency
+from sbn_tf.core.graph import Graph
+from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 
 BACKEND = keras.backend.backend()
@@ -78,7 +79,7 @@ class Bench:
         outputs, self.phantom = NETWORKS[name]
         keras.utils.set_random_seed(0)
         stem = {"stem": args.stem} if name == "resnet18" else {}
-        self.build = lambda: models.build(
+        self.build = lambda: networks.build(
             f"{name}_small" if args.quick else name, (args.size, args.size, 1), outputs, seed=0, **stem
         )
         self.base = self.build()

@@ -19,8 +19,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sbn_tf import models
 from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Split, cache
+from sbn_tf.experiments import networks
 
 BATCH_SIZE, REPEATS, AIM = 50, 5, 1.05
 
@@ -43,7 +43,7 @@ def ratio(network, split, augment):
     keras.utils.set_random_seed(0)
     outputs = 14 if split.task == MULTI_LABEL else 1
     stem = {"stem": 7} if split.images.shape[1] > 64 else {}  # as `models.resnet18` advises
-    model = models.build(network, split.images.shape[1:], outputs, **stem)
+    model = networks.build(network, split.images.shape[1:], outputs, **stem)
     model.compile(keras.optimizers.SGD(1e-3), keras.losses.BinaryCrossentropy())
     steps = split.steps(BATCH_SIZE)
     resident = tf.data.Dataset.from_tensors(next(iter(split.batches(BATCH_SIZE, seed=0, augment=augment)))).repeat()

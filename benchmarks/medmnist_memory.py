@@ -54,7 +54,8 @@ def run_phase(phase, folder, steps):
 
     figures = {}
     if phase != "import":
-        from sbn_tf import datasets, models
+        from sbn_tf import datasets
+        from sbn_tf.experiments import networks
 
         start = time.perf_counter()
         data = datasets.load("chestmnist", root=folder, size=SIDE, cache=Path(folder) / "cache", in_memory=False)
@@ -67,7 +68,7 @@ def run_phase(phase, folder, steps):
                 figures["images"] += len(x)
     elif phase in ("train", "resident"):
         # The 7 x 7 stem of stride 2, as for images of this size.
-        model = models.build("resnet18_small", data.input_shape, data.num_outputs, seed=0, stem=7)
+        model = networks.build("resnet18_small", data.input_shape, data.num_outputs, seed=0, stem=7)
         model.compile(keras.optimizers.Adam(1e-3), "binary_crossentropy", jit_compile=False)
         stream = data.train.batches(BATCH, seed=0, epochs=1000, drop_remainder=True)
         if phase == "resident":

@@ -37,11 +37,12 @@ def measure_sbn_tf(args):
     import keras
     import numpy as np
 
-    from sbn_tf import models, saliency
+    from sbn_tf import saliency
+    from sbn_tf.experiments import networks
     from sbn_tf.partial_bayes import to_partial_bayes
 
     floor.device(args.threads)
-    base = models.resnet18((args.size, args.size, 1), LABELS, width=args.width, seed=0)
+    base = networks.resnet18((args.size, args.size, 1), LABELS, width=args.width, seed=0)
     for layer in base.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
@@ -151,7 +152,7 @@ def measure_tfp_layers(args):
         def conv(x, filters, side, stride=1):
             options = {"strides": stride, "padding": "valid" if stride > 1 else "same"}
             if stride > 1 and side > 1:
-                x = layers.ZeroPadding2D(1)(x)  # as in `sbn_tf.models`
+                x = layers.ZeroPadding2D(1)(x)  # as in `sbn_tf.experiments.networks`
             if kind is None:
                 return layers.Conv2D(filters, side, use_bias=False, **options)(x)
             cls = getattr(tfp.layers, f"Convolution2D{kind}")

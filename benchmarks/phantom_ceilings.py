@@ -17,7 +17,8 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from sbn_tf import datasets, evaluation, models, plots
+from sbn_tf import datasets
+from sbn_tf.experiments import networks, plots, scoring
 
 TESTED, BATCH_SIZE = 2000, 50
 
@@ -25,7 +26,7 @@ TESTED, BATCH_SIZE = 2000, 50
 def trained(data, epochs, seed=0):
     """Test probabilities of the small network at the epoch of its best validation loss."""
     keras.utils.set_random_seed(seed)
-    model = models.build(f"{data.card.network}_small", data.input_shape, data.num_outputs, seed=seed)
+    model = networks.build(f"{data.card.network}_small", data.input_shape, data.num_outputs, seed=seed)
     steps = data.train.steps(BATCH_SIZE)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, epochs * steps)),
@@ -52,12 +53,12 @@ def main():
         rows = {}
         for label, count, epochs in (("600 images", 600, 40), (f"{arguments.many} images", arguments.many, 15)):
             data = datasets.load(name, num_train=count, num_val=max(150, count // 10), num_test=TESTED)
-            options = {"train_prevalence": evaluation.prevalence(data.card.task, data.train.targets)}
-            rows[label] = evaluation.evaluate(trained(data, epochs), data.test.targets, data.card.task, **options)
-        rows["knows the scene"] = evaluation.evaluate(
+            options = {"train_prevalence": scoring.prevalence(data.card.task, data.train.targets)}
+            rows[label] = scoring.evaluate(trained(data, epochs), data.test.targets, data.card.task, **options)
+        rows["knows the scene"] = scoring.evaluate(
             data.test.truth_probs[None], data.test.targets, data.card.task, **options
         )
-        trivial = evaluation.trivial(data.card.task, data.train.targets, data.test.targets)
+        trivial = scoring.trivial(data.card.task, data.train.targets, data.test.targets)
         rows = {"prevalence": trivial["prevalence"], **rows}
         keys = ["auc", "dice", "nll", "brier", "brier_skill", "ece"]
         print(f"{name}: {TESTED} test images, seed 0")

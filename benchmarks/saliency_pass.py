@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sbn_tf import models
+from sbn_tf.experiments import networks
 from sbn_tf.saliency import SaliencyRecorder, eligible_weights, saliency
 
 SIZE, BATCH_SIZE, CLASSES = 64, 50, 10
@@ -98,7 +98,7 @@ def main():
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
     tf.config.threading.set_intra_op_parallelism_threads(2)
-    model = models.build(options.network, (SIZE, SIZE, 3), CLASSES)
+    model = networks.build(options.network, (SIZE, SIZE, 3), CLASSES)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(options.images, SIZE, SIZE, 3)).astype("float32")
     y = rng.integers(0, 2, (len(x), CLASSES)).astype("float32")

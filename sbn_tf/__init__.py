@@ -4,7 +4,8 @@ Importing it registers its layers, models, losses and optimisers with Keras: `.k
 `custom_objects`.
 """
 
-from sbn_tf import layers, partial_bayes, recipes, saliency
+from sbn_tf import layers, partial_bayes, saliency
+from sbn_tf.experiments import recipes
 
 __all__ = ["layers", "partial_bayes", "recipes", "saliency"]
 __version__ = "0.1.0"

@@ -53,7 +53,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from sbn_tf.draws import BatchDraws, call_in_batch, touched_channels
+from sbn_tf.core.draws import BatchDraws, call_in_batch, touched_channels
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -546,7 +546,7 @@ class _Entries(_Seams):
 
 # %% [markdown]
 # An *index* holds the positions of a weight's Bayesian entries in its flattened array. From it follows which channels
-# a draw touches, which matters for what several draws at once cost (`sbn_tf.draws`).
+# a draw touches, which matters for what several draws at once cost (`sbn_tf.core.draws`).
 
 
 # %%

@@ -41,7 +41,7 @@
 """Metrics: what a method's probabilities are worth, and beside them what the paper measured.
 
 The contract: a method gives probabilities with the posterior samples on axis 0 (a deterministic network
-gives one sample); `sbn_tf.evaluation` computes every metric of them at once.
+gives one sample); `sbn_tf.experiments.scoring` computes every metric of them at once.
 
 task            probs                                                targets
 "multi-label"   (samples, batch, labels)                             (batch, labels), 0 or 1

@@ -58,10 +58,10 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from numpy.typing import ArrayLike
 
-from sbn_tf.conversion import check_convertible, convert
-from sbn_tf.distribution import Distributed
-from sbn_tf.draws import first_rows, join_outputs, part_bounds
-from sbn_tf.graph import Graph, _added_losses, _layers_of, one_after_another
+from sbn_tf.core.conversion import check_convertible, convert
+from sbn_tf.core.draws import first_rows, join_outputs, part_bounds
+from sbn_tf.core.graph import Graph, _added_losses, _layers_of, one_after_another
+from sbn_tf.core.replicas import Distributed
 from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
 from sbn_tf.saliency import biases_before_batch_norm, eligible_weights, named_weights, saliency, top_k
 
@@ -72,7 +72,7 @@ __all__ = ["BetaSchedule", "LocScaleOptimizer", "PartialBayes", "settle_batch_no
 #
 # A copy: same layers, same names, same trained values. Each layer that holds a masked weight is replaced by its *masked
 # twin*, the layer of the same name in `sbn_tf.layers`; one that has no twin (an LSTM, an attention) is put into a
-# wrapper that draws its weights. The original is never touched. The copying itself is plumbing: `sbn_tf.conversion`.
+# wrapper that draws its weights. The original is never touched. The copying itself is in `sbn_tf.core.conversion`.
 
 # %% tags=["active-ipynb"]
 # layers = [keras.layers.Dense(2, name="first"), keras.layers.Dense(1, name="second")]
@@ -1216,7 +1216,7 @@ def _is_of_network(path, network):
 # ### What no Bayesian weight precedes runs once
 #
 # Let $f$ be the share of the network's operations that use a Bayesian weight or depend on one (the *fan-out*, by
-# `sbn_tf.graph`). $S$ draws then cost $1 + (S - 1) f$ passes. By hand: three layers of $8 \cdot 16 = 128$,
+# `sbn_tf.core.graph`). $S$ draws then cost $1 + (S - 1) f$ passes. By hand: three layers of $8 \cdot 16 = 128$,
 # $16 \cdot 16 = 256$ and $16$ multiply-adds, the last one Bayesian: $f = 16 / 400 = 0.04$, five draws cost 1.16 passes.
 
 # %% tags=["active-ipynb"]

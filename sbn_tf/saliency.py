@@ -66,7 +66,7 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from sbn_tf.graph import Graph
+from sbn_tf.core.graph import Graph
 
 if keras.backend.backend() == "tensorflow":  # elsewhere masks and selections do without
     import tensorflow as tf
@@ -1023,8 +1023,8 @@ def top_k(
             entry, by saliency per entry: every channel that still fits into k, so at most k entries).
         model: the network of the scores; needed by "channel" and `cost_aware`.
         cost_aware: highest share of the network's operations that may run anew for each sample, 0..1 (see
-            `sbn_tf.graph.Graph.fan_out`); None: any. Exactly k entries (scopes "global" and "layer"), all in weights
-            that are late enough; `n` counts all.
+            `sbn_tf.core.graph.Graph.fan_out`); None: any. Exactly k entries (scopes "global" and "layer"), all in
+            weights that are late enough; `n` counts all.
 
     Raises:
         ValueError: `r_bayes` or `cost_aware` that is no fraction, empty or non-finite scores, an unknown scope, no or
@@ -1479,7 +1479,7 @@ def saliency_against_cost(
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
 #
-# from sbn_tf.plots import plot_masks_by_layer
+# from sbn_tf.experiments.plots import plot_masks_by_layer
 #
 # masks = choose(network, x, y, "fisher")
 # figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
@@ -1495,7 +1495,7 @@ def saliency_against_cost(
 # the whole network runs anew.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# from sbn_tf.plots import plot_saliency_against_cost
+# from sbn_tf.experiments.plots import plot_saliency_against_cost
 #
 # scores = saliency(network, (x, y), "binary_crossentropy", verbose=False)
 # figure, axes = plt.subplots(figsize=(4, 2.6), layout="constrained")

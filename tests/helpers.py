@@ -3,7 +3,7 @@
 import numpy as np
 
 from sbn_tf.datasets.base import SEGMENTATION
-from sbn_tf.results import Result
+from sbn_tf.experiments.results import Result
 
 
 def pairwise_iou(masks):

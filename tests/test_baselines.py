@@ -10,8 +10,9 @@ import tensorflow as tf
 from scipy import special
 from sklearn.metrics import log_loss
 
-from sbn_tf import baselines, cost, datasets, models, recipes, training
-from sbn_tf.graph import Graph
+from sbn_tf import cost, datasets
+from sbn_tf.core.graph import Graph
+from sbn_tf.experiments import baselines, networks, recipes, training
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
 
@@ -56,10 +57,10 @@ def tiny_network(input_shape, num_outputs, activation="sigmoid", seed=None, mask
 
 
 @pytest.fixture(scope="module", autouse=True)
-def networks():
+def _tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, "tiny", (tiny_network, {}))
-        patch.setitem(models.NETWORKS, "tiny_masks", (tiny_network, {"masks": True}))
+        patch.setitem(networks.NETWORKS, "tiny", (tiny_network, {}))
+        patch.setitem(networks.NETWORKS, "tiny_masks", (tiny_network, {"masks": True}))
         yield
 
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from sbn_tf import datasets, evaluation, metrics
+from sbn_tf import datasets, metrics
 from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Split
 from sbn_tf.datasets.ceilings import LEVELS, ceilings
+from sbn_tf.experiments import scoring
 
 
 def masks_of(*rows):
@@ -62,7 +63,7 @@ def test_no_other_probabilities_do_better_than_the_scene_s(name):
     """A proper score is best at the truth: any blur of it, or any shift of its logits, costs."""
     test = datasets.load(name, num_train=2, num_val=2, size=16).test
     best = ceilings(test)["scene"]
-    prevalence = evaluation.prevalence(test.task, test.targets)
+    prevalence = scoring.prevalence(test.task, test.targets)
     prevalence = prevalence if test.task == MULTI_LABEL else prevalence[None, ..., None]
     logits = np.log(np.clip(test.truth_probs, 1e-4, 1 - 1e-4) / np.clip(1 - test.truth_probs, 1e-4, 1 - 1e-4))
     others = {
@@ -72,7 +73,7 @@ def test_no_other_probabilities_do_better_than_the_scene_s(name):
         "shifted": 1 / (1 + np.exp(-logits - 0.7)),
     }
     for probs in others.values():
-        row = evaluation.evaluate(probs[None], test.targets, test.task)
+        row = scoring.evaluate(probs[None], test.targets, test.task)
         assert row["nll"] > best["nll"] and row["brier"] > best["brier"]
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sbn_tf import compare, evaluation, results
+from sbn_tf.experiments import compare, results, scoring
 
 # Two trainings of one epoch, shared by all tests.
 METHODS = ("deterministic", "partial")
@@ -58,7 +58,7 @@ def test_a_row_scores_the_test_split_of_its_own_method(settings, rows):
     test = settings.data.test
     method = compare.fitted(settings, "partial")
     probs = method.predict_samples(test.normalised())
-    expected = evaluation.evaluate(
+    expected = scoring.evaluate(
         probs,
         test.targets,
         "segmentation",
@@ -124,15 +124,15 @@ def test_other_settings_of_the_score_are_another_score(settings, rows):
     row = compare.row(other, "deterministic")
     val = settings.data.val
     probs = compare.fitted(settings, "deterministic").predict_samples(val.normalised()).mean(0)
-    best = evaluation.select_threshold(probs, val.targets, "segmentation", val.rater_valid)
+    best = scoring.select_threshold(probs, val.targets, "segmentation", val.rater_valid)
     assert row.threshold == row.selection["threshold"] == best
     assert set(row.shift) == {"noise"} and row.metrics["nll"] == rows[-2].metrics["nll"]
     assert compare.row(settings, "deterministic").threshold == 0.5
     trivial = compare.trivial_rows(other)
     frequency = np.broadcast_to(settings.prevalence(), val.targets.shape[:3])
-    expected = evaluation.select_threshold(frequency, val.targets, "segmentation", val.rater_valid)
+    expected = scoring.select_threshold(frequency, val.targets, "segmentation", val.rater_valid)
     assert trivial["trivial_prevalence"].threshold == expected
-    truth = evaluation.select_threshold(val.truth_probs[..., 0], val.targets, "segmentation", val.rater_valid)
+    truth = scoring.select_threshold(val.truth_probs[..., 0], val.targets, "segmentation", val.rater_valid)
     assert trivial["bound_scene"].threshold == truth
 
 
@@ -145,13 +145,13 @@ def test_shifted_images_are_scored_against_clean_ones(rows):
 
 
 def test_a_metric_that_is_undefined_in_too_many_resamples_has_no_row(rows, monkeypatch):
-    monkeypatch.setattr(evaluation, "compare", lambda *records, **options: {})  # what it then gives
+    monkeypatch.setattr(scoring, "compare", lambda *records, **options: {})  # what it then gives
     text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
     assert "partial" not in text and "nll less deterministic's" in text
 
 
 def test_the_paired_table_is_the_paired_test(rows):
-    found = evaluation.compare(rows[-1].record(), rows[-2].record(), keys=["nll"], num_resamples=50)["nll"]
+    found = scoring.compare(rows[-1].record(), rows[-2].record(), keys=["nll"], num_resamples=50)["nll"]
     text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
     assert text.count("\n") == 2 and f"{found['difference']:+.4f}" in text
     assert found["difference"] == pytest.approx(rows[-1].metrics["nll"] - rows[-2].metrics["nll"])
@@ -206,7 +206,7 @@ def test_the_validation_split_is_scored_beside_the_test_split(settings, rows, ru
     row = compare.row(val, "partial")
     assert row.split == "val" and row.folder == rows[-1].folder / "val" and not row.shift
     probs = compare.fitted(val, "partial").predict_samples(settings.data.val.normalised())
-    expected = evaluation.evaluate(
+    expected = scoring.evaluate(
         probs, settings.data.val.targets, "segmentation", rater_valid=settings.data.val.rater_valid
     )
     assert row.metrics["nll"] == pytest.approx(expected["nll"])

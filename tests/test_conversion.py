@@ -11,10 +11,10 @@ from keras import layers as kl
 from keras import ops
 
 from sbn_tf import layers
-from sbn_tf.conversion import convert, to_deterministic
+from sbn_tf.core.conversion import convert, to_deterministic
+from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights, saliency, top_k
-from sbn_tf.wrapper import MaskedWrapper
 
 tfd = tfp.distributions
 

@@ -107,7 +107,7 @@ def test_every_help_that_a_message_or_page_names_is_there():
 
 
 def test_import_does_no_work():
-    code = "import sys, sbn_tf.datasets; print(*({'sbn_tf.plots', 'medmnist', 'torch'} & set(sys.modules)))"
+    code = "import sys, sbn_tf.datasets; print(*({'sbn_tf.experiments.plots', 'medmnist', 'torch'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == []
 

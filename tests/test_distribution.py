@@ -100,7 +100,7 @@ for compiling in ({"steps_per_execution": 2}, {"jit_compile": True}):
         found["refused"].append(str(error))
 
 # The draws of each replica, read off a kernel whose loc is 0 and whose scale is 1.
-from sbn_tf.wrapper import MaskedWrapper
+from sbn_tf.core.wrapper import MaskedWrapper
 with mirrored.scope():
     options = {"initial_scale": 1.0, "kl_weight": 0.0, "seed": 0}
     named = layers.Dense(40, use_bias=False, kernel_initializer="zeros", num_bayesian=1600, **options)

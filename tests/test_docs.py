@@ -12,7 +12,11 @@ import sbn_tf
 ROOT = Path(__file__).parents[1]
 INDEX = (ROOT / "docs" / "index.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
-MODULES = [one.name for one in pkgutil.iter_modules(sbn_tf.__path__)]
+MODULES = [
+    one.name.removeprefix("sbn_tf.")
+    for one in pkgutil.walk_packages(sbn_tf.__path__, "sbn_tf.")
+    if one.name not in ("sbn_tf.core", "sbn_tf.experiments") and not one.name.startswith("sbn_tf.datasets.")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

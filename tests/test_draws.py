@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from sbn_tf import draws, layers
+from sbn_tf import layers
+from sbn_tf.core import draws
 
 HOW = ("split", "flipout", "local")
 

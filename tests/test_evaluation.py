@@ -8,9 +8,10 @@ import pytest
 from scipy import ndimage, stats
 from sklearn import metrics as sk
 
-from sbn_tf import datasets, evaluation, metrics
+from sbn_tf import datasets, metrics
 from sbn_tf.datasets.arrays import DiskArray
 from sbn_tf.datasets.base import Split
+from sbn_tf.experiments import scoring
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
@@ -44,7 +45,7 @@ def assert_same(one, two):
 
 
 def test_multi_label_agrees_with_scikit_learn():
-    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label")
+    row = scoring.evaluate(LABEL_PROBS, LABELS, "multi-label")
     mean = LABEL_PROBS.astype("float64").mean(0)
     flat, true = mean.ravel(), LABELS.ravel()
     assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean, average="macro"))
@@ -58,24 +59,24 @@ def test_multi_label_agrees_with_scikit_learn():
 def test_labels_without_both_classes_are_left_out_of_the_auc():
     labels = LABELS.copy()
     labels[:, 1], labels[:, 3] = 0, 1
-    row = evaluation.evaluate(LABEL_PROBS, labels, "multi-label")
+    row = scoring.evaluate(LABEL_PROBS, labels, "multi-label")
     kept = [0, 2, 4]
     assert row["auc_num_labels"] == 3
     assert row["auc"] == pytest.approx(sk.roc_auc_score(labels[:, kept], LABEL_PROBS.mean(0)[:, kept]), rel=1e-6)
-    row = evaluation.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
+    row = scoring.evaluate(LABEL_PROBS, np.zeros_like(labels), "multi-label")
     assert row["auc_num_labels"] == 0
     assert "auc" not in row and "average_precision" not in row
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
 
 
 def test_brier_skill_is_against_the_training_prevalence():
-    frequency = evaluation.prevalence("multi-label", LABELS)
-    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
+    frequency = scoring.prevalence("multi-label", LABELS)
+    row = scoring.evaluate(LABEL_PROBS, LABELS, "multi-label", train_prevalence=frequency)
     reference = ((frequency - LABELS) ** 2).mean()
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
-    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label")
+    row = scoring.evaluate(LABEL_PROBS, LABELS, "multi-label")
     assert row["undefined"]["brier_skill"] == "train_prevalence was not given"
-    perfect = evaluation.evaluate(LABELS[None].astype(float), LABELS, "multi-label", train_prevalence=frequency)
+    perfect = scoring.evaluate(LABELS[None].astype(float), LABELS, "multi-label", train_prevalence=frequency)
     assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
 
 
@@ -84,8 +85,8 @@ def test_brier_skill_is_against_the_training_prevalence():
 
 def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
     probs, labels = LABEL_PROBS[..., :1], LABELS[:, :1]
-    row = evaluation.evaluate(probs, labels, "binary", train_prevalence=0.4)
-    same = evaluation.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
+    row = scoring.evaluate(probs, labels, "binary", train_prevalence=0.4)
+    same = scoring.evaluate(probs, labels, "multi-label", train_prevalence=0.4)
     assert {key for key in same if key not in row} == {
         "paper_accuracy",
         "paper_brier",
@@ -100,7 +101,7 @@ def test_binary_is_multi_label_with_one_label_less_the_papers_metrics():
 
 @pytest.mark.parametrize("task", ["multi-class", "ordinal"])
 def test_classes_agree_with_scikit_learn_and_scipy(task):
-    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, task)
+    row = scoring.evaluate(CLASS_PROBS, ONE_HOT, task)
     samples = CLASS_PROBS.astype("float64")
     samples /= samples.sum(-1, keepdims=True)
     mean = samples.mean(0)
@@ -120,7 +121,7 @@ def test_classes_agree_with_scikit_learn_and_scipy(task):
 
 
 def test_grades_agree_with_scikit_learn():
-    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
+    row = scoring.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
     predicted = CLASS_PROBS.mean(0).argmax(1)
     assert row["mean_absolute_error"] == pytest.approx(sk.mean_absolute_error(CLASSES, predicted))
     assert row["quadratic_kappa"] == pytest.approx(sk.cohen_kappa_score(CLASSES, predicted, weights="quadratic"))
@@ -128,7 +129,7 @@ def test_grades_agree_with_scikit_learn():
 
 def test_grades_that_are_all_the_same_have_no_kappa():
     targets = np.tile(np.eye(3, dtype="uint8")[1], (5, 1))
-    row = evaluation.evaluate(targets[None] * 1.0, targets, "ordinal")
+    row = scoring.evaluate(targets[None] * 1.0, targets, "ordinal")
     assert "quadratic_kappa" not in row and row["undefined"]["quadratic_kappa"].startswith("every grade")
     assert row["undefined"]["auc"] == "no label occurs as both 0 and 1"
     assert row["mean_absolute_error"] == row["nll"] == 0 and row["accuracy"] == 1
@@ -138,23 +139,23 @@ def test_the_ece_of_classes_is_of_the_most_probable_one_by_hand():
     # Confidences .5 and .52 share a bin of 1/15, the first right; .9 wrong; 1.0 right, in the last bin with .96, right.
     probs = np.array([[0.5, 0.3, 0.2], [0.24, 0.52, 0.24], [0.05, 0.05, 0.9], [0, 1, 0], [0.96, 0.02, 0.02]])
     targets = np.eye(3, dtype="uint8")[[0, 0, 1, 1, 0]]
-    row = evaluation.evaluate(probs[None], targets, "multi-class")
+    row = scoring.evaluate(probs[None], targets, "multi-class")
     assert row["ece"] == pytest.approx((abs(1.02 - 1) + 0.9 + abs(1.96 - 2)) / 5)
 
 
 def test_a_class_that_does_not_occur_is_left_out_of_the_auc():
     probs = np.concatenate([CLASS_PROBS * 0.9, np.full((3, 60, 1), 0.1, "float32")], -1)
-    row = evaluation.evaluate(probs, np.pad(ONE_HOT, ((0, 0), (0, 1))), "multi-class")
+    row = scoring.evaluate(probs, np.pad(ONE_HOT, ((0, 0), (0, 1))), "multi-class")
     assert row["auc_num_labels"] == 4
-    assert row["auc"] == pytest.approx(evaluation.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")["auc"])
+    assert row["auc"] == pytest.approx(scoring.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")["auc"])
 
 
 @pytest.mark.parametrize("task", ["multi-class", "ordinal"])
 def test_trivial_rows_of_classes_by_hand(task):
-    rows = evaluation.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
+    rows = scoring.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
     assert list(rows) == ["most_frequent", "prevalence"]
     frequency = np.array([30, 15, 10, 5]) / 60
-    np.testing.assert_allclose(evaluation.prevalence(task, ONE_HOT), frequency)
+    np.testing.assert_allclose(scoring.prevalence(task, ONE_HOT), frequency)
     most, by_chance = rows["most_frequent"], rows["prevalence"]
     assert most["accuracy"] == by_chance["accuracy"] == 10 / 40
     assert most["brier"] == pytest.approx(2 * 30 / 40)
@@ -170,7 +171,7 @@ def test_trivial_rows_of_classes_by_hand(task):
 
 
 def test_trivial_rows_of_a_binary_task():
-    rows = evaluation.trivial("binary", LABELS[:, :1], LABELS[:, :1])
+    rows = scoring.trivial("binary", LABELS[:, :1], LABELS[:, :1])
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["accuracy"] == pytest.approx(1 - LABELS[:, 0].mean())
 
@@ -179,7 +180,7 @@ def test_trivial_rows_of_a_binary_task():
 
 
 def test_segmentation_scores_are_means_over_valid_raters():
-    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
     mean = MASK_PROBS.astype("float64").mean(0)
     nll, brier, paper_brier, paper_dice, paper_iou = [], [], [], [], []
     for image in range(6):
@@ -211,12 +212,12 @@ def test_segmentation_scores_are_means_over_valid_raters():
 
 def test_fillers_of_invalid_raters_do_not_matter():
     other = np.where(VALID[:, None, None, :], MASKS, 1 - MASKS)
-    rows = [evaluation.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)]
+    rows = [scoring.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID) for masks in (MASKS, other)]
     assert_same(*rows)
 
 
 def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
-    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation")
+    row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation")
     mean, soft = MASK_PROBS.astype("float64").mean(0), MASKS.mean(-1)
     assert row["ece"] == pytest.approx(metrics.ece(mean, soft))
     region = (soft > 0) | (mean > 0.5)
@@ -225,13 +226,13 @@ def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
     entropy = metrics.binary_entropy(mean).ravel()
     expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
     assert row["entropy_disagreement_pearson"] == pytest.approx(expected)
-    monkeypatch.setattr(evaluation, "CHUNK_VALUES", 1)  # image by image
-    frequency = evaluation.prevalence("segmentation", MASKS)
+    monkeypatch.setattr(scoring, "CHUNK_VALUES", 1)  # image by image
+    frequency = scoring.prevalence("segmentation", MASKS)
     assert_same(
-        {**evaluation.evaluate(MASK_PROBS, MASKS, "segmentation")},
+        {**scoring.evaluate(MASK_PROBS, MASKS, "segmentation")},
         row,
     )
-    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", train_prevalence=frequency)
+    row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation", train_prevalence=frequency)
     reference = ((frequency[None, ..., None] - MASKS) ** 2).mean()
     assert row["brier_skill"] == pytest.approx(1 - row["brier"] / reference)
 
@@ -240,31 +241,31 @@ def test_masks_on_disk_score_as_those_in_memory(tmp_path):
     np.save(tmp_path / "masks.npy", MASKS)
     masks = DiskArray(tmp_path / "masks.npy")
     assert_same(
-        evaluation.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID),
-        evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID),
+        scoring.evaluate(MASK_PROBS, masks, "segmentation", rater_valid=VALID),
+        scoring.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID),
     )
     np.testing.assert_array_equal(
-        evaluation.prevalence("segmentation", masks, VALID), evaluation.prevalence("segmentation", MASKS, VALID)
+        scoring.prevalence("segmentation", masks, VALID), scoring.prevalence("segmentation", MASKS, VALID)
     )
     assert_same(
-        evaluation.trivial("segmentation", masks, masks)["prevalence"],
-        evaluation.trivial("segmentation", MASKS, MASKS)["prevalence"],
+        scoring.trivial("segmentation", masks, masks)["prevalence"],
+        scoring.trivial("segmentation", MASKS, MASKS)["prevalence"],
     )
     np.save(tmp_path / "wrong.npy", MASKS * 2)
     with pytest.raises(ValueError, match=r"0 or 1.*0 to 2"):
-        evaluation.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
+        scoring.prevalence("segmentation", DiskArray(tmp_path / "wrong.npy"))
 
 
 def test_one_rater_leaves_rater_metrics_undefined():
-    row = evaluation.evaluate(MASK_PROBS[..., None], MASKS[..., :1], "segmentation")
+    row = scoring.evaluate(MASK_PROBS[..., None], MASKS[..., :1], "segmentation")
     for key in ("ged", "dice_raters", "entropy_disagreement_pearson"):
         assert key not in row
         assert row["undefined"][key] == "no image has two or more valid raters"
 
 
 def test_per_image_means_are_what_evaluate_reports():
-    row = evaluation.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
-    scores = evaluation.per_image(MASK_PROBS, MASKS, VALID)
+    row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
+    scores = scoring.per_image(MASK_PROBS, MASKS, VALID)
     for key, values in scores.items():
         assert values.shape == (6,)
         assert row[key] == pytest.approx(np.nanmean(values))
@@ -284,15 +285,15 @@ EXAMPLES = [
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 def test_the_order_of_samples_and_images_does_not_matter(task, probs, targets):
-    row = evaluation.evaluate(probs, targets, task)
-    assert_same(evaluation.evaluate(probs[::-1], targets, task), row)
-    assert_same(evaluation.evaluate(probs[:, ::-1], targets[::-1], task), row)
+    row = scoring.evaluate(probs, targets, task)
+    assert_same(scoring.evaluate(probs[::-1], targets, task), row)
+    assert_same(scoring.evaluate(probs[:, ::-1], targets[::-1], task), row)
 
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_are_plain_floats(task, probs, targets, dtype):
-    row = evaluation.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
+    row = scoring.evaluate(probs[:1].astype(dtype), targets.astype(bool), task)
     assert all(type(value) is float and np.isfinite(value) for value in floats(row).values())
     assert json.loads(json.dumps(row)) == row
     assert row["mutual_information"] == 0
@@ -305,7 +306,7 @@ def test_rows_are_plain_floats(task, probs, targets, dtype):
 
 def test_rounding_above_one_is_forgiven():
     probs = np.minimum(LABEL_PROBS.astype("float64") + 1, 1 + 1e-7)
-    row = evaluation.evaluate(probs, LABELS, "multi-label")
+    row = scoring.evaluate(probs, LABELS, "multi-label")
     assert row["entropy"] == 0
 
 
@@ -336,7 +337,7 @@ def test_rounding_above_one_is_forgiven():
 )
 def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        evaluation.evaluate(probs, targets, task, **options)
+        scoring.evaluate(probs, targets, task, **options)
     assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
@@ -346,7 +347,7 @@ def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, messag
 def test_papers_softmax_applied_twice_has_a_floor():
     masks = MASKS[None, ..., 0].astype(float)
     assert metrics.paper_brier(masks, MASKS[..., 0], softmax_twice=True) == pytest.approx(0.0723, abs=5e-5)
-    row = evaluation.evaluate(masks, MASKS[..., :1], "segmentation")
+    row = scoring.evaluate(masks, MASKS[..., :1], "segmentation")
     assert row["paper_brier_softmax_twice"] == pytest.approx(0.0723, abs=5e-5)
     assert row["paper_brier"] == row["brier"] == 0
 
@@ -355,7 +356,7 @@ def test_trivial_rows_of_labels_as_in_the_paper():
     # Prevalences near ChestMNIST's, from its 4.7 (infiltration) to over 500 negatives a positive (hernia).
     percent = [10.5, 2.6, 12.2, 18.2, 5.2, 5.7, 1.3, 4.9, 4.3, 2.2, 2.4, 1.5, 3.0, 0.2]
     labels = RNG.permuted(np.arange(1000)[:, None] < 10 * np.array(percent), axis=0).astype("uint8")
-    rows = evaluation.trivial("multi-label", labels, labels)
+    rows = scoring.trivial("multi-label", labels, labels)
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["paper_accuracy"] == pytest.approx(1 - labels.mean())
     assert rows["all_negative"]["accuracy"] == pytest.approx(0.947, abs=0.001)
@@ -370,14 +371,14 @@ def test_trivial_rows_of_masks_as_in_the_paper():
     masks = np.zeros((10, 20, 20, 3), "uint8")
     masks[:, 9:11, 9:11] = 1  # 1 % foreground
     masks[::2, 0, 0, 0] = 1
-    rows = evaluation.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
+    rows = scoring.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
     assert list(rows) == ["all_background", "prevalence"]
     assert rows["all_background"]["paper_dice"] == pytest.approx(0.99, abs=0.002)
     assert rows["all_background"]["dice"] == 0
     assert rows["prevalence"]["dice"] == 1
     assert rows["prevalence"]["brier_skill"] == 0
     assert rows["all_background"]["undefined"]["entropy_disagreement_pearson"].startswith("the entropy")
-    frequency = evaluation.prevalence("segmentation", masks[:5])
+    frequency = scoring.prevalence("segmentation", masks[:5])
     assert frequency.shape == (20, 20) and frequency[0, 0] == pytest.approx(3 / 5 / 3)
 
 
@@ -387,7 +388,7 @@ def test_trivial_rows_of_masks_as_in_the_paper():
 def record_of(probs, targets, task, pieces=1, **options):
     """A record of images in some pieces."""
     extra = {key: options.pop(key) for key in ("rater_valid", "groups", "ids") if key in options}
-    evaluator = evaluation.Evaluator(task, **options)
+    evaluator = scoring.Evaluator(task, **options)
     for part in np.array_split(np.arange(len(targets)), pieces):
         evaluator.update(probs[:, part], targets[part], **{key: value[part] for key, value in extra.items()})
     return evaluator.record()
@@ -396,7 +397,7 @@ def record_of(probs, targets, task, pieces=1, **options):
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_pieces_of_any_size_give_one_record(task, probs, targets, pieces):
-    options = {"train_prevalence": evaluation.prevalence(task, targets)}
+    options = {"train_prevalence": scoring.prevalence(task, targets)}
     if task == "segmentation":
         options["rater_valid"] = VALID
     whole, parts = (record_of(probs, targets, task, n, **options) for n in (1, pieces))
@@ -404,7 +405,7 @@ def test_pieces_of_any_size_give_one_record(task, probs, targets, pieces):
     for key, values in whole.arrays.items():
         np.testing.assert_allclose(parts[key], values, rtol=1e-12, atol=1e-12)
     assert_same(parts.metrics(), whole.metrics())
-    assert_same(evaluation.evaluate(probs, targets, task, boundary=True, **options), whole.metrics())
+    assert_same(scoring.evaluate(probs, targets, task, boundary=True, **options), whole.metrics())
 
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
@@ -412,10 +413,10 @@ def test_every_key_has_a_value_or_a_reason(task, probs, targets):
     none, one = np.zeros_like(targets), targets[:1]
     if task in ("multi-class", "ordinal"):
         none[:, 0] = 1
-    known = set(evaluation.evaluate(probs, targets, task)) | set(evaluation.evaluate(probs, targets, task)["undefined"])
+    known = set(scoring.evaluate(probs, targets, task)) | set(scoring.evaluate(probs, targets, task)["undefined"])
     extreme = np.eye(4)[None, np.zeros(60, int)] if task in ("multi-class", "ordinal") else np.zeros_like(probs[:1])
     for case in ((probs, none), (probs[:, :1], one), (extreme, none), (extreme[:, :1], one), (extreme, targets)):
-        row = evaluation.evaluate(*case, task, train_prevalence=0.25)
+        row = scoring.evaluate(*case, task, train_prevalence=0.25)
         values = {key: value for key, value in row.items() if key != "undefined"}
         assert all(type(value) is float and np.isfinite(value) for value in values.values())
         assert set(row) | set(row["undefined"]) == known
@@ -433,7 +434,7 @@ def test_memory_of_a_record_does_not_grow_with_pixels_or_samples():
 
 
 def test_pieces_have_to_fit_one_another():
-    evaluator = evaluation.Evaluator("multi-label")
+    evaluator = scoring.Evaluator("multi-label")
     with pytest.raises(ValueError, match="call update first"):
         evaluator.record()
     evaluator.update(LABEL_PROBS, LABELS)
@@ -459,14 +460,14 @@ def test_pieces_have_to_fit_one_another():
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.Evaluator("multi-label", **options)
+        scoring.Evaluator("multi-label", **options)
 
 
 # What the uncertainty is good for, and calibration
 
 
 def test_use_of_uncertainty_of_labels_agrees_with_scikit_learn():
-    row = evaluation.evaluate(LABEL_PROBS, LABELS, "multi-label", threshold=0.3)
+    row = scoring.evaluate(LABEL_PROBS, LABELS, "multi-label", threshold=0.3)
     parts = metrics.uncertainty(LABEL_PROBS)
     wrong = (parts["mean_probs"] > 0.3) != LABELS
     assert row["accuracy"] == pytest.approx(sk.accuracy_score(LABELS.ravel(), parts["mean_probs"].ravel() > 0.3))
@@ -481,7 +482,7 @@ def test_use_of_uncertainty_of_labels_agrees_with_scikit_learn():
 
 
 def test_use_of_uncertainty_of_classes_agrees_with_scikit_learn():
-    row = evaluation.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")
+    row = scoring.evaluate(CLASS_PROBS, ONE_HOT, "multi-class")
     probs = CLASS_PROBS.astype("float64")
     parts = metrics.uncertainty(probs / probs.sum(-1, keepdims=True), "multi-class")
     wrong = parts["mean_probs"].argmax(1) != CLASSES
@@ -497,7 +498,7 @@ def test_use_of_uncertainty_of_classes_agrees_with_scikit_learn():
 @pytest.mark.parametrize("decimals", [16, 1])  # of the probabilities: without ties, and with many
 def test_calibration_of_labels_is_that_of_its_definition(decimals):
     mean = LABEL_PROBS.astype("float64").mean(0).round(decimals)
-    row = evaluation.evaluate(mean[None], LABELS, "multi-label")
+    row = scoring.evaluate(mean[None], LABELS, "multi-label")
     assert row["ece"] == pytest.approx(metrics.ece(mean, LABELS))
     assert row["ece_mass"] == pytest.approx(metrics.ece(mean, LABELS, binning="mass"))
     assert row["ece_label"] == pytest.approx(metrics.ece(mean, LABELS, per_label=True).mean())
@@ -510,7 +511,7 @@ def test_calibration_of_labels_is_that_of_its_definition(decimals):
 def test_one_point_is_the_perfectly_calibrated_one_by_hand():
     # Equal weight: the lowest of 15 values has p = 0.1 and is a 1, all others are certain and right.
     probs = np.array([[0.1]] + [[1.0]] * 14)
-    row = evaluation.evaluate(probs[None], np.ones((15, 1), "uint8"), "binary")
+    row = scoring.evaluate(probs[None], np.ones((15, 1), "uint8"), "binary")
     assert row["ece_mass"] == pytest.approx(0.9 / 15)
 
 
@@ -525,7 +526,7 @@ def sharp_masks(images=12, side=24):
 
 def test_pixels_in_fine_bins_score_nearly_as_pixels_themselves():
     probs, masks = sharp_masks()
-    row = evaluation.evaluate(probs, masks, "segmentation")
+    row = scoring.evaluate(probs, masks, "segmentation")
     parts, soft = metrics.uncertainty(probs), masks.mean(-1)
     wrong = ((parts["mean_probs"] > 0.5) != (soft >= 0.5)).ravel()
     for key, name in (("pixel_error_auroc", "entropy"), ("pixel_error_auroc_mi", "mutual_information")):
@@ -547,7 +548,7 @@ def test_pixels_of_flat_maps_score_nearly_as_pixels_themselves(low, high, tolera
     masks = (field[..., None] + 0.06 * RNG.normal(size=(12, 1, 1, 4)) > 0.1).astype("uint8")
     probs = field + 0.3 * noise
     probs = low + (high - low) * (probs - probs.min()) / np.ptp(probs)
-    row = evaluation.evaluate(probs, masks, "segmentation")
+    row = scoring.evaluate(probs, masks, "segmentation")
     parts, soft = metrics.uncertainty(probs), masks.mean(-1)
     wrong = ((parts["mean_probs"] > 0.5) != (soft >= 0.5)).ravel()
     exact = sk.roc_auc_score(wrong, parts["entropy"].ravel())
@@ -562,7 +563,7 @@ def test_images_of_masks_score_as_their_definitions():
     probs, masks = sharp_masks()
     valid = np.ones((12, 4), bool)
     valid[:3, 1:] = False  # one rater
-    row = evaluation.evaluate(probs, masks, "segmentation", rater_valid=valid, threshold=0.3, boundary=True)
+    row = scoring.evaluate(probs, masks, "segmentation", rater_valid=valid, threshold=0.3, boundary=True)
     mean, majority = probs.mean(0, dtype="float64"), metrics.majority_mask(masks, valid)
     assert row["dice"] == pytest.approx(metrics.dice(mean > 0.3, majority).mean())
     assert row["iou"] == pytest.approx(metrics.iou(mean > 0.3, majority).mean())
@@ -583,7 +584,7 @@ def test_images_of_masks_score_as_their_definitions():
 
 def test_samples_that_are_all_the_same_have_no_epistemic_ranking():
     probs = np.repeat(LABEL_PROBS[:1], 3, 0)
-    row = evaluation.evaluate(probs, LABELS, "multi-label")
+    row = scoring.evaluate(probs, LABELS, "multi-label")
     assert row["undefined"]["error_auroc_mi"].startswith("the samples are all the same")
 
 
@@ -596,7 +597,7 @@ def test_weights_count_images(task, probs, targets, tied):
     probs = np.round(probs * 8) / 8 if tied and task not in ("multi-class", "ordinal") else probs
     counts = RNG.integers(0, 4, len(targets))
     counts[:4] = [3, 2, 0, 1]
-    options = {"train_prevalence": evaluation.prevalence(task, targets)}
+    options = {"train_prevalence": scoring.prevalence(task, targets)}
     weighted = record_of(probs, targets, task, **options).metrics(counts)
     repeated = np.repeat(np.arange(len(targets)), counts)
     assert_same(weighted, record_of(probs[:, repeated], targets[repeated], task, **options).metrics())
@@ -644,7 +645,7 @@ def test_intervals_of_means_agree_with_scipy():
 
 @pytest.mark.parametrize(("task", "probs", "targets"), EXAMPLES)
 def test_intervals_hold_the_value_and_are_reproducible(task, probs, targets, monkeypatch):
-    record = record_of(probs, targets, task, train_prevalence=evaluation.prevalence(task, targets) * 0.9)
+    record = record_of(probs, targets, task, train_prevalence=scoring.prevalence(task, targets) * 0.9)
     metrics_, found = record.metrics(), record.bootstrap(num_resamples=100)
     counts = {"num_images", "auc_num_labels"}
     assert set(found) | set(found["undefined"]) == set(metrics_) - counts
@@ -652,8 +653,8 @@ def test_intervals_hold_the_value_and_are_reproducible(task, probs, targets, mon
         assert type(low) is float and low <= high
         if "ece" not in key:  # see below
             assert low - 1e-9 <= metrics_[key] <= high + 1e-9, key
-    monkeypatch.setattr(evaluation, "CHUNK_VALUES", 1)  # one resample at a time
-    again = record_of(probs, targets, task, train_prevalence=evaluation.prevalence(task, targets) * 0.9)
+    monkeypatch.setattr(scoring, "CHUNK_VALUES", 1)  # one resample at a time
+    again = record_of(probs, targets, task, train_prevalence=scoring.prevalence(task, targets) * 0.9)
     again = again.bootstrap(num_resamples=100)
     assert again.pop("undefined") == found.pop("undefined")
     for key, bounds in again.items():
@@ -691,7 +692,7 @@ def test_patients_are_resampled_whole():
 
 
 def test_patients_that_some_pieces_lack_are_not_used():
-    evaluator = evaluation.Evaluator("multi-label")
+    evaluator = scoring.Evaluator("multi-label")
     evaluator.update(LABEL_PROBS, LABELS, groups=np.arange(60))
     assert evaluator.record().groups is not None
     evaluator.update(LABEL_PROBS, LABELS)
@@ -717,7 +718,7 @@ def test_one_image_has_no_interval(groups, unit):
     found = record.bootstrap()
     assert set(found) == {"undefined"} and found["undefined"]["brier"].startswith(f"one {unit}")
     with pytest.raises(ValueError, match=f"two {unit}s or more"):
-        evaluation.compare(record, record)
+        scoring.compare(record, record)
 
 
 @pytest.mark.parametrize("options", [{"num_resamples": 0}, {"level": 1.0}, {"level": 0}])
@@ -731,7 +732,7 @@ def test_intervals_need_resamples_and_a_level(options):
 
 def test_a_method_does_not_differ_from_itself():
     record = record_of(LABEL_PROBS, LABELS, "multi-label")
-    found = evaluation.compare(record, record_of(LABEL_PROBS, LABELS, "multi-label"), num_resamples=50)
+    found = scoring.compare(record, record_of(LABEL_PROBS, LABELS, "multi-label"), num_resamples=50)
     assert set(found) == set(record.bootstrap(num_resamples=50)) - {"undefined"}
     for test in found.values():
         assert test == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
@@ -743,7 +744,7 @@ def test_paired_test_agrees_with_the_paired_t_test_and_is_never_certain():
         other_probs = np.clip(LABEL_PROBS - 0.3 * RNG.random(LABEL_PROBS.shape), 0, 1)
         other_probs = LABELS[None] * 0.9 if sure else other_probs
         other = record_of(other_probs, LABELS, "multi-label")
-        found = evaluation.compare(record, other, keys=["brier"], num_resamples=2000)["brier"]
+        found = scoring.compare(record, other, keys=["brier"], num_resamples=2000)["brier"]
         differences = record["brier"] - other["brier"]
         assert found["difference"] == pytest.approx(differences.mean())
         interval = stats.ttest_1samp(differences, 0).confidence_interval()
@@ -753,7 +754,7 @@ def test_paired_test_agrees_with_the_paired_t_test_and_is_never_certain():
         else:
             assert found["p_value"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=0.2)
             assert 0.01 < found["p_value"] < 0.2
-        swapped = evaluation.compare(other, record, keys=["brier"], num_resamples=2000)["brier"]
+        swapped = scoring.compare(other, record, keys=["brier"], num_resamples=2000)["brier"]
         assert swapped["p_value"] == found["p_value"] and swapped["low"] == pytest.approx(-found["high"])
 
 
@@ -763,7 +764,7 @@ def test_alike_methods_are_called_different_in_one_of_twenty_sets():
         odds = RNG.normal(-1, 1.5, (100, 2))
         labels = (RNG.random((100, 2)) < 1 / (1 + np.exp(-odds))).astype("uint8")
         pair = [1 / (1 + np.exp(-2 * (odds + 0.5 * RNG.normal(size=odds.shape)))) for _ in range(2)]
-        tests = evaluation.compare(*(record_of(p[None], labels, "multi-label") for p in pair), keys, num_resamples=100)
+        tests = scoring.compare(*(record_of(p[None], labels, "multi-label") for p in pair), keys, num_resamples=100)
         rejected.append([tests[key]["p_value"] < 0.05 for key in keys])
     for key, count in zip(keys, np.sum(rejected, 0), strict=True):
         assert count <= stats.binom.ppf(0.999, 120, 0.05), key  # 15
@@ -775,7 +776,7 @@ def test_a_difference_of_calibration_errors_lies_in_its_interval_and_has_its_sig
     labels = (RNG.random(odds.shape) < 1 / (1 + np.exp(-odds))).astype("uint8")
     pair = [1 / (1 + np.exp(-odds)), 1 / (1 + np.exp(-1.4 * odds))]  # calibrated, and overconfident
     records = [record_of(probs[None], labels, "multi-label") for probs in pair]
-    tests = evaluation.compare(*records, num_resamples=200)
+    tests = scoring.compare(*records, num_resamples=200)
     for key in ("ece", "ece_mass", "ece_label", "ece_label_mass", "paper_ece"):
         assert tests[key]["low"] < tests[key]["difference"] < tests[key]["high"], key
         assert tests[key]["p_value"] >= 0.05 or tests[key]["difference"] < 0, key
@@ -787,16 +788,16 @@ def test_pairing_sees_what_two_intervals_do_not():
     records = [record_of(probs, LABELS, "multi-label") for probs in (LABEL_PROBS, worse)]
     one, two = (record.bootstrap(num_resamples=500)["entropy"] for record in records)
     assert one[1] > two[0]  # they overlap
-    assert evaluation.compare(*records, keys=["entropy"], num_resamples=500)["entropy"]["p_value"] < 0.01
+    assert scoring.compare(*records, keys=["entropy"], num_resamples=500)["entropy"]["p_value"] < 0.01
 
 
 def test_keys_without_a_value_are_left_out_and_unknown_ones_refused():
     record, single = (record_of(probs, LABELS, "multi-label") for probs in (LABEL_PROBS, LABEL_PROBS[:1]))
-    assert evaluation.compare(record, single, keys=["error_auroc_mi", "brier_skill"], num_resamples=20) == {}
+    assert scoring.compare(record, single, keys=["error_auroc_mi", "brier_skill"], num_resamples=20) == {}
     with pytest.raises(ValueError, match=r"keys among.*\['num_images'\]"):
-        evaluation.compare(record, record, keys=["num_images"])
+        scoring.compare(record, record, keys=["num_images"])
     with pytest.raises(ValueError, match="num_resamples >= 1"):
-        evaluation.compare(record, record, num_resamples=0)
+        scoring.compare(record, record, num_resamples=0)
 
 
 @pytest.mark.parametrize(
@@ -817,14 +818,14 @@ def test_other_images_are_not_compared(changes, message):
         probs, changed["targets"] = LABEL_PROBS[..., :1], LABELS[:, :1]
     second = record_of(probs, changed.pop("targets"), changed.pop("task"), 2, **changed)
     with pytest.raises(ValueError, match=message) as error:
-        evaluation.compare(first, second)
+        scoring.compare(first, second)
     assert "Received" in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
 def test_raters_are_part_of_the_images():
     first, second = (record_of(MASK_PROBS, MASKS, "segmentation", rater_valid=v) for v in (VALID, VALID | True))
     with pytest.raises(ValueError, match="same images"):
-        evaluation.compare(first, second)
+        scoring.compare(first, second)
 
 
 # Files
@@ -838,12 +839,12 @@ def test_a_record_is_read_as_it_was_written(task, probs, targets, tmp_path):
     path = tmp_path / "deep" / "record.npz"
     record.save(path)
     record.save(path)  # over the old one
-    found = evaluation.Record.load(path)
+    found = scoring.Record.load(path)
     assert [one.name for one in path.parent.iterdir()] == ["record.npz"]
     assert (found.task, found.threshold, found.num_samples) == (task, 0.4, len(probs))
     assert found.metrics() == record.metrics()
     assert found.bootstrap(num_resamples=20) == record.bootstrap(num_resamples=20)
-    assert all(test["p_value"] == 1 for test in evaluation.compare(found, record, num_resamples=20).values())
+    assert all(test["p_value"] == 1 for test in scoring.compare(found, record, num_resamples=20).values())
 
 
 def test_an_interrupted_save_leaves_the_old_record(tmp_path, monkeypatch):
@@ -858,7 +859,7 @@ def test_an_interrupted_save_leaves_the_old_record(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         record_of(LABEL_PROBS[:1], LABELS, "multi-label").save(tmp_path / "record.npz")
     assert [one.name for one in tmp_path.iterdir()] == ["record.npz"]
-    assert evaluation.Record.load(tmp_path / "record.npz").num_samples == 4
+    assert scoring.Record.load(tmp_path / "record.npz").num_samples == 4
 
 
 def shorter(content):
@@ -875,8 +876,8 @@ def test_damaged_records_are_refused_in_two_lines(damage, tmp_path):
     path = tmp_path / "record.npz"
     record_of(LABEL_PROBS, LABELS, "multi-label").save(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"Expected a record of sbn_tf.evaluation in .*record\.npz") as error:
-        evaluation.Record.load(path)
+    with pytest.raises(ValueError, match=r"Expected a record of sbn_tf.experiments.scoring in .*record\.npz") as error:
+        scoring.Record.load(path)
     assert str(error.value).splitlines()[1] == "Delete it and score the method again."
 
 
@@ -885,32 +886,32 @@ def test_foreign_records_are_refused(task, tmp_path):
     path, record = tmp_path / "record.npz", record_of(LABEL_PROBS, LABELS, "multi-label")
     np.savez(path, risk=np.ones(3))
     with pytest.raises(ValueError, match="Expected a record"):
-        evaluation.Record.load(path)
+        scoring.Record.load(path)
     record.arrays["risk"] = record["risk"][:5] if task == "multi-label" else record["risk"]
     record.task = task
     record.save(path)
     with pytest.raises(ValueError, match="different lengths" if task == "multi-label" else f"'{task}'"):
-        evaluation.Record.load(path)
+        scoring.Record.load(path)
     with pytest.raises(FileNotFoundError):
-        evaluation.Record.load(tmp_path / "none.npz")
+        scoring.Record.load(tmp_path / "none.npz")
 
 
 def test_records_of_another_format_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "_FORMAT", "sbn_tf.evaluation.Record 1")
+    monkeypatch.setattr(scoring, "_FORMAT", "sbn_tf.experiments.scoring.Record 1")
     record_of(MASK_PROBS, MASKS, "segmentation").save(tmp_path / "record.npz")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"not of format sbn_tf\.evaluation\.Record 3"):
-        evaluation.Record.load(tmp_path / "record.npz")
+        scoring.Record.load(tmp_path / "record.npz")
 
 
 def test_nan_in_a_record_is_refused(tmp_path):
     record = record_of(MASK_PROBS, MASKS[..., :1], "segmentation")
     record.save(tmp_path / "one_rater.npz")
-    assert np.isnan(evaluation.Record.load(tmp_path / "one_rater.npz")["ged"]).all()  # no raters to compare with
+    assert np.isnan(scoring.Record.load(tmp_path / "one_rater.npz")["ged"]).all()  # no raters to compare with
     record.arrays["nll"][2] = np.nan
     record.save(tmp_path / "nan.npz")
     with pytest.raises(ValueError, match="NaN or infinity in 'nll'"):
-        evaluation.Record.load(tmp_path / "nan.npz")
+        scoring.Record.load(tmp_path / "nan.npz")
 
 
 # A split
@@ -939,10 +940,10 @@ def test_a_split_is_scored_in_batches_as_at_once(tmp_path):
     expected = record_of(probs, np.asarray(split.targets), "segmentation", rater_valid=split.rater_valid)
     for batch_size in (50, 4):
         options = {"batch_size": batch_size, "train_prevalence": 0.4, "threshold": 0.4, "verbose": False}
-        record = evaluation.score(predict_samples, split, "segmentation", **options)
+        record = scoring.score(predict_samples, split, "segmentation", **options)
         assert record.digests["images"] == expected.digests["images"] and record.threshold == 0.4
         np.testing.assert_array_equal(record.groups, split.groups)
-        one = evaluation.evaluate(
+        one = scoring.evaluate(
             probs,
             split.targets,
             "segmentation",
@@ -952,8 +953,8 @@ def test_a_split_is_scored_in_batches_as_at_once(tmp_path):
             boundary=True,
         )
         assert_same(record.metrics(), one)
-    channel = evaluation.score(lambda x: predict_samples(x)[..., None], split, "segmentation", verbose=False)
-    assert channel.metrics() == evaluation.score(predict_samples, split, "segmentation", verbose=False).metrics()
+    channel = scoring.score(lambda x: predict_samples(x)[..., None], split, "segmentation", verbose=False)
+    assert channel.metrics() == scoring.score(predict_samples, split, "segmentation", verbose=False).metrics()
 
 
 def test_predictions_that_are_wrong_name_their_images():
@@ -971,7 +972,7 @@ def test_predictions_that_are_wrong_name_their_images():
         (lambda images: predict_samples(images)[:0], r"images 0 to 7.*\(0, 8, 10, 10\)"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            evaluation.score(wrong, split, "segmentation", batch_size=8, verbose=False)
+            scoring.score(wrong, split, "segmentation", batch_size=8, verbose=False)
         assert len(str(error.value).splitlines()) <= 2
 
 
@@ -981,7 +982,7 @@ def test_scoring_a_split_keeps_no_pixels():
     for images in (40, 400):
         split, predict_samples = split_of(images, 32)
         tracemalloc.start()
-        evaluation.score(predict_samples, split, "segmentation", batch_size=10, boundary=False, verbose=False)
+        scoring.score(predict_samples, split, "segmentation", batch_size=10, boundary=False, verbose=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 360 * 1.8 * 13000 < 360 * 3 * 32 * 32 * 8
@@ -997,26 +998,26 @@ def images_of(count=6, side=12):
 @pytest.mark.parametrize("kind", ["noise", "blur", "contrast"])
 def test_no_severity_is_no_shift(kind):
     images = images_of()
-    moved = evaluation.shifted(images, kind, 0)
+    moved = scoring.shifted(images, kind, 0)
     np.testing.assert_allclose(moved, images, atol=1e-6)
     assert moved is not images and moved.dtype == np.float32
 
 
 def test_noise_has_its_size_and_is_that_of_its_image():
     images = images_of(8, 32)
-    moved = evaluation.shifted(images, "noise", 2.0, seed=3)
+    moved = scoring.shifted(images, "noise", 2.0, seed=3)
     assert (moved - images).std() == pytest.approx(0.4, rel=0.05)
-    parts = [evaluation.shifted(images[k : k + 3], "noise", 2.0, seed=3, offset=k) for k in (0, 3, 6)]
+    parts = [scoring.shifted(images[k : k + 3], "noise", 2.0, seed=3, offset=k) for k in (0, 3, 6)]
     np.testing.assert_array_equal(np.concatenate(parts), moved)
-    assert not np.allclose(moved, evaluation.shifted(images, "noise", 2.0, seed=4))
+    assert not np.allclose(moved, scoring.shifted(images, "noise", 2.0, seed=4))
     assert not np.allclose((moved - images)[0], (moved - images)[1])
 
 
 def test_blur_and_contrast_by_their_definitions():
     images = images_of()
     expected = ndimage.gaussian_filter(images[2, :, :, 1], 1.5, mode="nearest")
-    np.testing.assert_allclose(evaluation.shifted(images, "blur", 1.5)[2, :, :, 1], expected, atol=1e-6)
-    moved = evaluation.shifted(images, "contrast", 0.75)
+    np.testing.assert_allclose(scoring.shifted(images, "blur", 1.5)[2, :, :, 1], expected, atol=1e-6)
+    moved = scoring.shifted(images, "contrast", 0.75)
     np.testing.assert_allclose(moved.mean((1, 2)), images.mean((1, 2)), atol=1e-6)
     np.testing.assert_allclose(moved.std((1, 2)), images.std((1, 2)) / 4, rtol=1e-5)
 
@@ -1033,23 +1034,23 @@ def test_blur_and_contrast_by_their_definitions():
 )
 def test_shifts_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.shifted(*arguments)
+        scoring.shifted(*arguments)
 
 
 def test_shift_auroc_agrees_with_scikit_learn():
     split, predict_samples = split_of()
     options = {"boundary": False, "verbose": False}
-    clean = evaluation.score(predict_samples, split, "segmentation", **options)
-    moved = evaluation.score(predict_samples, split, "segmentation", batch_size=7, shift=("contrast", 0.5), **options)
-    images = evaluation.shifted(split.normalised(), "contrast", 0.5)
+    clean = scoring.score(predict_samples, split, "segmentation", **options)
+    moved = scoring.score(predict_samples, split, "segmentation", batch_size=7, shift=("contrast", 0.5), **options)
+    images = scoring.shifted(split.normalised(), "contrast", 0.5)
     parts = [metrics.uncertainty(predict_samples(one)) for one in (split.normalised(), images)]
-    found = evaluation.shift_auroc(clean, moved)
+    found = scoring.shift_auroc(clean, moved)
     for key in ("entropy", "mutual_information"):
         values = np.concatenate([part[key].mean((1, 2)) for part in parts])
         assert found[key] == pytest.approx(sk.roc_auc_score(np.repeat([0, 1], 23), values))
     assert found["undefined"] == {} and found["entropy"] > 0.6
     noise = [
-        evaluation.score(predict_samples, split, "segmentation", batch_size=size, shift=("noise", 1.0), **options)
+        scoring.score(predict_samples, split, "segmentation", batch_size=size, shift=("noise", 1.0), **options)
         for size in (4, 50)
     ]
     assert_same(noise[0].metrics(), noise[1].metrics())
@@ -1057,11 +1058,11 @@ def test_shift_auroc_agrees_with_scikit_learn():
 
 def test_shift_auroc_of_one_sample_has_no_mutual_information():
     records = [record_of(LABEL_PROBS[:1], LABELS, "multi-label") for _ in range(2)]
-    found = evaluation.shift_auroc(*records)
+    found = scoring.shift_auroc(*records)
     assert found["entropy"] == 0.5 and "mutual_information" not in found
     assert found["undefined"]["mutual_information"].startswith("one sample")
     with pytest.raises(ValueError, match="one task"):
-        evaluation.shift_auroc(records[0], record_of(LABEL_PROBS[..., :1], LABELS[:, :1], "binary"))
+        scoring.shift_auroc(records[0], record_of(LABEL_PROBS[..., :1], LABELS[:, :1], "binary"))
 
 
 # The threshold, chosen on validation
@@ -1073,7 +1074,7 @@ def test_threshold_of_labels_has_the_best_balanced_accuracy():
     probs = np.concatenate([mean, mean[:, :1]], 1)
     cuts = np.arange(5, 100, 5) / 100
     scores = [np.mean([sk.balanced_accuracy_score(LABELS[:, k], mean[:, k] > c) for k in range(5)]) for c in cuts]
-    found = evaluation.select_threshold(probs, labels, "multi-label")
+    found = scoring.select_threshold(probs, labels, "multi-label")
     assert found == pytest.approx(cuts[np.argmax(scores)]) and found != 0.5
 
 
@@ -1083,23 +1084,23 @@ def test_threshold_of_masks_has_the_best_dice(tmp_path):
     cuts = np.arange(5, 100, 5) / 100
     truth = metrics.majority_mask(masks)
     scores = [metrics.dice(probs > cut, truth).mean() for cut in cuts]
-    found = evaluation.select_threshold(probs, masks, "segmentation")
+    found = scoring.select_threshold(probs, masks, "segmentation")
     assert found == pytest.approx(cuts[np.argmax(scores)]) and found < 0.5
     np.save(tmp_path / "masks.npy", masks)
-    assert evaluation.select_threshold(probs, DiskArray(tmp_path / "masks.npy"), "segmentation") == found
+    assert scoring.select_threshold(probs, DiskArray(tmp_path / "masks.npy"), "segmentation") == found
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(0.0, 1.0, 0.5), (0.1, 0.32, 0.3), (0.62, 0.8, 0.65)])
 def test_of_equal_thresholds_the_one_nearest_a_half(low, high, expected):
     labels = np.array([[0], [1], [0], [1]])
-    assert evaluation.select_threshold(np.where(labels, high, low), labels, "binary") == pytest.approx(expected)
+    assert scoring.select_threshold(np.where(labels, high, low), labels, "binary") == pytest.approx(expected)
 
 
 def test_a_threshold_that_nothing_tells_is_a_half():
-    assert evaluation.select_threshold(LABEL_PROBS[0], np.zeros_like(LABELS), "multi-label") == 0.5
-    assert evaluation.select_threshold(CLASS_PROBS[0], ONE_HOT, "multi-class") == 0.5
+    assert scoring.select_threshold(LABEL_PROBS[0], np.zeros_like(LABELS), "multi-label") == 0.5
+    assert scoring.select_threshold(CLASS_PROBS[0], ONE_HOT, "multi-class") == 0.5
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        evaluation.select_threshold(LABEL_PROBS[0] * 3, LABELS, "multi-label")
+        scoring.select_threshold(LABEL_PROBS[0] * 3, LABELS, "multi-label")
 
 
 # Rows that never look at an image, as records
@@ -1109,8 +1110,8 @@ def test_a_threshold_that_nothing_tells_is_a_half():
 def test_trivial_records_are_the_trivial_rows(name):
     data = datasets.load(name, size=16, limit=20)
     task, test = data.card.task, data.test
-    records = evaluation.trivial_records(data, threshold=0.3, boundary=False)
-    rows = evaluation.trivial(
+    records = scoring.trivial_records(data, threshold=0.3, boundary=False)
+    rows = scoring.trivial(
         task,
         data.train.targets,
         test.targets,
@@ -1123,7 +1124,7 @@ def test_trivial_records_are_the_trivial_rows(name):
         row = record.metrics()
         assert [row[one] for one in ("nll", "brier", "ece")] == [rows[key][one] for one in ("nll", "brier", "ece")]
         np.testing.assert_array_equal(record.groups is None, test.groups is None)
-    assert "brier" in evaluation.compare(*records.values(), num_resamples=20)
+    assert "brier" in scoring.compare(*records.values(), num_resamples=20)
 
 
 def test_level_sets_are_masks_alone():
@@ -1132,7 +1133,7 @@ def test_level_sets_are_masks_alone():
     def predict_samples(images):
         return 1 / (1 + np.exp(-images[None, ..., 0]))
 
-    record = evaluation.trivial_records(data, boundary=False, deterministic=predict_samples, batch_size=6)["level_sets"]
+    record = scoring.trivial_records(data, boundary=False, deterministic=predict_samples, batch_size=6)["level_sets"]
     row = record.metrics()
     assert set(row) == {"ged", "hungarian_iou", "undefined"}
     assert (
@@ -1140,7 +1141,7 @@ def test_level_sets_are_masks_alone():
         == row["undefined"]["dice"]
         == ("not measured: these predictions are masks, not probabilities")
     )
-    masks = evaluation.level_sets(predict_samples(data.test.normalised())[0])
+    masks = scoring.level_sets(predict_samples(data.test.normalised())[0])
     expected = metrics.generalised_energy_distance(masks, np.asarray(data.test.targets), data.test.rater_valid)
     assert row["ged"] == pytest.approx(expected[data.test.rater_valid.sum(1) > 1].mean())
     assert set(record.bootstrap(num_resamples=20)) == {"ged", "hungarian_iou", "undefined"}
@@ -1148,16 +1149,16 @@ def test_level_sets_are_masks_alone():
 
 def test_level_sets_by_hand():
     probs = np.array([[[0.05, 0.1, 0.2], [0.6, 0.95, 0.3]]])
-    masks = evaluation.level_sets(probs, (0.1, 0.5))
+    masks = scoring.level_sets(probs, (0.1, 0.5))
     np.testing.assert_array_equal(masks, [[[[0, 0, 1], [1, 1, 1]]], [[[0, 0, 0], [1, 1, 0]]]])
-    np.testing.assert_array_equal(evaluation.level_sets(probs[..., None], (0.1, 0.5)), masks)
-    assert evaluation.level_sets(probs).shape == (5, 1, 2, 3) and masks.dtype == np.float32
+    np.testing.assert_array_equal(scoring.level_sets(probs[..., None], (0.1, 0.5)), masks)
+    assert scoring.level_sets(probs).shape == (5, 1, 2, 3) and masks.dtype == np.float32
     with pytest.raises(ValueError, match=r"\(batch, height, width\).*\(2, 3\)"):
-        evaluation.level_sets(probs[0])
+        scoring.level_sets(probs[0])
     with pytest.raises(ValueError, match=r"0\.\.1, none of them NaN"):
-        evaluation.level_sets(np.where(probs > 0.9, np.nan, probs))
+        scoring.level_sets(np.where(probs > 0.9, np.nan, probs))
 
 
 def test_where_nothing_is_marked_there_is_no_calibration_of_the_region():
-    row = evaluation.evaluate(np.full((1, 2, 4, 4), 0.1), np.zeros((2, 4, 4, 1)), "segmentation")
+    row = scoring.evaluate(np.full((1, 2, 4, 4), 0.1), np.zeros((2, 4, 4, 1)), "segmentation")
     assert "ece_region" not in row and row["undefined"]["ece_region"] == "no rater and no prediction marks a pixel"

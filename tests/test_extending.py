@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import pytest
 
-from sbn_tf import baselines, compare, datasets, layers, recipes
 from sbn_tf import cost as costs
-from sbn_tf.conversion import to_deterministic
+from sbn_tf import datasets, layers
+from sbn_tf.core.conversion import to_deterministic
+from sbn_tf.experiments import baselines, compare, recipes
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 

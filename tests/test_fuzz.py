@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from keras import layers as kl
 from keras import ops
 
-from sbn_tf.conversion import to_deterministic
-from sbn_tf.draws import part_bounds
-from sbn_tf.graph import Graph
+from sbn_tf.core.conversion import to_deterministic
+from sbn_tf.core.draws import part_bounds
+from sbn_tf.core.graph import Graph
 from sbn_tf.layers import batch_draws, masked_layers, posterior_mean, posterior_sample
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights

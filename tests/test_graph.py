@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from keras import layers as kl
 
-from sbn_tf import models
+from sbn_tf.core.graph import Graph
 from sbn_tf.cost import count_flops
-from sbn_tf.graph import Graph
+from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights
 
@@ -174,9 +174,9 @@ def test_what_runs_once(make):
 def test_the_papers_networks_with_and_without(build, monkeypatch):
     def make():
         if build == "resnet":
-            model = models.resnet18((16, 16, 1), 2, width=4)
+            model = networks.resnet18((16, 16, 1), 2, width=4)
             return model, [k for k in named_weights(model) if "stage4" in k and "conv" in k], None
-        model = models.unet((16, 16, 1), 1, widths=(4, 6, 8))
+        model = networks.unet((16, 16, 1), 1, widths=(4, 6, 8))
         return model, [k for k in named_weights(model) if "encoder3" in k and "conv" in k], None
 
     model, keys, _ = make()

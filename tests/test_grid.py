@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from sbn_tf import baselines, grid, recipes, results
+from sbn_tf.experiments import baselines, grid, recipes, results
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -190,9 +190,10 @@ def test_estimates_are_those_of_the_steps_by_hand():
     )
     found = grid.estimates(mine)
     unit = "phantom_nodule/fold-1/seed0"
-    from sbn_tf import cost, models
+    from sbn_tf import cost
+    from sbn_tf.experiments import networks
 
-    network = models.build("unet_small", (16, 16, 1), 1, seed=0)
+    network = networks.build("unet_small", (16, 16, 1), 1, seed=0)
     network.compile("sgd", "binary_crossentropy")
     step, one = cost.training_flops(network, 20), cost.prediction_flops(network, 20)
     first = found[f"{unit}/step1.ipynb"]
@@ -227,9 +228,10 @@ def test_estimates_of_jobs_that_build_on_one_another():
 
 
 def one_pass():
-    from sbn_tf import cost, models
+    from sbn_tf import cost
+    from sbn_tf.experiments import networks
 
-    return cost.prediction_flops(models.build("unet_small", (16, 16, 1), 1, seed=0), 20)
+    return cost.prediction_flops(networks.build("unet_small", (16, 16, 1), 1, seed=0), 20)
 
 
 def has_snakemake():

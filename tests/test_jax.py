@@ -102,7 +102,7 @@ for name in ("tensorflow", "tensorflow_probability", "tf_keras"):
     sys.modules[name] = None  # importing it is an error
 sys.path.insert(0, sys.argv[1])
 import json, pathlib, keras, numpy as np
-import sbn_tf.metrics, sbn_tf.models
+import sbn_tf.metrics, sbn_tf.experiments.networks
 import test_jax as here
 from sbn_tf.layers import Dense
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer

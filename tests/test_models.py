@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from sbn_tf import models
+from sbn_tf.experiments import networks
 
 SMALL = [
     ("resnet18", (16, 16, 3), 4, {"width": 4}, (4,)),
@@ -23,11 +23,11 @@ def num_trainable(model):
     ("function", "arguments", "expected"),
     [
         # torchvision's resnet18 (its documentation's num_params), and the usual CIFAR-10 variant.
-        (models.resnet18, {"input_shape": (224, 224, 3), "num_outputs": 1000, "stem": 7}, 11_689_512),
-        (models.resnet18, {"input_shape": (32, 32, 3), "num_outputs": 10, "stem": 3}, 11_173_962),
-        (models.resnet18_paper, {}, 5_354_406),
-        (models.unet_paper, {"dataset": "lidc", "num_outputs": 2}, 2_264_034),
-        (models.unet_paper, {"dataset": "isic", "num_outputs": 2}, 8_801_544),
+        (networks.resnet18, {"input_shape": (224, 224, 3), "num_outputs": 1000, "stem": 7}, 11_689_512),
+        (networks.resnet18, {"input_shape": (32, 32, 3), "num_outputs": 10, "stem": 3}, 11_173_962),
+        (networks.resnet18_paper, {}, 5_354_406),
+        (networks.unet_paper, {"dataset": "lidc", "num_outputs": 2}, 2_264_034),
+        (networks.unet_paper, {"dataset": "isic", "num_outputs": 2}, 8_801_544),
     ],
 )
 def test_parameter_counts(function, arguments, expected):
@@ -40,33 +40,33 @@ def test_parameter_counts(function, arguments, expected):
 def test_the_papers_printed_counts(network, millions):
     channels = 3 if network.endswith("isic") else 1
     outputs = 14 if network.startswith("resnet") else 1
-    model = models.build(network, (32, 32, channels), outputs)
+    model = networks.build(network, (32, 32, channels), outputs)
     assert round(num_trainable(model) / 1e6, 2) == millions
 
 
 def test_counts_by_hand():
     # One level has no skip: 3x3x1x2 kernel, gamma and beta, 1x1x2x1 head and its bias.
-    assert num_trainable(models.unet((8, 8, 1), widths=(2,), convs_per_level=1)) == 18 + 4 + 2 + 1
+    assert num_trainable(networks.unet((8, 8, 1), widths=(2,), convs_per_level=1)) == 18 + 4 + 2 + 1
     # The decoder's convolution sees the up-sampled 3 channels and the skip's 2.
     expected = (18 + 4) + (9 * 2 * 3 + 6) + (9 * (3 + 2) * 2 + 4) + 3
-    assert num_trainable(models.unet((8, 8, 1), widths=(2, 3), convs_per_level=1)) == expected
+    assert num_trainable(networks.unet((8, 8, 1), widths=(2, 3), convs_per_level=1)) == expected
 
 
-@pytest.mark.parametrize("network", models.NETWORKS)
+@pytest.mark.parametrize("network", networks.NETWORKS)
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_every_network_takes_the_activation_of_its_head(network, activation):
-    model = models.build(network, (16, 16, 1), 3, activation=activation)
+    model = networks.build(network, (16, 16, 1), 3, activation=activation)
     assert model.layers[-1].activation.__name__ == activation
 
 
 def test_the_papers_unet_has_a_softmax_over_two_outputs_and_a_sigmoid_for_one():
-    heads = [models.unet_paper("lidc", (16, 16, 1), n).layers[-1].activation.__name__ for n in (1, 2)]
+    heads = [networks.unet_paper("lidc", (16, 16, 1), n).layers[-1].activation.__name__ for n in (1, 2)]
     assert heads == ["sigmoid", "softmax"]
 
 
 @pytest.mark.parametrize(("network", "input_shape", "num_outputs", "options", "output_shape"), SMALL)
 def test_shapes_ranges_and_one_step(network, input_shape, num_outputs, options, output_shape):
-    model = models.build(network, input_shape, num_outputs, seed=0, **options)
+    model = networks.build(network, input_shape, num_outputs, seed=0, **options)
     images = np.random.default_rng(0).normal(size=(4, *input_shape)).astype("float32")
     probs = model.predict(images, verbose=0)
     assert probs.shape == (4, *output_shape)
@@ -83,7 +83,7 @@ def test_shapes_ranges_and_one_step(network, input_shape, num_outputs, options, 
 
 @pytest.mark.parametrize(("network", "input_shape", "num_outputs", "options", "output_shape"), SMALL)
 def test_keras_round_trip(tmp_path, network, input_shape, num_outputs, options, output_shape):
-    model = models.build(network, input_shape, num_outputs, seed=0, **options)
+    model = networks.build(network, input_shape, num_outputs, seed=0, **options)
     images = np.random.default_rng(0).normal(size=(2, *input_shape)).astype("float32")
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
@@ -92,20 +92,20 @@ def test_keras_round_trip(tmp_path, network, input_shape, num_outputs, options, 
 
 
 def test_every_layer_has_a_stable_name():
-    names = [[layer.name for layer in models.build("unet_small", (8, 8, 1), 1).layers] for _ in range(2)]
+    names = [[layer.name for layer in networks.build("unet_small", (8, 8, 1), 1).layers] for _ in range(2)]
     assert names[0] == names[1]
     assert len(set(names[0])) == len(names[0])
     assert {"encoder1_conv1", "encoder3_bn2", "decoder1_conv2", "head"} <= set(names[0])
-    names = [layer.name for layer in models.build("resnet18_small", (8, 8, 1), 1).layers]
+    names = [layer.name for layer in networks.build("resnet18_small", (8, 8, 1), 1).layers]
     assert {"stem_conv", "stage1_block1_conv1", "stage4_block1_shortcut_conv", "head"} <= set(names)
 
 
 def test_one_seed_gives_the_same_weights_whatever_came_before():
-    first = models.build("unet_small", (8, 8, 1), 1, seed=3)
-    models.build("resnet18_small", (8, 8, 1), 1, seed=3)
+    first = networks.build("unet_small", (8, 8, 1), 1, seed=3)
+    networks.build("resnet18_small", (8, 8, 1), 1, seed=3)
     keras.random.normal((2,))
-    second = models.build("unet_small", (8, 8, 1), 1, seed=3)
-    other = models.build("unet_small", (8, 8, 1), 1, seed=4)
+    second = networks.build("unet_small", (8, 8, 1), 1, seed=3)
+    other = networks.build("unet_small", (8, 8, 1), 1, seed=4)
     for old, new in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     kernels = [model.get_layer("encoder1_conv1").kernel for model in (first, other)]
@@ -113,7 +113,7 @@ def test_one_seed_gives_the_same_weights_whatever_came_before():
 
 
 def test_layers_of_one_shape_get_different_weights():
-    model = models.build("resnet18_small", (8, 8, 1), 1, seed=0)
+    model = networks.build("resnet18_small", (8, 8, 1), 1, seed=0)
     kernels = [model.get_layer(f"stage1_block{index}_conv2").kernel for index in (1, 2)]
     assert not np.array_equal(*kernels)
 
@@ -122,7 +122,7 @@ def test_no_seed_follows_keras():
     weights = []
     for _ in range(2):
         keras.utils.set_random_seed(5)
-        weights.append(models.build("unet_small", (8, 8, 1), 1).get_weights())
+        weights.append(networks.build("unet_small", (8, 8, 1), 1).get_weights())
     for old, new in zip(*weights, strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -131,7 +131,7 @@ def test_no_seed_follows_keras():
 def test_mixed_precision_computes_in_half_and_answers_in_single(network):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = models.build(network, (8, 8, 1), 1, seed=0)
+        model = networks.build(network, (8, 8, 1), 1, seed=0)
     finally:
         keras.config.set_dtype_policy("float32")
     assert model.layers[1].compute_dtype == "bfloat16"
@@ -141,14 +141,14 @@ def test_mixed_precision_computes_in_half_and_answers_in_single(network):
 
 def test_convolutions_before_a_batch_norm_have_no_bias_by_default():
     for network in ("resnet18_small", "unet_small"):
-        layers = models.build(network, (8, 8, 1), 1).layers
+        layers = networks.build(network, (8, 8, 1), 1).layers
         biased = [layer.name for layer in layers if getattr(layer, "use_bias", False)]
         assert biased == ["head"]
 
 
 def test_strided_convolutions_pad_both_sides():
     # A 7x7 kernel of ones, stride 2, on a 4x4 image of ones, padded by 3: hand count of the covered pixels.
-    model = models.resnet18((4, 4, 1), 1, width=1, stem=7)
+    model = networks.resnet18((4, 4, 1), 1, width=1, stem=7)
     model.get_layer("stem_conv").kernel.assign(np.ones((7, 7, 1, 1)))
     stem = keras.Model(model.input, model.get_layer("stem_conv").output)
     np.testing.assert_array_equal(stem(np.ones((1, 4, 4, 1)))[0, :, :, 0], [[16, 16], [16, 16]])
@@ -159,13 +159,13 @@ def test_strided_convolutions_pad_both_sides():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.unet((30, 32, 1)), "divisible by 8"),
-        (lambda: models.unet((32, 32, 1), pooling="mean"), "pooling='mean'"),
-        (lambda: models.unet((32, 32)), "input_shape"),
-        (lambda: models.resnet18((32, 32, 3), 10, stem=5), "stem=5"),
-        (lambda: models.resnet18((32, 32, 3), 0), "num_outputs=0"),
-        (lambda: models.unet_paper("lits"), "'lits'"),
-        (lambda: models.build("resnet50", (32, 32, 3), 10), r"resnet18_small.*'resnet50'"),
+        (lambda: networks.unet((30, 32, 1)), "divisible by 8"),
+        (lambda: networks.unet((32, 32, 1), pooling="mean"), "pooling='mean'"),
+        (lambda: networks.unet((32, 32)), "input_shape"),
+        (lambda: networks.resnet18((32, 32, 3), 10, stem=5), "stem=5"),
+        (lambda: networks.resnet18((32, 32, 3), 0), "num_outputs=0"),
+        (lambda: networks.unet_paper("lits"), "'lits'"),
+        (lambda: networks.build("resnet50", (32, 32, 3), 10), r"resnet18_small.*'resnet50'"),
     ],
 )
 def test_errors_say_what_was_expected(call, message):
@@ -192,9 +192,9 @@ def perceptron():
 @pytest.mark.parametrize(
     ("model", "input_shape", "first", "num_dropouts"),
     [
-        (lambda: models.build("resnet18_small", (8, 8, 1), 3, seed=0, width=4), (8, 8, 1), "stem_conv", 20),
+        (lambda: networks.build("resnet18_small", (8, 8, 1), 3, seed=0, width=4), (8, 8, 1), "stem_conv", 20),
         (
-            lambda: models.build("unet", (8, 8, 1), 1, widths=(2, 3), upsampling="transpose"),
+            lambda: networks.build("unet", (8, 8, 1), 1, widths=(2, 3), upsampling="transpose"),
             (8, 8, 1),
             "encoder1_conv1",
             7,
@@ -209,7 +209,7 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
     x = np.random.default_rng(0).normal(size=(4, *input_shape)).astype("float32")
     model.fit(x, np.zeros((4, *model.output_shape[1:])), verbose=0)  # moves batch norm's statistics too
     before, names = model.get_weights(), [layer.name for layer in model.layers]
-    copy = models.with_dropout(model, 0.25, seed=0)
+    copy = networks.with_dropout(model, 0.25, seed=0)
     weighted = [layer.name for layer in model.layers if hasattr(layer, "kernel")]
     dropouts = {layer.name: layer for layer in copy.layers if isinstance(layer, keras.layers.Dropout)}
     assert set(dropouts) == {f"{name}_dropout" for name in weighted if name != first}
@@ -220,7 +220,7 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
     np.testing.assert_allclose(copy.predict(x, verbose=0), expected, atol=1e-6)
     copy.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(models.sample_dropout(again, x, 1), models.sample_dropout(copy, x, 1))
+    np.testing.assert_array_equal(networks.sample_dropout(again, x, 1), networks.sample_dropout(copy, x, 1))
 
     copy.compile("sgd", "mse")
     copy.fit(x, np.ones((4, *model.output_shape[1:])), verbose=0)
@@ -231,9 +231,9 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
 
 
 def test_a_rate_of_0_is_a_plain_copy():
-    model = models.build("unet_small", (8, 8, 1), 1, seed=0)
+    model = networks.build("unet_small", (8, 8, 1), 1, seed=0)
     model.get_layer("encoder1_bn1").trainable = False
-    copy = models.with_dropout(model, 0)
+    copy = networks.with_dropout(model, 0)
     assert [(x.name, type(x), x.trainable) for x in copy.layers] == [
         (x.name, type(x), x.trainable) for x in model.layers
     ]
@@ -246,9 +246,9 @@ def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():
     # The output is sum_i w_i x_i keep_i / (1 - rate): its variance sum_i (w_i x_i)^2 * rate / (1 - rate).
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(1)])
     model.set_weights([np.eye(3), np.zeros(3), np.array([[1.0], [-2.0], [0.5]]), np.zeros(1)])
-    model, rate, draws = models.with_dropout(model, 0.2, seed=0), 0.2, 4000
+    model, rate, draws = networks.with_dropout(model, 0.2, seed=0), 0.2, 4000
     x = np.tile(np.float32([[1.0, 2.0, 3.0]]), (draws // 20, 1))
-    samples = models.sample_dropout(model, x, 20).ravel()
+    samples = networks.sample_dropout(model, x, 20).ravel()
     terms = np.array([1.0, -4.0, 1.5])
     variance = (terms**2).sum() * rate / (1 - rate)
     assert abs(samples.mean() - terms.sum()) < 4 * np.sqrt(variance / draws)
@@ -257,27 +257,30 @@ def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():
 
 
 def test_samples_of_dropout_are_reproducible_and_traced_once(monkeypatch):
-    model = models.with_dropout(models.build("unet_small", (8, 8, 1), 1, seed=0), 0.3, seed=0)
-    traced, call = [], models._DropoutSampler.call
+    model = networks.with_dropout(networks.build("unet_small", (8, 8, 1), 1, seed=0), 0.3, seed=0)
+    traced, call = [], networks._DropoutSampler.call
 
     def counted(self, inputs):
         traced.append(inputs.shape)
         return call(self, inputs)
 
-    monkeypatch.setattr(models._DropoutSampler, "call", counted)
+    monkeypatch.setattr(networks._DropoutSampler, "call", counted)
     images = np.random.default_rng(0).normal(size=(7, 8, 8, 1)).astype("float32")
-    first = models.sample_dropout(model, images, 3)
+    first = networks.sample_dropout(model, images, 3)
     assert first.shape == (3, 7, 8, 8, 1) and first.min() >= 0 and first.max() <= 1
     assert all((first[i] != first[j]).any(axis=(1, 2, 3)).all() for i in range(3) for j in range(i))
-    np.testing.assert_array_equal(first, models.sample_dropout(model, images, 3))
-    other, goes_on = models.sample_dropout(model, images, 3, seed=1), models.sample_dropout(model, images, 3, seed=None)
+    np.testing.assert_array_equal(first, networks.sample_dropout(model, images, 3))
+    other, goes_on = (
+        networks.sample_dropout(model, images, 3, seed=1),
+        networks.sample_dropout(model, images, 3, seed=None),
+    )
     assert not np.array_equal(first, other) and not np.array_equal(other, goes_on)
     for size in (1, 5, 6, 7):
-        assert models.sample_dropout(model, images[:size], 3, batch_size=size).shape[1] == size
+        assert networks.sample_dropout(model, images[:size], 3, batch_size=size).shape[1] == size
     assert len(traced) <= 2  # one image, and any number of them
 
     model.get_layer("head").bias.assign([100.0])  # weights as they are now
-    np.testing.assert_array_equal(models.sample_dropout(model, images, 3), np.ones_like(first))
+    np.testing.assert_array_equal(networks.sample_dropout(model, images, 3), np.ones_like(first))
     assert len(traced) <= 2
 
 
@@ -293,23 +296,26 @@ def test_only_dropout_is_as_in_training():
     batch_statistics = model(x, training=True)  # moves the running ones a little
     expected = model.predict(x, verbose=0)
     assert not np.allclose(batch_statistics, expected, atol=0.1)
-    np.testing.assert_allclose(models.sample_dropout(model, x, 1)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(networks.sample_dropout(model, x, 1)[0], expected, atol=1e-6)
     assert model.layers[1].trainable
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.with_dropout(perceptron(), 1.0), "0 <= rate < 1. Received: rate=1.0"),
-        (lambda: models.with_dropout(perceptron(), -0.1), "rate=-0.1"),
-        (lambda: models.with_dropout(perceptron(), "half"), "rate='half'"),
-        (lambda: models.with_dropout(keras.Sequential([keras.layers.Dense(2)]), 0.1), "Expected a built Functional"),
+        (lambda: networks.with_dropout(perceptron(), 1.0), "0 <= rate < 1. Received: rate=1.0"),
+        (lambda: networks.with_dropout(perceptron(), -0.1), "rate=-0.1"),
+        (lambda: networks.with_dropout(perceptron(), "half"), "rate='half'"),
+        (lambda: networks.with_dropout(keras.Sequential([keras.layers.Dense(2)]), 0.1), "Expected a built Functional"),
         (
-            lambda: models.with_dropout(keras.Sequential([perceptron(), keras.layers.Dense(2)]), 0.1),
+            lambda: networks.with_dropout(keras.Sequential([perceptron(), keras.layers.Dense(2)]), 0.1),
             "without models among",
         ),
-        (lambda: models.sample_dropout(perceptron(), np.ones((2, 4))), "Expected a network with dropout layers"),
-        (lambda: models.sample_dropout(models.with_dropout(perceptron(), 0.1), np.ones((2, 4)), 0), "num_samples=0"),
+        (lambda: networks.sample_dropout(perceptron(), np.ones((2, 4))), "Expected a network with dropout layers"),
+        (
+            lambda: networks.sample_dropout(networks.with_dropout(perceptron(), 0.1), np.ones((2, 4)), 0),
+            "num_samples=0",
+        ),
     ],
 )
 def test_dropout_that_is_none_is_refused(call, message):

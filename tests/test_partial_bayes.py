@@ -13,7 +13,7 @@ from keras import layers as kl
 from scipy import special, stats
 
 from sbn_tf import layers
-from sbn_tf.conversion import to_deterministic
+from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, entropy, loss_terms, to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, saliency, top_k
 
@@ -808,7 +808,7 @@ READ = """
 import sys, numpy as np
 import sbn_tf
 import keras
-from sbn_tf.conversion import to_deterministic
+from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.layers import posterior_mean
 bnn = keras.models.load_model(sys.argv[1] + "/bnn.keras")
 x = np.load(sys.argv[1] + "/x.npy")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from sbn_tf import metrics, plots
-from sbn_tf.results import Result
+from sbn_tf import metrics
+from sbn_tf.experiments import plots
+from sbn_tf.experiments.results import Result
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random(200) ** 8

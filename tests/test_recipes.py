@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from sklearn.metrics import log_loss
 
-from sbn_tf import datasets, recipes
+from sbn_tf import datasets
+from sbn_tf.experiments import recipes
 from sbn_tf.partial_bayes import loss_terms
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from sbn_tf import training
+from sbn_tf.experiments import training
 from sbn_tf.layers import posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,9 @@ import pytest
 from helpers import METRICS_OF_MASKS
 from helpers import mask_result as result
 
-from sbn_tf import evaluation, results
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION
-from sbn_tf.results import METRICS, Result, cost_table, describe_metrics, find, group, read, table, write
+from sbn_tf.experiments import results, scoring
+from sbn_tf.experiments.results import METRICS, Result, cost_table, describe_metrics, find, group, read, table, write
 
 RNG = np.random.default_rng(0)
 
@@ -39,7 +39,7 @@ def whole_result():
 
 
 def record_of(probs, targets):
-    evaluator = evaluation.Evaluator(MULTI_LABEL)
+    evaluator = scoring.Evaluator(MULTI_LABEL)
     evaluator.update(probs, targets)
     return evaluator.record()
 
@@ -231,7 +231,7 @@ def small(task, num_samples=3):
 @pytest.mark.parametrize("task", [BINARY, MULTI_LABEL, MULTI_CLASS, ORDINAL, SEGMENTATION])
 def test_every_number_of_the_evaluation_is_known_and_in_its_range(task, num_samples, tmp_path):
     probs, targets = small(task, num_samples)
-    metrics = evaluation.evaluate(probs, targets, task, train_prevalence=0.3)
+    metrics = scoring.evaluate(probs, targets, task, train_prevalence=0.3)
     undefined = metrics.pop("undefined")
     assert set(metrics) | set(undefined) <= set(METRICS)
     write(of_task(task, metrics, undefined), tmp_path)

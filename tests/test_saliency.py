@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sbn_tf.graph import Graph
+from sbn_tf.core.graph import Graph
 from sbn_tf.saliency import (
     Masks,
     SaliencyRecorder,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sbn_tf import compare, results, study, training
+from sbn_tf.experiments import compare, results, study, training
 from sbn_tf.saliency import top_k
 
 ROOT = Path(__file__).parents[1]

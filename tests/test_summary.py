@@ -5,8 +5,8 @@ import pytest
 from helpers import mask_result as result
 from scipy import stats
 
-from sbn_tf import summary
-from sbn_tf.summary import Line
+from sbn_tf.experiments import summary
+from sbn_tf.experiments.summary import Line
 
 NLL = {("partial", 0.01): [0.10, 0.12, 0.11], ("partial", 0.05): [0.2, 0.3], ("ensemble", None): [0.08, 0.09, 0.10]}
 FOUND = [

@@ -14,8 +14,9 @@ import pytest
 import tensorflow_probability as tfp
 from scipy.stats import kstest
 
-from sbn_tf import cost, datasets, evaluation, models, recipes, training
+from sbn_tf import cost, datasets
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
+from sbn_tf.experiments import networks, recipes, scoring, training
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import named_weights, saliency, top_k
 
@@ -225,7 +226,7 @@ def tiny(monkeypatch):
         x = keras.layers.BatchNormalization()(keras.layers.GlobalAveragePooling2D()(x))
         return keras.Model(inputs, keras.layers.Dense(num_outputs, activation=activation, name="head")(x))
 
-    monkeypatch.setitem(models.NETWORKS, "tiny", (build, {}))
+    monkeypatch.setitem(networks.NETWORKS, "tiny", (build, {}))
     return "tiny"
 
 
@@ -287,14 +288,14 @@ def test_the_three_steps_of_labels_and_classes(tmp_path, tiny, task, class_weigh
     # The KL of one term an image, by hand: beta times all nats over the training images.
     assert bayes.history["kl"][-1] == pytest.approx(float(bayes.model.kl_divergence()) / 48, rel=0.05)
 
-    prevalence = evaluation.prevalence(task, data.train.targets)
-    rows = evaluation.trivial(task, data.train.targets, data.test.targets)
+    prevalence = scoring.prevalence(task, data.train.targets)
+    rows = scoring.trivial(task, data.train.targets, data.test.targets)
     for name, probs in {
         "deterministic": step1.model.predict(data.test.batches(12), verbose=0)[None],
         "partial": again.model.predict_samples(data.test.batches(12), num_samples=3),
     }.items():
         assert probs.shape == (3 if name == "partial" else 1, 18, data.num_outputs)
-        rows[name] = evaluation.evaluate(probs, data.test.targets, task, train_prevalence=prevalence)
+        rows[name] = scoring.evaluate(probs, data.test.targets, task, train_prevalence=prevalence)
         assert rows[name]["accuracy"] == rows[name]["auc"] == 1  # colour decides
         assert rows[name]["nll"] < 0.5 * rows["prevalence"]["nll"]
         assert set(rows[name]["undefined"]) <= {
@@ -504,7 +505,7 @@ def noisy(monkeypatch):
         x = keras.layers.Dropout(0.3, name="drop")(keras.layers.GlobalAveragePooling2D(name="average")(x))
         return keras.Model(inputs, keras.layers.Dense(num_outputs, activation=activation, name="head")(x))
 
-    monkeypatch.setitem(models.NETWORKS, "noisy", (build, {}))
+    monkeypatch.setitem(networks.NETWORKS, "noisy", (build, {}))
     return "noisy"
 
 
@@ -732,9 +733,9 @@ def test_dropout_goes_on_from_step_1_and_is_the_same_when_loaded(tmp_path, noisy
     whole = run("whole")
     rates = [layer.rate for layer in whole.model.layers if isinstance(layer, keras.layers.Dropout)]
     assert rates == [0.3, 0.2] and whole.model.get_layer("head_dropout").rate == 0.2
-    samples = models.sample_dropout(whole.model, images, 4)
+    samples = networks.sample_dropout(whole.model, images, 4)
     assert samples.shape == (4, 18, 3) and samples.std(0).min() > 0
-    np.testing.assert_array_equal(samples, models.sample_dropout(run("whole").model, images, 4))
+    np.testing.assert_array_equal(samples, networks.sample_dropout(run("whole").model, images, 4))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 1)
         run("broken")
@@ -909,7 +910,7 @@ def test_only_training_and_validation_images_are_read(tmp_path, tiny, monkeypatc
 )
 def test_settings_of_a_continued_run_that_are_none(tmp_path, tiny, change, message):
     data = in_colours("multi-class")
-    model = models.build(tiny, data.input_shape, 3)
+    model = networks.build(tiny, data.input_shape, 3)
     recipe = quick(data, keep=change.pop("keep", "last"))
     with pytest.raises(ValueError, match=message) as error:
         training.continued_run(
@@ -928,7 +929,7 @@ def test_numbers_of_members_that_are_none(tmp_path, num_members):
 @pytest.mark.parametrize(("options", "message"), [({"locs": "zero"}, "Expected locs"), ({"method": "a/b"}, "method")])
 def test_settings_of_step_3_that_are_none(tmp_path, tiny, options, message):
     data = in_colours("multi-class")
-    step1 = training.Run(models.build(tiny, data.input_shape, 3), {}, tmp_path)
+    step1 = training.Run(networks.build(tiny, data.input_shape, 3), {}, tmp_path)
     masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.1)
     with pytest.raises(ValueError, match=message):
         training.partial_run(step1, masks, data, quick(data), runs=tmp_path, **options)

@@ -6,8 +6,8 @@ import pytest
 from keras import layers as kl
 
 from sbn_tf import layers
+from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.saliency import named_weights
-from sbn_tf.wrapper import MaskedWrapper
 
 tensorflow = pytest.mark.tensorflow
 

@@ -10,7 +10,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def ceilings(split: Split) -> dict[str, dict]:
-    """Rows of metrics, as of `sbn_tf.evaluation.evaluate`, to read a network's row against.
+    """Rows of metrics, as of `sbn_tf.experiments.scoring.evaluate`, to read a network's row against.
 
     "scene": the generating probabilities `truth_probs` as the prediction (phantoms). They are the truth given the
     scene, of which the image shows less: in the mean over images no network has a better NLL or Brier score. These two
@@ -29,13 +29,14 @@ def ceilings(split: Split) -> dict[str, dict]:
     Returns:
         Row name -> metrics, and {} where nothing is known: no `truth_probs`, one rater.
     """
-    from sbn_tf import evaluation, metrics  # a dataset needs no metric but here
+    from sbn_tf import metrics  # a dataset needs no metric but here
+    from sbn_tf.experiments import scoring  # a dataset needs no metric but here
 
     rows = {}
     if split.truth_probs is not None:
         targets = np.asarray(split.targets)
         probs = split.truth_probs[None]
-        rows["scene"] = evaluation.evaluate(probs, targets, split.task, rater_valid=split.rater_valid)
+        rows["scene"] = scoring.evaluate(probs, targets, split.task, rater_valid=split.rater_valid)
         if split.task == SEGMENTATION and split.num_raters > 1:
             sets = np.stack([split.truth_probs > level for level in LEVELS]).astype("float32")
             ged = metrics.generalised_energy_distance(sets, targets, split.rater_valid)

@@ -44,7 +44,7 @@ class Report:
     _tallies: list = field(default_factory=list, repr=False)
 
     def __str__(self):
-        from sbn_tf.plots import format_table  # matplotlib: not at import
+        from sbn_tf.experiments.plots import format_table  # matplotlib: not at import
 
         names = [row["split"] for row in self.table]
         facts = [key for key in self.table[0] if key not in ("split", "positives", NONE)]
@@ -70,7 +70,7 @@ class Report:
         """One figure: a wall of images of the first split, pixel values, and the balance of classes or foreground."""
         import matplotlib.pyplot as plt
 
-        from sbn_tf import plots
+        from sbn_tf.experiments import plots
 
         first = self._tallies[0]
         figure = plt.figure(figsize=(12.5, 6.2), layout="constrained")

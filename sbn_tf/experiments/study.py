@@ -1,6 +1,6 @@
 """Studies: many variants of the method beside its rivals, on one dataset, chosen by the validation split.
 
-    python -m sbn_tf.study profiles/study.yaml --seeds 0,1,2
+    python -m sbn_tf.experiments.study profiles/study.yaml --seeds 0,1,2
 
 A variant is a method of `baselines` and changes of a recipe. Each is trained, scored on the validation split, and added
 to a CSV table as soon as it is done: what is finished is read, a study that was stopped goes on. `nbs/09_what_works`
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from sbn_tf import baselines, compare, recipes, results, training
+from sbn_tf.core.files import write_atomically
+from sbn_tf.experiments import baselines, compare, recipes, results, training
 from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
 
 __all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
@@ -282,13 +283,15 @@ def _write_stability(study, rows):
     writer.writerows(
         {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
     )
-    training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
     return f"{len(rows)} rows in {path}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: run a study, or parts of it."""
-    parser = argparse.ArgumentParser(prog="python -m sbn_tf.study", description="Train and score every variant.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sbn_tf.experiments.study", description="Train and score every variant."
+    )
     parser.add_argument("study", help="a YAML file")
     parser.add_argument("--questions", help="names with commas between; default: all")
     parser.add_argument("--seeds", help="integers with commas between; default: those of the file")

@@ -23,11 +23,12 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from sbn_tf import evaluation, training
+from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
-from sbn_tf.evaluation import Record
-from sbn_tf.plots import format_table
-from sbn_tf.recipes import Recipe
+from sbn_tf.experiments import scoring, training
+from sbn_tf.experiments.plots import format_table
+from sbn_tf.experiments.recipes import Recipe
+from sbn_tf.experiments.scoring import Record
 
 __all__ = [
     "COSTS",
@@ -409,7 +410,7 @@ def _write_csv(results, path, merge):
         row = {key: f"{value:.{_DIGITS}g}" if isinstance(value, float) else value for key, value in row.items()}
         row |= {key: json.dumps(content[key], sort_keys=True) for key in _JSON}
         writer.writerow(row)
-    training.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_csv(path: str | os.PathLike) -> list[Result]:
@@ -928,7 +929,7 @@ def _compare(row, other, keys, num_resamples, records):
             continue
         wanted = [key for key, its in single if its == seed]
         try:
-            tests = evaluation.compare(ours, theirs, keys=wanted, num_resamples=num_resamples)
+            tests = scoring.compare(ours, theirs, keys=wanted, num_resamples=num_resamples)
         except ValueError:  # of other images, such as another fold's
             continue
         found |= {key: (tests[key]["p_value"], 1) for key in wanted if key in tests}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sbn_tf.datasets.base import SEGMENTATION
-from sbn_tf.plots import format_table
-from sbn_tf.results import COSTS, LEVEL, METRICS, Result, holm
+from sbn_tf.experiments.plots import format_table
+from sbn_tf.experiments.results import COSTS, LEVEL, METRICS, Result, holm
 
 __all__ = [
     "TABLE_1",

@@ -396,7 +396,7 @@ def plot_intervals(ax: Axes, rows: list, key: str, band: str | None = "determini
     Raises:
         ValueError: an unknown key, or results that do not belong together.
     """
-    from sbn_tf.results import METRICS, group  # these make their tables with this module
+    from sbn_tf.experiments.results import METRICS, group  # these make their tables with this module
 
     if key not in METRICS:
         raise ValueError(f"Expected a key of results.METRICS, {list(METRICS)}. Received: key={key!r}")
@@ -459,7 +459,7 @@ def plot_cost(ax: Axes, rows: list, x: str = "train_flops_ratio", y: str = "nll"
     Raises:
         ValueError: an unknown key, or results that do not belong together.
     """
-    from sbn_tf.results import COSTS, METRICS, group
+    from sbn_tf.experiments.results import COSTS, METRICS, group
 
     if x not in COSTS or y not in METRICS:
         raise ValueError(f"Expected x of results.COSTS and y of results.METRICS. Received: x={x!r}, y={y!r}")

@@ -1,6 +1,6 @@
 """One honest table: every method on one dataset, trained alike, scored by the same code, with its intervals and costs.
 
-    python -m sbn_tf.compare phantom_nodule --recipe quick
+    python -m sbn_tf.experiments.compare phantom_nodule --recipe quick
 
 Each row is a run of `baselines` and a `results.Result` beside it. What is finished is read, not made again: the test
 split is predicted once for each trained method.
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sbn_tf import baselines, datasets, evaluation, plots, recipes, results, training
+from sbn_tf import datasets
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
+from sbn_tf.experiments import baselines, plots, recipes, results, scoring, training
 from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
@@ -119,7 +120,7 @@ class Experiment:
     def prevalence(self) -> np.ndarray:
         """Training frequency of 1, of each label, class or pixel."""
         train = self.data.train
-        return evaluation.prevalence(self.task, train.targets, train.rater_valid)
+        return scoring.prevalence(self.task, train.targets, train.rater_valid)
 
 
 def experiment(
@@ -317,7 +318,7 @@ def _trivial_records(settings, step1):
     data = settings.data
     if settings.split == "val":
         data = dataclasses.replace(data, val=data.test, test=data.val)
-    records = evaluation.trivial_records(
+    records = scoring.trivial_records(
         data,
         threshold=_constant_threshold(settings),
         deterministic=None if step1 is None else step1.predict_samples,
@@ -391,7 +392,7 @@ def paired_table(rows: list[results.Result], rival: results.Result, key: str = "
         same = one.seed == rival.seed and (one.method != rival.method or one.r_bayes != rival.r_bayes)
         if not one.is_trivial and same and key in one.metrics and (record := one.record()) is not None:
             label = one.method if one.r_bayes is None else f"{one.method} r={one.r_bayes:g}"
-            paired = evaluation.compare(record, ours, keys=[key], num_resamples=num_resamples)
+            paired = scoring.compare(record, ours, keys=[key], num_resamples=num_resamples)
             if key in paired:  # else it is undefined in too many resamples
                 found[label] = paired[key]
     adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
@@ -451,7 +452,7 @@ def _cut(settings, probs_of: Callable[[slice], np.ndarray]) -> float:
     val, size = settings.data.val, settings.recipe.batch_size
     parts = [slice(start, start + size) for start in range(0, val.num_examples, size)]
     probs = np.concatenate([probs_of(part) for part in parts])
-    return evaluation.select_threshold(probs, val.targets, settings.task, val.rater_valid)
+    return scoring.select_threshold(probs, val.targets, settings.task, val.rater_valid)
 
 
 def _constant_threshold(settings) -> float:
@@ -491,16 +492,16 @@ def _score(made, settings, threshold):
         "threshold": threshold,
         "verbose": settings.verbose,
     }
-    record = evaluation.score(made.predict_samples, split, settings.task, **options)
+    record = scoring.score(made.predict_samples, split, settings.task, **options)
     shift = {}
     for kind, severity in settings.shifts.items():
-        moved = evaluation.score(
+        moved = scoring.score(
             made.predict_samples, split, settings.task, boundary=False, shift=(kind, severity), **options
         )
-        shift[kind] = {"severity": severity, **evaluation.shift_auroc(record, moved)}
+        shift[kind] = {"severity": severity, **scoring.shift_auroc(record, moved)}
     if settings.swapped is not None:
-        moved = evaluation.score(made.predict_samples, _swapped(settings), settings.task, boundary=False, **options)
-        shift[f"{settings.swapped} instead"] = {"severity": 1.0, **evaluation.shift_auroc(record, moved)}
+        moved = scoring.score(made.predict_samples, _swapped(settings), settings.task, boundary=False, **options)
+        shift[f"{settings.swapped} instead"] = {"severity": 1.0, **scoring.shift_auroc(record, moved)}
     return record, shift
 
 
@@ -520,7 +521,7 @@ def _record_of_scene(settings):
     """The record of the probabilities that generated a phantom's images."""
     threshold = _cut(settings, lambda part: _without_channel(settings.data.val.truth_probs[part]))
     split, size = settings.scored, settings.recipe.batch_size
-    evaluator = evaluation.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
+    evaluator = scoring.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
     for start in range(0, split.num_examples, size):
         part = slice(start, start + size)
         extra = {key: None if (value := getattr(split, key)) is None else value[part] for key in _OF_IMAGES}
@@ -562,7 +563,7 @@ def _result(experiment, record, **given):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: make or read every row, print the tables."""
     parser = argparse.ArgumentParser(
-        prog="python -m sbn_tf.compare",
+        prog="python -m sbn_tf.experiments.compare",
         description="Train every method on one dataset, or read what is trained, and print one table with intervals.",
     )
     parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
@@ -570,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
     parser.add_argument("--seeds", default="0", help="comma-separated, such as 0,1,2")
     parser.add_argument("--recipe", default="quick", help=f"one of {', '.join(recipes.RECIPES)}")
-    parser.add_argument("--network", help="a name of sbn_tf.models.NETWORKS; default: the recipe's")
+    parser.add_argument("--network", help="a name of sbn_tf.experiments.networks.NETWORKS; default: the recipe's")
     parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--num-samples", type=int, help="posterior samples; default: the recipe's")

@@ -7,7 +7,7 @@ whole subclassed models go through this one.
 import keras
 from keras import ops
 
-from sbn_tf.draws import first_rows, join_outputs, part_bounds, with_attached
+from sbn_tf.core.draws import first_rows, join_outputs, part_bounds, with_attached
 from sbn_tf.layers import MaskedGaussian, _at_mean, _batch, _Box
 from sbn_tf.saliency import named_weights
 

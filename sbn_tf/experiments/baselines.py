@@ -26,12 +26,13 @@ from numpy.typing import ArrayLike
 from scipy import optimize, special
 
 from sbn_tf import cost as costs
-from sbn_tf import metrics, models, training
+from sbn_tf import metrics
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION, Data
+from sbn_tf.experiments import networks, training
+from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
+from sbn_tf.experiments.training import empirical_fisher
 from sbn_tf.partial_bayes import loss_terms, to_partial_bayes
-from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency
-from sbn_tf.training import empirical_fisher
 
 __all__ = [
     "METHODS",
@@ -484,7 +485,7 @@ class MCDropout(Method):
         self.trained, self.model, self.folder = [self.step1, run], run.model, run.folder
 
     def _samples(self, images):
-        return models.sample_dropout(self.model, images, self.num_samples, seed=self.seed, batch_size=len(images))
+        return networks.sample_dropout(self.model, images, self.num_samples, seed=self.seed, batch_size=len(images))
 
 
 # ---------------------------------------------------------------------------
@@ -718,7 +719,7 @@ class BayesNormal(Bayes):
         recipe = self._use(**changes)
         network = self.network or data.card.network
         head = {"activation": "softmax"} if data.card.task in EXCLUSIVE else {}
-        untrained = models.build(network, data.input_shape, data.num_outputs, seed=self.seed, **head)
+        untrained = networks.build(network, data.input_shape, data.num_outputs, seed=self.seed, **head)
         # Only to be counted, and for its batch norm and biases before one. The name stands in the run's settings.
         untrained.compile(optimizer_for(recipe.optimizer, recipe.learning_rate, momentum=recipe.momentum), self._loss)
         self.step1 = training.Run(untrained, {}, Path(f"untrained_{network}"))

@@ -20,10 +20,10 @@ from keras.src.models.functional import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
 from numpy.typing import ArrayLike
 
-from sbn_tf.graph import functional_of
+from sbn_tf.core.graph import functional_of
+from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
 from sbn_tf.saliency import Masks, named_weights
-from sbn_tf.wrapper import MaskedWrapper
 
 __all__ = ["check_convertible", "convert", "to_deterministic"]
 

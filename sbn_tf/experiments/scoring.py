@@ -617,7 +617,7 @@ class Record:
             raise
         except Exception as error:  # damaged zips, headers and JSON raise a dozen kinds
             raise ValueError(
-                f"Expected a record of sbn_tf.evaluation in {path}. Received: {error}.\n"
+                f"Expected a record of sbn_tf.experiments.scoring in {path}. Received: {error}.\n"
                 "Delete it and score the method again."
             ) from None
         return record
@@ -717,7 +717,7 @@ class Record:
 
 
 RECORD_FORMAT = 3  # of record.npz: raised when an array changes its meaning
-_FORMAT = f"sbn_tf.evaluation.Record {RECORD_FORMAT}"
+_FORMAT = f"sbn_tf.experiments.scoring.Record {RECORD_FORMAT}"
 # What a record of each task holds; a damaged name must not pass as an array that is not there.
 _OPTIONAL = {"reference_brier", "hausdorff95"}
 _ALL = {"nll", "brier", "risk", "error", *_UNCERTAINTIES}

@@ -19,10 +19,9 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import keras
 import numpy as np
@@ -30,13 +29,14 @@ import tensorflow_probability as tfp
 from keras import ops
 from tqdm import tqdm
 
-from sbn_tf import models
+from sbn_tf.core.files import write_atomically
 from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE, Data, Split
+from sbn_tf.experiments import networks
+from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
 from sbn_tf.particles import LEAST_LOC, to_particles
-from sbn_tf.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, one_per_channel, saliency, top_k
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "particles_run",
     "repository",
     "scores_run",
-    "write_atomically",
     "write_json",
 ]
 
@@ -450,7 +449,7 @@ def _deterministic_runs(data, recipe, seeds, network, runs, limit, verbose):
             found.append(_finished(folder, tell=True, stacklevel=4))
             continue
         keras.utils.set_random_seed(seed)
-        fresh = models.build(network, data.input_shape, data.num_outputs, seed=seed, **head)
+        fresh = networks.build(network, data.input_shape, data.num_outputs, seed=seed, **head)
         if model is None:
             model = fresh
             if len(model.output_shape) != len(data.train.targets.shape):
@@ -823,7 +822,7 @@ def continued_run(
     if (folder / "model.keras").exists():
         return _finished(folder, tell=True, ready=ready, ends=ends)
     keras.utils.set_random_seed(seed)
-    model = models.with_dropout(step1.model, dropout, seed=seed)
+    model = networks.with_dropout(step1.model, dropout, seed=seed)
     ready(model)
     snapshots = [_Snapshots(folder, ends)] if cycles > 1 else []
     _fit_and_save(model, data, recipe, epochs, seed, folder, settings, callbacks=snapshots, verbose=verbose)
@@ -916,7 +915,7 @@ def write_json(path: str | os.PathLike, content: Mapping) -> None:
 
 def _commit() -> str | None:
     """This package's commit, "-dirty" where files have changed since; None outside its own repository."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
 
     def git(*arguments):
         return subprocess.run(
@@ -1010,18 +1009,3 @@ def _read_arrays(path):
         raise ValueError(
             f"Expected a whole npz file. Received: {path} ({error}). Delete it: it is made anew."
         ) from None
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)` on a temporary file and put it in place only when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's: only their owner may read those. Not the process's number: two machines may share it.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,11 +1,11 @@
 """The grid: which jobs a profile asks for, what they will take, what became of them. `Snakefile` runs them.
 
-    python -m sbn_tf.grid status profiles/small     # what is done, what failed, what remains
-    python -m sbn_tf.grid table profiles/small      # results/small.csv from what is there
-    python -m sbn_tf.grid estimate profiles/paper   # operations, hours and memory, before anything runs
+    python -m sbn_tf.experiments.grid status profiles/small     # what is done, what failed, what remains
+    python -m sbn_tf.experiments.grid table profiles/small      # results/small.csv from what is there
+    python -m sbn_tf.experiments.grid estimate profiles/paper   # operations, hours and memory, before anything runs
 
 A profile is one YAML file: Snakemake's own options, and under `grid:` what `read` explains. Run as a file
-(`python sbn_tf/grid.py status profiles/small`), this module starts without TensorFlow.
+(`python sbn_tf/experiments/grid.py status profiles/small`), this module starts without TensorFlow.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sbn_tf.core.files import write_atomically
 
 __all__ = [
     "Dataset",
@@ -274,7 +276,6 @@ def check_folder(plan: Plan) -> None:
         ValueError: there are notebooks of another recipe (of this name or not), of other parameters of a dataset, or
             whose results have another format.
     """
-    from sbn_tf import training
 
     path = plan.folder / "grid.json"
     mine = {"formats": _formats(), "datasets": {one.name: _shaping(plan, one) for one in plan.datasets}}
@@ -293,18 +294,18 @@ def check_folder(plan: Plan) -> None:
                 f"dataset or another version ({path}).\nGive this grid another name, or delete that folder."
             )
         mine["datasets"] = known | mine["datasets"]
-    training.write_atomically(path, lambda file: file.write(json.dumps(mine, indent=1).encode()))
+    write_atomically(path, lambda file: file.write(json.dumps(mine, indent=1).encode()))
 
 
 def _formats():
-    from sbn_tf import evaluation, results, training
+    from sbn_tf.experiments import results, scoring, training
 
-    return [FORMAT, results.FORMAT, training.FORMAT, evaluation.RECORD_FORMAT]
+    return [FORMAT, results.FORMAT, training.FORMAT, scoring.RECORD_FORMAT]
 
 
 def _shaping(plan, data):
     """All that shapes a dataset's results, as JSON gives it back."""
-    from sbn_tf import compare
+    from sbn_tf.experiments import compare
 
     recipe = compare.recipe_of(data.name, plan.recipe, **data.parameters)
     return json.loads(json.dumps({"parameters": data.parameters, "recipe": dataclasses.asdict(recipe)}))
@@ -312,7 +313,7 @@ def _shaping(plan, data):
 
 def _with_defaults(shaping):
     """A dataset's entry of an older version, with the recipe's fields that came since."""
-    from sbn_tf.recipes import with_defaults
+    from sbn_tf.experiments.recipes import with_defaults
 
     return {**shaping, "recipe": with_defaults(shaping["recipe"])}
 
@@ -323,7 +324,7 @@ def forget_damaged(plan: Plan) -> list[str]:
     Returns:
         The paths of these notebooks, below the plan's folder.
     """
-    from sbn_tf import results
+    from sbn_tf.experiments import results
 
     removed = []
     for job in jobs(plan):
@@ -354,14 +355,14 @@ def _result_of(notebook) -> Path | None:
 
 def check_names(plan: Plan) -> None:
     """Raise ValueError where the plan's recipe or a method is none. Not part of `plan_of`: it loads TensorFlow."""
-    from sbn_tf import baselines, models, recipes
+    from sbn_tf.experiments import baselines, networks, recipes
 
     if plan.recipe not in recipes.RECIPES:
         raise ValueError(f"Expected a recipe among {', '.join(recipes.RECIPES)}. Received: {plan.recipe!r}")
     asked = {method for data in plan.datasets for method in data.methods}
     for data in plan.datasets:
-        if (network := data.parameters.get("network")) not in (None, *models.NETWORKS):
-            raise ValueError(f"Expected a network among {', '.join(models.NETWORKS)}. Received: {network!r}")
+        if (network := data.parameters.get("network")) not in (None, *networks.NETWORKS):
+            raise ValueError(f"Expected a network among {', '.join(networks.NETWORKS)}. Received: {network!r}")
     if unknown := sorted(asked - set(baselines.METHODS)):
         raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}.\nReceived: {', '.join(unknown)}")
 
@@ -463,7 +464,7 @@ def gather(plan: Plan) -> list:
     """Every result of test images in the plan's folder: `results.Result`; a damaged one is left out with a warning."""
     import warnings
 
-    from sbn_tf import results
+    from sbn_tf.experiments import results
 
     found = []
     for path in sorted(plan.folder.glob("models/*/*/seed*/*/metrics.json")):
@@ -533,7 +534,8 @@ def _traced(plan, data):
     import keras
     import numpy as np
 
-    from sbn_tf import compare, cost, datasets, models, recipes
+    from sbn_tf import cost, datasets
+    from sbn_tf.experiments import compare, networks, recipes
     from sbn_tf.partial_bayes import to_partial_bayes
     from sbn_tf.saliency import Masks, eligible_weights
 
@@ -546,7 +548,7 @@ def _traced(plan, data):
     side = parameters.get("size") or card.default_size
     head = {"activation": "softmax"} if card.task in datasets.base.EXCLUSIVE else {}
     name = parameters.get("network") or recipes.network_for(plan.recipe, card)
-    network = models.build(name, (side, side, card.channels), max(1, len(card.classes)), seed=0, **head)
+    network = networks.build(name, (side, side, card.channels), max(1, len(card.classes)), seed=0, **head)
     network.compile("sgd", "binary_crossentropy")
     masks = Masks({key: np.ones(one.variable.shape, bool) for key, one in eligible_weights(network).items()})
     model = to_partial_bayes(
@@ -621,7 +623,7 @@ def _estimate_table(plan, found):
 
 
 def _write_table(plan, found):
-    from sbn_tf import results
+    from sbn_tf.experiments import results
 
     table = Path(plan.table) if plan.table else plan.folder / "results.csv"
     there = results.read_csv(table) if table.exists() else []
@@ -634,7 +636,7 @@ def _write_table(plan, found):
 
 def _of_other_recipes(plan, rows):
     """Rows of the plan's datasets that were trained by other numbers than the plan's recipe has now."""
-    from sbn_tf import study
+    from sbn_tf.experiments import study
 
     now = {one.name: _shaping(plan, one)["recipe"] for one in plan.datasets}
     return [
@@ -644,7 +646,7 @@ def _of_other_recipes(plan, rows):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: `status`, `table`, `report` or `estimate` of a profile."""
-    parser = argparse.ArgumentParser(prog="python -m sbn_tf.grid", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m sbn_tf.experiments.grid", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("status", "table", "report", "finish", "estimate"))
     parser.add_argument("profile", help="a folder of profiles/, or its config.yaml")
     parser.add_argument("--cores", type=int, default=1, help="that the grid has, for the remaining time")

@@ -1,0 +1,1 @@
+"""Networks, recipes, methods, and the runs that compare them."""
