@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import ops
 
 from sbn_tf import layers
+from sbn_tf.core import batch as parts_of
 from sbn_tf.core import draws
 
 HOW = ("split", "flipout", "local")
@@ -81,15 +82,15 @@ def test_what_stands_between_the_mixin_and_the_stock_layer_is_called(how):
 
 @pytest.mark.parametrize(("batch", "samples", "sizes"), [(50, 5, [10] * 5), (7, 3, [2, 2, 3]), (2, 5, [0, 0, 1, 0, 1])])
 def test_parts_are_contiguous(batch, samples, sizes):
-    assert draws.part_sizes(batch, samples) == sizes
+    assert parts_of.part_sizes(batch, samples) == sizes
     x = np.arange(2 * batch).reshape(batch, 2)
-    parts = draws.split_batch(x, samples)
+    parts = parts_of.split_batch(x, samples)
     assert [s for s, _ in parts] == [s for s, size in enumerate(sizes) if size]
     assert [len(part) for _, part in parts] == [size for size in sizes if size]
-    np.testing.assert_array_equal(draws.join_batch([part for _, part in parts], batch, samples), x)
+    np.testing.assert_array_equal(parts_of.join_batch([part for _, part in parts], batch, samples), x)
     numbers = np.repeat(np.arange(samples), sizes)
-    np.testing.assert_array_equal(draws.part_of_example(batch, samples), numbers)
-    traced = tf.function(lambda rows: draws.part_of_example(tf.shape(rows)[0], samples))
+    np.testing.assert_array_equal(parts_of.part_of_example(batch, samples), numbers)
+    traced = tf.function(lambda rows: parts_of.part_of_example(tf.shape(rows)[0], samples))
     np.testing.assert_array_equal(traced(tf.ones(batch)), numbers)
 
 
@@ -179,7 +180,7 @@ def test_an_image_too_large_for_its_kernel_takes_whole_draws(monkeypatch):
     mask[..., 0] = True
     layer = built("Conv2D", (8, 8, 8), {"kernel": mask}, filters=8, kernel_size=3, padding="same")
     taken = []
-    monkeypatch.setattr(draws._Touched, "take", lambda self, x: taken.append(x) or x)
+    monkeypatch.setattr(draws.TouchedChannels, "take", lambda self, x: taken.append(x) or x)
     with layers.batch_draws("split", num_samples=2):
         layer(np.ones((4, 8, 8, 8), "float32"))
     assert not taken  # 576 entries of the kernel, 512 outputs

@@ -13,6 +13,7 @@ from keras import layers as kl
 from scipy import special, stats
 
 from sbn_tf import layers
+from sbn_tf.core import posteriors
 from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.core.losses import loss_terms
 from sbn_tf.core.outputs import entropy
@@ -261,7 +262,7 @@ def test_sure_and_wrong_costs_its_logit_and_learns(estimator, activation, loss, 
 def test_one_step_against_numpy(monkeypatch, estimator, num_samples):
     """The KL counts once however many samples are drawn."""
     monkeypatch.setattr(
-        layers, "standard_normal", lambda n, generator, dtype="float32": keras.ops.full((n,), 0.5, dtype)
+        posteriors, "standard_normal", lambda n, generator, dtype="float32": keras.ops.full((n,), 0.5, dtype)
     )
     x, y = data()
     model = keras.Sequential([keras.Input((3,)), kl.Dense(1, name="d")])
@@ -334,10 +335,10 @@ def test_kl_weight_counts_the_terms_of_the_loss():
     assert float(bnn.kl.weight) == pytest.approx(1 / 160)
     per_image = bayesian(network("softmax", outputs=7), num_train=10)
     per_image.compile("sgd", "sparse_categorical_crossentropy")
-    assert float(per_image.kl_weight) == pytest.approx(1 / 10)
+    assert float(per_image.kl.weight) == pytest.approx(1 / 10)
     mean = bayesian(model, num_train=10, beta=0.5, kl_reduction="mean")
     mean.compile("sgd", "binary_crossentropy")
-    assert float(mean.kl_weight) == 0.5
+    assert float(mean.kl.weight) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -371,11 +372,11 @@ def test_unknown_loss_demands_terms_and_a_mismatch_warns():
         bayesian(network()).compile("sgd", own)
     given = bayesian(network(), terms_per_example=2)
     given.compile("sgd", own)
-    assert float(given.kl_weight) == pytest.approx(1 / 32)
+    assert float(given.kl.weight) == pytest.approx(1 / 32)
     own.terms_per_example = lambda shape: 4
     known = bayesian(network())
     known.compile("sgd", own)
-    assert float(known.kl_weight) == pytest.approx(1 / 64)
+    assert float(known.kl.weight) == pytest.approx(1 / 64)
     with pytest.warns(UserWarning, match="16 times"):
         bayesian(conv("sigmoid", 1), terms_per_example=1).compile("sgd", "binary_crossentropy")
 
@@ -773,7 +774,7 @@ def test_uncertainty_by_hand(monkeypatch, two, expected):
     """Samples that say 0 and 1: all epistemic. Samples that both say 0.5: all aleatoric."""
     calls = iter(two * 20)
     monkeypatch.setattr(
-        layers, "standard_normal", lambda n, g, dtype="float32": keras.ops.full((n,), next(calls), dtype)
+        posteriors, "standard_normal", lambda n, g, dtype="float32": keras.ops.full((n,), next(calls), dtype)
     )
     model = keras.Sequential([keras.Input((1,)), kl.Dense(1, "sigmoid", use_bias=False, name="d")])
     model.set_weights([np.zeros((1, 1))])
@@ -882,7 +883,7 @@ def test_beta_is_no_state_of_a_weights_file(tmp_path):
     assert float(second.kl.weight) == pytest.approx(second.beta / 16)
     second.save(tmp_path / "b.keras")
     again = keras.models.load_model(tmp_path / "b.keras", compile=False)
-    assert float(again.kl_weight) == float(second.kl.weight)
+    assert float(again.kl.weight) == float(second.kl.weight)
 
 
 def test_a_stock_checkpoint_loads_into_the_whole_model(tmp_path):

@@ -12,7 +12,7 @@ __all__ = ["LocScaleOptimizer", "is_scale", "others_stay", "spare_scales"]
 
 def is_scale(variable) -> bool:
     """Whether a variable holds untransformed scales."""
-    return variable.name == "untransformed_scale"
+    return variable.name.endswith("untransformed_scale")
 
 
 def spare_scales(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
