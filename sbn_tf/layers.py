@@ -62,6 +62,7 @@ from sbn_tf.core.posterior import (
 )
 from sbn_tf.core.posteriors import Posteriors
 from sbn_tf.core.prior import kl_normal, make_normal
+from sbn_tf.core.registry import partial_class, register, register_named
 
 if keras.backend.backend() == "tensorflow":
     pass
@@ -378,62 +379,17 @@ class MaskedGaussian:
 
 
 # %%
-_PARTIAL: dict[type, type] = {}  # stock or masked class: the masked class that stands for it
-
-
-def register(cls: type[MaskedGaussian]) -> type[MaskedGaussian]:
-    """Class decorator: conversion takes this masked class for its stock class, which need not be one of Keras.
-
-    Args:
-        cls: derived from `MaskedGaussian` and then from the stock class, with the names of its `posterior_weights`.
-            To be saved in a file it has to be registered with Keras as well, as every class of one's own.
-
-    Raises:
-        ValueError: a class that is not derived so, or one that names no weight; a stock class of one's own whose `call`
-            takes more than `inputs`; a stock class for which another one stands.
-    """
-    derived = isinstance(cls, type) and issubclass(cls, MaskedGaussian) and cls is not MaskedGaussian
-    if not derived or not cls.posterior_weights or not issubclass(cls.stock_class, keras.layers.Layer):
-        raise ValueError(
-            "Expected a class Mine(MaskedGaussian, TheStockLayer) with posterior_weights, the names of its weights. "
-            f"Received: {cls!r}"
-        )
-    stock = cls.stock_class
-    taken = list(inspect.signature(stock.call).parameters)[1:]
-    if len(taken) != 1 and not stock.__module__.startswith("keras."):  # of Keras's, those for quantized training
-        raise ValueError(
-            f"Expected a stock layer with call(self, inputs). Received: {stock.__name__}.call with {taken}. It needs "
-            "no masked class: conversion wraps it, and hands every argument on."
-        )
-    known = _PARTIAL.get(stock, cls)
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # the same: a cell that ran twice
-        raise ValueError(
-            f"Expected a stock class without a masked one. Received: {stock.__name__}, which has {known!r}."
-        )
-    _PARTIAL[stock] = _PARTIAL[cls] = cls
-    return cls
-
-
-def _register(cls):
-    cls.__doc__ = (
-        f"`keras.layers.{cls.__name__}` with masked Gaussian entries in {', '.join(cls.posterior_weights)}.\n\n"
-        f"    Args, input and output shapes as in `keras.layers.{cls.__name__}`; the keyword arguments of\n"
-        "    `MaskedGaussian` say which entries are Bayesian, where their scales start, their prior and KL weight.\n"
-    )
-    return keras.saving.register_keras_serializable(package="sbn_tf")(register(cls))
-
-
-@_register
+@register_named
 class Dense(MaskedGaussian, keras.layers.Dense):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class EinsumDense(MaskedGaussian, keras.layers.EinsumDense):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Embedding(MaskedGaussian, keras.layers.Embedding):  # noqa: D101
     posterior_weights = ("embeddings",)
 
@@ -443,32 +399,32 @@ class Embedding(MaskedGaussian, keras.layers.Embedding):  # noqa: D101
 
 
 # %%
-@_register
+@register_named
 class Conv1D(MaskedGaussian, keras.layers.Conv1D):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Conv2D(MaskedGaussian, keras.layers.Conv2D):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Conv3D(MaskedGaussian, keras.layers.Conv3D):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Conv1DTranspose(MaskedGaussian, keras.layers.Conv1DTranspose):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Conv2DTranspose(MaskedGaussian, keras.layers.Conv2DTranspose):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class Conv3DTranspose(MaskedGaussian, keras.layers.Conv3DTranspose):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
@@ -478,37 +434,31 @@ class Conv3DTranspose(MaskedGaussian, keras.layers.Conv3DTranspose):  # noqa: D1
 
 
 # %%
-@_register
+@register_named
 class DepthwiseConv1D(MaskedGaussian, keras.layers.DepthwiseConv1D):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class DepthwiseConv2D(MaskedGaussian, keras.layers.DepthwiseConv2D):  # noqa: D101
     posterior_weights = ("kernel", "bias")
 
 
-@_register
+@register_named
 class SeparableConv1D(MaskedGaussian, keras.layers.SeparableConv1D):  # noqa: D101
     posterior_weights = ("depthwise_kernel", "pointwise_kernel", "bias")
 
 
-@_register
+@register_named
 class SeparableConv2D(MaskedGaussian, keras.layers.SeparableConv2D):  # noqa: D101
     posterior_weights = ("depthwise_kernel", "pointwise_kernel", "bias")
 
 
 # %% [markdown]
-# Two look-ups for those who convert whole networks: the class that stands for a stock layer, and the masked layers that
-# a model holds.
+# The masked layers of a whole model, for those who convert one:
 
 
 # %%
-def partial_class(layer: keras.layers.Layer | type) -> type | None:
-    """The masked class that stands for a stock or masked layer (or for its class); None if there is none."""
-    return _PARTIAL.get(layer if isinstance(layer, type) else type(layer))
-
-
 def masked_layers(model: keras.layers.Layer) -> list:
     """All layers of a model, nested ones too, that have Bayesian entries; each once."""
     unique = {id(x): x for x in all_layers(model) if isinstance(x, MaskedGaussian) and any(x.num_bayesian.values())}

@@ -368,7 +368,7 @@ _MODEL_OPTIONS = ("beta", "terms_per_example", "estimator", "batch_norm", "proba
 # %% [markdown]
 # ## 6. What do five draws cost?
 #
-# ### What no Bayesian weight precedes runs once
+# ### Layers before the first Bayesian weight run once
 #
 # Let $f$ be the share of the network's operations that use a Bayesian weight or depend on one (the *fan-out*, by
 # `sbn_tf.core.graph`). $S$ draws then cost $1 + (S - 1) f$ passes. By hand: three layers of $8 \cdot 16 = 128$,
@@ -385,19 +385,20 @@ _MODEL_OPTIONS = ("beta", "terms_per_example", "estimator", "batch_norm", "proba
 # assert np.isclose(Graph(network).fan_out(["last/kernel"]), 0.04)
 
 # %% [markdown]
-# What is random in training (dropout) and all after it runs anew for each sample there. The results are those of
-# running everything S times, to float rounding. A network that is not Functional is one operation: it runs S times.
+# In training, dropout and everything after it also runs S times. The results equal those of running everything S
+# times, to float rounding. A network that is not Functional is one operation: it runs S times.
 #
 # ### How do several draws share one pass?
 #
-# The loss is an expectation over the posterior. All four estimators are unbiased; they differ in cost and in variance.
-# But for one case: after a Bayesian weight batch norm in training mode would normalise over the draws of one pass
-# together, which is no draw's output. There `"all"` alone is accepted.
+# The loss is an expectation over the posterior. All estimators are unbiased; they differ in cost and in variance.
+# After a Bayesian weight, batch norm in training mode would normalise over all draws of one pass together, and no draw
+# has that output: there only `"all"` and `"turns"` are accepted.
 #
 # | `estimator` | who sees which draw | passes | where |
 # |---|---|---|---|
 # | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
 # | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls where axis 0 may be mixed) |
+# | `"turns"` | one draw a step sees the whole batch, the next step another | 1 | everywhere |
 # | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
 # | `"local"` (Kingma et al. 2015) | each output of a Dense layer has noise; elsewhere flipout | 1 to 2 | as flipout |
 #
@@ -414,7 +415,7 @@ _MODEL_OPTIONS = ("beta", "terms_per_example", "estimator", "batch_norm", "proba
 # linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False, name="d")])
 # residual = x @ linear.layers[0].get_weights()[0] - t
 # exact = np.mean(residual**2 + 0.25 * np.sum(x**2, axis=1, keepdims=True))
-# for estimator in ("all", "split", "flipout", "local"):
+# for estimator in ("all", "split", "turns", "flipout", "local"):
 #     options = {"num_train": 20, "beta": 0.0, "initial_scale": 0.5, "seed": 0}
 #     bnn = to_partial_bayes(linear, {"d/kernel": np.ones((3, 1), bool)}, estimator=estimator, **options)
 #     bnn.compile("sgd", "mse")
@@ -552,7 +553,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # and point starts as trained, and *all* of them train on.
 # - The KL is divided by `num_train` *and* by the terms that the loss averages over in each example.
 # - Training averages the samples' losses; prediction averages their probabilities.
-# - What no Bayesian weight precedes runs once; `estimator="split"` serves all draws in about one pass.
+# - Layers before the first Bayesian weight run once; `estimator="split"` serves all draws in about one pass.
 # - `predict_uncertainty` splits the total entropy into an aleatoric and an epistemic part.
 # - Give the scales their own, larger rate: `LocScaleOptimizer`.
 #
@@ -561,10 +562,10 @@ class BetaSchedule(keras.callbacks.Callback):
 # - *Far from the data.* Evaluate section 8 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0. A few
 # Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
 # - *Scales that hardly moved.* Then the spread of the samples is the initial scale, a guess. Look at `bnn.scales()`.
-# - *Mutual information near 0.* The posterior then says nothing that the mean probability does not.
+# - *Mutual information near 0.* Then the posterior adds nothing to the mean probability.
 # - *One seed, five samples.* Both are noise: repeat before you believe a difference.
-# - *A number without its trivial row*, that of a predictor which looks at no image. Where a label is true of 6 % of the
-#   images, "never" is right on 94 %.
+# - *A number without its trivial row*, that of a predictor that ignores the image. Where a label is true of 6 % of the
+# images, "never" is right on 94 %.
 #
 # ## Exercises
 #

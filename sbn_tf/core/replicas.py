@@ -14,13 +14,27 @@ from __future__ import annotations
 
 import keras
 
+from sbn_tf.core.keras_internals import strategy_of, with_symbolic_build
+
 __all__ = ["Distributed"]
 
 
-class Distributed:
-    """Mixin: a `keras.Model` that trains under `MirroredStrategy` and `MultiWorkerMirroredStrategy`.
+def _batch_for_shapes(model, iterator, data_batch):
+    """The batch of this process's first replica; None without several replicas or workers, where Keras knows it."""
+    if not (has_replicas(model) or is_between_workers(model)):
+        return None
+    if iterator is None:
+        return data_batch
+    batch = next(next(iter(iterator))[2])  # of its steps' (begin, end, batches)
+    local = model.distribute_strategy.experimental_local_results
+    return keras.tree.map_structure(lambda v: local(v)[0], batch)
 
-    Without a strategy, and on another backend than TensorFlow, it changes nothing.
+
+@with_symbolic_build(_batch_for_shapes)
+class Distributed(keras.Model):
+    """A `keras.Model` that trains under `MirroredStrategy` and `MultiWorkerMirroredStrategy`.
+
+    Without a strategy, and on another backend than TensorFlow, it is a plain model.
 
     Raises:
         ValueError: `compile` under several replicas with `steps_per_execution` > 1 or `jit_compile=True`.
@@ -28,7 +42,7 @@ class Distributed:
 
     def compile(self, *args, jit_compile="auto", steps_per_execution=1, **kwargs):
         """`keras.Model.compile`; under several replicas `jit_compile="auto"` means False."""
-        if self._has_replicas():
+        if has_replicas(self):
             if steps_per_execution != 1 or jit_compile is True:
                 raise ValueError(
                     "Expected steps_per_execution=1 and no XLA: TensorFlow cannot run them with several replicas. "
@@ -46,24 +60,18 @@ class Distributed:
         return self._with_axis(super().test_step(*args, **kwargs))
 
     def _with_axis(self, results):
-        if not self._between_workers():
+        if not is_between_workers(self):
             return results
         return keras.tree.map_structure(lambda v: keras.ops.reshape(v, (1,)), results)
 
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Keras's, with the batch of this process's first replica for the shapes."""
-        if not (self._has_replicas() or self._between_workers()):
-            return super()._maybe_symbolic_build(iterator, data_batch)
-        strategy = self.distribute_strategy
-        if iterator is not None:
-            batch = next(next(iter(iterator))[2])  # of its steps' (begin, end, batches)
-            data_batch = keras.tree.map_structure(lambda v: strategy.experimental_local_results(v)[0], batch)
-        with strategy.scope():
-            self._symbolic_build(data_batch=data_batch)
 
-    def _has_replicas(self):
-        return bool(getattr(self, "_distribute_strategy", None)) and self.distribute_strategy.num_replicas_in_sync > 1
+def has_replicas(model: keras.Model) -> bool:
+    """Whether a model was made under a strategy of several replicas."""
+    strategy = strategy_of(model)
+    return strategy is not None and strategy.num_replicas_in_sync > 1
 
-    def _between_workers(self):
-        extended = getattr(getattr(self, "_distribute_strategy", None), "extended", None)
-        return extended is not None and extended._in_multi_worker_mode()
+
+def is_between_workers(model: keras.Model) -> bool:
+    """Whether a model was made under a strategy of several workers."""
+    extended = getattr(strategy_of(model), "extended", None)
+    return extended is not None and extended._in_multi_worker_mode()

@@ -22,7 +22,7 @@ if keras.backend.backend() == "tensorflow":
 __all__ = ["SampledModel", "check_choice", "check_count", "refuse_posterior_mean", "settle_batch_norm"]
 
 
-class SampledModel(Distributed, keras.Model):
+class SampledModel(Distributed):
     """A `keras.Model` that calls its network `num_samples` times, each time with another draw of its weights.
 
     Layers before the first Bayesian weight run once for all samples. Samples of one prediction follow one another, so
@@ -271,7 +271,7 @@ class SampledModel(Distributed, keras.Model):
         return super().load_weights(filepath, **kwargs)
 
 
-class _Sampler(Distributed, keras.Model):
+class _Sampler(Distributed):
     """Runs S draws of a `SampledModel`'s network for one batch, in one compiled call."""
 
     def __init__(self, model, kind, num_samples):
