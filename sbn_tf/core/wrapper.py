@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from sbn_tf.core.draws import first_rows, join_outputs, part_bounds, with_attached
+from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import MaskedGaussian, _at_mean, _batch, _Box
-from sbn_tf.saliency import named_weights
 
 __all__ = ["MaskedWrapper"]
 
