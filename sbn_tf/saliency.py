@@ -70,6 +70,7 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 
 # %% tags=["active-ipynb"]
 # import pandas as pd
+# from sklearn.datasets import make_moons
 #
 # gradients_by_hand = np.array([[3.0, 1.0], [-3.0, 1.0]])  # (batches, weights)
 # by_hand = {"fisher": (gradients_by_hand**2).mean(axis=0), "paper": gradients_by_hand.sum(axis=0) ** 2}
@@ -386,7 +387,12 @@ def _select(scores, r_bayes, scope, weights, allowed):
 
 # %%
 def top_k(
-    scores: Mapping, r_bayes: float, *, scope="global", model: keras.Model | None = None, cost_aware=None
+    scores: Mapping,
+    r_bayes: float,
+    *,
+    scope: str = "global",
+    model: keras.Model | None = None,
+    cost_aware: float | None = None,
 ) -> Masks:
     """Masks of the `k = round(r_bayes * n)` largest scores, of whole channels, or of weights late in the network.
 
@@ -408,8 +414,7 @@ def top_k(
     if cost_aware is None:
         masks = select(set(scores))
     else:
-        k = round(float(r_bayes) * sum(map(np.size, scores.values())))
-        masks = selection.best_within(scores, k, Graph(model), cost_aware, select)
+        masks = selection.best_within(scores, r_bayes, Graph(model), cost_aware, select)
     if r_bayes > 0 and not masks.num_bayesian:
         asked = f"r_bayes={r_bayes:g} of {masks.num_weights:,} entries"
         warnings.warn(f"No entry is Bayesian: {asked} rounds to 0.", stacklevel=2)
@@ -468,9 +473,8 @@ def saliency_against_cost(
     """
     check_r_bayes(r_bayes)
     selection.check_selection(scores, scope, model, None)
-    k = round(float(r_bayes) * sum(map(np.size, scores.values())))
     select = functools.partial(_select, scores, r_bayes, scope, weights_of(scores, model))
-    return selection.kept_against_cost(scores, k, Graph(model), select, num_samples)
+    return selection.kept_against_cost(scores, r_bayes, Graph(model), select, num_samples)
 
 
 # %% [markdown]
@@ -506,8 +510,6 @@ def saliency_against_cost(
 # means something should be nearly the same when it is made from half of the training data.
 
 # %% tags=["active-ipynb"]
-# from sklearn.datasets import make_moons
-#
 # def trained_network(x, y, seed):
 #     keras.utils.set_random_seed(seed)
 #     hidden = [keras.layers.Dense(16, "tanh", name=name) for name in ("first", "second")]
@@ -519,8 +521,7 @@ def saliency_against_cost(
 #     return network
 
 # %% [markdown]
-# Each score chooses its 10 % three times: from one half, from the other, and from all data. By chance two choices have
-# 10 % in common.
+# Each score chooses 10 % from each half of the data and from all. By chance two choices have 10 % in common.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def choose(network, x, y, score):
@@ -574,11 +575,9 @@ def saliency_against_cost(
 # %% [markdown]
 # ## Summary
 #
-# - `saliency` passes once over the training data and leaves the model as it was; `fisher` is the default.
-#   `SaliencyRecorder` takes the same scores from the last epoch of `fit`.
+# - `saliency` passes once over the training data; `SaliencyRecorder` takes the same scores from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses exactly `round(r_bayes * n)` entries; whole channels: at most that many. `cost_aware` keeps the
-#   choice to late weights, whose samples are cheap.
+# - `top_k` chooses exactly `round(r_bayes * n)` entries. `cost_aware` keeps the choice to late, cheap weights.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises

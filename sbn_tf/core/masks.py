@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from sbn_tf.core.files import write_atomically
 from sbn_tf.core.weights import named_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["checked_masks", "load_masks", "save_masks", "table_of"]
 
@@ -72,7 +76,7 @@ def load_masks(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(f"Expected masks written by Masks.save in {path}. Received: {error}") from None
 
 
-def table_of(masks: Mapping[str, np.ndarray]):
+def table_of(masks: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """A pandas DataFrame with a row for each weight, and one for all."""
     import pandas as pd
 

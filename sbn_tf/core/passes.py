@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from typing import Any
 
 import keras
 from tqdm import tqdm
@@ -39,7 +40,7 @@ def check_options(score: str, max_batches: int | None, data, loss) -> None:
     check_backend(f"score={score!r}")
 
 
-def add_up(gradients, sums, data, batch_size: int, max_batches: int | None, verbose: bool) -> int:
+def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | None, verbose: bool) -> int:
     """Add up the gradients of each batch of the data, in a compiled step; returns the number of examples.
 
     Args:
@@ -138,7 +139,7 @@ class _NamedLoss(keras.losses.Loss):
         self.call = function
 
 
-def mean_loss(loss, y, y_pred, sample_weight=None):
+def mean_loss(loss, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
     """Mean loss of a batch, a scalar; `loss` is a Keras loss, its name, or a callable (y, y_pred) -> losses.
 
     A mean squared error of labels `(n,)` and outputs `(n, 1)` would be taken over n x n pairs by broadcasting, and
@@ -182,7 +183,7 @@ def _fitted(name, y, y_pred):
     return y
 
 
-def add_scaled(total, factor, values) -> None:
+def add_scaled(total: Any, factor: Any, values: Any) -> None:
     """`total += factor * values` for a `tf.Variable`, in one pass over memory."""
     tf.raw_ops.ResourceApplyGradientDescent(var=total.handle, alpha=-tf.cast(factor, "float32"), delta=values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -177,20 +178,20 @@ class _StandIn:
     """An object that passes for another one: some attributes are its own, all others are those of the other."""
 
     def __init__(self, other, **own):
-        vars(self).update(own, _other=other)
+        vars(self).update(own, other_object=other)
 
     @property  # type: ignore[misc]
     def __class__(self):  # isinstance and super() then see the other's class
-        return type(self._other)
+        return type(self.other_object)
 
     def __getattr__(self, name):
-        return getattr(self._other, name)
+        return getattr(self.other_object, name)
 
     def __setattr__(self, name, value):
         if name in vars(self):
             vars(self)[name] = value
         else:
-            setattr(self._other, name, value)
+            setattr(self.other_object, name, value)
 
 
 def _without_penalty(variable, gradient):
@@ -215,6 +216,6 @@ def _replica():
     return int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
 
 
-def first_replica(variable) -> np.ndarray:
+def first_replica(variable: Any) -> np.ndarray:
     """The value of a variable, or of its copy on the first replica of this process."""
     return tf.distribute.get_strategy().experimental_local_results(variable)[0].numpy()

@@ -152,21 +152,22 @@ def _channel_axes(weight):
 # ---- cost ----
 
 
-def best_within(scores: Mapping, k: int, graph: Graph, most: float, select: Callable[[set], Mapping]) -> Mapping:
-    """The masks of k entries, all in weights whose fan-out is at most `most`, that capture the most saliency.
+def best_within(scores: Mapping, r_bayes: float, graph: Graph, most: float, select: Callable) -> Mapping:
+    """Masks of the k most salient entries in weights whose fan-out is at most `most`; `k = round(r_bayes * n)`.
 
-    `select(keys)` gives masks of the k entries that are best among the weights `keys`. The fan-out of weights is the
-    share of the network's operations that use one of them or come after one.
+    `select(keys)` gives masks of the k best entries in the weights `keys`. The fan-out of weights is the share of the
+    network's operations that use one of them or come after one.
 
     Raises:
         ValueError: no set of weights with k entries was found. The message names a bound that is enough.
     """
+    k = round(float(r_bayes) * sum(map(np.size, scores.values())))
     sets = _late_sets(scores, k, graph, most) if k else [set(scores)]
     return max((select(keys) for keys in sets), key=lambda masks: captured(scores, masks))
 
 
 def kept_against_cost(
-    scores: Mapping, k: int, graph: Graph, select: Callable[[set], Mapping], num_samples: int, num_points: int = 30
+    scores: Mapping, r_bayes: float, graph: Graph, select: Callable, num_samples: int, num_points: int = 30
 ) -> tuple[np.ndarray, np.ndarray]:
     """Costs, in passes of the network, and the share of all saliency that the best k entries at each cost have.
 
@@ -179,7 +180,7 @@ def kept_against_cost(
     points: list[tuple[float, float]] = []
     for bound in [*bounds, 1.0]:
         try:
-            masks = select(set(scores)) if bound == 1 else best_within(scores, k, graph, bound, select)
+            masks = select(set(scores)) if bound == 1 else best_within(scores, r_bayes, graph, bound, select)
         except ValueError:  # too few entries are as late as this
             continue
         kept = captured(scores, masks)
