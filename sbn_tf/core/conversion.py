@@ -20,11 +20,12 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from numpy.typing import ArrayLike
 
 from sbn_tf.core.graph import functional_of
+from sbn_tf.core.masks import checked_masks
 from sbn_tf.core.posterior import OPTION_NAMES
 from sbn_tf.core.posteriors import Posteriors
+from sbn_tf.core.weights import named_weights
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
-from sbn_tf.saliency import Masks, named_weights
 
 __all__ = ["check_convertible", "convert", "to_deterministic"]
 
@@ -50,8 +51,7 @@ def convert(
             copied, or a model that is Bayesian already.
     """
     check_convertible(model)
-    masks = masks if isinstance(masks, Masks) else Masks(masks)
-    masks.check(model)
+    masks = checked_masks(masks, model)
     left = {
         id(weight.variable): (weight.key, np.asarray(masks[weight.key]))
         for weight in named_weights(model).values()

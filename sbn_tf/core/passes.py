@@ -1,0 +1,211 @@
+"""A pass over data that adds up gradients: batches from data of any kind, the mean loss of one, finite sums."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import keras
+from tqdm import tqdm
+
+if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
+    import tensorflow as tf
+
+__all__ = ["add_scaled", "add_up", "check_backend", "check_options", "mean_loss"]
+
+SCORES = ("fisher", "paper", "per_example", "magnitude", "taylor", "random")
+
+
+def check_backend(what: str) -> None:
+    """Raise a ValueError unless Keras runs on TensorFlow, which takes the gradients."""
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, whose GradientTape takes the gradients, for {what}. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()}. There make and save the masks, here Masks.load(path)."
+        )
+
+
+def check_options(score: str, max_batches: int | None, data, loss) -> None:
+    """Raise a ValueError for wrong options of `saliency`, before any work is done."""
+    if score not in SCORES:
+        raise ValueError(f"Expected score to be one of {SCORES}. Received: score={score!r}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"Expected max_batches to be 1 or more, or None. Received: max_batches={max_batches!r}")
+    if score in ("magnitude", "random"):
+        return
+    if data is None or loss is None:
+        missing = "data=None" if data is None else "loss=None, and the model is not compiled"
+        raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}")
+    check_backend(f"score={score!r}")
+
+
+def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | None, verbose: bool) -> int:
+    """Add up the gradients of each batch of the data, in a compiled step; returns the number of examples.
+
+    Args:
+        gradients: called on a batch's parts; returns its loss and a dict key -> gradient. `missing` lists the keys
+            without one.
+        sums: has `totals`, a dict of variables, and `add(gradients, num_examples)`. With `score` "per_example" it gets
+            the gradients of one example after another.
+        data: batches of (x, y) or (x, y, sample_weight), or a tuple of arrays.
+        batch_size: of a tuple of arrays.
+        max_batches: stop after this many batches; None: all.
+        verbose: show a progress bar.
+
+    Raises:
+        ValueError: no or endless data, a batch that does not fit, or a loss or sum that is not finite.
+    """
+    finite = _FiniteCheck(sums.totals)
+
+    def add(batch, num_examples, number):
+        loss, found = gradients(*batch)
+        sums.add(found, num_examples)
+        finite.add(loss, number)
+
+    def step(batch, number):
+        if sums.score != "per_example":
+            return add(batch, _num_examples(batch), number)
+
+        def one(i):
+            add(keras.tree.map_structure(lambda t: t[i][None], batch), 1, number)
+            return i + 1
+
+        return tf.while_loop(lambda i: i < _num_examples(batch), one, [0], parallel_iterations=1)
+
+    compiled = tf.function(step, autograph=False, reduce_retracing=True)
+    batches, total = _batches(data, batch_size, max_batches)
+    num_batches = num_examples = 0
+    for batch in tqdm(batches, "saliency", total, mininterval=2.0, disable=not verbose):
+        batch = _checked(batch, num_batches)
+        compiled(batch, tf.constant(num_batches))
+        num_batches += 1
+        num_examples += int(_num_examples(batch))
+        if num_batches % 50 == 0:  # a NaN is found early, and yet the device seldom waits for the host
+            finite.check()
+    if not num_batches:
+        raise ValueError("Expected at least one batch of (x, y). Received: no data.")
+    finite.check()
+    if gradients.missing:
+        warnings.warn(f"The loss does not depend on {gradients.missing[:5]}: their score is 0.", stacklevel=3)
+    return num_examples
+
+
+def _batches(data, batch_size, max_batches):
+    """The batches of any data, and how many there are; None where that is not known."""
+    if isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data):
+        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+    if isinstance(data, keras.utils.PyDataset):
+        total = data.num_batches  # None: endless
+        max_batches = min(max_batches or total, total or max_batches)
+        data = map(data.__getitem__, itertools.count())
+    try:
+        total = len(data)
+    except TypeError:  # a generator, an endless dataset, or one that does not know its length
+        total = None
+        endless = isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY
+        if endless and max_batches is None:
+            raise ValueError("Expected data that ends, or max_batches. Received: an endless dataset.") from None
+    if max_batches is None:
+        return data, total
+    return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
+
+
+def _num_examples(batch):
+    return tf.shape(keras.tree.flatten(batch[0])[0])[0]
+
+
+def _checked(batch, number):
+    """The batch as a tuple of tensors, without a sample weight of None."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise ValueError(
+            f"Expected data as a tuple of arrays (x, y) or (x, y, sample_weight), or batches of these. Received: "
+            f"{type(batch)} in batch {number}."
+        )
+    batch = keras.tree.map_structure(tf.convert_to_tensor, tuple(part for part in batch if part is not None))
+    shapes = [tuple(t.shape) for t in keras.tree.flatten(batch)]
+    if not all(shapes):
+        raise ValueError(f"Expected batches. Received: a single number in batch {number}. Call dataset.batch(32).")
+    if len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(f"Expected one label for each example. Received: shapes {shapes} in batch {number}.")
+    return batch
+
+
+class _NamedLoss(keras.losses.Loss):
+    """A Keras loss function under the conventions of `compile`: masks, sample weights, mean."""
+
+    def __init__(self, function, dtype):
+        super().__init__(name=function.__name__, dtype=dtype)
+        self.call = function
+
+
+def mean_loss(loss, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+    """Mean loss of a batch, a scalar; `loss` is a Keras loss, its name, or a callable (y, y_pred) -> losses.
+
+    A mean squared error of labels `(n,)` and outputs `(n, 1)` would be taken over n x n pairs by broadcasting, and
+    would look fine. Keras's own losses therefore get labels in the shape of the outputs, or an error.
+    """
+    if isinstance(loss, str | dict):
+        loss = keras.losses.get(loss)
+        y = _fitted(getattr(loss, "__name__", type(loss).__name__), y, y_pred)
+        if not isinstance(loss, keras.losses.Loss):
+            loss = _NamedLoss(loss, "float64" if y_pred.dtype == tf.float64 else "float32")
+    elif isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras."):
+        y = _fitted(type(loss).__name__, y, y_pred)
+    if isinstance(loss, keras.losses.Loss):
+        return tf.reduce_mean(loss(y, y_pred, sample_weight=sample_weight))
+    y_pred = keras.tree.map_structure(lambda t: tf.cast(t, "float32") if t.dtype.size < 4 else t, y_pred)
+    dtype = keras.tree.flatten(y_pred)[0].dtype
+    y = keras.tree.map_structure(lambda t: tf.cast(t, dtype) if t.dtype.is_floating else t, y)
+    values = tf.convert_to_tensor(loss(y, y_pred))
+    if sample_weight is not None:
+        if not values.shape.rank:
+            raise ValueError("Expected a loss for each example where data has sample weights. Received: a scalar loss.")
+        shape = [-1] + [1] * (values.shape.rank - 1)
+        values *= tf.reshape(tf.cast(sample_weight, values.dtype), shape)
+    return tf.reduce_mean(values)
+
+
+def _fitted(name, y, y_pred):
+    """Labels in the shape that Keras's loss of this name needs: class numbers for a sparse one, else the outputs'."""
+    name = name.lower().replace("_", "")
+    if not (tf.is_tensor(y) and tf.is_tensor(y_pred)) or "ctc" in name or "generalized" in name:
+        return y
+    if "sparse" in name:
+        fits = any(y.shape.is_compatible_with(s) for s in (y_pred.shape[:-1], [*y_pred.shape[:-1], 1]))
+    else:
+        if y.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
+            y = y[..., None]
+        fits = y.shape.is_compatible_with(y_pred.shape)
+    if not fits:
+        kind = "class numbers, without a class axis," if "sparse" in name else "labels"
+        raise ValueError(f"Expected {kind} that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
+    return y
+
+
+def add_scaled(total: Any, factor: Any, values: Any) -> None:
+    """`total += factor * values` for a `tf.Variable`, in one pass over memory."""
+    tf.raw_ops.ResourceApplyGradientDescent(var=total.handle, alpha=-tf.cast(factor, "float32"), delta=values)
+
+
+class _FiniteCheck:
+    """Which batch was the first whose loss or sums are not finite. It stays on the device until it is asked."""
+
+    def __init__(self, totals):
+        self.totals = totals
+        self.first = tf.Variable(tf.fill([1 + len(totals)], -1), trainable=False)
+
+    def add(self, loss, number):
+        values = [tf.cast(loss, "float32"), *map(tf.reduce_sum, self.totals.values())]
+        finite = tf.stack([tf.math.is_finite(value) for value in values])
+        self.first.assign(tf.where((self.first < 0) & ~finite, number, self.first))
+
+    def check(self):
+        first = self.first.numpy()
+        if (first < 0).all():
+            return
+        number = first[first >= 0].min()
+        if first[0] == number:
+            raise ValueError(f"Expected a finite loss. Received: NaN or infinity in batch {number}. Check the inputs.")
+        keys = [key for key, batch in zip(self.totals, first[1:], strict=True) if batch == number]
+        raise ValueError(f"Gradients of {keys[:3]} are not finite in batch {number}. Check the loss there.")
