@@ -24,8 +24,7 @@
 # - *You will see*: scores, calibration, ranking, entropies, overlap and sets of masks, risk-coverage; four traps.
 # - *Words*: an *event* is one label of one image, or one pixel; its *target* is 1 where it is so (*positive*), else 0.
 #   The *prevalence* is the share of positives; as a predictor, that of the training set. A *posterior sample* is the
-#   prediction of one network drawn from a Bayesian one. *Nats* are units of the natural logarithm. More words:
-#   [glossary](../../docs/glossary.md).
+#   prediction of one network drawn from a Bayesian one. More words: [glossary](../../docs/glossary.md).
 # - *You need*: probabilities and averages. *Runs in*: 10 seconds (CPU). First take sections 1, 2, 4 and 6.
 
 # %%
@@ -40,10 +39,10 @@ task            probs                                                targets
 "ordinal"       the same, classes in order                           the same
 "segmentation"  (samples, batch, height, width) or (..., width, 1)   (batch, height, width, raters), 0 or 1
 
-Functions that take `mean_probs` score the mean over samples, which is the prediction; functions that take `probs` need
-the samples. `rater_valid`, (batch, raters) bool, is False where a mask is a filler; None: all are real. Results are
-float64; entropies and log scores are in nats. Probabilities outside 0..1, NaN, empty arrays and shapes that do not fit
-are refused. NaN is returned only where a docstring says so. `METRICS` has every metric of a table once.
+Functions that take `mean_probs` score the mean over samples, the prediction; those that take `probs` need the samples.
+`rater_valid`, (batch, raters) bool, is False where a mask is a filler; None: all are real. Entropies and log scores are
+in nats. Values outside 0..1, NaN, empty arrays and shapes that do not fit are refused; NaN is returned only where a
+docstring says so. `METRICS` has every metric of a table once.
 """
 
 from __future__ import annotations
@@ -54,12 +53,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr
 
-from sbn_tf.core import cases, paper_metrics, predictions, statistics
+from sbn_tf.core import cases as of
+from sbn_tf.core import paper_metrics, predictions, statistics
 from sbn_tf.core.cases import Case, Metric
 from sbn_tf.core.masks import disagreement, distances, hausdorff95, majority_mask, mask_sets, matched_distance, overlap
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
-from sbn_tf.core.statistics import brier_decomposition, error_auroc
+from sbn_tf.core.statistics import area_under_risk_coverage, brier_decomposition, error_auroc, excess_area
 
 __all__ = [
     "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
@@ -71,7 +71,6 @@ __all__ = [
 
 # %% [markdown]
 # ## 1. How good are the probabilities?
-#
 # For one event with probability $p$ and outcome $y \in \{0, 1\}$:
 #
 # $$\mathrm{NLL} = -y \ln p - (1 - y) \ln (1 - p), \qquad \mathrm{Brier} = (p - y)^2.$$
@@ -118,8 +117,8 @@ def brier(mean_probs: ArrayLike, targets: ArrayLike) -> float:
 # 0 is what the prevalence scores, 1 is perfect. By hand: $p = .2, .3, .6, .1$, only the third is positive: Brier
 # $(.04 + .09 + .16 + .01) / 4 = .075$; of the prevalence 1/4 it is $.1875$: the skill is $.6$. Accuracy has no zero.
 #
-# **Trap 1: accuracy of rare findings.** The published counts of the fourteen findings in NIH ChestX-ray14 (Wang et al.
-# 2017), whose images are ChestMNIST's. "No finding", for everyone, about everything:
+# **Trap 1: accuracy of rare findings.** The published counts of the fourteen findings in NIH ChestX-ray14 (Wang et al.,
+# CVPR 2017), whose images are ChestMNIST's. "No finding", for everyone, about everything:
 
 
 # %%
@@ -170,7 +169,6 @@ def accuracy(mean_probs: ArrayLike, labels: ArrayLike) -> float:
 # > Only the distance from that number says anything. For ranking ask AUC (section 3), for probabilities Brier skill.
 #
 # ## 2. Do the probabilities mean what they say?
-#
 # Of all cases with $p \approx 0.3$, three in ten should be positive. The expected calibration error (Guo et al. 2017)
 # puts predictions in bins and averages the gap,
 # $\mathrm{ECE} = \sum_k \frac{n_k}{n} \left| \bar p_k - \bar y_k \right|$.
@@ -215,7 +213,6 @@ def ece(
 
 # %% [markdown]
 # ## 3. Does it rank the sick above the well?
-#
 # AUC, the area under the ROC curve, is the probability that a random positive scores higher than a random negative
 # (Hanley and McNeil 1982), $\mathbb{P}(p_+ > p_-) + \tfrac12\, \mathbb{P}(p_+ = p_-)$; 0.5 is chance. A label that is
 # all 0 in the test split has none: NaN, so that a mean can leave it out *and say how many labels it is of*. By hand:
@@ -274,13 +271,10 @@ def average_precision_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.
 # > no resolution, no skill, no ranking. Calibration is the part of a proper score that a constant has at no cost.
 #
 # ## 4. How unsure is it, and why?
-#
 # With samples $p_1, \dots, p_S$ and the entropy $H(p) = -p \ln p - (1 - p) \ln (1 - p)$, the total splits in two
 # (Depeweg et al. 2018, equation 5):
 #
-# $$\underbrace{H\!\left(\tfrac{1}{S} \sum_s p_s\right)}_{\text{entropy of expectation}}
-# = \underbrace{\tfrac{1}{S} \sum_s H(p_s)}_{\text{expected entropy}}
-# + \underbrace{\text{the rest}}_{\text{mutual information}}.$$
+# $$H\!\left(\tfrac{1}{S} \sum_s p_s\right) = \tfrac{1}{S} \sum_s H(p_s) + \text{mutual information}.$$
 #
 # Each sample may be unsure (of the data: aleatoric), or the samples may disagree (about the weights: epistemic). By
 # hand: samples 0 and 1 have $\ln 2 = 0.693$, all of it disagreement; samples 0.5 and 0.5 have the same total and none.
@@ -319,9 +313,7 @@ def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarr
 # > do not occur in it. In section 8 the answer "no finding" has the lowest entropy of all, 0, and the largest error.
 #
 # ## 5. Do the masks overlap?
-#
-# $$\mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{IoU} = \frac{|A \cap B|}{|A \cup B|}
-# = \frac{\mathrm{Dice}}{2 - \mathrm{Dice}}.$$
+# $$\mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{IoU} = \frac{|A \cap B|}{|A \cup B|}.$$
 #
 # *Source*: Taha and Hanbury (2015). Of the foreground, for each image, then the mean over images. By hand: $A = 1100$,
 # $B = 0111$: one pixel in both, four in either: IoU 1/4, Dice 2/5. Two empty masks agree: 1. Overlap hides *where*
@@ -355,7 +347,6 @@ def iou(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
 
 # %% [markdown]
 # ## 6. Which rater is right?
-#
 # None. The target is a rater drawn at random, and a score against it is the mean over the raters. With $s$ the share of
 # raters who mark a pixel, any prediction $p$ has $\mathbb{E}\,(p - y)^2 = (p - s)^2 + s (1 - s)$: the last term is the
 # raters' variance, which no prediction removes. How good is *one* mask? Ask Dice against the majority, or each rater.
@@ -453,7 +444,6 @@ def hungarian_iou(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | N
 # level sets as a row; GED alone does not show that anything was sampled.
 #
 # ## 7. Does uncertainty find the mistakes?
-#
 # Keep the most certain images and refer the rest to a person. *Risk* is what a mistake costs, *coverage* the share of
 # images that is kept. The *selective risk* at coverage $k/n$ is the mean risk of the $k$ most certain (Geifman and
 # El-Yaniv 2017), with $r_{(i)}$ the risk of the image of the $i$-th least uncertainty:
@@ -476,16 +466,6 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
     tied = np.repeat(np.bincount(group, risk) / count, count)
     number = np.arange(1, len(risk) + 1)
     return number / len(risk), np.cumsum(tied) / number
-
-
-def area_under_risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> float:
-    """Mean of the selective risk over all coverages: low if the risk is low, and if the uncertainty finds it."""
-    return float(statistics.plain(statistics.areas(*predictions.risk_pair(uncertainty, risk)), np.size(risk))[0])
-
-
-def excess_area(uncertainty: ArrayLike, risk: ArrayLike) -> float:
-    """That area beyond the oracle's, which sorts by the risk itself: what a better uncertainty could still gain."""
-    return float(statistics.plain(statistics.areas(*predictions.risk_pair(uncertainty, risk)), np.size(risk))[1])
 
 
 # %% tags=["active-ipynb"]
@@ -515,7 +495,6 @@ def excess_area(uncertainty: ArrayLike, risk: ArrayLike) -> float:
 # how often a method is wrong with how well it knows; the excess and the AUROC show the second alone.
 #
 # ## 8. What did the paper measure?
-#
 # Table 1's columns, as its code defines them; the docstrings in `core/paper_metrics.py` say what each really measures,
 # [08_reading_table_1](../08_reading_table_1.ipynb) takes the table apart with them. Ignoring the image, in these terms,
 # on the counts of section 1 and on a lesion of 1 % of the pixels:
@@ -539,12 +518,10 @@ def excess_area(uncertainty: ArrayLike, risk: ArrayLike) -> float:
 # "Dice" of .80 lies below that of an empty mask.
 #
 # ## 9. The registry
-#
 # Two kinds of metrics follow: the mean of a value of each image, made by a function of a `Case` (some images:
 # probabilities, truth, decisions), and a statistic that pools labels or pixels. Both take a *weight* for each image: a
 # bootstrap resample is a weighting, and a paired test is two methods under the same weights. The paper's entries are in
-# `core/paper_metrics.py`, beside.
-# To add a metric, define it above and add one entry here; scores, intervals, tests and tables follow.
+# `core/paper_metrics.py`. To add a metric, define it above and add one entry; scores, intervals, tests, tables follow.
 
 
 # %%
@@ -562,69 +539,63 @@ def image_risk(case: Case) -> np.ndarray:
 
 # %%
 _MASKS, _INF = (SEGMENTATION,), math.inf
+_UP, _DOWN, _LOSS, _SIZE = (0, 1, True), (0, 1, False), (0, _INF, False), (0, _INF, None)
 # fmt: off
-_ENTRIES: list[tuple] = [  # name, tasks, lowest, highest, higher is better, how, meaning
-    ("nll", TASKS, 0, _INF, False, image_nll, "negative log likelihood, nats per label, pixel or image"),
-    ("brier", TASKS, 0, 2, False, cases.image_brier, "squared error of the probabilities; of classes summed, 0 to 2"),
-    ("brier_skill", TASKS, -_INF, 1, True, cases.SKILL, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
-    ("ece", TASKS, 0, 1, False, cases.ECE, "expected calibration error, 15 bins of equal width, pooled"),
-    ("ece_mass", TASKS, 0, 1, False, cases.ECE_MASS, "expected calibration error, 15 bins of equal count, pooled"),
-    ("ece_label", LABELS, 0, 1, False, cases.ECE_LABEL, "calibration error of each label or class, mean, equal width"),
-    ("ece_label_mass", LABELS, 0, 1, False, cases.ECE_LABEL_MASS, "the same in bins of equal count"),
-    ("auc", LABELS, 0, 1, True, cases.AUC, "area under the ROC curve, mean over the labels that have both 0 and 1"),
-    ("auc_num_labels", LABELS, 0, _INF, None, cases.NUM_LABELS, "how many labels these are"),
-    ("average_precision", LABELS, 0, 1, True, cases.PRECISION, "average precision, mean over the same labels"),
-    ("accuracy", LABELS, 0, 1, True, lambda case: (~case.wrong).mean(1),
+_ENTRIES: list[tuple] = [  # name, tasks, (lowest, highest, is higher better), how, meaning
+    ("nll", TASKS, *_LOSS, image_nll, "negative log likelihood, nats per label, pixel or image"),
+    ("brier", TASKS, 0, 2, False, of.image_brier, "squared error of the probabilities; of classes summed, 0 to 2"),
+    ("brier_skill", TASKS, -_INF, 1, True, of.SKILL, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
+    ("ece", TASKS, *_DOWN, of.ECE, "expected calibration error, 15 bins of equal width, pooled"),
+    ("ece_mass", TASKS, *_DOWN, of.ECE_MASS, "expected calibration error, 15 bins of equal count, pooled"),
+    ("ece_label", LABELS, *_DOWN, of.ECE_LABEL, "calibration error of each label or class, mean, equal width"),
+    ("ece_label_mass", LABELS, *_DOWN, of.ECE_LABEL_MASS, "the same in bins of equal count"),
+    ("auc", LABELS, *_UP, of.AUC, "area under the ROC curve, mean over the labels that have both 0 and 1"),
+    ("auc_num_labels", LABELS, *_SIZE, of.NUM_LABELS, "how many labels these are"),
+    ("average_precision", LABELS, *_UP, of.PRECISION, "average precision, mean over the same labels"),
+    ("accuracy", LABELS, *_UP, lambda case: (~case.wrong).mean(1),
      "share of right decisions; with rare labels, 1 - prevalence is free"),
-    ("label_error_auroc", cases.INDEPENDENT, 0, 1, True, cases.LABEL_ERRORS,
-     "AUROC of a label's entropy for its being wrong"),
-    ("mean_absolute_error", (ORDINAL,), 0, _INF, False, lambda case: np.abs(case.decision - case.actual).mean(1),
+    ("label_error_auroc", of.INDEPENDENT, *_UP, of.LABEL_ERRORS, "AUROC of a label's entropy for its being wrong"),
+    ("mean_absolute_error", (ORDINAL,), *_LOSS, lambda case: np.abs(case.decision - case.actual).mean(1),
      "distance of the predicted from the true grade, in grades"),
-    ("quadratic_kappa", (ORDINAL,), -1, 1, True, cases.KAPPA,
-     "agreement of the grades beyond chance, quadratic weights"),
-    ("num_images", TASKS, 1, _INF, None, cases.COUNT, "test images scored"),
-    ("entropy", TASKS, 0, _INF, None, cases.part("entropy"),
-     "entropy of the mean prediction, nats: how unsure it is in all"),
-    ("expected_entropy", TASKS, 0, _INF, None, cases.part("expected_entropy"),
+    ("quadratic_kappa", (ORDINAL,), -1, 1, True, of.KAPPA, "agreement of the grades beyond chance, quadratic weights"),
+    ("num_images", TASKS, 1, _INF, None, of.COUNT, "test images scored"),
+    ("entropy", TASKS, *_SIZE, of.part("entropy"), "entropy of the mean prediction, nats: how unsure it is in all"),
+    ("expected_entropy", TASKS, *_SIZE, of.part("expected_entropy"),
      "mean entropy of the samples, nats: what each is unsure of"),
-    ("mutual_information", TASKS, 0, _INF, None, cases.part("mutual_information"),
+    ("mutual_information", TASKS, *_SIZE, of.part("mutual_information"),
      "entropy minus expected_entropy, nats: how far samples disagree"),
-    ("risk", TASKS, 0, 1, False, image_risk, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
-    ("aurc", TASKS, 0, 1, False, cases.AREA,
-     "area under the risk-coverage curve: mean error if unsure images are refused"),
-    ("excess_aurc", TASKS, 0, 1, False, cases.EXCESS,
-     "that area minus the oracle's, which refuses the worst images first"),
-    ("error_auroc", TASKS, 0, 1, True, cases.ERRORS, "AUROC of an image's entropy for its prediction being wrong"),
-    ("error_auroc_mi", TASKS, 0, 1, True, cases.ERRORS_MI,
-     "AUROC of an image's mutual information for its being wrong"),
+    ("risk", TASKS, *_DOWN, image_risk, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
+    ("aurc", TASKS, *_DOWN, of.AREA, "area under the risk-coverage curve: mean error if unsure images are refused"),
+    ("excess_aurc", TASKS, *_DOWN, of.EXCESS, "that area minus the oracle's, which refuses the worst images first"),
+    ("error_auroc", TASKS, *_UP, of.ERRORS, "AUROC of an image's entropy for its prediction being wrong"),
+    ("error_auroc_mi", TASKS, *_UP, of.ERRORS_MI, "AUROC of an image's mutual information for its being wrong"),
 ]
 # fmt: on
 
 # %%
 # fmt: off
 _ENTRIES += [
-    ("dice", _MASKS, 0, 1, True, cases.overlap(dice), "Dice with the majority mask, mean over images"),
-    ("iou", _MASKS, 0, 1, True, cases.overlap(iou), "intersection over union with the majority mask, mean over images"),
-    ("hausdorff95", _MASKS, 0, _INF, False, cases.overlap(hausdorff95),
+    ("dice", _MASKS, *_UP, of.overlap(dice), "Dice with the majority mask, mean over images"),
+    ("iou", _MASKS, *_UP, of.overlap(iou), "intersection over union with the majority mask, mean over images"),
+    ("hausdorff95", _MASKS, *_LOSS, of.overlap(hausdorff95),
      "95th percentile of the distance between the outlines, pixels",
      "boundary=False: boundaries were not measured", True),
-    ("ece_region", _MASKS, 0, 1, False, cases.ECE_REGION,
+    ("ece_region", _MASKS, *_DOWN, of.ECE_REGION,
      "calibration error of the pixels that a rater or the prediction marks"),
-    ("ged", _MASKS, 0, 2, False, cases.of_raters(generalised_energy_distance),
-     "generalised energy distance of the sampled masks to the raters' masks", cases.ONE_RATER),
-    ("hungarian_iou", _MASKS, 0, 1, True, cases.of_raters(hungarian_iou),
-     "IoU of sampled masks and raters' masks, best matched one to one", cases.ONE_RATER),
-    ("dice_raters", _MASKS, 0, 1, True, cases.of_raters(dice_raters, decided=True),
-     "Dice with each rater's mask, mean over raters and images", cases.ONE_RATER),
-    ("entropy_disagreement_pearson", _MASKS, -1, 1, True, cases.CORRELATION,
+    ("ged", _MASKS, 0, 2, False, of.of_raters(generalised_energy_distance),
+     "generalised energy distance of the sampled masks to the raters' masks", of.ONE_RATER),
+    ("hungarian_iou", _MASKS, *_UP, of.of_raters(hungarian_iou),
+     "IoU of sampled masks and raters' masks, best matched one to one", of.ONE_RATER),
+    ("dice_raters", _MASKS, *_UP, of.of_raters(dice_raters, decided=True),
+     "Dice with each rater's mask, mean over raters and images", of.ONE_RATER),
+    ("entropy_disagreement_pearson", _MASKS, -1, 1, True, of.CORRELATION,
      "correlation over pixels of entropy and raters' variance"),
-    ("pixel_error_auroc", _MASKS, 0, 1, True, cases.PIXEL_ERRORS,
-     "AUROC of a pixel's entropy for that pixel being wrong"),
-    ("pixel_error_auroc_mi", _MASKS, 0, 1, True, cases.PIXEL_ERRORS_MI,
+    ("pixel_error_auroc", _MASKS, *_UP, of.PIXEL_ERRORS, "AUROC of a pixel's entropy for that pixel being wrong"),
+    ("pixel_error_auroc_mi", _MASKS, *_UP, of.PIXEL_ERRORS_MI,
      "AUROC of a pixel's mutual information for its being wrong"),
 ]
 # fmt: on
-METRICS: dict[str, Metric] = {entry[0]: cases.metric(*entry) for entry in [*_ENTRIES, *paper_metrics.ENTRIES]}
+METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIES, *paper_metrics.ENTRIES]}
 
 # %% tags=["active-ipynb"]
 # shown = [METRICS[name] for name in ("nll", "brier_skill", "ece", "auc", "dice", "ged", "excess_aurc", "paper_dice")]
@@ -652,14 +623,10 @@ METRICS: dict[str, Metric] = {entry[0]: cases.metric(*entry) for entry in [*_ENT
 # differ and errors lie nowhere else: both numbers reward location alone.
 #
 # ## Summary
-#
-# - Put the trivial predictor's score beside every number.
-# - Proper scores (NLL, Brier) judge the whole; ECE, AUC and entropy each judge a part. The prevalence has a perfect
-#   ECE, a predictor that is certain and always wrong has the lowest entropy.
-# - With several raters the target is a random one, and level sets of one map are a baseline of every sampled method.
+# Put the trivial predictor's score beside every number. Proper scores (NLL, Brier) judge the whole; ECE, AUC and
+# entropy each judge a part. With several raters the target is a random one, and level sets are a baseline.
 #
 # ## Exercises
-#
 # 1. All 14 probabilities are 0.5. What are `accuracy`, `ece` and `paper_entropy` if 5 % of the labels are 1?
 #    <details><summary>Answer</summary>0.95 (`p > 0.5` is false everywhere), 0.45, and 14 * 0.5 ln 2 = 4.85. Lower
 #    entropy would not be better calibrated: the all-0 prediction has 0.</details>
@@ -667,14 +634,10 @@ METRICS: dict[str, Metric] = {entry[0]: cases.metric(*entry) for entry in [*_ENT
 #    <details><summary>Answer</summary>By the raters' variance, `disagreement(masks).mean()`.</details>
 # 3. A method repeats its one mask ten times. What becomes of its GED and its matched IoU?
 #    <details><summary>Answer</summary>Nothing: both depend on the distribution of the masks only.</details>
-# 4. In trap 3, replace the raters' mean by 1 where at least half of the raters mark, else 0. What are its level sets
-#    worth? <details><summary>Answer</summary>All five are the majority mask: the GED of "one mask".</details>
 #
 # ## References
-#
 # Brier (1950), Murphy (1988), Monthly Weather Review. Murphy (1973), J. Applied Meteorology 12. Stephenson et al.
 # (2008), Weather and Forecasting 23. Hanley, McNeil (1982), Radiology 143. Gneiting, Raftery (2007), JASA 102. Guo
 # et al. (2017), Depeweg et al. (2018), ICML. Nixon et al. (2019), CVPR Workshops. Huttenlocher et al. (1993), IEEE
-# TPAMI 15. Taha, Hanbury (2015), BMC Medical Imaging 15. Kohl et al. (2018), NeurIPS; (2019), arXiv 1905.13077. Geifman, El-Yaniv
-# (2017), NeurIPS; Geifman, Uziel, El-Yaniv (2019), ICLR.
-# Wang et al. (2017), CVPR. Abboud, Lombaert, Kadoury (2024), MICCAI.
+# TPAMI 15. Taha, Hanbury (2015), BMC Medical Imaging 15. Kohl et al. (2018), NeurIPS; (2019), arXiv 1905.13077.
+# Geifman, El-Yaniv (2017), NeurIPS; Geifman, Uziel, El-Yaniv (2019), ICLR. Abboud, Lombaert, Kadoury (2024), MICCAI.

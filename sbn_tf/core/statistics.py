@@ -268,3 +268,13 @@ def error_auroc(uncertainty: ArrayLike, errors: ArrayLike) -> float:
     if not ((errors == 0) | (errors == 1)).all():
         raise ValueError(f"Expected errors to be 0 or 1. Received: values from {errors.min()} to {errors.max()}")
     return float(plain(ranking(uncertainty, errors > 0), len(errors))[0])
+
+
+def area_under_risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> float:
+    """Mean of the selective risk over all coverages: low if the risk is low, and if the uncertainty finds it."""
+    return float(plain(areas(*risk_pair(uncertainty, risk)), np.size(risk))[0])
+
+
+def excess_area(uncertainty: ArrayLike, risk: ArrayLike) -> float:
+    """That area beyond the oracle's, which sorts by the risk itself: what a better uncertainty could still gain."""
+    return float(plain(areas(*risk_pair(uncertainty, risk)), np.size(risk))[1])
