@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sbn_tf import datasets
-from sbn_tf.experiments import networks, plots, scoring
+from sbn_tf.experiments import networks, plots, scoring, trivial
 
 TESTED, BATCH_SIZE = 2000, 50
 
@@ -58,8 +58,8 @@ def main():
         rows["knows the scene"] = scoring.evaluate(
             data.test.truth_probs[None], data.test.targets, data.card.task, **options
         )
-        trivial = scoring.trivial(data.card.task, data.train.targets, data.test.targets)
-        rows = {"prevalence": trivial["prevalence"], **rows}
+        constants = trivial.trivial(data.card.task, data.train.targets, data.test.targets)
+        rows = {"prevalence": constants["prevalence"], **rows}
         keys = ["auc", "dice", "nll", "brier", "brier_skill", "ece"]
         print(f"{name}: {TESTED} test images, seed 0")
         print(plots.format_table(rows, [k for k in keys if any(k in row for row in rows.values())]), flush=True)

@@ -565,8 +565,17 @@ def test_bad_input_is_refused_in_two_lines(call, message):
 
 
 def test_every_public_name_exists():
-    assert sorted(metrics.__all__[1:]) == metrics.__all__[1:] and metrics.__all__[0] == "TASKS"
+    assert len(set(metrics.__all__)) == len(metrics.__all__)
     assert all(hasattr(metrics, name) for name in metrics.__all__)
+
+
+def test_the_registry_has_every_metric_once():
+    for name, metric in metrics.METRICS.items():
+        assert metric.name == name and metric.meaning and set(metric.tasks) <= set(metrics.TASKS)
+        assert (metric.image is None) != (metric.statistic is None)
+        assert metric.low < metric.high and metric.higher_is_better in (True, False, None)
+        assert metric.interval in ("quantile", "basic", None) and (metric.interval == "basic") == ("ece" in name)
+    assert metrics.TASKS == datasets.base.TASKS  # lessons do not import datasets
 
 
 @pytest.mark.parametrize("function", [metrics.auc_per_label, metrics.average_precision_per_label])

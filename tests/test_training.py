@@ -16,7 +16,7 @@ from scipy.stats import kstest
 
 from sbn_tf import cost, datasets
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
-from sbn_tf.experiments import networks, recipes, scoring, training
+from sbn_tf.experiments import networks, recipes, scoring, training, trivial
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import named_weights, saliency, top_k
 
@@ -289,7 +289,7 @@ def test_the_three_steps_of_labels_and_classes(tmp_path, tiny, task, class_weigh
     assert bayes.history["kl"][-1] == pytest.approx(float(bayes.model.kl_divergence()) / 48, rel=0.05)
 
     prevalence = scoring.prevalence(task, data.train.targets)
-    rows = scoring.trivial(task, data.train.targets, data.test.targets)
+    rows = trivial.trivial(task, data.train.targets, data.test.targets)
     for name, probs in {
         "deterministic": step1.model.predict(data.test.batches(12), verbose=0)[None],
         "partial": again.model.predict_samples(data.test.batches(12), num_samples=3),

@@ -23,7 +23,7 @@ import numpy as np
 
 from sbn_tf import datasets
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
-from sbn_tf.experiments import baselines, plots, recipes, results, scoring, training
+from sbn_tf.experiments import baselines, plots, recipes, results, scoring, training, trivial
 from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
@@ -318,7 +318,7 @@ def _trivial_records(settings, step1):
     data = settings.data
     if settings.split == "val":
         data = dataclasses.replace(data, val=data.test, test=data.val)
-    records = scoring.trivial_records(
+    records = trivial.trivial_records(
         data,
         threshold=_constant_threshold(settings),
         deterministic=None if step1 is None else step1.predict_samples,

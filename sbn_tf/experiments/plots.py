@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 from numpy.typing import ArrayLike
 
 from sbn_tf import metrics
+from sbn_tf.core import predictions, statistics
 from sbn_tf.metrics import majority_mask, uncertainty
 
 __all__ = [
@@ -277,8 +278,8 @@ def plot_reliability_curves(
     """
     if not curves or binning not in ("width", "mass"):
         raise ValueError(f'Expected a curve and binning "width" or "mass". Received: {len(curves)}, {binning!r}')
-    flat = {name: [values.ravel() for values in metrics._pair(*pair)] for name, pair in curves.items()}
-    num_bins = metrics._check_bins(num_bins)
+    flat = {name: [values.ravel() for values in predictions.pair(*pair)] for name, pair in curves.items()}
+    num_bins = statistics.check_bins(num_bins)
     counts, most = ax.twinx(), 1.0
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
     for (name, (probs, targets)), colour in zip(flat.items(), _colours(len(curves)), strict=True):
@@ -314,7 +315,7 @@ def plot_reliability_curves(
 
 def _bins(probs, targets, num_bins, binning):
     """Edges and counts of the bins; mean probability and frequency of 1 of those that are not empty."""
-    index = metrics._bin_index(probs, num_bins, binning)
+    index = statistics.bin_index(probs, num_bins, binning)
     edges = np.linspace(0, 1, num_bins + 1)
     if binning == "mass":
         index = np.unique(index, return_inverse=True)[1]  # numbered without gaps
@@ -899,7 +900,7 @@ def plot_sample_masks(
                 f"Expected {name} of {rows} images or more, {images.shape[1:3]}. "
                 f"Received: {len(values)}, {values.shape[1:3]}"
             )
-    metrics._check_range(probs)
+    predictions.check_range(probs)
     num_raters = truths.shape[-1]
     valid = np.ones((len(images), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
     masks = probs[:, :rows] > 0.5

@@ -1,4 +1,4 @@
-"""Evaluation: against scikit-learn, scipy, sums by hand, and laws; in pieces, weighted, resampled and paired."""
+"""Scores: against scikit-learn, scipy, sums by hand, and laws; in pieces, weighted, resampled and paired."""
 
 import json
 import tracemalloc
@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 from sbn_tf import datasets, metrics
 from sbn_tf.datasets.arrays import DiskArray
 from sbn_tf.datasets.base import Split
-from sbn_tf.experiments import scoring
+from sbn_tf.experiments import records, scoring, shifts, trivial
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
@@ -152,7 +152,7 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_auc():
 
 @pytest.mark.parametrize("task", ["multi-class", "ordinal"])
 def test_trivial_rows_of_classes_by_hand(task):
-    rows = scoring.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
+    rows = trivial.trivial(task, ONE_HOT, ONE_HOT[::-1][:40])  # of 40: 10, 15, 10, 5
     assert list(rows) == ["most_frequent", "prevalence"]
     frequency = np.array([30, 15, 10, 5]) / 60
     np.testing.assert_allclose(scoring.prevalence(task, ONE_HOT), frequency)
@@ -171,7 +171,7 @@ def test_trivial_rows_of_classes_by_hand(task):
 
 
 def test_trivial_rows_of_a_binary_task():
-    rows = scoring.trivial("binary", LABELS[:, :1], LABELS[:, :1])
+    rows = trivial.trivial("binary", LABELS[:, :1], LABELS[:, :1])
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["accuracy"] == pytest.approx(1 - LABELS[:, 0].mean())
 
@@ -226,7 +226,7 @@ def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
     entropy = metrics.binary_entropy(mean).ravel()
     expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
     assert row["entropy_disagreement_pearson"] == pytest.approx(expected)
-    monkeypatch.setattr(scoring, "CHUNK_VALUES", 1)  # image by image
+    monkeypatch.setattr(records, "CHUNK_VALUES", 1)  # image by image
     frequency = scoring.prevalence("segmentation", MASKS)
     assert_same(
         {**scoring.evaluate(MASK_PROBS, MASKS, "segmentation")},
@@ -248,8 +248,8 @@ def test_masks_on_disk_score_as_those_in_memory(tmp_path):
         scoring.prevalence("segmentation", masks, VALID), scoring.prevalence("segmentation", MASKS, VALID)
     )
     assert_same(
-        scoring.trivial("segmentation", masks, masks)["prevalence"],
-        scoring.trivial("segmentation", MASKS, MASKS)["prevalence"],
+        trivial.trivial("segmentation", masks, masks)["prevalence"],
+        trivial.trivial("segmentation", MASKS, MASKS)["prevalence"],
     )
     np.save(tmp_path / "wrong.npy", MASKS * 2)
     with pytest.raises(ValueError, match=r"0 or 1.*0 to 2"):
@@ -356,7 +356,7 @@ def test_trivial_rows_of_labels_as_in_the_paper():
     # Prevalences near ChestMNIST's, from its 4.7 (infiltration) to over 500 negatives a positive (hernia).
     percent = [10.5, 2.6, 12.2, 18.2, 5.2, 5.7, 1.3, 4.9, 4.3, 2.2, 2.4, 1.5, 3.0, 0.2]
     labels = RNG.permuted(np.arange(1000)[:, None] < 10 * np.array(percent), axis=0).astype("uint8")
-    rows = scoring.trivial("multi-label", labels, labels)
+    rows = trivial.trivial("multi-label", labels, labels)
     assert list(rows) == ["all_negative", "prevalence"]
     assert rows["all_negative"]["paper_accuracy"] == pytest.approx(1 - labels.mean())
     assert rows["all_negative"]["accuracy"] == pytest.approx(0.947, abs=0.001)
@@ -371,7 +371,7 @@ def test_trivial_rows_of_masks_as_in_the_paper():
     masks = np.zeros((10, 20, 20, 3), "uint8")
     masks[:, 9:11, 9:11] = 1  # 1 % foreground
     masks[::2, 0, 0, 0] = 1
-    rows = scoring.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
+    rows = trivial.trivial("segmentation", masks[:5], masks[5:], rater_valid=np.ones((5, 3)))
     assert list(rows) == ["all_background", "prevalence"]
     assert rows["all_background"]["paper_dice"] == pytest.approx(0.99, abs=0.002)
     assert rows["all_background"]["dice"] == 0
@@ -653,7 +653,7 @@ def test_intervals_hold_the_value_and_are_reproducible(task, probs, targets, mon
         assert type(low) is float and low <= high
         if "ece" not in key:  # see below
             assert low - 1e-9 <= metrics_[key] <= high + 1e-9, key
-    monkeypatch.setattr(scoring, "CHUNK_VALUES", 1)  # one resample at a time
+    monkeypatch.setattr(records, "CHUNK_VALUES", 1)  # one resample at a time
     again = record_of(probs, targets, task, train_prevalence=scoring.prevalence(task, targets) * 0.9)
     again = again.bootstrap(num_resamples=100)
     assert again.pop("undefined") == found.pop("undefined")
@@ -897,10 +897,10 @@ def test_foreign_records_are_refused(task, tmp_path):
 
 
 def test_records_of_another_format_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_FORMAT", "sbn_tf.experiments.scoring.Record 1")
+    monkeypatch.setattr(records, "_FORMAT", "sbn_tf.experiments.records.Record 1")
     record_of(MASK_PROBS, MASKS, "segmentation").save(tmp_path / "record.npz")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"not of format sbn_tf\.evaluation\.Record 3"):
+    with pytest.raises(ValueError, match=r"not of format sbn_tf\.experiments\.records\.Record 4"):
         scoring.Record.load(tmp_path / "record.npz")
 
 
@@ -998,26 +998,26 @@ def images_of(count=6, side=12):
 @pytest.mark.parametrize("kind", ["noise", "blur", "contrast"])
 def test_no_severity_is_no_shift(kind):
     images = images_of()
-    moved = scoring.shifted(images, kind, 0)
+    moved = shifts.shifted(images, kind, 0)
     np.testing.assert_allclose(moved, images, atol=1e-6)
     assert moved is not images and moved.dtype == np.float32
 
 
 def test_noise_has_its_size_and_is_that_of_its_image():
     images = images_of(8, 32)
-    moved = scoring.shifted(images, "noise", 2.0, seed=3)
+    moved = shifts.shifted(images, "noise", 2.0, seed=3)
     assert (moved - images).std() == pytest.approx(0.4, rel=0.05)
-    parts = [scoring.shifted(images[k : k + 3], "noise", 2.0, seed=3, offset=k) for k in (0, 3, 6)]
+    parts = [shifts.shifted(images[k : k + 3], "noise", 2.0, seed=3, offset=k) for k in (0, 3, 6)]
     np.testing.assert_array_equal(np.concatenate(parts), moved)
-    assert not np.allclose(moved, scoring.shifted(images, "noise", 2.0, seed=4))
+    assert not np.allclose(moved, shifts.shifted(images, "noise", 2.0, seed=4))
     assert not np.allclose((moved - images)[0], (moved - images)[1])
 
 
 def test_blur_and_contrast_by_their_definitions():
     images = images_of()
     expected = ndimage.gaussian_filter(images[2, :, :, 1], 1.5, mode="nearest")
-    np.testing.assert_allclose(scoring.shifted(images, "blur", 1.5)[2, :, :, 1], expected, atol=1e-6)
-    moved = scoring.shifted(images, "contrast", 0.75)
+    np.testing.assert_allclose(shifts.shifted(images, "blur", 1.5)[2, :, :, 1], expected, atol=1e-6)
+    moved = shifts.shifted(images, "contrast", 0.75)
     np.testing.assert_allclose(moved.mean((1, 2)), images.mean((1, 2)), atol=1e-6)
     np.testing.assert_allclose(moved.std((1, 2)), images.std((1, 2)) / 4, rtol=1e-5)
 
@@ -1034,7 +1034,7 @@ def test_blur_and_contrast_by_their_definitions():
 )
 def test_shifts_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        scoring.shifted(*arguments)
+        shifts.shifted(*arguments)
 
 
 def test_shift_auroc_agrees_with_scikit_learn():
@@ -1042,7 +1042,7 @@ def test_shift_auroc_agrees_with_scikit_learn():
     options = {"boundary": False, "verbose": False}
     clean = scoring.score(predict_samples, split, "segmentation", **options)
     moved = scoring.score(predict_samples, split, "segmentation", batch_size=7, shift=("contrast", 0.5), **options)
-    images = scoring.shifted(split.normalised(), "contrast", 0.5)
+    images = shifts.shifted(split.normalised(), "contrast", 0.5)
     parts = [metrics.uncertainty(predict_samples(one)) for one in (split.normalised(), images)]
     found = scoring.shift_auroc(clean, moved)
     for key in ("entropy", "mutual_information"):
@@ -1110,21 +1110,21 @@ def test_a_threshold_that_nothing_tells_is_a_half():
 def test_trivial_records_are_the_trivial_rows(name):
     data = datasets.load(name, size=16, limit=20)
     task, test = data.card.task, data.test
-    records = scoring.trivial_records(data, threshold=0.3, boundary=False)
-    rows = scoring.trivial(
+    found = trivial.trivial_records(data, threshold=0.3, boundary=False)
+    rows = trivial.trivial(
         task,
         data.train.targets,
         test.targets,
         rater_valid=test.rater_valid,
         train_rater_valid=data.train.rater_valid,
     )
-    assert list(records) == list(rows)
-    for key, record in records.items():
+    assert list(found) == list(rows)
+    for key, record in found.items():
         assert record.threshold == 0.3 and record.num_images == test.num_examples
         row = record.metrics()
         assert [row[one] for one in ("nll", "brier", "ece")] == [rows[key][one] for one in ("nll", "brier", "ece")]
         np.testing.assert_array_equal(record.groups is None, test.groups is None)
-    assert "brier" in scoring.compare(*records.values(), num_resamples=20)
+    assert "brier" in scoring.compare(*found.values(), num_resamples=20)
 
 
 def test_level_sets_are_masks_alone():
@@ -1133,7 +1133,7 @@ def test_level_sets_are_masks_alone():
     def predict_samples(images):
         return 1 / (1 + np.exp(-images[None, ..., 0]))
 
-    record = scoring.trivial_records(data, boundary=False, deterministic=predict_samples, batch_size=6)["level_sets"]
+    record = trivial.trivial_records(data, boundary=False, deterministic=predict_samples, batch_size=6)["level_sets"]
     row = record.metrics()
     assert set(row) == {"ged", "hungarian_iou", "undefined"}
     assert (
@@ -1141,7 +1141,7 @@ def test_level_sets_are_masks_alone():
         == row["undefined"]["dice"]
         == ("not measured: these predictions are masks, not probabilities")
     )
-    masks = scoring.level_sets(predict_samples(data.test.normalised())[0])
+    masks = trivial.level_sets(predict_samples(data.test.normalised())[0])
     expected = metrics.generalised_energy_distance(masks, np.asarray(data.test.targets), data.test.rater_valid)
     assert row["ged"] == pytest.approx(expected[data.test.rater_valid.sum(1) > 1].mean())
     assert set(record.bootstrap(num_resamples=20)) == {"ged", "hungarian_iou", "undefined"}
@@ -1149,14 +1149,14 @@ def test_level_sets_are_masks_alone():
 
 def test_level_sets_by_hand():
     probs = np.array([[[0.05, 0.1, 0.2], [0.6, 0.95, 0.3]]])
-    masks = scoring.level_sets(probs, (0.1, 0.5))
+    masks = trivial.level_sets(probs, (0.1, 0.5))
     np.testing.assert_array_equal(masks, [[[[0, 0, 1], [1, 1, 1]]], [[[0, 0, 0], [1, 1, 0]]]])
-    np.testing.assert_array_equal(scoring.level_sets(probs[..., None], (0.1, 0.5)), masks)
-    assert scoring.level_sets(probs).shape == (5, 1, 2, 3) and masks.dtype == np.float32
+    np.testing.assert_array_equal(trivial.level_sets(probs[..., None], (0.1, 0.5)), masks)
+    assert trivial.level_sets(probs).shape == (5, 1, 2, 3) and masks.dtype == np.float32
     with pytest.raises(ValueError, match=r"\(batch, height, width\).*\(2, 3\)"):
-        scoring.level_sets(probs[0])
+        trivial.level_sets(probs[0])
     with pytest.raises(ValueError, match=r"0\.\.1, none of them NaN"):
-        scoring.level_sets(np.where(probs > 0.9, np.nan, probs))
+        trivial.level_sets(np.where(probs > 0.9, np.nan, probs))
 
 
 def test_where_nothing_is_marked_there_is_no_calibration_of_the_region():

@@ -1,0 +1,80 @@
+"""Masks of an image: their overlap, the distance of their outlines, and the distances between two sets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sbn_tf.core.predictions import SEGMENTATION, check, check_targets, check_valid, mask_pair, rater_mean
+
+__all__ = ["overlap"]
+
+
+def overlap(predicted, truth) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in both masks, and those of one plus those of the other, for each image."""
+    predicted, truth = mask_pair(predicted, truth)
+    return (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
+
+
+def outline_distances(one, other) -> np.ndarray:
+    """Distance of each outline pixel of two masks (height, width) to the other's outline, both directions pooled."""
+    from scipy import ndimage
+
+    if not one.any() or not other.any():
+        return np.array([0.0 if one.any() == other.any() else np.hypot(*one.shape)])
+    box = ndimage.find_objects((one | other).astype("uint8"))[0]  # an empty margin changes no distance
+    one, other = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (one, other))
+    return np.concatenate([ndimage.distance_transform_edt(~b)[a] for a, b in ((one, other), (other, one))])
+
+
+def hausdorff95(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
+    """95th percentile of the distances between the outlines, in pixels, for each image, (batch,).
+
+    An outline is the foreground's pixels with a background pixel, or the image's edge, above, below, left or right.
+    0 if both masks are empty; the image's diagonal, more than any distance within it, if one of them is.
+    """
+    pairs = zip(*mask_pair(predicted, truth), strict=True)
+    return np.array([np.percentile(outline_distances(*pair), 95) for pair in pairs])
+
+
+def _soft_mask(masks, rater_valid):
+    masks = check_targets(np.asarray(masks), SEGMENTATION)
+    return rater_mean(masks, check_valid(rater_valid, masks))
+
+
+def majority_mask(masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
+    """Where at least half of the valid raters mark, (batch, height, width) bool: a tie (2 of 4) is foreground."""
+    return _soft_mask(masks, rater_valid) >= 0.5
+
+
+def disagreement(masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
+    """The raters' variance at each pixel, `s (1 - s)`, (batch, height, width): 0 if they agree, at most 1/4."""
+    soft = _soft_mask(masks, rater_valid)
+    return soft * (1 - soft)
+
+
+def mask_sets(probs, masks, rater_valid) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each image's sampled masks (samples, pixels) and valid raters' masks (raters, pixels), float32 0 and 1."""
+    probs, masks, _ = check(probs, masks, SEGMENTATION, rater_valid)
+    real = check_valid(rater_valid, masks)
+    for index in range(len(masks)):
+        samples = (probs[:, index] > 0.5).reshape(len(probs), -1).astype("float32")
+        yield samples, np.asarray(masks[index])[..., real[index]].reshape(samples.shape[1], -1).T.astype("float32")
+
+
+def distances(a, b) -> np.ndarray:
+    """1 - IoU of each mask of a, (n, pixels), with each of b, (m, pixels): (n, m); 0 if both are empty."""
+    both = (a @ b.T).astype("float64")
+    either = a.sum(1)[:, None] + b.sum(1)[None, :] - both
+    return np.where(either > 0, 1 - both / np.maximum(either, 1), 0.0)
+
+
+def matched_distance(distance) -> float:
+    """Mean distance of two sets whose members are matched one to one; both are repeated to one length first."""
+    from scipy.optimize import linear_sum_assignment
+
+    multiple = np.lcm(*distance.shape)
+    distance = distance.repeat(multiple // len(distance), 0).repeat(multiple // distance.shape[1], 1)
+    return distance[linear_sum_assignment(distance)].mean()
