@@ -56,7 +56,15 @@ from scipy.special import entr
 from sbn_tf.core import cases as of
 from sbn_tf.core import paper_metrics, predictions, statistics
 from sbn_tf.core.cases import Case, Metric
-from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_mask, mask_sets, matched_distance, overlap
+from sbn_tf.core.overlap import (
+    disagreement,
+    distances,
+    hausdorff95,
+    majority_mask,
+    mask_sets,
+    matched_distance,
+    overlap,
+)
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.core.statistics import area_under_risk_coverage, brier_decomposition, error_auroc, excess_area
