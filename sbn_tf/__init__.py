@@ -40,8 +40,15 @@ def _register():
     importlib.import_module(f"{__name__}.core.loading")
 
 
+def _modules_of_ours():
+    return {name for name in sys.modules if name.startswith(f"{__name__}.")}
+
+
 class _AfterKeras:
     """An import hook: when Keras is imported after sbn_tf, it registers our classes with Keras."""
+
+    def __init__(self):
+        self.before = _modules_of_ours()
 
     def find_spec(self, name, path=None, target=None):
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "keras" else None
@@ -51,8 +58,8 @@ class _AfterKeras:
             def exec_module(module):
                 sys.meta_path.remove(self)
                 run(module)
-                # A module of ours that imports Keras is not complete yet, and registers its own classes.
-                if not any(one.startswith(f"{__name__}.") for one in sys.modules):
+                # If a module of ours imports Keras, it is not complete yet; it registers its own classes.
+                if _modules_of_ours() <= self.before:
                     _register()
 
             spec.loader.exec_module = exec_module
