@@ -238,19 +238,20 @@ def count_flops(function: Callable, *specs, loop_trips: int | None = None) -> Fl
 #     return profiler.profile(graph, options=options.build()).total_float_ops
 
 # %% tags=["active-ipynb"]
+# import pandas as pd
+#
 # called = tf.function(gradients)
 # cases = {
 #     "same padding": (gradients, 3 * 2 * 64 * 36 * 6),
 #     "no padding": (lambda x, kernel: gradients(x, kernel, "VALID"), 3 * 2 * 36 * 36 * 6),  # 6 x 6 windows
 #     "in a function": (lambda x, kernel: called(x, kernel), 3 * 2 * 64 * 36 * 6),
 # }
-
-# %% tags=["active-ipynb"]
-# print(f"{'':<14}{'by hand':>9}{'ours':>9}{'TensorFlow':>12}")
-# for name, (function, by_hand) in cases.items():
-#     ours, theirs = count_flops(function, image, filters).total, tensorflow_count(function, image, filters)
-#     print(f"{name:<14}{by_hand:>9,}{ours:>9,.0f}{theirs:>12,}")
-#     assert ours == by_hand
+# counters = {"ours": lambda *given: int(count_flops(*given).total), "TensorFlow": tensorflow_count}
+# rows = {name: {who: c(f, image, filters) for who, c in counters.items()} for name, (f, _) in cases.items()}
+# table = pd.DataFrame(rows).T
+# table.insert(0, "by hand", [by_hand for _, by_hand in cases.values()])
+# assert (table["ours"] == table["by hand"]).all()
+# table
 
 # %% [markdown]
 # ## 3. What does a training step take?
@@ -502,13 +503,10 @@ def bytes_of(model: keras.Model) -> dict[str, int]:
 
 
 # %% tags=["active-ipynb"]
-# print(f"{'r_bayes':>7}{'weights':>9}{'Bayesian':>10}{'trainable':>11}{'weight bytes':>14}{'optimiser bytes':>17}")
-# for r_bayes in (0, 0.01, 0.2, 1):
-#     model = bayesian(r_bayes) if r_bayes else network
-#     numbers, sizes = parameters(model), bytes_of(model)
-#     row = (numbers["num_weights"], numbers["num_bayesian"], numbers["num_trainable"], *sizes.values())
-#     print(f"{r_bayes:>7}" + "".join(f"{n:>{w},}" for n, w in zip(row, (9, 10, 11, 14, 17), strict=True)))
-#     assert numbers["num_trainable"] == numbers["num_weights"] + numbers["num_bayesian"]
+# sizes = {r_bayes: bayesian(r_bayes) if r_bayes else network for r_bayes in (0, 0.01, 0.2, 1)}
+# table = pd.DataFrame({r_bayes: parameters(model) | bytes_of(model) for r_bayes, model in sizes.items()}).T
+# assert (table["num_trainable"] == table["num_weights"] + table["num_bayesian"]).all()
+# table.rename_axis("r_bayes")
 
 # %% [markdown]
 # ## 6. How long does it take, and how much memory?
@@ -546,10 +544,9 @@ def bytes_of(model: keras.Model) -> dict[str, int]:
 #         times[name] += [used.seconds] if trial else []
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# print(f"{'':<15}{'operations':>11}{'time':>7}")
-# for name, taken in times.items():
-#     counted = 1 if name == "deterministic" else steps[name].total / batch / step
-#     print(f"{name:<15}{counted:>11.2f}{np.median(taken) / np.median(times['deterministic']):>7.2f}")
+# seconds = pd.DataFrame(times).median()
+# counted = [1, *(steps[name].total / batch / step for name in ("all", "split"))]
+# pd.DataFrame({"operations": counted, "time": seconds / seconds["deterministic"]}).round(2)
 
 # %% [markdown]
 # *Reading*: the two columns differ. In so small a network much of the time is not arithmetic: each operation has a
