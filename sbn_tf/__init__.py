@@ -12,6 +12,8 @@ import importlib
 import importlib.machinery
 import sys
 
+from sbn_tf.core.quiet import quiet_tensorflow
+
 __all__ = ["LocScaleOptimizer", "Masks", "__version__", "load", "to_partial_bayes", "top_k"]
 __version__ = "0.1.0"
 
@@ -40,15 +42,8 @@ def _register():
     importlib.import_module(f"{__name__}.core.loading")
 
 
-def _modules_of_ours():
-    return {name for name in sys.modules if name.startswith(f"{__name__}.")}
-
-
 class _AfterKeras:
     """An import hook: when Keras is imported after sbn_tf, it registers our classes with Keras."""
-
-    def __init__(self):
-        self.before = _modules_of_ours()
 
     def find_spec(self, name, path=None, target=None):
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "keras" else None
@@ -58,14 +53,16 @@ class _AfterKeras:
             def exec_module(module):
                 sys.meta_path.remove(self)
                 run(module)
-                # If a module of ours imports Keras, it is not complete yet; it registers its own classes.
-                if _modules_of_ours() <= self.before:
+                # A module of ours that imports Keras is not complete yet, and registers its own classes.
+                ours = {one for one in sys.modules if one.startswith(f"{__name__}.")}
+                if ours <= {f"{__name__}.core", f"{__name__}.core.quiet"}:
                     _register()
 
             spec.loader.exec_module = exec_module
         return spec
 
 
+quiet_tensorflow()
 if "keras" in sys.modules:
     _register()
 else:
