@@ -25,9 +25,7 @@
 # - *Runs in*: 20 seconds (CPU).
 
 # %% tags=["active-ipynb"]
-# import os
-#
-# os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
+# import sbn_tf  # first, so that TensorFlow starts without its notes
 
 # %%
 """Cost of a model: operations counted from traced graphs, parameters, bytes, time and memory."""
