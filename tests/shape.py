@@ -207,7 +207,7 @@ def underscores_across() -> list[str]:
         found += [f"{name}:{one.line} {one.name}" for one in own_imports(name) if one.name and is_private(one.name)]
         aliases = {one.alias for one in own_imports(name)}
         for line, owner, attribute in private_reads(name):
-            foreign = attribute in elsewhere and owner not in ("self", "cls", "super()")
+            foreign = name != INTERNALS and attribute in elsewhere and owner not in ("self", "cls", "super()")
             if owner in aliases or foreign:
                 found.append(f"{name}:{line} {owner}.{attribute}")
     return sorted(set(found))
