@@ -13,8 +13,9 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
-from sbn_tf.core.draws import first_rows, join_outputs, part_bounds
-from sbn_tf.layers import kl_normal, scatter_entries, softplus_inverse, standard_normal
+from sbn_tf.core.batch import first_rows, join_outputs, part_bounds
+from sbn_tf.core.posterior import scatter_entries, softplus_inverse, standard_normal
+from sbn_tf.core.prior import kl_normal
 from sbn_tf.partial_bayes import settle_batch_norm
 from sbn_tf.saliency import named_weights
 

@@ -95,8 +95,8 @@ def check(model, x, network=None):
         for a, b in zip(outputs_of(network, x), expected, strict=True):
             np.testing.assert_array_equal(a, b)
     for layer in layers.masked_layers(network):
-        for name in layer._bayesian_names():
-            scale = getattr(layer, f"{name}_posterior_untransformed_scale")
+        for name in layer.posteriors:
+            scale = layer.posteriors[name].untransformed_scale
             scale.assign(np.full(scale.shape, -2000.0))
     for a, b in zip(outputs_of(network, x), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -150,8 +150,8 @@ def test_a_prior_at_the_trained_weights_is_centred_there_in_wrapped_layers_too(m
     expected = size * float(tfd.kl_divergence(tfd.Normal(0.0, 0.5), tfd.Normal(0.0, 1.0)))
     assert float(partial.kl_divergence()) == pytest.approx(expected, rel=1e-5)
     for layer in layers.masked_layers(partial.network):
-        for name in layer._bayesian_names():
-            layer._loc(name).assign_add(keras.ops.ones_like(layer._loc(name)))
+        for name in layer.posteriors:
+            layer.loc(name).assign_add(keras.ops.ones_like(layer.loc(name)))
     partial.save(tmp_path / "moved.keras")
     moved = keras.saving.load_model(tmp_path / "moved.keras", safe_mode=False).kl_divergence()
     assert float(moved) == pytest.approx(expected + 0.5 * size, rel=1e-5)  # each loc is one away from its centre
@@ -162,9 +162,7 @@ def test_masks_reach_the_weights_that_they_name(mixed):
     masks = some(model)
     network = network_of(model, masks)
     found = {
-        f"{layer.name}/{name}": layer.mask(name)
-        for layer in layers.masked_layers(network)
-        for name in layer._bayesian_names()
+        f"{layer.name}/{name}": layer.mask(name) for layer in layers.masked_layers(network) for name in layer.posteriors
     }
     chosen = {key: mask for key, mask in dict(masks).items() if mask.any()}
     assert set(found) == set(chosen) and {"attention/query/kernel", "both/forward_gru/gru_cell/kernel"} <= set(found)
@@ -299,8 +297,8 @@ def test_regularizers_constraints_and_precision_are_kept():
     check(model, data, network)
     assert {v.dtype for v in network.trainable_variables} == {"float64"}
     for layer in layers.masked_layers(network):
-        for name in layer._bayesian_names():  # a small scale, not 0: a KL of infinity times its weight of 0 is NaN
-            scale = getattr(layer, f"{name}_posterior_untransformed_scale")
+        for name in layer.posteriors:  # a small scale, not 0: a KL of infinity times its weight of 0 is NaN
+            scale = layer.posteriors[name].untransformed_scale
             scale.assign(np.full(scale.shape, -40.0))
     model(data)
     network(data)
@@ -310,7 +308,7 @@ def test_regularizers_constraints_and_precision_are_kept():
     bnn.fit(data, np.zeros((5, 1)), verbose=0)
     for key in ("lstm/lstm_cell/kernel", "head/kernel"):
         layer = bnn.network.get_layer(key.split("/")[0])
-        assert float(np.min(layer._loc(key.split("/", 1)[1]))) == 0.0  # the step went far below
+        assert float(np.min(layer.loc(key.split("/", 1)[1]))) == 0.0  # the step went far below
 
 
 @pytest.mark.tensorflow  # on JAX Keras leaves such a model without the shapes of its inputs

@@ -17,10 +17,10 @@ def built(kind, shape, mask=None, initial_scale=0.5, **arguments):
     ours = {"kl_weight": 0.1, "initial_scale": initial_scale, "seed": 3}
     layer = getattr(layers, kind)(**arguments, **ours)
     layer.build((None, *shape))
-    layer.kl_weight = 0.1
+    layer.posterior_options.kl_weight = 0.1
     random = np.random.default_rng(0)
     names = [n for n in layer.posterior_weights if getattr(layer, n) is not None]
-    layer.set_mask(mask or {n: random.random(layer._loc(n).shape) < 0.6 for n in names})
+    layer.set_mask(mask or {n: random.random(layer.loc(n).shape) < 0.6 for n in names})
     return layer
 
 
@@ -40,7 +40,7 @@ def repeated(layer, x, how, num_samples=3, repeats=600):
 
 def moments(layer, x):
     """Mean and variance of the outputs of a layer without activation, by its stock layer on squares."""
-    stock = type(layer)._stock()
+    stock = type(layer).stock_class
     config = {k: v for k, v in layer.get_config().items() if k in stock(**KINDS[type(layer).__name__][1]).get_config()}
     mean, variance = stock.from_config(config), stock.from_config(config)
     for one in (mean, variance):
@@ -98,7 +98,7 @@ def test_parts_are_contiguous(batch, samples, sizes):
 def test_an_open_batch_size_gives_the_same(kind, batch):
     layer = built(kind, (5, 5, 2), filters=3, kernel_size=3)
     x = np.random.normal(size=(batch, 5, 5, 2)).astype("float32")
-    state, found = layer._noise_seed.state.numpy(), []
+    state, found = layer.posteriors.noise_seed.state.numpy(), []
 
     def step(x):
         with tf.GradientTape() as tape, layers.batch_draws("split", num_samples=5):
@@ -106,7 +106,7 @@ def test_an_open_batch_size_gives_the_same(kind, batch):
         return [loss, *tape.gradient(loss, layer.trainable_weights)]
 
     for signature in ([tf.TensorSpec((None, 5, 5, 2))], [tf.TensorSpec(x.shape)]):
-        layer._noise_seed.state.assign(state)
+        layer.posteriors.noise_seed.state.assign(state)
         found.append(tf.function(step, input_signature=signature)(x))
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -136,14 +136,14 @@ def few(kind):
 @pytest.mark.parametrize("kind", FEW)
 def test_noise_apart_from_the_loc_gives_what_whole_draws_give(monkeypatch, kind):
     layer, x = few(kind)
-    assert layer._touched.value["kernel"] == tuple(
-        int(layer.kernel_mask.any(axis=tuple(i for i in range(layer.kernel_mask.ndim) if i != axis)).sum())
-        for axis in (layer.kernel_mask.ndim - 2, layer.kernel_mask.ndim - 1)
+    assert layer.posteriors["kernel"].touched() == tuple(
+        int(layer.mask("kernel").any(axis=tuple(i for i in range(layer.mask("kernel").ndim) if i != axis)).sum())
+        for axis in (layer.mask("kernel").ndim - 2, layer.mask("kernel").ndim - 1)
     )
-    state, found = layer._noise_seed.state.numpy(), []
+    state, found = layer.posteriors.noise_seed.state.numpy(), []
     for apart in (True, False):
         monkeypatch.setattr(draws, "_decomposes", lambda *_, apart=apart: apart)
-        layer._noise_seed.state.assign(state)
+        layer.posteriors.noise_seed.state.assign(state)
         with tf.GradientTape() as tape, layers.batch_draws("split", num_samples=3):
             y = layer(x)
             loss = ops.sum(ops.tanh(y))
@@ -162,8 +162,13 @@ def test_which_way_is_settled_by_touched_channels(monkeypatch, units, touched, a
     mask = np.zeros((64, units), bool)
     mask[: touched[0], : touched[1]] = True
     layer, kernels = built("Dense", (64,), {"kernel": mask}, units=units), []
-    whole = layer._drawn
-    monkeypatch.setattr(layer, "_drawn", lambda *arguments: kernels.append(1) or whole(*arguments))
+    whole = layer.posteriors.draw
+
+    def counted(name, offsets):
+        kernels.extend([1] if name == "kernel" else [])
+        return whole(name, offsets)
+
+    monkeypatch.setattr(layer.posteriors, "draw", counted)
     with layers.batch_draws("split", num_samples=3):
         layer(np.ones((6, 64), "float32"))
     assert len(kernels) == (0 if apart else 3)
@@ -230,10 +235,9 @@ def test_masks_set_by_hand_count(way):
         target, source = (layer, given) if way == "layer" else (one, two)
         target.set_weights(source.get_weights())
     elif way == "assign":
-        layer.kernel_posterior_index.assign(given.kernel_posterior_index)
+        layer.posteriors["kernel"].index.assign(given.posteriors["kernel"].index)
     else:
-        layer.kernel_posterior_index.value.assign(given.kernel_posterior_index.value)
-        layer.refresh_touched()
+        layer.posteriors["kernel"].index.value.assign(given.posteriors["kernel"].index.value)
     for how in HOW:
         noise = repeated(layer, x, how, num_samples=2, repeats=3) - (x @ layer.kernel.numpy() + layer.bias.numpy())
         np.testing.assert_array_equal(np.flatnonzero(np.abs(noise).max(axis=(0, 1)) > 1e-4), [7, 8])

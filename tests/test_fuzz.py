@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from keras import layers as kl
 from keras import ops
 
+from sbn_tf.core.batch import part_bounds
 from sbn_tf.core.conversion import to_deterministic
-from sbn_tf.core.draws import part_bounds
 from sbn_tf.core.graph import Graph
 from sbn_tf.layers import batch_draws, masked_layers, posterior_mean, posterior_sample
 from sbn_tf.partial_bayes import to_partial_bayes
@@ -266,7 +266,7 @@ def close(found, expected, dtype, what):
 
 
 def noise_seeds(network):
-    return [layer._noise_seed.state for layer in masked_layers(network)]
+    return [layer.posteriors.noise_seed.state for layer in masked_layers(network)]
 
 
 def stacked(per_sample):
@@ -275,9 +275,7 @@ def stacked(per_sample):
 
 def all_masks(network):
     """Mask by the end of its key: the layer's and the weight's names."""
-    return {
-        f"{layer.name}/{name}": layer.mask(name) for layer in masked_layers(network) for name in layer._bayesian_names()
-    }
+    return {f"{layer.name}/{name}": layer.mask(name) for layer in masked_layers(network) for name in layer.posteriors}
 
 
 def check_laws(model, masks, dtype, estimator):
@@ -302,17 +300,15 @@ def check_laws(model, masks, dtype, estimator):
         close(network(x, training=False), expected, dtype, "the posterior mean is the original")
     close(to_deterministic(bnn)(x, training=False), expected, dtype, "the way back is the original")
     for layer in masked_layers(network):
-        for name in layer._bayesian_names():
-            getattr(layer, f"{name}_posterior_untransformed_scale").assign(
-                ops.full((layer.num_bayesian[name],), -800.0)
-            )
+        for name in layer.posteriors:
+            layer.posteriors[name].untransformed_scale.assign(ops.full((layer.num_bayesian[name],), -800.0))
     close(network(x, training=False), expected, dtype, "a scale of 0 is the original")
     for how in ("split", "flipout", "local"):
         with batch_draws(how, SAMPLES, shared=Graph(network).reused_layers()):
             close(network(x, training=False), expected, dtype, f"a scale of 0 is the original under {how}")
     for layer in masked_layers(network):
-        for name in layer._bayesian_names():
-            getattr(layer, f"{name}_posterior_untransformed_scale").assign(ops.full((layer.num_bayesian[name],), -1.0))
+        for name in layer.posteriors:
+            layer.posteriors[name].untransformed_scale.assign(ops.full((layer.num_bayesian[name],), -1.0))
 
     # the shared trunk: what S passes give
     seeds = [ops.convert_to_numpy(s) for s in noise_seeds(network)]

@@ -91,7 +91,7 @@ def numbers(bnn):
     """What does not depend on the noise."""
     with posterior_mean():
         mean = bnn.network(data()[0], training=False)
-    masks = [layer.mask(name).tolist() for layer in masked_layers(bnn.network) for name in layer._bayesian_names()]
+    masks = [layer.mask(name).tolist() for layer in masked_layers(bnn.network) for name in layer.posteriors]
     found = {"mean": mean, "scales": bnn.scales(), "kl": bnn.kl_divergence()}
     return {"masks": masks, **{k: np.asarray(keras.ops.convert_to_numpy(v)).tolist() for k, v in found.items()}}
 
@@ -135,7 +135,7 @@ found["entropies"] = bool(np.allclose(
     trained["total_entropy"], trained["expected_entropy"] + trained["mutual_information"], atol=1e-6
 ))
 for layer in (bnn.network.get_layer("conv"), bnn.network.get_layer("head")):
-    for name in layer._bayesian_names():  # the compiled prediction sees weights assigned after it was traced
+    for name in layer.posteriors:  # the compiled prediction sees weights assigned after it was traced
         getattr(layer, name + "_posterior_untransformed_scale").assign(-200.0 * np.ones(layer.num_bayesian[name]))
 found["sees_new_weights"] = float(np.ptp(bnn.predict_samples(x), axis=0).max())
 

@@ -14,6 +14,8 @@ import tensorflow_probability as tfp
 from keras import ops
 
 from sbn_tf import layers
+from sbn_tf.core import posteriors
+from sbn_tf.core.prior import make_prior
 
 tfd = tfp.distributions
 
@@ -204,10 +206,10 @@ def test_options_against_the_stock_layer(option):
 def test_one_split_call_is_separate_calls_on_the_parts(option):
     """Outputs and the gradients of every loc and scale, with the same seeds."""
     _, layer, x = of_option(option, initial_scale=0.5)
-    state, found = layer._noise_seed.state.numpy(), []
+    state, found = layer.posteriors.noise_seed.state.numpy(), []
     weights = np.random.normal(size=layer.compute_output_shape(x.shape))
     for at_once in (True, False):
-        layer._noise_seed.state.assign(state)
+        layer.posteriors.noise_seed.state.assign(state)
         with tf.GradientTape() as tape:
             if at_once:
                 with layers.batch_draws("split", num_samples=3):
@@ -240,7 +242,7 @@ def test_regularizers_act_on_the_loc_and_constraints_after_the_step():
     model.compile(keras.optimizers.SGD(1.0), "mse")
     model.fit(x, np.full((6, 3), -9.0), verbose=0)
     assert np.min(layer.kernel) == 0  # the loc is projected
-    assert np.min(layer._draw("kernel")) < 0  # its draws may leave the set
+    assert np.min(layer.posteriors.draw("kernel")) < 0  # its draws may leave the set
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,8 +263,8 @@ def test_counts_are_exact(kind):
     layer = build(kind, num_bayesian=counts, kl_weight=0.1)
     for name, count in counts.items():
         assert layer.mask(name).sum() == count
-        assert layer.posterior[name].batch_shape == (count,)
-        assert getattr(layer, f"{name}_posterior_untransformed_scale").shape == (count,)
+        assert layer.posteriors[name].distribution.batch_shape == (count,)
+        assert layer.posteriors[name].untransformed_scale.shape == (count,)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,15 +275,15 @@ def test_draws_differ_only_at_the_given_mask(kind):
         mask.flat[0], mask.flat[-1] = True, False
     layer = build(kind, mask=masks, initial_scale=0.5, kl_weight=0.1)
     for name, mask in masks.items():
-        np.testing.assert_array_equal(getattr(layer, f"{name}_mask"), mask)
-        np.testing.assert_allclose(getattr(layer, f"{name}_posterior_scale"), 0.5 * mask, rtol=1e-5)
+        np.testing.assert_array_equal(layer.mask(name), mask)
+        np.testing.assert_allclose(layer.scale(name), 0.5 * mask, rtol=1e-5)
         loc = ops.convert_to_numpy(getattr(layer, name))
-        np.testing.assert_array_equal(ops.convert_to_numpy(layer._draw(name)) != loc, mask)
+        np.testing.assert_array_equal(ops.convert_to_numpy(layer.posteriors.draw(name)) != loc, mask)
 
 
 def test_mask_holds_where_the_scale_underflows():
     layer = dense(num_bayesian=5)
-    layer.kernel_posterior_untransformed_scale.assign(np.full(5, -200.0))
+    layer.posteriors["kernel"].untransformed_scale.assign(np.full(5, -200.0))
     assert layer.mask("kernel").sum() == 5
 
 
@@ -290,15 +292,15 @@ def test_all_entries_need_no_index(name):
     layer = dense(num_bayesian={name: 12 if name == "kernel" else 3}, initial_scale=0.5)
     assert [w.name for w in layer.non_trainable_weights if "index" in w.name] == []
     assert layer.mask(name).all()
-    assert np.all(ops.convert_to_numpy(layer._draw(name)) != ops.convert_to_numpy(getattr(layer, name)))
+    assert np.all(ops.convert_to_numpy(layer.posteriors.draw(name)) != ops.convert_to_numpy(getattr(layer, name)))
 
 
 def test_the_seed_fixes_mask_and_draws():
     x = np.ones((1, 4), "float32")
     first, second, other = (dense(num_bayesian=6, initial_scale=1.0, seed=s) for s in (7, 7, 8))
     second.kernel.assign(first.kernel)
-    np.testing.assert_array_equal(first.kernel_mask, second.kernel_mask)
-    assert np.any(first.kernel_mask != other.kernel_mask)
+    np.testing.assert_array_equal(first.mask("kernel"), second.mask("kernel"))
+    assert np.any(first.mask("kernel") != other.mask("kernel"))
     for _ in range(2):
         np.testing.assert_array_equal(first(x), second(x))
 
@@ -308,7 +310,7 @@ def test_the_seed_fixes_mask_and_draws():
 
 def test_kl_equals_tfp_and_a_hand_sum():
     layer = dense(num_bayesian={"kernel": 5, "bias": 2}, initial_scale=0.3)
-    loc = np.concatenate([layer.kernel.numpy()[layer.kernel_mask], layer.bias.numpy()[layer.bias_mask]])
+    loc = np.concatenate([layer.kernel.numpy()[layer.mask("kernel")], layer.bias.numpy()[layer.mask("bias")]])
     by_hand = np.sum(0.5 * (loc**2 + 0.3**2 - 1) - np.log(0.3))
     by_tfp = tfd.kl_divergence(tfd.Normal(loc, np.float32(0.3)), tfd.Normal(0.0, 1.0)).numpy().sum()
     np.testing.assert_allclose(layer.kl_divergence(), by_hand, rtol=1e-5)
@@ -335,24 +337,26 @@ def test_normal_prior_of_other_width(as_config):
     prior = tfd.Normal(0.0, 0.5)
     given = {"class_name": "Normal", "config": {"loc": 0.0, "scale": 0.5}} if as_config else prior
     layer = dense(num_bayesian=5, prior=given)
-    expected = tfd.kl_divergence(layer.kernel_posterior, prior).numpy().sum()
+    expected = tfd.kl_divergence(layer.posteriors["kernel"].distribution, prior).numpy().sum()
     np.testing.assert_allclose(layer.kl_divergence(), expected, rtol=1e-6)
     again = layers.Dense.from_config(layer.get_config())
-    assert again.prior == layer.prior
-    assert float(again.prior_distribution.scale) == 0.5
+    assert again.posterior_options.prior == layer.posterior_options.prior
+    assert float(make_prior(again.posterior_options.prior).scale) == 0.5
 
 
 def moved(layer, by=0.25):
     """Where each Bayesian entry of the layer was, before all its weights are moved."""
-    starts = {name: layer.posterior[name].loc.numpy() for name in layer.posterior}
+    starts = {name: one.distribution.loc.numpy() for name, one in layer.posteriors.items()}
     for name in starts:
-        layer._loc(name).assign(layer._loc(name) + by)
+        layer.loc(name).assign(layer.loc(name) + by)
     return starts
 
 
 def kl_from(layer, starts, scale):
     """By TFP, the KL of a layer's posterior from priors around these values."""
-    terms = [tfd.kl_divergence(q, tfd.Normal(starts[name], scale)) for name, q in layer.posterior.items()]
+    terms = [
+        tfd.kl_divergence(one.distribution, tfd.Normal(starts[name], scale)) for name, one in layer.posteriors.items()
+    ]
     return sum(float(np.sum(term)) for term in terms)
 
 
@@ -363,12 +367,12 @@ def test_a_prior_around_the_weights_themselves(counts):
     expected = kl_from(layer, starts, 0.5)
     np.testing.assert_allclose(layer.kl_divergence(), expected, rtol=1e-6)
     np.testing.assert_allclose(sum(layer.losses), 0.1 * expected, rtol=1e-6)
-    layer.centre_prior()
+    layer.posteriors.centre()
     np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
     moved(layer)
     layer.set_mask(layer.mask("kernel"))  # chosen anew, it starts where the weights are now
     np.testing.assert_allclose(layer.kl_divergence(), kl_from(layer, moved(layer, 0.0), 0.5), rtol=1e-6)
-    assert [one.name for one in layer.weights if "prior_loc" in one.name] == ["kernel_posterior_prior_loc"]
+    assert [one.path for one in layer.weights if one.name == "prior_loc"] == ["kernel_posterior/prior_loc"]
 
 
 def test_a_prior_around_the_weights_starts_at_a_stock_checkpoint_and_is_saved(tmp_path):
@@ -381,7 +385,7 @@ def test_a_prior_around_the_weights_starts_at_a_stock_checkpoint_and_is_saved(tm
     np.testing.assert_array_equal(starts["kernel"], stock.layers[0].kernel.numpy()[layer.mask("kernel")])
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras").layers[0]
-    assert again.prior_at_loc
+    assert again.posterior_options.prior_at_loc
     np.testing.assert_allclose(again.kl_divergence(), kl_from(layer, starts, 1.0), rtol=1e-6)
 
 
@@ -446,7 +450,7 @@ def test_moments_of_an_output_against_the_closed_form():
     sample = tf.function(lambda: tf.map_fn(lambda _: layer(x)[0], tf.range(draws), fn_output_signature=tf.float32))
     values = sample().numpy()
     mean = (x @ layer.kernel.numpy() + layer.bias.numpy())[0]
-    variance = (x**2 @ layer.kernel_posterior_scale**2 + layer.bias_posterior_scale**2)[0]
+    variance = (x**2 @ layer.scale("kernel") ** 2 + layer.scale("bias") ** 2)[0]
     # Five standard errors: sd / sqrt(draws) of the mean, variance * sqrt(2 / draws) of a Gaussian's variance.
     np.testing.assert_array_less(np.abs(values.mean(0) - mean), 5 * np.sqrt(variance / draws) + 1e-6)
     np.testing.assert_array_less(np.abs(values.var(0) - variance), 5 * variance * np.sqrt(2 / draws) + 1e-6)
@@ -455,7 +459,7 @@ def test_moments_of_an_output_against_the_closed_form():
 @pytest.mark.parametrize("num_bayesian", [{"kernel": 5, "bias": 2}, {"kernel": 12, "bias": 3}])
 def test_gradients_equal_finite_differences(monkeypatch, num_bayesian):
     monkeypatch.setattr(
-        layers, "standard_normal", lambda size, generator, dtype: ops.cast(np.linspace(-1.5, 2.0, size), dtype)
+        posteriors, "standard_normal", lambda size, generator, dtype: ops.cast(np.linspace(-1.5, 2.0, size), dtype)
     )
     layer = dense(num_bayesian=num_bayesian, initial_scale=0.5, dtype="float64")
     assert {w.dtype for w in layer.trainable_weights} == {"float64"}
@@ -507,7 +511,7 @@ def test_fit(jit_compile):
     x = np.random.normal(size=(32, 4)).astype("float32")
     history = model.fit(x, x[:, :1], epochs=3, verbose=0).history["loss"]
     assert np.all(np.isfinite(history)) and history[-1] < history[0]
-    assert np.max(np.abs(model.layers[0].kernel_posterior_scale[model.layers[0].kernel_mask] - 0.01)) > 1e-5
+    assert np.max(np.abs(model.layers[0].scale("kernel")[model.layers[0].mask("kernel")] - 0.01)) > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["Dense", "Conv2D", "Conv2DTranspose", "SeparableConv2D", "Embedding"])
@@ -517,7 +521,7 @@ def test_mixed_precision_keeps_the_posterior_in_float32(policy, kind):
     y = layer(inputs(kind))
     assert y.dtype == layer.compute_dtype and np.all(np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))))
     assert {w.dtype for w in layer.trainable_weights} == {"float32"}
-    assert {q.dtype for q in layer.posterior.values()} == {tf.float32}
+    assert {one.distribution.dtype for _, one in layer.posteriors.items()} == {tf.float32}
     assert layer.losses[0].dtype == tf.float32
 
 
@@ -599,7 +603,7 @@ def test_a_stock_checkpoint_loads_as_locs(tmp_path):
 
 def test_wrong_counts_are_named_when_loading(tmp_path):
     two_layers(layers, num_bayesian=4, kl_weight=0.1).save_weights(tmp_path / "four.weights.h5")
-    with pytest.raises(ValueError, match=r"conv.*of shape \(5,\).*num_bayesian and prior_at_loc that it had"):
+    with pytest.raises(ValueError, match=r"conv.*'kernel': 5}.*'kernel': 4}.*num_bayesian and prior_at_loc that it"):
         two_layers(layers, num_bayesian=5, kl_weight=0.1).load_weights(tmp_path / "four.weights.h5")
     with pytest.raises(ValueError, match=r"conv.*num_bayesian and prior_at_loc that it had"):
         two_layers(layers, num_bayesian={"bias": 1}, kl_weight=0.1).load_weights(tmp_path / "four.weights.h5")
@@ -620,13 +624,13 @@ def test_set_mask_then_compile_and_fit():
     mask = np.zeros((4, 3), bool)
     mask[1] = True
     layer.set_mask({"kernel": mask, "bias": np.array([True, False, False])})
-    np.testing.assert_array_equal(layer.kernel_mask, mask)
+    np.testing.assert_array_equal(layer.mask("kernel"), mask)
     np.testing.assert_array_equal(layer.kernel, loc)
     assert layer.num_bayesian == {"kernel": 3, "bias": 1}
     assert len(layer.trainable_weights) == 4 and len(layer.losses) == 2
     model.compile("adam", "mse")
     assert np.isfinite(model.fit(x, x[:, :3], verbose=0).history["loss"]).all()
-    np.testing.assert_array_equal(layer.kernel_mask, mask)
+    np.testing.assert_array_equal(layer.mask("kernel"), mask)
     layer.set_mask(np.zeros((4, 3), bool))  # and back to the stock layer
     assert len(layer.trainable_weights) == 2 and layer.losses == []
     np.testing.assert_array_equal(layer(x), layer(x))
@@ -639,12 +643,12 @@ def test_set_mask_of_a_stock_like_layer(tmp_path):
     layer.build((None, 4))
     with pytest.raises(ValueError, match="with a kl_weight of 0"):
         layer.set_mask(np.ones((4, 3), bool))
-    layer.kl_weight = 0.1
+    layer.posterior_options.kl_weight = 0.1
     layer.set_mask(np.eye(4, 3, dtype=bool))
     model = keras.Sequential([keras.Input((4,)), layer])
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(again.layers[0].kernel_mask, np.eye(4, 3, dtype=bool))
+    np.testing.assert_array_equal(again.layers[0].mask("kernel"), np.eye(4, 3, dtype=bool))
 
 
 # ---- errors ----

@@ -14,7 +14,9 @@ from scipy import special, stats
 
 from sbn_tf import layers
 from sbn_tf.core.conversion import to_deterministic
-from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, entropy, loss_terms, to_partial_bayes
+from sbn_tf.core.losses import loss_terms
+from sbn_tf.core.outputs import entropy
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, saliency, top_k
 
 
@@ -153,14 +155,14 @@ def test_outputs_that_average_over_as_many_terms_need_none(loss):
     x = keras.Input((3,))
     bnn = bayesian(keras.Model(x, [kl.Dense(2, name="a")(x), kl.Dense(2, name="b")(x)]))
     bnn.compile("sgd", loss)
-    assert float(bnn.kl_weight) == pytest.approx(1 / 32)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 32)
 
 
 @pytest.mark.parametrize("loss", [["binary_crossentropy"], {"head": "binary_crossentropy"}])
 def test_a_loss_in_a_list_or_dict_is_the_loss(loss):
     bnn = bayesian(network())
     bnn.compile("sgd", loss)
-    assert float(bnn.kl_weight) == pytest.approx(1 / 16)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 16)
 
 
 def test_sequential_and_nested_sequential():
@@ -274,7 +276,7 @@ def test_one_step_against_numpy(monkeypatch, estimator, num_samples):
     logs = bnn.train_on_batch(x, y, return_dict=True)
     np.testing.assert_allclose(logs["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(np.array(dense.kernel)[:, 0], w - 0.1 * grad_w, rtol=1e-5)
-    np.testing.assert_allclose(dense.kernel_posterior_untransformed_scale, rho - 0.1 * grad_rho, rtol=1e-5)
+    np.testing.assert_allclose(dense.posteriors["kernel"].untransformed_scale, rho - 0.1 * grad_rho, rtol=1e-5)
     np.testing.assert_allclose(dense.bias, [0.3 - 0.1 * grad_b], rtol=1e-5)
 
 
@@ -327,9 +329,9 @@ def test_kl_weight_counts_the_terms_of_the_loss():
     model = conv("sigmoid", 1)
     bnn = bayesian(model, num_train=10, beta=0.5)
     bnn.compile("sgd", keras.losses.BinaryCrossentropy())
-    assert float(bnn.kl_weight) == pytest.approx(0.5 / (10 * 16))
+    assert float(bnn.kl.weight) == pytest.approx(0.5 / (10 * 16))
     bnn.beta = 1.0
-    assert float(bnn.kl_weight) == pytest.approx(1 / 160)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 160)
     per_image = bayesian(network("softmax", outputs=7), num_train=10)
     per_image.compile("sgd", "sparse_categorical_crossentropy")
     assert float(per_image.kl_weight) == pytest.approx(1 / 10)
@@ -562,7 +564,7 @@ def test_beta_schedule():
     bnn = bayesian(network(), beta=1.0)
     bnn.compile("sgd", "binary_crossentropy")
     look = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: seen.append((bnn.beta, float(bnn.kl_weight)))
+        on_epoch_end=lambda epoch, logs: seen.append((bnn.beta, float(bnn.kl.weight)))
     )
     bnn.fit(x, y, epochs=3, callbacks=[BetaSchedule(0.2, 0.01, 3), look], verbose=0)
     np.testing.assert_allclose([b for b, _ in seen], [0.2, 0.105, 0.01])
@@ -672,8 +674,8 @@ def test_mean_logit_against_scipy():
     logits = np.random.default_rng(0).normal(size=(3, 16, 1)).astype("float32")
     expected = special.logit(special.expit(logits.astype("float64")).mean(axis=0))
     bnn.num_samples = 3
-    state = [bnn._to_average(sample) for sample in logits]
-    mean = bnn._averaged(functools.reduce(bnn._plus, state), logits[0])
+    state = [bnn.outputs_of_samples.to_average(sample) for sample in logits]
+    mean = bnn.outputs_of_samples.averaged(functools.reduce(bnn.outputs_of_samples.plus, state), logits[0], len(logits))
     np.testing.assert_allclose(mean, expected, atol=1e-5)
 
 
@@ -815,7 +817,7 @@ x = np.load(sys.argv[1] + "/x.npy")
 with posterior_mean():
     mean = np.array(bnn.network(x))
 state = np.concatenate([np.ravel(v) for v in bnn.optimizer.variables])
-np.savez(sys.argv[1] + "/read.npz", mean=mean, beta=bnn.beta, kl_weight=np.array(bnn.kl_weight),
+np.savez(sys.argv[1] + "/read.npz", mean=mean, beta=bnn.beta, kl_weight=np.array(bnn.kl.weight),
          state=state, scales=bnn.scales(), samples=bnn.predict(x, verbose=0))
 """
 
@@ -874,13 +876,13 @@ def test_beta_is_no_state_of_a_weights_file(tmp_path):
         bnn.compile("sgd", "binary_crossentropy")
     first.save_weights(tmp_path / "a.weights.h5")
     second.load_weights(tmp_path / "a.weights.h5")
-    assert second.beta == 1.0 and float(second.kl_weight) == pytest.approx(1 / 16)
+    assert second.beta == 1.0 and float(second.kl.weight) == pytest.approx(1 / 16)
     stop = keras.callbacks.EarlyStopping("kl", patience=0, mode="max", restore_best_weights=True)
     second.fit(x, y, epochs=3, verbose=0, callbacks=[BetaSchedule(0.5, 0.1, 3), stop])
-    assert float(second.kl_weight) == pytest.approx(second.beta / 16)
+    assert float(second.kl.weight) == pytest.approx(second.beta / 16)
     second.save(tmp_path / "b.keras")
     again = keras.models.load_model(tmp_path / "b.keras", compile=False)
-    assert float(again.kl_weight) == float(second.kl_weight)
+    assert float(again.kl_weight) == float(second.kl.weight)
 
 
 def test_a_stock_checkpoint_loads_into_the_whole_model(tmp_path):

@@ -75,8 +75,8 @@ def build(kind, x=None, **ours):
 
 
 def without_noise(wrapper, untransformed=-200.0):
-    for name in wrapper._bayesian_names():
-        variable = getattr(wrapper, f"{name}_posterior_untransformed_scale")
+    for name in wrapper.posteriors:
+        variable = wrapper.posteriors[name].untransformed_scale
         variable.assign(np.full(variable.shape, untransformed))
 
 
@@ -104,7 +104,7 @@ def test_a_draw_is_the_layer_with_the_drawn_weights(kind):
     stock, wrapper = build(kind)
     weights = named_weights(stock)
     with layers.posterior_sample():
-        draws = {name: np.asarray(wrapper._kept_draw(name)) for name in wrapper._bayesian_names()}
+        draws = {name: np.asarray(wrapper.posteriors.draws()[name]) for name in wrapper.posteriors}
         found = called(kind, wrapper, x)
     for name, draw in draws.items():
         mask = np.asarray(weights[name].variable) != draw
@@ -208,7 +208,7 @@ def test_gradients_equal_finite_differences(monkeypatch, kind):
         x = inputs(dtype="float64")
         _, wrapper = build(kind, x=x)
         name = KINDS[kind][1][0]
-        loc, rho = wrapper._loc(name), getattr(wrapper, f"{name}_posterior_untransformed_scale")
+        loc, rho = wrapper.loc(name), wrapper.posteriors[name].untransformed_scale
 
         def loss():
             outputs = wrapper(x, x) if kind == "MultiHeadAttention" else wrapper(x)
@@ -238,7 +238,7 @@ def test_the_layers_precision_is_kept(policy):
     wrapper = MaskedWrapper(inner, num_bayesian={"query/kernel": 2}, kl_weight=0.1)
     outputs = wrapper(inputs(), inputs())
     assert keras.backend.standardize_dtype(outputs.dtype) == policy.removeprefix("mixed_")
-    draw = wrapper._kept_draw("query/kernel")
+    draw = wrapper.posteriors.draws()["query/kernel"]
     assert keras.backend.standardize_dtype(draw.dtype) == "float32"
     assert {v.dtype for v in wrapper.trainable_variables} == {"float32"}
 
@@ -272,13 +272,13 @@ def test_fit_moves_locs_and_scales_of_a_plain_model():
 def test_parts_of_a_batch_see_what_separate_calls_see(how, kind, batch):
     x = inputs(batch)
     _, wrapper = build(kind)
-    first = np.array(wrapper._noise_seed.state)
+    first = np.array(wrapper.posteriors.noise_seed.state)
     with layers.batch_draws(how, num_samples=3):
         whole, again = called(kind, wrapper, x), called(kind, wrapper, x)
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)  # one context, one draw of the network
     losses = [float(loss) for loss in wrapper.losses]
-    wrapper._noise_seed.state.assign(first)
+    wrapper.posteriors.noise_seed.state.assign(first)
     parts, added = [], 0.0
     for s in range(3):
         rows = slice(s * batch // 3, (s + 1) * batch // 3)
@@ -369,7 +369,7 @@ def test_round_trip(tmp_path, kind):
     loaded = keras.models.load_model(tmp_path / "m.keras")  # here Keras numbers the sublayers of Own anew
     again = next(x for x in layers.masked_layers(loaded))
     assert again.num_bayesian == wrapper.num_bayesian and again.get_config()["seed"] == 0
-    for name in wrapper._bayesian_names():
+    for name in wrapper.posteriors:
         np.testing.assert_array_equal(again.mask(name), wrapper.mask(name))
         np.testing.assert_array_equal(again.scale(name), wrapper.scale(name))
     with layers.posterior_mean():
@@ -391,14 +391,14 @@ def test_it_builds_the_layer_at_its_first_call():
     assert wrapper.mask("lstm_cell/kernel").sum() == 5 and wrapper.name.startswith("lstm")
     names = ["kernel", "bias", "gamma", "beta", "mean", "variance", "last_kernel", "last_bias"]
     own = MaskedWrapper(Own(), num_bayesian={"last_kernel": 3}, kl_weight=0.1, weight_names=names)
-    assert own(inputs()).shape == (4, 5, 2) and own._loc("last_kernel") is own.layer.last.kernel
+    assert own(inputs()).shape == (4, 5, 2) and own.loc("last_kernel") is own.layer.last.kernel
     with pytest.raises(ValueError, match=r"Expected 7 weights.*Received: 8"):
         MaskedWrapper(Own(), num_bayesian={"bias": 3}, kl_weight=0.1, weight_names=names[1:])(inputs())
 
 
 def test_set_mask_chooses_anew():
     _, wrapper = build("GRU")
-    mask = np.zeros(wrapper._loc("gru_cell/recurrent_kernel").shape, bool)
+    mask = np.zeros(wrapper.loc("gru_cell/recurrent_kernel").shape, bool)
     mask[0, :3] = True
     wrapper.set_mask({"gru_cell/recurrent_kernel": mask})
     assert wrapper.num_bayesian == {"gru_cell/recurrent_kernel": 3}
@@ -410,7 +410,7 @@ def test_set_mask_chooses_anew():
 def test_kl_is_that_of_its_entries():
     _, wrapper = build("LSTM", kl_weight=0.25)
     name = "lstm_cell/recurrent_kernel"
-    loc = np.asarray(wrapper._loc(name))[wrapper.mask(name)].astype("float64")
+    loc = np.asarray(wrapper.loc(name))[wrapper.mask(name)].astype("float64")
     by_hand = np.sum(0.5 * (loc**2 + 0.5**2 - 1) - np.log(0.5))
     np.testing.assert_allclose(float(wrapper.kl_divergence()), by_hand, rtol=1e-5)
     np.testing.assert_allclose(float(sum(wrapper.losses)), 0.25 * by_hand, rtol=1e-5)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +20,8 @@ from keras.src.saving.serialization_lib import SafeModeScope
 from numpy.typing import ArrayLike
 
 from sbn_tf.core.graph import functional_of
+from sbn_tf.core.posterior import OPTION_NAMES
+from sbn_tf.core.posteriors import Posteriors
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
 from sbn_tf.saliency import Masks, named_weights
@@ -79,7 +80,7 @@ def convert(
 
     network = _Copier(masked).network(model)
     for layer in masked_layers(network):
-        layer.centre_prior()  # at the values that were copied
+        layer.posteriors.centre()  # at the values that were copied
     if left:
         keys = [key for key, _ in left.values()]
         raise ValueError(
@@ -125,7 +126,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
         name = layer.name
         while isinstance(layer, MaskedWrapper):
             layer = layer.layer
-        cls = type(layer)._stock() if isinstance(layer, MaskedGaussian) else type(layer)
+        cls = type(layer).stock_class if isinstance(layer, MaskedGaussian) else type(layer)
         if isinstance(layer, MaskedGaussian) and type(layer).call is not MaskedGaussian.call:
             raise ValueError(
                 f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
@@ -258,7 +259,7 @@ def _without_masks(config, is_masked=False):
         inner = _without_masks(config["config"]["layer"])
         return {**inner, "config": {**inner["config"], "name": config["config"]["name"]}}
     if isinstance(cls, type) and issubclass(cls, MaskedGaussian):
-        stock = cls._stock()
+        stock = cls.stock_class
         named = {"module": "keras.layers", "class_name": stock.__name__, "registered_name": None}
         if not stock.__module__.startswith("keras."):
             named |= {"module": stock.__module__, "registered_name": keras.saving.get_registered_name(stock)}
@@ -266,11 +267,7 @@ def _without_masks(config, is_masked=False):
     return {k: _without_masks(v) for k, v in config.items() if not (is_masked and k in _POSTERIOR_OPTIONS)}
 
 
-_POSTERIOR_OPTIONS = {
-    p.name
-    for p in inspect.signature(MaskedGaussian.__init__).parameters.values()
-    if p.kind is inspect.Parameter.KEYWORD_ONLY
-}
+_POSTERIOR_OPTIONS = {*OPTION_NAMES, "num_bayesian", "mask", "seed"}
 
 
 def _has_graph(layer) -> bool:
@@ -412,7 +409,8 @@ def _parts(layer) -> list:
         if id(part) not in found:
             found[id(part)] = part
             for child in part._layers:
-                walk(child)
+                if not isinstance(child, Posteriors):
+                    walk(child)
 
     walk(layer)
     return list(found.values())
@@ -420,8 +418,6 @@ def _parts(layer) -> list:
 
 def _own_variables(layer) -> list:
     """A layer's own variables as its stock class has them: without a posterior's."""
-    if isinstance(layer, MaskedGaussian):
-        return layer._stock_variables()
     return layer._trainable_variables + layer._non_trainable_variables
 
 

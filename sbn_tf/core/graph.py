@@ -19,7 +19,8 @@ from keras.src.backend import compute_output_spec
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.models.functional import Functional
 
-from sbn_tf.layers import MaskedGaussian, _graph, masked_layers
+from sbn_tf.core.context import current_graph
+from sbn_tf.layers import MaskedGaussian, masked_layers
 
 __all__ = ["Graph", "Operation"]
 
@@ -488,7 +489,7 @@ def one_after_another(step, state: list, start: int, stop: int, variables=()) ->
     """
     if keras.backend.backend() == "jax" and in_stateless_scope() and stop - start > 1:
         return _carried_loop(step, state, start, stop, list(variables))
-    if _graph() is None or stop - start < 2:
+    if current_graph() is None or stop - start < 2:
         for i in range(start, stop):
             state = step(i, state)
         return state

@@ -1,24 +1,29 @@
-"""A wrapper that gives chosen weights of any Keras layer or model a masked Gaussian posterior.
+"""A wrapper that gives chosen weights of any Keras layer or model a posterior.
 
 The layers of `sbn_tf.layers` have their own classes; attention, recurrent and normalisation layers, custom layers and
 whole subclassed models go through this one.
 """
 
+from __future__ import annotations
+
 import keras
 from keras import ops
 
-from sbn_tf.core.draws import first_rows, join_outputs, part_bounds, with_attached
-from sbn_tf.layers import MaskedGaussian, _at_mean, _batch, _Box
-from sbn_tf.saliency import named_weights
+from sbn_tf.core.batch import first_rows, join_outputs, part_bounds, with_attached
+from sbn_tf.core.context import current_batch, is_at_mean
+from sbn_tf.core.draws import drawn_weights, offsets_of_samples
+from sbn_tf.core.keras_internals import all_layers, copy_call_signature, nodes_of
+from sbn_tf.core.weights import named_weights
+from sbn_tf.layers import MaskedGaussian
 
 __all__ = ["MaskedWrapper"]
 
 
 @keras.saving.register_keras_serializable(package="sbn_tf")
 class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
-    """Any layer or model of which chosen weight entries are Gaussian, the rest points.
+    """Any layer or model of which chosen weight entries are random, the rest points.
 
-    `weight = loc + softplus(untransformed_scale) * eps` at the masked entries, for the time of the layer's own call.
+    `weight = loc + scatter(index, offsets)` for the time of the wrapped layer's own call.
 
     It is called as the wrapped layer is: arguments, masks, `training`, states and outputs are those of that layer,
     which keeps its weights (the locs), dtype policies, regularizers and updates. A weight is named by its path in the
@@ -33,7 +38,7 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         num_bayesian: dict such as `{"query/kernel": 10}`: how many entries of a weight are Bayesian, chosen at random.
         mask: dict of boolean arrays instead: which entries are Bayesian.
         weight_names: list of str: names of all weights of the layer, in their order. Keras numbers the sublayers and
-            unnamed weights of a custom layer anew at each making, and their paths change. None: the paths of now.
+            unnamed weights of a custom layer again at each making, and their paths change. None: the current paths.
         name, trainable, and the keyword arguments of `sbn_tf.layers.MaskedGaussian`.
 
     Input shape: the wrapped layer's. Output shape: the wrapped layer's.
@@ -53,22 +58,12 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
     ):
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"Expected a keras layer or model. Received: layer={layer!r}")
-        self._variables, self._weight_names = _Box(None), _Box(weight_names)
         # Draws are made in the precision of the weights; the wrapped layer casts them and its inputs by its own policy.
         dtype = keras.DTypePolicy(layer.variable_dtype)
         super().__init__(layer, name=name or layer.name, trainable=trainable, dtype=dtype, autocast=False, **kwargs)
-        self._convert_input_args = False
-        self._allow_non_tensor_positional_args = True
+        self._weight_names, self._by_name = weight_names, None
         self.supports_masking = layer.supports_masking
-        for attribute in (
-            "_call_signature",
-            "call_signature_parameters",
-            "_call_has_training_arg",
-            "_call_has_mask_arg",
-            "_call_context_args",
-            "_call_has_context_arg",
-        ):
-            setattr(self, attribute, getattr(layer, attribute))
+        copy_call_signature(self, layer)
 
     def __call__(self, *args, **kwargs):
         """The wrapped layer's output for one draw; the first call builds."""
@@ -81,23 +76,24 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape=None):
-        """Build the posterior, and the wrapped layer if need be."""
+        """Build the posteriors, and the wrapped layer if need be."""
         if not self.layer.built:
             self.layer.build(input_shape)
-        self._variables.value = None
-        self.posterior_weights = tuple(self._by_name())
-        for argument, value in (("num_bayesian", self.num_bayesian), ("mask", self._masks.value)):
-            self._by_weight(value, argument)
-        self._build_posterior(self._masks.value)
+        self._by_name = None
+        self.posterior_weights = tuple(self._floats())
+        self.posteriors.make()
 
     def call(self, *args, **kwargs):
         """The wrapped layer's call with one new draw of the masked entries."""
-        names = [] if _at_mean.get() else self._bayesian_names()
-        if not names:
-            return self.layer(*args, **kwargs)
-        if _batch.get() is not None:
-            return self._call_in_parts(_batch.get(), args, kwargs)
-        return self._call_layer({name: self._kept_draw(name) for name in names}, args, kwargs)
+        batch = None if is_at_mean() or not len(self.posteriors) else current_batch()
+        if batch is not None:
+            return self._call_in_parts(batch, args, kwargs)
+        drawn = self.posteriors.draws()
+        return self._call_layer(drawn, args, kwargs) if drawn else self.layer(*args, **kwargs)
+
+    def loc(self, name: str):
+        """The variable of the wrapped layer's weight `name`."""
+        return self._floats()[name]
 
     def compute_mask(self, inputs, previous_mask=None):
         """The wrapped layer's mask."""
@@ -126,71 +122,36 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         if self._has_weights():
             self.build()
 
-    def save_own_variables(self, store):
-        """The posterior, under names without slashes; the wrapped layer saves its weights itself."""
-        for name, variable in self._posterior_variables().items():
-            store[name.replace("/", ".")] = variable
-
-    def load_own_variables(self, store):
-        """Load the posterior."""
-        names = {name.replace("/", "."): name for name in self._posterior_variables()}
-        super().load_own_variables({names.get(key, key): store[key] for key in list(store.keys())})
-
     # ---- below: how it is done ----
-
-    def add_weight(self, *args, name=None, **kwargs):
-        """`Layer.add_weight`; Keras allows no slash in a variable's name."""
-        return super().add_weight(*args, name=name and name.replace("/", "."), **kwargs)
 
     def _names(self):
         """Names of the wrapped layer's weights, in their order; None as long as it has none and none were given."""
-        if self._weight_names.value is None and self.layer.built:
+        if self._weight_names is None and self.layer.built:
             return list(named_weights(self.layer))
-        return self._weight_names.value
+        return self._weight_names
 
-    def _by_name(self):
+    def _floats(self):
         """The wrapped layer's weights of floating point by name."""
-        if self._variables.value is None:
+        if self._by_name is None:
             variables = [weight.variable for weight in named_weights(self.layer).values()]
             if len(variables) != len(self._names()):
                 raise ValueError(
                     f"Expected {len(self._names())} weights in the layer that '{self.name}' wraps, as its weight_names "
-                    f"tell. Received: {len(variables)}"
+                    f"say. Received: {len(variables)}"
                 )
             named = zip(self._names(), variables, strict=True)
-            self._variables.value = {n: v for n, v in named if keras.backend.is_float_dtype(v.dtype)}
-        return self._variables.value
+            found = {n: v for n, v in named if keras.backend.is_float_dtype(v.dtype)}
+            self._by_name = lambda: found  # hidden from Keras, which would take the variables for the wrapper's own
+        return self._by_name()
 
     def _has_weights(self):
         """Whether the wrapped layer has made the weights that are named. Some make them only when they are called."""
         if not self.layer.built:
             return False
         found = named_weights(self.layer)
-        if self._weight_names.value is not None:
-            return len(found) == len(self._weight_names.value)
+        if self._weight_names is not None:
+            return len(found) == len(self._weight_names)
         return {name for name, count in self.num_bayesian.items() if count} <= set(found)
-
-    def _by_weight(self, value, argument):
-        if value is None or (isinstance(value, int) and value == 0):
-            return None
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"Expected {argument} of '{self.name}' as a dict by weight, such as "
-                f"{{'query/kernel': ...}}. Received: {type(value).__name__}"
-            )
-        unknown = set(value) - set(self.posterior_weights) if self.posterior_weights else ()
-        if unknown:
-            raise ValueError(
-                f"Expected {argument} for weights among {_some(self.posterior_weights)} of layer '{self.name}'. "
-                f"Received: {_some(sorted(unknown))}"
-            )
-        return value
-
-    def _loc(self, name):
-        return self._by_name()[name]
-
-    def _stock_variables(self):
-        return []  # they are the wrapped layer's, saved with it
 
     def _call_layer(self, draws, args, kwargs, share=None):
         """The wrapped layer's call with these weights; what it assigns to others and adds as loss is kept.
@@ -198,13 +159,13 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         `share` of a batch: what its losses count for.
         """
         with keras.StatelessScope(
-            [(self._loc(name), draw) for name, draw in draws.items()], collect_losses=True, initialize_variables=False
+            [(self.loc(name), draw) for name, draw in draws.items()], collect_losses=True, initialize_variables=False
         ) as scope:
             if scope.original_scope is not None:  # a scope hides the values of the one around it
                 scope.state_mapping = {**scope.original_scope.state_mapping, **scope.state_mapping}
             before = dict(scope.state_mapping)
             outputs = self.layer(*args, **kwargs)
-        drawn = {id(self._loc(name)): name for name in draws}
+        drawn = {id(self.loc(name)): name for name in draws}
         for variable in self.layer.variables:
             after = scope.get_current_value(variable)
             if after is None or after is before.get(id(variable)):
@@ -226,7 +187,7 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         (T, T) for one. Where a Functional model of open batch size uses the layer, its graph tells them apart.
         """
         size = next(leaf.shape[0] for leaf in keras.tree.flatten((args, kwargs)) if _rank(leaf))
-        nodes = [n.arguments for n in self._inbound_nodes if any(map(_is_open, n.input_tensors))]
+        nodes = [n.arguments for n in nodes_of(self) if any(map(_is_open, n.input_tensors))]
 
         def in_rows(name, value):
             leaves = keras.tree.flatten(value)
@@ -243,12 +204,12 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
 
     def _call_in_parts(self, batch, args, kwargs):
         """One call for each part of the batch with a draw of its own, outputs joined."""
-        if any(getattr(part, "stateful", False) for part in self.layer._flatten_layers()):
+        if any(getattr(part, "stateful", False) for part in all_layers(self.layer)):
             raise ValueError(
                 f"'{self.name}' is stateful: it keeps states of a whole batch, and cannot be called on its parts. "
                 "Use stateful=False."
             )
-        draws = self._batch_draws(batch, batch.num_samples)
+        draws = offsets_of_samples(self, batch, batch.num_samples)
         cut = self._cut(args, kwargs)
         leaves = zip(keras.tree.flatten((args, kwargs)), keras.tree.flatten(cut), strict=True)
         batch_size = ops.shape(next(leaf for leaf, in_rows in leaves if in_rows))[0]
@@ -263,7 +224,9 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
                 return with_attached(leaf, lambda t: t[start:end]) if in_rows else leaf
 
             part_args, part_kwargs = keras.tree.map_structure(rows, (args, kwargs), cut)
-            outputs = self._call_layer(self._drawn(draws[s]), part_args, part_kwargs, (stop - start) / batch_size)
+            outputs = self._call_layer(
+                drawn_weights(self, draws[s]), part_args, part_kwargs, (stop - start) / batch_size
+            )
             results.append(outputs if end is stop else first_rows(outputs, stop - start))
         return join_outputs(results)
 
@@ -296,8 +259,3 @@ def _symbolic(leaf):
 
 def _rank(leaf):
     return len(getattr(leaf, "shape", ()))
-
-
-def _some(names):
-    names = list(names)
-    return f"{names[:5]}{' ...' if len(names) > 5 else ''}"

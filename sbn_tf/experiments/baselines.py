@@ -27,11 +27,12 @@ from scipy import optimize, special
 
 from sbn_tf import cost as costs
 from sbn_tf import metrics
+from sbn_tf.core.losses import loss_terms
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION, Data
 from sbn_tf.experiments import networks, training
 from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.experiments.training import empirical_fisher
-from sbn_tf.partial_bayes import loss_terms, to_partial_bayes
+from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, check_r_bayes, named_weights, saliency
 
 __all__ = [

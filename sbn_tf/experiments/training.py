@@ -30,12 +30,13 @@ from keras import ops
 from tqdm import tqdm
 
 from sbn_tf.core.files import write_atomically
+from sbn_tf.core.losses import loss_terms
 from sbn_tf.cost import measured
 from sbn_tf.datasets.base import EXCLUSIVE, Data, Split
 from sbn_tf.experiments import networks
 from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.layers import masked_layers
-from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, loss_terms, settle_batch_norm, to_partial_bayes
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, settle_batch_norm, to_partial_bayes
 from sbn_tf.particles import LEAST_LOC, to_particles
 from sbn_tf.saliency import Masks, biases_before_batch_norm, named_weights, one_per_channel, saliency, top_k
 

@@ -1,0 +1,176 @@
+"""What a network's outputs are, and how the outputs of several posterior samples become one prediction."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+
+import keras
+from keras import ops
+
+from sbn_tf.core.keras_internals import made_by, mask_of, set_mask
+
+__all__ = ["Outputs", "entropy", "input_structure", "is_samples", "names_of_outputs", "output_kind", "output_structure"]
+
+
+def entropy(probs, kind: str):
+    """Entropy in nats: of each Bernoulli ("sigmoid"), or over the last axis ("softmax")."""
+
+    def xlogx(p):
+        return p * ops.log(ops.maximum(p, 1e-30))
+
+    if kind == "sigmoid":
+        return -xlogx(probs) - xlogx(1.0 - probs)
+    return -ops.sum(xlogx(probs), axis=-1)
+
+
+class Outputs:
+    """The kind of a network's outputs, and means over samples of them.
+
+    A mean over samples is one of probabilities. Of logits it is computed by sums of exponentials, so that no
+    probability becomes 0 or 1 on the way, and returned as a logit: for logits z_s of a sigmoid it is
+    `logsumexp(log_sigmoid(z_s)) - logsumexp(log_sigmoid(-z_s))`.
+
+    Args:
+        probabilities: "sigmoid", "softmax", None (no probabilities), or a list of these, one for each output.
+        from_logits: the outputs are logits of these probabilities.
+
+    Raises:
+        ValueError: another kind, or logits of more than one kind.
+    """
+
+    def __init__(self, probabilities, from_logits: bool):
+        self.probabilities, self.from_logits = probabilities, from_logits
+        for kind in probabilities if isinstance(probabilities, list) else [probabilities]:
+            if kind not in ("sigmoid", "softmax", None):
+                raise ValueError(
+                    'Expected probabilities to be one of ("sigmoid", "softmax", None). '
+                    f"Received: probabilities={kind!r}"
+                )
+        if from_logits and probabilities not in ("sigmoid", "softmax"):
+            raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
+
+    def as_probabilities(self, outputs):
+        """Outputs as probabilities, not in half precision: its entropies would be NaN."""
+        outputs = keras.tree.map_structure(_at_least_float32, outputs)
+        if not self.from_logits:
+            return outputs
+        link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
+        return keras.tree.map_structure(link, outputs)
+
+    def to_average(self, outputs) -> list:
+        """One sample's probabilities, as what is summed: themselves, or logarithms that are added as exponentials."""
+        outputs = [_at_least_float32(x) for x in keras.tree.flatten(outputs)]
+        if not self.from_logits:
+            return outputs
+        if self.probabilities == "sigmoid":
+            return [ops.log_sigmoid(z) for x in outputs for z in (x, -x)]
+        return [ops.log_softmax(x) for x in outputs]
+
+    def plus(self, state: list, more: list) -> list:
+        """Add what `to_average` returned for two samples."""
+        return [(ops.logaddexp if self.from_logits else ops.add)(a, b) for a, b in zip(state, more, strict=True)]
+
+    def averaged(self, state: list, like, count: int):
+        """The mean of `count` samples from their sum, in the structure of the outputs `like`, with their masks."""
+        if not self.from_logits:
+            state = [total / count for total in state]
+        elif self.probabilities == "sigmoid":
+            state = [yes - no for yes, no in zip(state[::2], state[1::2], strict=True)]
+        else:
+            state = [total - math.log(count) for total in state]
+        for mean, output in zip(state, keras.tree.flatten(like), strict=True):
+            if mask_of(output) is not None:  # loss and metrics leave masked steps out
+                set_mask(mean, mask_of(output))
+        return keras.tree.pack_sequence_as(like, state)
+
+    def entropies(self, probabilities) -> list:
+        """Entropy in nats of each output."""
+        outputs, kinds = keras.tree.flatten(probabilities), self.probabilities
+        kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
+        return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
+
+    def warn_of_logits(self, loss) -> None:
+        """Warn where the loss takes logits and nothing says of what probabilities."""
+        if getattr(loss, "from_logits", False) and self.probabilities is None:
+            warnings.warn(
+                "This loss takes logits, and nothing says of what: predictions average logits, and have no entropy. "
+                'Pass from_logits=True and probabilities="sigmoid" or "softmax" to to_partial_bayes.',
+                stacklevel=3,
+            )
+
+    def check_entropies(self) -> None:
+        """Refuse outputs that are not probabilities: they have no entropy."""
+        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
+        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
+            raise ValueError(
+                f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
+                'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits); of a '
+                "regression use mean and deviation of predict_samples."
+            )
+
+
+def is_samples(network: keras.Model, outputs) -> bool:
+    """Whether `outputs` are one output a draw, `{"samples": [...]}`, and not the network's own outputs of that form."""
+    if not (isinstance(outputs, dict) and set(outputs) == {"samples"}):
+        return False
+    own = output_structure(network)
+    if not (isinstance(own, dict) and set(own) == {"samples"}):
+        return True
+    try:
+        keras.tree.assert_same_structure(outputs, own)
+    except (ValueError, TypeError):
+        return True
+    return False
+
+
+def output_kind(network: keras.Model):
+    """The kind of each output ("sigmoid", "softmax" or None), by the activation of the layer that made it."""
+    kinds = [_kind_of(output) for output in keras.tree.flatten(network.outputs)]
+    return kinds[0] if len(set(kinds)) == 1 else kinds
+
+
+def _kind_of(output):
+    operation, position = made_by(output)
+    while isinstance(operation, keras.Model):  # a nested model's output is made inside it
+        operation, position = made_by(keras.tree.flatten(operation.outputs)[position])
+    if isinstance(operation, keras.layers.Softmax) and operation.axis not in (-1, len(output.shape) - 1):
+        return None
+    name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
+    return name if name in ("sigmoid", "softmax") else None
+
+
+def _at_least_float32(x):
+    """A tensor in float32, if it has half precision: sums over samples are not kept in that."""
+    half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
+    return ops.cast(x, "float32") if half else x
+
+
+def output_structure(network: keras.Model):
+    """A network's symbolic outputs in their structure: a tensor, or a list or dict of tensors."""
+    return network.output if isinstance(network, keras.Function) else network.outputs[0]
+
+
+def input_structure(network: keras.Model):
+    """A network's symbolic inputs in their structure: a tensor, or a list or dict of tensors."""
+    return network.input if isinstance(network, keras.Function) else network.inputs[0]
+
+
+def names_of_outputs(network: keras.Model) -> list[str]:
+    """A name for each output: the keys on the way to it in a dict, else its layer's name; a second use is numbered."""
+    structure = output_structure(network)
+    if isinstance(structure, dict):
+        return _numbered("_".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(structure))
+    return _numbered(network.output_names)
+
+
+def _numbered(names):
+    names, uses, found = list(names), Counter(), []
+    for name in names:
+        new = name
+        while new in found or (new != name and new in names):
+            uses[name] += 1
+            new = f"{name}_{uses[name]}"
+        found.append(new)
+    return found

@@ -1,0 +1,382 @@
+"""A model that runs a network with random weights several times: its predictions, their uncertainty, and saving."""
+
+from __future__ import annotations
+
+import h5py
+import keras
+import numpy as np
+from keras import ops
+
+from sbn_tf.core.context import is_at_mean, posterior_sample
+from sbn_tf.core.graph import Graph, one_after_another
+from sbn_tf.core.keras_internals import added_losses, all_layers, call_context
+from sbn_tf.core.losses import set_added_shares
+from sbn_tf.core.outputs import Outputs, input_structure, names_of_outputs, output_kind
+from sbn_tf.core.replicas import Distributed
+from sbn_tf.core.weights import named_weights
+from sbn_tf.layers import masked_layers
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+__all__ = ["SampledModel", "check_choice", "check_count", "refuse_posterior_mean", "settle_batch_norm"]
+
+
+class SampledModel(Distributed, keras.Model):
+    """A `keras.Model` that calls its network `num_samples` times, each time with another draw of its weights.
+
+    Layers before the first Bayesian weight run once for all samples. Samples of one prediction follow one another, so
+    its memory does not grow with their number.
+
+    Args:
+        network: built Functional or Sequential model with masked layers.
+        num_samples: draws in each prediction. >= 1.
+        probabilities: "sigmoid", "softmax", None (the outputs are no probabilities), a list of these for several
+            outputs, or "auto": by the activation of the last layer.
+        from_logits: the outputs are logits of these probabilities.
+        batch_norm: "frozen", "statistics" or "train", see `settle_batch_norm`.
+    """
+
+    def __init__(self, network, num_samples: int, probabilities, from_logits: bool, batch_norm: str, **kwargs):
+        super().__init__(**kwargs)
+        check_count("num_samples", num_samples)
+        check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
+        self.network, self._num_samples, self.batch_norm = network, int(num_samples), batch_norm
+        settle_batch_norm(network, batch_norm)
+        kinds = output_kind(network) if probabilities == "auto" else probabilities
+        self.outputs_of_samples = Outputs(kinds, from_logits)
+        graph, samplers = Graph(network), {}
+        self._graph, self._samplers = lambda: graph, lambda: samplers  # hidden from Keras: no parts of this model
+
+    @property
+    def graph(self) -> Graph:
+        """The operations of the network."""
+        return self._graph()
+
+    @property
+    def probabilities(self):
+        """What the outputs are: "sigmoid", "softmax", None, or a list of these."""
+        return self.outputs_of_samples.probabilities
+
+    @property
+    def from_logits(self) -> bool:
+        """Whether the outputs are logits."""
+        return self.outputs_of_samples.from_logits
+
+    @property
+    def num_samples(self) -> int:
+        """Posterior draws in each step and prediction. After a change the compiled functions are traced again."""
+        return self._num_samples
+
+    @num_samples.setter
+    def num_samples(self, value):
+        check_count("num_samples", value)
+        self._num_samples = int(value)
+        self.train_function = self.test_function = self.predict_function = None
+
+    @property
+    def num_bayesian(self) -> int:
+        """How many weight entries are Bayesian."""
+        return sum(sum(layer.num_bayesian.values()) for layer in masked_layers(self.network))
+
+    def kl_divergence(self):
+        """KL of the whole posterior from its prior, in nats: a scalar."""
+        terms = [layer.kl_divergence() for layer in masked_layers(self.network)]
+        return sum(terms[1:], terms[0]) if terms else ops.zeros(())
+
+    def scales(self) -> np.ndarray:
+        """Posterior standard deviations of all Bayesian entries, layer by layer: (k,)."""
+        posteriors = [one for layer in masked_layers(self.network) for _, one in layer.posteriors.items()]
+        found = [ops.convert_to_numpy(one.scale_of_entries()) for one in posteriors]
+        return np.concatenate(found) if found else np.zeros(0, "float32")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether anything trains. Batch norm stays as `batch_norm` says."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        if hasattr(self, "batch_norm"):
+            settle_batch_norm(self.network, self.batch_norm)
+
+    @property
+    def output_names(self) -> list[str]:
+        """The network's, by which losses, weights of losses and metrics may be given."""
+        return self.network.output_names
+
+    def build(self, input_shape=None):
+        """Nothing to do: the network is built."""
+        self.built = True
+
+    def call(self, inputs, training=None):
+        """The predictive mean."""
+        with call_context(self):
+            return self.predictive_mean(inputs)
+
+    def one_draw(self, inputs, training: bool, sample):
+        """The network's output for draw number `sample` of its weights."""
+        with posterior_sample(sample):
+            return self.network(inputs, training=training)
+
+    def predictive_mean(self, inputs):
+        """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
+        outputs, num_samples = self.outputs_of_samples, self.num_samples
+        with self.graph.sharing() as losses:
+            first = self.one_draw(inputs, False, 0)
+
+            def step(sample, state):
+                return outputs.plus(state, outputs.to_average(self.one_draw(inputs, False, sample)))
+
+            state = outputs.to_average(first)
+            if added_losses(self.network):  # evaluate needs each of them
+                for sample in range(1, num_samples):
+                    state = step(sample, state)
+            else:
+                state = one_after_another(step, state, 1, num_samples, self.network.non_trainable_variables)
+        set_added_shares(self, dict.fromkeys(losses, 1.0), 1 / num_samples)
+        return outputs.averaged(state, first, num_samples)
+
+    def predict_samples(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """Outputs of `num_samples` posterior draws, as probabilities: (samples, batch, ...) for each output.
+
+        Each batch has draws of its own: the samples of two images from different batches share no weights. Of a
+        posterior of M members draw s is member s modulo M, in every batch.
+        """
+        refuse_posterior_mean()
+        outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+        return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
+
+    def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
+        """How sure the model is, and why not.
+
+        Returns:
+            dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
+            `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
+            Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
+            Several outputs: such a dict for each, in the network's structure.
+
+        Raises:
+            ValueError: outputs that are not probabilities.
+        """
+        refuse_posterior_mean()
+        self.outputs_of_samples.check_entropies()
+        return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+
+    def export(
+        self, filepath, format="tf_saved_model", verbose=None, input_signature=None, outputs: str = "mean", **kwargs
+    ):
+        """`keras.Model.export` for serving, with `num_samples` draws in each call.
+
+        The states of the noise seeds are part of what is exported: each call of the served model goes on from them, so
+        two calls differ, and every fresh load repeats the sequence, with which this model goes on, too.
+
+        Args:
+            filepath, format, verbose, input_signature: as in Keras.
+            outputs: "mean": what `predict` returns. "uncertainty": what `predict_uncertainty` returns: a dict with
+                mean, total_entropy, expected_entropy and mutual_information; of several outputs each with its name
+                before it, such as "lesion_mean": the keys of a dict of outputs, else names of layers, a second use
+                numbered.
+            kwargs: as in Keras.
+
+        Raises:
+            ValueError: an unknown kind of outputs, outputs without an entropy, or another backend than TensorFlow.
+        """
+        check_choice("outputs", outputs, ("mean", "uncertainty"))
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
+        refuse_posterior_mean()
+        if input_signature is None:
+            structure = input_structure(self.network)
+            input_signature = [
+                keras.tree.map_structure(lambda t: keras.InputSpec(t.dtype, t.shape, name=t.name), structure)
+            ]
+        if outputs == "mean":
+            super().export(filepath, format, verbose, input_signature, **kwargs)
+        else:
+            self.outputs_of_samples.check_entropies()
+            self._sampler("served", None).export(filepath, format, verbose, input_signature, **kwargs)
+
+    def forget_samplers(self) -> None:
+        """Trace predictions again: they were traced with the masks of before."""
+        self._samplers().clear()
+
+    def _sampler(self, kind, num_samples):
+        num_samples = self.num_samples if num_samples is None else num_samples
+        check_count("num_samples", num_samples)
+        key = (kind, num_samples)
+        if key not in self._samplers():
+            sampler = _Sampler(self, kind, num_samples)
+            sampler.compile(jit_compile=False)
+            self._samplers()[key] = sampler
+        return self._samplers()[key]
+
+    # ---- functions are not traced at the posterior mean, where they would stay ----
+
+    def make_train_function(self, force=False):
+        """`keras.Model.make_train_function`, of `fit` and `train_on_batch`; not within `posterior_mean()`."""
+        refuse_posterior_mean()
+        return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        """`keras.Model.make_test_function`, of `evaluate` and `test_on_batch`; not within `posterior_mean()`."""
+        refuse_posterior_mean()
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        """`keras.Model.make_predict_function`, of `predict` and `predict_on_batch`; not within `posterior_mean()`."""
+        refuse_posterior_mean()
+        return super().make_predict_function(force)
+
+    # ---- saving ----
+
+    def get_config(self):
+        """The network and what is needed to make the model again."""
+        return {
+            **super().get_config(),
+            "network": keras.saving.serialize_keras_object(self.network),
+            "num_samples": self.num_samples,
+            "probabilities": self.probabilities,
+            "from_logits": self.from_logits,
+            "batch_norm": self.batch_norm,
+            "frozen_weights": self._frozen_alone(),
+        }
+
+    def _frozen_alone(self):
+        """Keys of what does not train although its layer does (`variable.trainable = False`): no config has them."""
+        weights = named_weights(self.network).items()
+        return [key for key, weight in weights if weight.layer.trainable and not weight.variable.trainable]
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Model from its config."""
+        config = dict(config)
+        network = keras.saving.deserialize_keras_object(config.pop("network"), custom_objects=custom_objects)
+        weights = named_weights(network)
+        for key in config.pop("frozen_weights", None) or ():
+            weights[key].variable.trainable = False
+        return cls(network=network, **config)
+
+    def compile_from_config(self, config):
+        """Compile again after loading, optimiser state included."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def load_weights(self, filepath, **kwargs):
+        """`keras.Model.load_weights`; a file of the network alone, masked or deterministic, is read as such."""
+        if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
+            return self.network.load_weights(filepath, **kwargs)
+        return super().load_weights(filepath, **kwargs)
+
+
+class _Sampler(Distributed, keras.Model):
+    """Runs S draws of a `SampledModel`'s network for one batch, in one compiled call."""
+
+    def __init__(self, model, kind, num_samples):
+        super().__init__(name=f"{kind}_of_{num_samples}")
+        self.model, self.kind, self.num_samples = model, kind, num_samples  # tracked: JAX passes its variables
+        self.built = True
+
+    def call(self, inputs):
+        with self.model.graph.sharing():
+            return self._array(inputs) if self.kind == "samples" else self._sums(inputs)
+
+    def _array(self, inputs):
+        """The samples' outputs: (batch, samples, ...)."""
+        first, (start, write, whole) = self._draw(inputs, 0), _rows_written_once(self.num_samples)
+
+        def step(i, state):
+            rows = zip(state, keras.tree.flatten(self._draw(inputs, i)), strict=True)
+            return [write(written, i, x) for written, x in rows]
+
+        state = [start(x) for x in keras.tree.flatten(first)]
+        state = one_after_another(step, state, 1, self.num_samples, self.model.network.non_trainable_variables)
+        return keras.tree.pack_sequence_as(first, [ops.moveaxis(whole(rows), 0, 1) for rows in state])
+
+    def _sums(self, inputs):
+        """Mean and entropies by running sums: no (samples, batch, ...) array."""
+        first, entropies = self._draw(inputs, 0), self.model.outputs_of_samples.entropies
+
+        def terms(outputs):
+            return [*keras.tree.flatten(outputs), *entropies(outputs)]
+
+        def add(i, state):
+            return [total + x for total, x in zip(state, terms(self._draw(inputs, i)), strict=True)]
+
+        sums = one_after_another(add, terms(first), 1, self.num_samples, self.model.network.non_trainable_variables)
+        means = [total / self.num_samples for total in sums]
+        mean, expected = means[: len(means) // 2], means[len(means) // 2 :]
+        results = [
+            {"mean": p, "total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
+            for p, h, e in zip(mean, entropies(mean), expected, strict=True)
+        ]
+        if len(results) == 1:
+            return results[0]
+        if self.kind == "served":  # a signature has no structure: "name_mean", ...
+            named = zip(names_of_outputs(self.model.network), results, strict=True)
+            return {f"{name}_{key}": value for name, result in named for key, value in result.items()}
+        return keras.tree.pack_sequence_as(first, results)
+
+    def _draw(self, inputs, sample):
+        return self.model.outputs_of_samples.as_probabilities(self.model.one_draw(inputs, False, sample))
+
+
+def _rows_written_once(count):
+    """`rows = start(row 0)`, `rows = write(rows, i, row)`, `whole(rows)`: of (count, ...), each row written once.
+
+    TensorFlow's scatter and its XLA slice update copy the whole array at each step of a loop: count times count rows.
+    """
+    if keras.backend.backend() != "tensorflow":  # JAX updates in place
+        return (
+            lambda row: ops.repeat(row[None], count, axis=0),
+            lambda rows, i, row: ops.slice_update(rows, (i, *(0 for _ in row.shape)), row[None]),
+            lambda rows: rows,
+        )
+    return (
+        lambda row: tf.TensorArray(row.dtype, count).write(0, row),
+        lambda rows, i, row: rows.write(i, row),
+        lambda rows: rows.stack(),
+    )
+
+
+def settle_batch_norm(network: keras.Model, how: str) -> None:
+    """What of batch norm trains: nothing ("frozen"), its running statistics alone ("statistics"), or all of it."""
+    for layer in all_layers(network):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            if how == "frozen":  # Keras then runs it in inference mode
+                layer.trainable = False
+            elif how == "statistics":
+                for variable in (layer.gamma, layer.beta):
+                    if variable is not None:
+                        variable.trainable = False
+
+
+def refuse_posterior_mean() -> None:
+    """Refuse to trace a function within `posterior_mean()`, which acts on what is being traced and would last."""
+    if is_at_mean():
+        raise ValueError(
+            "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
+            "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
+        )
+
+
+def check_count(name: str, value) -> None:
+    """Refuse what is not an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"Expected {name} to be an integer >= 1. Received: {name}={value!r}")
+
+
+def check_choice(name: str, value, known: tuple) -> None:
+    """Refuse what is not among `known`."""
+    if value not in known:
+        raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
+
+
+def _is_of_network(path, network):
+    """Whether a weights file is of a network such as this; else it is of a `SampledModel`, which wraps one."""
+    with h5py.File(path, "r") as file:
+        children = list(file["layers"].values()) if "layers" in file else []
+        wraps = len(children) == 1 and "layers" in children[0]
+        return not (wraps and len(children[0]["layers"]) == len(network.layers))
