@@ -41,9 +41,11 @@ import numpy as np
 import tensorflow as tf
 
 from sbn_tf.core import operations
+from sbn_tf.core.keras_internals import all_layers, own_trained
 from sbn_tf.core.memory import measured
+from sbn_tf.core.posterior import Posterior
 from sbn_tf.core.specs import input_specs, target_specs
-from sbn_tf.layers import MaskedGaussian, masked_layers
+from sbn_tf.layers import masked_layers
 
 __all__ = [
     "Flops",
@@ -471,13 +473,10 @@ def parameters(model: keras.Model) -> dict[str, int]:
     Returns:
         dict: `num_weights`, the entries of all weights that can be trained, frozen ones included (a Bayesian one is one
         weight; running statistics are none); `num_trainable`, the numbers that training changes, locs *and* scales;
-        `num_bayesian`, the weights that have a scale.
+        `num_bayesian`, the weights that have a distribution.
     """
-    layers, scales = [model, *model._flatten_layers(include_self=False)], set()
-    for layer in layers:
-        if isinstance(layer, MaskedGaussian):
-            scales |= {id(v) for v in layer._posterior_variables().values()}
-    weights = {id(v): v for layer in layers for v in layer._trainable_variables if id(v) not in scales}
+    layers = [layer for layer in all_layers(model) if not isinstance(layer, Posterior)]
+    weights = {id(variable): variable for layer in layers for variable in own_trained(layer)}
     return {
         "num_weights": sum(math.prod(v.shape) for v in weights.values()),
         "num_trainable": sum(math.prod(v.shape) for v in model.trainable_variables),
