@@ -42,7 +42,7 @@ def environment(version: str, folder: Path) -> Path | None:
     python = folder / f"python{version}" / "bin" / "python"
     if not python.exists():
         subprocess.run([f"python{version}", "-m", "venv", python.parents[1]], check=True)
-    packages = ["-e", str(ROOT), "pytest", "hypothesis"]
+    packages = ["-e", str(ROOT), "pytest", "pytest-xdist", "hypothesis"]  # pyproject.toml has an option of xdist
     subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     return python
 
@@ -57,7 +57,8 @@ def run(python: Path, arguments: list[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
     counts = Counter({kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-300:])})
     if not counts:
-        return (done.stdout + done.stderr).strip().splitlines()[-1][:60]
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
+        return next((line for line in lines if "error" in line.lower()), lines[-1])[:60]
     failed = counts["failed"] + counts["error"]
     for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE):
         print(f"  {line[:150]}", file=sys.stderr)
