@@ -39,6 +39,7 @@ __all__ = [
     "nodes_of",
     "noise_states",
     "optimized_variables",
+    "own_trained",
     "own_variables",
     "replaced",
     "run_operations_by",
@@ -75,6 +76,14 @@ def own_variables(layer: keras.layers.Layer) -> list:
     cannot be told from one that the sublayer alone has.
     """
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+def own_trained(layer: keras.layers.Layer) -> list:
+    """A layer's own variables that training changes unless they are frozen.
+
+    Why: a frozen weight and a running statistic both have `trainable` False; only a layer's own list tells them apart.
+    """
+    return layer._trainable_variables
 
 
 def noise_states(layer: keras.layers.Layer) -> list:
