@@ -60,8 +60,10 @@ from numpy.typing import ArrayLike
 
 from sbn_tf.core.conversion import check_convertible, convert
 from sbn_tf.core.draws import first_rows, join_outputs, part_bounds
-from sbn_tf.core.graph import Graph, _added_losses, _layers_of, one_after_another
+from sbn_tf.core.graph import Graph, layers_of
+from sbn_tf.core.keras_internals import added_losses
 from sbn_tf.core.replicas import Distributed
+from sbn_tf.core.sharing import one_after_another
 from sbn_tf.layers import _at_mean, _Box, batch_draws, masked_layers, posterior_sample
 from sbn_tf.saliency import biases_before_batch_norm, eligible_weights, named_weights, saliency, top_k
 
@@ -331,13 +333,13 @@ class _Draws(_Average):
         What a part adds as loss counts by the part's share of the batch: nothing, where that one example is no part.
         """
         size = ops.shape(keras.tree.flatten(inputs)[0])[0]
-        outputs, shares, known = [], {}, _added_losses(self.network)
+        outputs, shares, known = [], {}, added_losses(self.network)
         for start, stop in part_bounds(size, self.num_samples):
             end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
             part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
             outputs.append(first_rows(self._one_draw(part, True), stop - start))
             share = (stop - start) / (max(size, 1) if isinstance(size, int) else ops.maximum(size, 1))
-            shares.update({key: share for key in _added_losses(self.network) - known - shares.keys()})
+            shares.update({key: share for key in added_losses(self.network) - known - shares.keys()})
         self._set_added(shares, 1.0)
         return join_outputs(outputs)
 
@@ -494,7 +496,7 @@ class _Refusals(_Predictions):
                 'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
             )
         for step in _after_draws(self._graph.value):
-            if any(_trains_batch_norm(layer) for layer in _layers_of(step.layer)):
+            if any(_trains_batch_norm(layer) for layer in layers_of(step.layer)):
                 raise ValueError(
                     "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
                     f"one pass would mix draws in it. Received: '{step.name}', estimator={self.estimator!r}, "
@@ -505,7 +507,7 @@ class _Refusals(_Predictions):
         """Refuse what would carry a state from one draw to the next."""
         once = self._graph.value.runs_once(training=True)
         for step in self._graph.value.steps:
-            if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_of(step.layer)):
+            if step.name not in once and any(getattr(layer, "stateful", False) for layer in layers_of(step.layer)):
                 raise ValueError(
                     "Expected no stateful=True in or after what runs anew for each draw: a draw would go on from the "
                     f"state of the one before. Received: '{step.name}'. Make it of stateful=False."

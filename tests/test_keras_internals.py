@@ -12,6 +12,8 @@ from keras import ops
 
 from sbn_tf.core import keras_internals as inner
 
+pytestmark = pytest.mark.tensorflow
+
 
 class Holder(kl.Layer):
     """A layer with a weight of its own, a sublayer and noise."""
@@ -86,6 +88,14 @@ def test_a_built_layer_takes_variables_while_it_is_unlocked_and_forgets_them():
         layer.later = layer.add_weight(name="later", shape=(1,))
 
 
+def test_a_layer_trains_itself_and_its_sublayers_do_not():
+    layer = Holder()
+    layer.build((None, 3))
+    layer.trainable = False
+    inner.set_own_trainable(layer, True)
+    assert layer.trainable and not layer.inside.trainable and not layer.trainable_variables
+
+
 # ---- calls ----
 
 
@@ -96,6 +106,7 @@ class AnyArguments(kl.Layer):
         super().__init__()
         self.layer = layer
         inner.copy_call_signature(self, layer)
+        self.supports_masking = True
 
     def call(self, *args, **kwargs):
         """The layer's."""
@@ -325,6 +336,12 @@ def test_values_in_a_stateless_scope():
     with keras.StatelessScope([(a, ops.full((1,), 3.0))]):
         assert inner.in_stateless_scope()
         assert [float(value[0]) for value in inner.current_values([a, b])] == [3.0, 2.0]
+
+
+def test_which_graph_is_traced():
+    found = []
+    tf.function(lambda: found.append(inner.current_graph()))()
+    assert inner.current_graph() is None and isinstance(found[0], int)
 
 
 class Unregistered(kl.Dense):

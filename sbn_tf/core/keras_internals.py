@@ -26,6 +26,7 @@ __all__ = [
     "children",
     "compiled_loss",
     "copy_call_signature",
+    "current_graph",
     "current_values",
     "forget_variable",
     "functional_of",
@@ -44,6 +45,7 @@ __all__ = [
     "run_operations_by",
     "set_logits",
     "set_mask",
+    "set_own_trainable",
     "spare_weight_decay",
     "strategy_of",
     "traced",
@@ -84,6 +86,11 @@ def noise_states(layer: keras.layers.Layer) -> list:
     """
     weights = {id(variable) for variable in layer.weights}
     return list({id(v): v for v in layer.variables if id(v) not in weights}.values())
+
+
+def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
+    """Whether a layer itself trains. Why: the public `layer.trainable = value` changes its sublayers too."""
+    layer._trainable = value
 
 
 @contextlib.contextmanager
@@ -388,6 +395,15 @@ def in_stateless_scope() -> bool:
     Why: `keras.StatelessScope` is public, the question whether one is open is not.
     """
     return backend.in_stateless_scope()
+
+
+def current_graph() -> int | None:
+    """Which TensorFlow graph is being traced: its id; None where none is. Public: it asks TensorFlow."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    return None if tf.executing_eagerly() else id(tf.compat.v1.get_default_graph())
 
 
 def current_values(variables: list) -> list:
