@@ -11,7 +11,7 @@ from keras import layers as kl
 from keras import ops
 
 from sbn_tf import layers
-from sbn_tf.core.conversion import convert, to_deterministic
+from sbn_tf.core.conversion import convert, copied, to_deterministic
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights, saliency, top_k
@@ -624,3 +624,62 @@ def test_backbones_of_keras_hub(tmp_path):
             for a, b, c in zip(outputs_of(loaded.network, x), outputs_of(plain, x), expected, strict=True):
                 np.testing.assert_array_equal(a, c)
                 np.testing.assert_array_equal(b, c)
+
+
+# ---- the one copier: each kind of state ----
+
+
+def states():
+    """Kind of state -> (inputs, model that has it)."""
+    rng = np.random.default_rng(0)
+    numbers, words = rng.normal(3.0, 2.0, (8, 2)).astype("float32"), np.array(["a b", "b c", "a a"])
+
+    def sequential(layer, x, **options):
+        return keras.Sequential([keras.Input(x.shape[1:], **options), layer])
+
+    normalization, boundaries = kl.Normalization(), kl.Discretization(num_bins=3)
+    lookup, text = kl.StringLookup(), kl.TextVectorization(output_sequence_length=3)
+    for layer, data in ((normalization, numbers), (boundaries, numbers), (lookup, words), (text, words)):
+        layer.adapt(data)
+    norm = kl.BatchNormalization()
+    trained = sequential(norm, numbers)
+    norm.moving_mean.assign([1.0, 2.0])
+    return {
+        "weights": (numbers, sequential(kl.Dense(3, bias_initializer="uniform"), numbers)),
+        "running statistics": (numbers, trained),
+        "normalization": (numbers, sequential(normalization, numbers)),
+        "boundaries": (numbers, sequential(boundaries, numbers)),
+        "lookup": (words[:, None], sequential(lookup, words[:, None], dtype="string")),
+        "text": (words[:, None], sequential(text, words[:, None], dtype="string")),
+        "nested": (numbers, keras.Sequential([keras.Input((2,)), trained])),
+    }
+
+
+@pytest.mark.tensorflow  # JAX has no strings
+@pytest.mark.parametrize(
+    "kind", ["weights", "running statistics", "normalization", "boundaries", "lookup", "text", "nested"]
+)
+def test_a_copy_has_every_state_and_shares_none(kind):
+    x, model = states()[kind]
+    x, new = ops.convert_to_tensor(x), copied(model)
+    before = np.array(model(x))
+    np.testing.assert_array_equal(new(x), before)
+    assert not {id(v) for v in new.variables} & {id(v) for v in model.variables}
+    for variable in new.weights:
+        variable.assign(ops.zeros_like(variable))
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_a_copy_has_the_seeds_and_what_trains():
+    """With what `make` gives in a layer's place."""
+    x = keras.Input((50,))
+    model = keras.Model(x, kl.Dense(1, name="last")(kl.Dropout(0.5, seed=3)(kl.Dense(50, name="first")(x))))
+    model.get_layer("first").trainable = False
+    model.compile("sgd", "mse")
+    new, data = copied(model), np.ones((1, 50), "float32")
+    np.testing.assert_array_equal(new(data, training=True), model(data, training=True))
+    assert [v.path for v in new.trainable_variables] == [v.path for v in model.trainable_variables]
+    assert not new.compiled and model.compiled
+    other = copied(model, lambda layer: type(layer).from_config({**layer.get_config(), "name": f"new_{layer.name}"}))
+    assert [layer.name for layer in other.layers][1::2] == ["new_first", "new_last"]
+    np.testing.assert_array_equal(other(data), model(data))

@@ -6,7 +6,6 @@ What comes out is a plain Keras model with masked layers in it; `sbn_tf.partial_
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import tempfile
 from collections.abc import Mapping
@@ -14,20 +13,29 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend import compute_output_spec
-from keras.src.models.functional import Functional
-from keras.src.saving.serialization_lib import SafeModeScope
 from numpy.typing import ArrayLike
 
-from sbn_tf.core.graph import functional_of
+from sbn_tf.core.keras_internals import (
+    all_layers,
+    as_trusted,
+    children,
+    functional_of,
+    is_functional,
+    made_by,
+    own_variables,
+    replaced,
+    set_own_trainable,
+    traced,
+    unconnected_copy,
+)
 from sbn_tf.core.masks import checked_masks
-from sbn_tf.core.posterior import OPTION_NAMES
+from sbn_tf.core.posterior import OPTION_NAMES, Posterior
 from sbn_tf.core.posteriors import Posteriors
 from sbn_tf.core.weights import named_weights
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
 
-__all__ = ["check_convertible", "convert", "to_deterministic"]
+__all__ = ["check_convertible", "convert", "copied", "to_deterministic"]
 
 
 def convert(
@@ -65,7 +73,7 @@ def convert(
             if id(weight.variable) in left:
                 chosen[name] = left.pop(id(weight.variable))[1]
         if not chosen:
-            return _copied(layer)
+            return copied_layer(layer)
         position[id(layer)] = len(position)
         options = {**layer_options, "mask": chosen, "seed": _layer_seed(seed, position[id(layer)])}
         cls = partial_class(layer)
@@ -78,7 +86,7 @@ def convert(
                 raise error.__context__ from None
             raise
 
-    network = _Copier(masked).network(model)
+    network = copied(model, masked)
     for layer in masked_layers(network):
         layer.posteriors.centre()  # at the values that were copied
     if left:
@@ -132,9 +140,9 @@ def to_deterministic(model: keras.Model) -> keras.Model:
                 f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
                 f"class {type(layer).__name__} has its own. Give it to a stock layer of the same call by hand."
             )
-        plain = _copied(layer, cls, _stock_config(layer))
+        plain = copied_layer(layer, cls, _stock_config(layer))
         plain.name = name
-        inside = [x.name for x in plain._flatten_layers() if isinstance(x, MaskedGaussian)]
+        inside = [x.name for x in all_layers(plain) if isinstance(x, MaskedGaussian)]
         if inside:
             raise ValueError(
                 f"'{name}' ({type(layer).__name__}) makes the masked layers {inside[:5]} itself. Build it with stock "
@@ -142,14 +150,33 @@ def to_deterministic(model: keras.Model) -> keras.Model:
             )
         return plain
 
-    return _Copier(stock).network(network)
+    posteriors = [(layer, *item) for layer in masked_layers(network) for item in layer.posteriors.items()]
+    means = {id(layer.loc(name)): (layer, name, one.mean_offsets()) for layer, name, one in posteriors}
+    means = {key: layer.posteriors.draw(name, mean) for key, (layer, name, mean) in means.items() if mean is not None}
+    return _Copier(stock, means).network(network)
+
+
+def copied(model: keras.Model, make=None) -> keras.Model:
+    """Copy of a built model with all of its state, as a Functional or Sequential model that is not compiled.
+
+    Weights, what `Normalization` has learnt, vocabularies, boundaries and seeds in the configs are those of `model`,
+    and so is what trains. Nested models are copied layer by layer, and a layer that is used twice stays one layer.
+
+    Args:
+        model: built `keras.Model`. One without a graph of layers becomes one layer of a Functional model.
+        make: called with each layer that is no such graph, gives its copy; default: a layer made again from its config.
+
+    Raises:
+        ValueError: a layer that cannot be made again from its config.
+    """
+    return _Copier(make or copied_layer).network(model)
 
 
 class _Copier:
     """Copies models graph by graph, each layer once; `make(layer)` copies what is no graph."""
 
-    def __init__(self, make):
-        self.make, self.copies = make, {}
+    def __init__(self, make, values=None):
+        self.make, self.copies, self.values = make, {}, values or {}  # by variable's id: a value instead of its own
 
     def network(self, model):
         """Copy of a whole model with its variables' values, as a Functional or Sequential model."""
@@ -160,7 +187,7 @@ class _Copier:
 
     def __call__(self, operation):
         if not isinstance(operation, keras.layers.Layer):  # of keras.ops: it holds nothing
-            return _copied_operation(operation)
+            return unconnected_copy(operation)
         if id(operation) not in self.copies:
             new = self._graph(operation) if _has_graph(operation) else self.make(operation)
             self.copies[id(operation)] = (operation, new)
@@ -176,7 +203,7 @@ class _Copier:
         new_of = {}
         for old, new in self.copies.values():
             if _has_graph(old):
-                new._trainable = old._trainable
+                set_own_trainable(new, old.trainable)
                 continue
             pairs = list(itertools.zip_longest(_parts(old), _parts(new)))
             if not all(a and b and _shapes(a) == _shapes(b) for a, b in pairs):
@@ -185,23 +212,24 @@ class _Copier:
                     "Let get_config and from_config describe it in full, weights made in build()."
                 )
             for a, b in pairs:
-                b._trainable = a._trainable
+                set_own_trainable(b, a.trainable)
                 for before, after in zip(_own_variables(a), _own_variables(b), strict=True):
                     if new_of.setdefault(id(before), after) is not after:
                         raise ValueError(
-                            f"Two layers share the weight '{before.path}', which their configs do not tell. "
+                            f"Two layers share the weight '{before.path}', which their configs do not say. "
                             "Share the layer instead."
                         )
-                    after.assign(ops.copy(before))  # on JAX an assignment shares the buffer, and `fit` gives it away
+                    after.assign(
+                        ops.copy(self.values.get(id(before), before))
+                    )  # on JAX an assignment shares the buffer, and `fit` gives it away
                     after.trainable = before.trainable
                 if isinstance(b, keras.layers.Normalization):
                     b.finalize_state()
 
 
 def _made_again(layer, cls=None, config=None):
-    own = {type(x).__name__: type(x) for x in layer._flatten_layers() if not type(x).__module__.startswith("keras.")}
-    with keras.saving.custom_object_scope(own), SafeModeScope(False):  # a live layer is no foreign file
-        return (cls or type(layer)).from_config(layer.get_config() if config is None else config)
+    own = {type(x).__name__: type(x) for x in all_layers(layer) if not type(x).__module__.startswith("keras.")}
+    return as_trusted(cls or type(layer), layer.get_config() if config is None else config, own)
 
 
 def _can_be_made_again(layer) -> bool:
@@ -211,8 +239,8 @@ def _can_be_made_again(layer) -> bool:
         return False
 
 
-def _copied(layer, cls=None, config=None):
-    """A layer made again from its config; not built."""
+def copied_layer(layer, cls=None, config=None):
+    """A layer made again from its config, with its vocabularies; it is not built."""
     try:
         new = _made_again(layer, cls, config)
     except Exception as error:
@@ -221,7 +249,8 @@ def _copied(layer, cls=None, config=None):
             f"'{layer.name}' ({type(layer).__name__}) cannot be made again by from_config(get_config()): {reason}\n"
             "Give its class a get_config that names every argument of its __init__."
         ) from error
-    pairs = list(zip(layer._flatten_layers(), new._flatten_layers(), strict=False))
+    parts = [part for part in all_layers(layer) if not isinstance(part, Posteriors | Posterior)]
+    pairs = list(zip(parts, all_layers(new), strict=False))
     for a, b in pairs:
         if hasattr(a, "save_assets"):  # vocabularies
             for old, lookup in pairs:
@@ -235,13 +264,7 @@ def _copied(layer, cls=None, config=None):
 
 def _wrapped(layer, options):
     names = list(named_weights(layer))
-    return MaskedWrapper(_copied(layer), name=layer.name, trainable=layer.trainable, weight_names=names, **options)
-
-
-def _copied_operation(operation):
-    new = copy.copy(operation)
-    new._inbound_nodes, new._outbound_nodes = [], []
-    return new
+    return MaskedWrapper(copied_layer(layer), name=layer.name, trainable=layer.trainable, weight_names=names, **options)
 
 
 def _stock_config(layer):
@@ -277,7 +300,7 @@ def _has_graph(layer) -> bool:
     """
     if functional_of(layer) is None:
         return False
-    plain = isinstance(layer, keras.Sequential) or type(layer) is Functional
+    plain = isinstance(layer, keras.Sequential) or type(layer).__module__.startswith("keras.")
     return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
@@ -285,14 +308,14 @@ def _inputs_like(model):
     """New Inputs in the structure of a Functional model's."""
 
     def like(x):
-        made_by = x._keras_history.operation
+        made, _ = made_by(x)
         return keras.Input(
             batch_shape=x.shape,
             dtype=x.dtype,
             sparse=x.sparse,
             ragged=x.ragged,
-            name=made_by.name,
-            optional=getattr(made_by, "optional", False),
+            name=made.name,
+            optional=getattr(made, "optional", False),
         )
 
     return keras.tree.map_structure(like, model.input)
@@ -300,7 +323,7 @@ def _inputs_like(model):
 
 def _as_graph(new, old):
     """Functional model of one layer: the copy `new` of a model without a graph, on inputs like those of `old`."""
-    if isinstance(old, Functional):
+    if is_functional(old):
         inputs = _inputs_like(old)
         return keras.Model(inputs, new(inputs), name=old.name)
     shapes = getattr(old, "_build_shapes_dict", None) or {}
@@ -341,7 +364,7 @@ def _tokens_as_integers(new, call, inputs):
     for i, x in enumerate(leaves):
         if not any(_is_whole(x, shape) for shape in rounded.values()):
             continue
-        whole = keras.Input(batch_shape=x.shape, dtype="int32", name=x._keras_history.operation.name)
+        whole = keras.Input(batch_shape=x.shape, dtype="int32", name=made_by(x)[0].name)
         tried = keras.tree.pack_sequence_as(inputs, [*leaves[:i], whole, *leaves[i + 1 :]])
         try:
             left = _rounded_tokens(new, call, tried)
@@ -357,9 +380,9 @@ def _is_whole(x, shape):
 
 
 def _rounded_tokens(new, call, inputs) -> dict:
-    """Shapes of the tokens that come to embeddings in half precision, by name: it tells 256 or 2,048 of them apart."""
+    """Shapes of the tokens that come to embeddings in half precision, by name: it rounds those above 256 or 2,048."""
     found, exact = {}, {"bfloat16": 256, "float16": 2048}
-    parts = new._flatten_layers()
+    parts = all_layers(new)
     half = any(part.compute_dtype in exact for part in parts)
     tables = [x for x in parts if isinstance(x, keras.layers.Embedding) and half]
 
@@ -371,21 +394,18 @@ def _rounded_tokens(new, call, inputs) -> dict:
 
         return call
 
-    for table in tables:
-        object.__setattr__(table, "call", watched(table, table.call))
-    try:
-        if tables:
-            compute_output_spec(call, inputs)
-    finally:
-        for table in tables:
-            object.__delattr__(table, "call")
+    if tables:
+        with contextlib.ExitStack() as stack:
+            for table in tables:
+                stack.enter_context(replaced(table, "call", watched(table, table.call)))
+            traced(call, inputs)
     return found
 
 
 @contextlib.contextmanager
 def _uncompiled(model):
     """Within it no part of `model` counts as compiled: Keras would compile the copy too, with slots of its own."""
-    compiled = [m for m in (model, *model._flatten_layers(include_self=False)) if getattr(m, "compiled", False)]
+    compiled = [m for m in all_layers(model) if getattr(m, "compiled", False)]
     for part in compiled:
         part.compiled = False
     try:
@@ -408,7 +428,7 @@ def _parts(layer) -> list:
             part = part.layer
         if id(part) not in found:
             found[id(part)] = part
-            for child in part._layers:
+            for child in children(part):
                 if not isinstance(child, Posteriors):
                     walk(child)
 
@@ -418,7 +438,7 @@ def _parts(layer) -> list:
 
 def _own_variables(layer) -> list:
     """A layer's own variables as its stock class has them: without a posterior's."""
-    return layer._trainable_variables + layer._non_trainable_variables
+    return own_variables(layer)
 
 
 def _shapes(layer) -> list:

@@ -7,7 +7,7 @@ from keras import ops
 
 from sbn_tf.core.batch import first_rows, join_outputs, part_bounds
 from sbn_tf.core.context import batch_draws
-from sbn_tf.core.graph import Graph, _layers_of
+from sbn_tf.core.graph import Graph, layers_of
 from sbn_tf.core.keras_internals import added_losses, all_layers, is_called_by_another
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.optimizers import others_stay
@@ -102,7 +102,7 @@ def check_estimator(model: keras.Model) -> None:
             'known to keep axis 0 as the batch. Use batch_norm="frozen" with it, or estimator="all".'
         )
     for step in _after_draws(graph):
-        if any(_trains_batch_norm(layer) for layer in _layers_of(step.layer)):
+        if any(_trains_batch_norm(layer) for layer in layers_of(step.layer)):
             raise ValueError(
                 "Expected no batch norm in training mode after a Bayesian weight, or in one wrapped layer with it: "
                 f"one pass would mix draws in it. Received: '{step.name}', estimator={estimator!r}, "
@@ -132,7 +132,7 @@ def _check_states(graph: Graph):
     """Refuse what would carry a state from one draw to the next."""
     once = graph.runs_once(training=True)
     for step in graph.steps:
-        if step.name not in once and any(getattr(layer, "stateful", False) for layer in _layers_of(step.layer)):
+        if step.name not in once and any(getattr(layer, "stateful", False) for layer in layers_of(step.layer)):
             raise ValueError(
                 "Expected no stateful=True in or after what runs again for each draw: a draw would go on from the "
                 f"state of the one before. Received: '{step.name}'. Make it of stateful=False."

@@ -1,28 +1,33 @@
-"""The graph of a Keras network: which operations depend on which weights, and running what does not depend once.
+"""The graph of a Keras network: its operations, what they cost, and which of them depend on which weights.
 
-Nested Functional and Sequential models are entered: their operations count as the network's own. What holds several
-operations in one (an LSTM, an attention, a wrapped or subclassed model) is one operation.
+Nested Functional and Sequential models are entered: their operations count as the network's own. A layer that holds
+several operations (an LSTM, an attention, a wrapped or subclassed model) is one operation.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import contextvars
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import keras
-from keras import ops
-from keras.src.backend import compute_output_spec
-from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
-from keras.src.models.functional import Functional
 
-from sbn_tf.core.context import current_graph
+from sbn_tf.core.keras_internals import (
+    all_layers,
+    children,
+    functional_of,
+    nodes_in_order,
+    nodes_of,
+    noise_states,
+    own_variables,
+    traced,
+)
+from sbn_tf.core.sharing import Shared, sharing
 from sbn_tf.layers import MaskedGaussian, masked_layers
 
-__all__ = ["Graph", "Operation"]
+__all__ = ["Graph", "Operation", "layers_of"]
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Graph:
         self.model, self._open_size = model, open_size
         self.steps: list[Operation] = []
         self._positions, self._within, self._functionals = {}, {}, {}
-        self._nodes, self._draws = {}, {}
+        self._nodes, self._drawing = {}, {}
         functional = functional_of(model)
         if functional is None:
             weights = sum(math.prod(w.shape) for w in model.weights)
@@ -75,7 +80,7 @@ class Graph:
         self._steps_of, self._costs = self._by_weight(), [step.multiply_adds for step in self.steps]
         self._after = self._with_all_after()
         for training in (False, True) if masked_layers(model) else ():
-            self._anew(training)  # calls are traced here, and not later within the trace of a step
+            self._per_sample(training)  # calls are traced here, and not later within the trace of a step
 
     @property
     def operations(self) -> dict[str, float]:
@@ -87,7 +92,7 @@ class Graph:
         return {step.name: step.multiply_adds for step in self.steps}
 
     def fan_out(self, keys: str | Iterable[str]) -> float:
-        """Share of the multiply-adds that run anew for each sample if the weights `keys` are Bayesian: 0 to 1.
+        """Share of the multiply-adds that run again for each sample if the weights `keys` are Bayesian: 0 to 1.
 
         These are the operations that use such a weight, and all that depend on them.
 
@@ -97,22 +102,22 @@ class Graph:
         Raises:
             ValueError: a key that the model does not have.
         """
-        anew = 0
+        again = 0
         for key in [keys] if isinstance(keys, str) else keys:
             if key not in self._steps_of:
                 raise ValueError(f"No weight is called {key!r}. Keys look like: {list(self._steps_of)[:3]}")
-            anew |= self._dependent(key)
+            again |= self._dependent(key)
         total = sum(self._costs)
-        return sum(cost for i, cost in enumerate(self._costs) if anew >> i & 1) / total if total else 0.0
+        return sum(cost for i, cost in enumerate(self._costs) if again >> i & 1) / total if total else 0.0
 
     def runs_once(self, training: bool = False) -> list[str]:
         """Names of the operations whose outputs are the same for every posterior sample, masked as the model is now.
 
-        In training what is random, dropout for one, and all after it runs anew for each sample as well. Custom layers
+        In training what is random, dropout for one, and all after it runs again for each sample as well. Custom layers
         and Lambdas are traced to see whether they draw random numbers.
         """
-        anew = self._anew(training)
-        return [step.name for i, step in enumerate(self.steps) if not anew[i]]
+        again = self._per_sample(training)
+        return [step.name for i, step in enumerate(self.steps) if not again[i]]
 
     def mixes_batch(self) -> str | None:
         """Name of the first operation that may not keep axis 0 as the batch, in order; None: all keep it.
@@ -129,32 +134,23 @@ class Graph:
         uses = collections.Counter(id(step.layer) for step in self.steps)
         return list({id(step.layer): step.layer for step in self.steps if uses[id(step.layer)] > 1}.values())
 
-    @contextlib.contextmanager
-    def sharing(self, training: bool = False) -> Iterator[set[int]]:
-        """Within it the model may be called again and again: what no posterior draw changes runs at the first call.
+    def sharing(self, training: bool = False) -> contextlib.AbstractContextManager[set[int]]:
+        """Within it the model may be called many times: operations that no draw changes run at the first call only.
 
         The inputs and `training` must be the same at every call. Where the model is not Functional everything runs
-        anew.
+        each time.
 
         Yields:
             A set that fills with the ids of the losses (`add_loss`, activity regularizers) of what has run once.
         """
-        shared = _Shared(self._shared_paths(training))
-        for functional in self._functionals.values():
-            if "_run_through_graph" not in functional.__dict__:
-                object.__setattr__(functional, "_run_through_graph", _Runner(functional))
-        token = _shared.set(shared)
-        try:
-            yield shared.losses
-        finally:
-            _shared.reset(token)
+        return sharing(self._functionals.values(), Shared(self._shared_paths(training)))
 
     # ---- below: how it is done ----
 
     def _walk(self, functional, path, prefix, tensors):
         """Append a Functional's operations; `tensors`: id -> (KerasTensor of known size, positions it comes from)."""
         self._functionals[id(functional)] = functional
-        for node in _nodes(functional):
+        for node in nodes_in_order(functional):
             if any(id(x) not in tensors for x in node.input_tensors):
                 continue
             here, name = (*path, id(node)), f"{prefix}{node.operation.name}"
@@ -188,7 +184,7 @@ class Graph:
         return keras.KerasTensor(shape, dtype=x.dtype, sparse=x.sparse, record_history=False)
 
     def _outputs_of(self, node, tensors):
-        """A node's outputs, of known size: its own, or computed anew where the model leaves a size open."""
+        """A node's outputs, of known size: its own, or computed again where the model leaves a size open."""
         if not any(None in x.shape[1:] for x in (*node.input_tensors, *node.outputs)):
             return node.outputs
         args, kwargs = node.arguments.fill_in({key: x for key, (x, _) in tensors.items()})
@@ -220,40 +216,25 @@ class Graph:
             bits |= self._after[i]
         return bits
 
-    def _anew(self, training):
-        anew = []
+    def _per_sample(self, training):
+        again = []
         for i, step in enumerate(self.steps):
             own = _is_bayesian(step.layer) or _is_random(step.layer, training)
-            anew.append(own or any(anew[source] for source in step.sources) or self._draws_anew(i, training))
-        return anew
+            again.append(own or any(again[source] for source in step.sources) or self._draws(i, training))
+        return again
 
-    def _draws_anew(self, i, training):
-        if i in self._nodes and (i, training) not in self._draws:
-            self._draws[i, training] = _draws_unseeded(self._nodes[i], training)
-        return self._draws.get((i, training), False)
+    def _draws(self, i, training):
+        if i in self._nodes and (i, training) not in self._drawing:
+            self._drawing[i, training] = _draws_unseeded(self._nodes[i], training)
+        return self._drawing.get((i, training), False)
 
     def _shared_paths(self, training):
-        anew = self._anew(training)
+        again = self._per_sample(training)
         return {
             path
             for path, (inside, sources) in self._within.items()
-            if not any(anew[i] for i in inside) and not any(anew[i] for i in sources)
+            if not any(again[i] for i in inside) and not any(again[i] for i in sources)
         }
-
-
-def functional_of(operation):
-    """The Functional behind a Functional or Sequential model whose `call` is Keras's own; None for anything else."""
-    if isinstance(operation, keras.Sequential):
-        own = type(operation).call is keras.Sequential.call
-        return operation._functional if own else None
-    own = getattr(type(operation), "call", None) is Functional.call
-    return operation if own else None
-
-
-def _nodes(functional):
-    """Nodes in the order in which Keras runs them, the inputs left out."""
-    by_depth = functional._nodes_by_depth
-    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if n.operation and not n.is_input]
 
 
 def _entering(node, inner, tensors):
@@ -261,8 +242,8 @@ def _entering(node, inner, tensors):
     first = node.arguments.args[0] if node.arguments.args else node.arguments.kwargs.get("inputs")
     known = {id(x) for x in keras.tree.flatten(first)}
     if isinstance(first, dict):  # by name, as Keras does: it may hold more than the inner model takes
-        named = isinstance(inner._inputs_struct, dict)
-        first = [first.get(key) for key in (sorted(inner._inputs_struct) if named else [x.name for x in inner.inputs])]
+        named = isinstance(inner.input, dict)
+        first = [first.get(key) for key in (sorted(inner.input) if named else [x.name for x in inner.inputs])]
     given = [tensors.get(id(x)) for x in keras.tree.flatten(first)]
     others = [tensors[id(x)][1] for x in node.input_tensors if id(x) not in known]  # a mask given as an argument
     return [
@@ -276,11 +257,11 @@ def _keys(model) -> dict[str, int]:
     found, seen = {}, set()
 
     def walk(layer, path):
-        for variable in layer._trainable_variables + layer._non_trainable_variables:
+        for variable in own_variables(layer):
             if id(variable) not in seen:
                 seen.add(id(variable))
                 found["/".join([*path, variable.name])] = id(variable)
-        for child in layer._layers:
+        for child in children(layer):
             walk(child, [*path, child.name])
 
     walk(model, [])
@@ -333,10 +314,9 @@ def _einsum(layer, x):
 # ---- what an operation depends on ----
 
 
-def _layers_of(operation):
-    if not isinstance(operation, keras.layers.Layer):
-        return []
-    return [operation, *operation._flatten_layers(include_self=False, recursive=True)]
+def layers_of(operation) -> list:
+    """An operation's layers: itself and those in it; none where it is of `keras.ops`."""
+    return all_layers(operation) if isinstance(operation, keras.layers.Layer) else []
 
 
 def _is_bayesian(operation):
@@ -345,10 +325,10 @@ def _is_bayesian(operation):
 
 def _is_random(operation, training):
     """Whether two calls may differ: dropout and its like in training; of layers that are not Keras's own, always."""
-    for layer in _layers_of(operation):
+    for layer in layers_of(operation):
         if isinstance(layer, MaskedGaussian):
             continue
-        seeded = bool(getattr(layer, "_seed_generators", ()))
+        seeded = _has_noise(layer)
         if not _is_of_keras(layer):
             if seeded or hasattr(layer, "seed"):
                 return True
@@ -359,14 +339,20 @@ def _is_random(operation, training):
     return False
 
 
+def _has_noise(layer):
+    """Whether a layer has a seed generator of its own."""
+    inside = {id(state) for child in children(layer) for state in noise_states(child)}
+    return any(id(state) not in inside for state in noise_states(layer))
+
+
 def _draws_unseeded(node, training) -> bool:
     """Whether a foreign layer or a Lambda draws random numbers.
 
     One without a seed generator (`keras.random.normal(shape)`, `tf.random.normal`) does not say so: its call is traced
-    and its operations are read. Running all of them anew for each sample instead would leave no trunk to a network of
+    and its operations are read. Running all of them again for each sample instead would leave no trunk to a network of
     custom layers. A layer that cannot be traced counts as random.
     """
-    if all(_is_of_keras(x) and not isinstance(x, keras.layers.Lambda) for x in _layers_of(node.operation)):
+    if all(_is_of_keras(x) and not isinstance(x, keras.layers.Lambda) for x in layers_of(node.operation)):
         return False
     found = []
 
@@ -380,9 +366,9 @@ def _draws_unseeded(node, training) -> bool:
             found.append(any("Random" in node.op or node.op == "Multinomial" for node in nodes))
         return outputs
 
-    mode = {"training": training} if getattr(node.operation, "_call_has_training_arg", False) else {}
+    mode = {"training": training} if "training" in getattr(node.operation, "call_signature_parameters", ()) else {}
     try:
-        compute_output_spec(call, *node.arguments.args, **{**node.arguments.kwargs, **mode})
+        traced(call, *node.arguments.args, **{**node.arguments.kwargs, **mode})
     except Exception:  # whatever a foreign call raises; on JAX that of a draw without a seed
         return True
     return any(found)
@@ -419,104 +405,4 @@ def _axes(operation):
     """The axes that an operation names; none of its own: ()."""
     axis = getattr(operation, "axis", None)
     axes = () if axis is None else tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-    return tuple(
-        a + len(node.input_tensors[0].shape) if a < 0 else a for node in operation._inbound_nodes[:1] for a in axes
-    )
-
-
-# ---- running what is shared once ----
-
-
-class _Shared:
-    """What runs once: its nodes by the way down to each, their results and losses; and the way to what runs now."""
-
-    def __init__(self, once):
-        self.once, self.results, self.losses, self.path = once, {}, set(), ()
-
-
-_shared: contextvars.ContextVar[_Shared | None] = contextvars.ContextVar("sbn_tf_shared", default=None)
-
-
-class _Runner:
-    """A Functional's run through its graph as Keras does it, taking what has run once within `Graph.sharing`."""
-
-    def __init__(self, functional):
-        self.functional = functional
-
-    def __call__(self, inputs, operation_fn=lambda operation: operation, call_fn=None):
-        functional, shared = self.functional, _shared.get()
-        if shared is None or call_fn is not None:
-            return type(functional)._run_through_graph(functional, inputs, operation_fn, call_fn)
-        tensors = {id(x): y for x, y in zip(functional.inputs, keras.tree.flatten(inputs), strict=True)}
-        for node in _nodes(functional):
-            if any(id(x) not in tensors for x in node.input_tensors):
-                continue
-            results = self._results(node, tensors, operation_fn, shared)
-            tensors.update({id(x): y for x, y in zip(node.outputs, results, strict=False)})
-        return keras.tree.pack_sequence_as(functional._outputs_struct, [tensors[id(x)] for x in functional.outputs])
-
-    def _results(self, node, tensors, operation_fn, shared):
-        outer = shared.path
-        here = (*outer, id(node))
-        if here in shared.results:
-            return shared.results[here]
-        args, kwargs = node.arguments.fill_in(tensors)
-        before = _added_losses(node.operation)
-        shared.path = here
-        try:
-            operation = self.functional._get_operation_for_node(node)
-            results = keras.tree.flatten(operation_fn(operation)(*args, **kwargs))
-        finally:
-            shared.path = outer
-        if here in shared.once:
-            shared.results[here] = results
-            shared.losses.update(_added_losses(node.operation) - before)
-        return results
-
-
-def _added_losses(operation) -> set:
-    return {id(loss) for layer in _layers_of(operation) for loss in layer._get_own_losses()}
-
-
-def one_after_another(step, state: list, start: int, stop: int, variables=()) -> list:
-    """`state = step(i, state)` for i from `start` to `stop` - 1; also in a TensorFlow graph none runs beside another.
-
-    An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
-    memory of all. JAX would compile each of them.
-
-    Args:
-        variables: what a step may assign to, the states of noise seeds for one: a compiled loop of JAX carries them.
-    """
-    if keras.backend.backend() == "jax" and in_stateless_scope() and stop - start > 1:
-        return _carried_loop(step, state, start, stop, list(variables))
-    if current_graph() is None or stop - start < 2:
-        for i in range(start, stop):
-            state = step(i, state)
-        return state
-    return list(
-        ops.while_loop(
-            lambda i, *_: i < stop, lambda i, *state: (i + 1, *step(i, list(state))), (start, *state), stop - start
-        )[1:]
-    )
-
-
-def _carried_loop(step, state, start, stop, variables):
-    """`one_after_another` in a compiled function of JAX, where nothing made within a loop may be left in a variable."""
-
-    def values():
-        scope = get_stateless_scope()
-        found = [scope.get_current_value(v) for v in variables]
-        return [v._value if value is None else value for v, value in zip(variables, found, strict=True)]
-
-    def assign(carried):
-        for variable, value in zip(variables, carried, strict=True):
-            variable.assign(value)
-
-    def body(i, carried):
-        assign(carried[0])
-        after = step(i, carried[1])
-        return values(), after
-
-    carried, state = ops.fori_loop(start, stop, body, (values(), state))
-    assign(carried)
-    return state
+    return tuple(a + len(node.input_tensors[0].shape) if a < 0 else a for node in nodes_of(operation)[:1] for a in axes)

@@ -45,6 +45,7 @@ __all__ = [
     "run_operations_by",
     "set_logits",
     "set_mask",
+    "set_own_trainable",
     "spare_weight_decay",
     "strategy_of",
     "traced",
@@ -93,6 +94,11 @@ def noise_states(layer: keras.layers.Layer) -> list:
     """
     weights = {id(variable) for variable in layer.weights}
     return list({id(v): v for v in layer.variables if id(v) not in weights}.values())
+
+
+def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
+    """Whether a layer itself trains. Why: the public `layer.trainable = value` changes its sublayers too."""
+    layer._trainable = value
 
 
 @contextlib.contextmanager

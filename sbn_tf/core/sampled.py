@@ -8,11 +8,12 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.context import is_at_mean, posterior_sample
-from sbn_tf.core.graph import Graph, one_after_another
+from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import added_losses, all_layers, call_context
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.outputs import Outputs, input_structure, names_of_outputs, output_kind
 from sbn_tf.core.replicas import Distributed
+from sbn_tf.core.sharing import one_after_another
 from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import masked_layers
 
