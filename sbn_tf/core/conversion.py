@@ -219,9 +219,8 @@ class _Copier:
                             f"Two layers share the weight '{before.path}', which their configs do not say. "
                             "Share the layer instead."
                         )
-                    after.assign(
-                        ops.copy(self.values.get(id(before), before))
-                    )  # on JAX an assignment shares the buffer, and `fit` gives it away
+                    value = self.values.get(id(before), before)
+                    after.assign(ops.copy(value))  # on JAX an assignment shares the buffer, and `fit` gives it away
                     after.trainable = before.trainable
                 if isinstance(b, keras.layers.Normalization):
                     b.finalize_state()
