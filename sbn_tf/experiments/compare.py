@@ -1,6 +1,6 @@
 """One honest table: every method on one dataset, trained alike, scored by the same code, with its intervals and costs.
 
-    python -m sbn_tf.experiments.compare phantom_nodule --recipe quick
+    sbn-tf compare phantom_nodule --recipe quick
 
 Each row is a run of `baselines` and a `results.Result` beside it. What is finished is read, not made again: the test
 split is predicted once for each trained method.
@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import logging
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,15 +27,16 @@ from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
     "Experiment",
+    "add_arguments",
     "all_rows",
     "check_methods",
     "experiment",
     "fitted",
-    "main",
     "paired_table",
     "parse_seeds",
     "recipe_of",
     "row",
+    "run",
     "shift_table",
     "tables",
     "trivial_rows",
@@ -560,12 +560,8 @@ def _result(experiment, record, **given):
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: make or read every row, print the tables."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sbn_tf.experiments.compare",
-        description="Train every method on one dataset, or read what is trained, and print one table with intervals.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sbn-tf compare`."""
     parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
     parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(baselines.METHODS))
     parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
@@ -585,36 +581,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--data-root", help="folder of the real data; default: SBN_TF_DATA, or data/")
     parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
-    given = parser.parse_args(arguments)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # each network is traced anew: no news
-    try:
-        methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
-        check_methods(methods or ())
-        seeds = parse_seeds(given.seeds)
-        check_r_bayes(given.r_bayes)
-        threshold = _threshold(given.threshold)
-        options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
-        keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
-        shared = experiment(
-            given.dataset,
-            given.recipe,
-            **{key: getattr(given, key) for key in keys},
-            data_root=given.data_root,
-            options=options,
-            r_bayes=given.r_bayes,
-            runs=given.runs,
-            threshold=threshold,
-            num_resamples=given.num_resamples,
-        )
-        print(shared.data.card, shared.data, shared.recipe, f"network: {shared.network}", sep="\n")
-        rows = []
-        for index, seed in enumerate(seeds):
-            settings = dataclasses.replace(shared, seed=seed)
-            made = all_rows(settings, methods)
-            rows += made if index == 0 else [one for one in made if one.seed is not None]
-        parts = tables(rows, shared.task)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from None
+
+
+def run(given: argparse.Namespace) -> None:
+    """Make or read every row, and print the tables."""
+    methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
+    check_methods(methods or ())
+    seeds = parse_seeds(given.seeds)
+    check_r_bayes(given.r_bayes)
+    threshold = _threshold(given.threshold)
+    options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
+    keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
+    shared = experiment(
+        given.dataset,
+        given.recipe,
+        **{key: getattr(given, key) for key in keys},
+        data_root=given.data_root,
+        options=options,
+        r_bayes=given.r_bayes,
+        runs=given.runs,
+        threshold=threshold,
+        num_resamples=given.num_resamples,
+    )
+    print(shared.data.card, shared.data, shared.recipe, f"network: {shared.network}", sep="\n")
+    rows = []
+    for index, seed in enumerate(seeds):
+        settings = dataclasses.replace(shared, seed=seed)
+        made = all_rows(settings, methods)
+        rows += made if index == 0 else [one for one in made if one.seed is not None]
+    parts = tables(rows, shared.task)
     for title, text in parts.items():
         print(f"\n## {title}\n\n{text}")
     print("\n## What the rows and columns are\n")
@@ -642,7 +637,3 @@ def _threshold(text):
         return text if text == "validation" else float(text)
     except ValueError:
         raise ValueError(f'Expected --threshold, between 0 and 1, or "validation". Received: {text}') from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,82 @@
+"""The command line: `python -m sbn_tf`, or the script `sbn-tf`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# Name of a command -> the module that has its `add_arguments(parser)` and `run(given)`, what it does, an example. Only
+# the module of the command that runs is imported, by its name: some load TensorFlow, and `--help` shall not.
+COMMANDS = {
+    "check": (
+        "sbn_tf.experiments.check_data",
+        "Say what is in a dataset and what looks wrong in it; exit code 1 where something does.",
+        "sbn-tf check phantom_nodule",
+    ),
+    "compare": (
+        "sbn_tf.experiments.compare",
+        "Train methods on one dataset, or read what is trained, and print one table with intervals.",
+        "sbn-tf compare phantom_nodule --recipe quick --methods deterministic,partial",
+    ),
+    "study": (
+        "sbn_tf.experiments.study",
+        "Train and score every variant of a plan's questions; exit code 1 where one fails.",
+        "sbn-tf study profiles/study.yaml --questions scale",
+    ),
+    "grid": (
+        "sbn_tf.experiments.grid",
+        "State, tables and estimates of a grid that Snakemake runs.",
+        "sbn-tf grid status profiles/small",
+    ),
+}
+EXIT_CODES = "exit codes: 0 fine, 1 a problem was found or a part failed, 2 wrong input"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, without the usage of every option."""
+
+    def error(self, message):
+        self.exit(2, f"{message}\n`{self.prog} --help` lists what it takes.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words of the command line; None: those of this process.
+
+    Returns:
+        The exit code: 0 fine, 1 a problem was found or a part failed, 2 wrong input.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    examples = "\n".join(["examples:", *(f"  {example}" for _, _, example in COMMANDS.values())])
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = _Parser(
+        prog="sbn-tf",
+        description="Sparse Bayesian networks in Keras. `sbn-tf COMMAND --help` explains a command.",
+        epilog=f"{examples}\n\n{EXIT_CODES}",
+        **layout,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, line, example) in COMMANDS.items():
+        one = commands.add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
+        if arguments[:1] == [name]:
+            command = importlib.import_module(module)
+            command.add_arguments(one)
+            one.set_defaults(run=command.run)
+    given = parser.parse_args(arguments)
+    logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
+    try:
+        return given.run(given) or 0
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
