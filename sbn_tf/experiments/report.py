@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
-from sbn_tf.experiments.metric_table import METRICS
 from sbn_tf.experiments.result import COSTS, KEYS
 from sbn_tf.experiments.rows import rows
 from sbn_tf.experiments.table import table
+from sbn_tf.metrics import METRICS
 
 __all__ = [
     "PAPER",

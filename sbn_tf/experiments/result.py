@@ -13,8 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.experiments import training
-from sbn_tf.experiments.metric_table import METRICS
 from sbn_tf.experiments.scoring import Record
+from sbn_tf.metrics import METRICS
 
 __all__ = ["COSTS", "KEYS", "REQUIRED", "Result", "read", "write"]
 
@@ -66,8 +66,8 @@ class Result(BaseModel):
 
     Args:
         dataset, task, network, recipe: names.
-        method: of `baselines.METHODS`; "trivial_..." for a predictor that ignores the image or needs
-            only the deterministic network; "bound_..." for a row that no method can expect to beat in nll and Brier score.
+        method: of `baselines.METHODS`; "trivial_..." for a predictor that ignores the image or needs only the
+            deterministic network; "bound_..." for what no method can expect to beat in nll and Brier score.
         title: one line for people.
         seed: of the run; None where nothing is random.
         r_bayes: fraction of the weights that is Bayesian, 0..1; None where the method has none.
@@ -271,7 +271,7 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
     """
     folder = Path(folder)
     try:
-        content = json.loads(json.dumps(result.model_dump()))
+        content = json.loads(json.dumps(result.model_dump(warnings=False)))
     except TypeError as error:
         raise ValueError(
             f"Expected plain numbers, texts, lists and dicts in the result of {result.method!r}. Received: {error}. "

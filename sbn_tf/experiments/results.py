@@ -22,9 +22,9 @@ from filelock import FileLock
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import TASKS
 from sbn_tf.experiments import training
-from sbn_tf.experiments.metric_table import METRICS
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.experiments.result import COSTS, REQUIRED, Result, read
+from sbn_tf.metrics import METRICS
 
 __all__ = ["RUN", "as_key", "collect", "frame", "read_csv", "recipe_settings", "wide", "write_csv"]
 
@@ -244,7 +244,9 @@ def read_csv(path: str | os.PathLike) -> pd.DataFrame:
     if len(wrong := table.index[~table["task"].isin(TASKS)]):
         raise ValueError(_at(path, wrong[0], f"one of {TASKS}", "task", table["task"][wrong[0]]))
     parts = []
-    for key in [key for key in table if key not in RUN and (key in METRICS or key in COSTS or key.startswith("shift: "))]:
+    for key in [
+        key for key in table if key not in RUN and (key in METRICS or key in COSTS or key.startswith("shift: "))
+    ]:
         part = table[list(RUN)].assign(metric=key, value=_numbers(table[key], path), note="")
         for end in ("low", "high"):
             column = f"{key}_{end}"

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from sbn_tf.experiments import scoring
-from sbn_tf.experiments.metric_table import METRICS
 from sbn_tf.experiments.result import COSTS
 from sbn_tf.experiments.results import as_key, recipe_settings
+from sbn_tf.metrics import METRICS
 
 __all__ = ["LEVEL", "Row", "check_keys", "compare_rows", "holm", "labelled", "paired", "rows", "sweep"]
 

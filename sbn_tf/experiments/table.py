@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from sbn_tf.datasets.base import SEGMENTATION
-from sbn_tf.experiments.metric_table import METRICS
 from sbn_tf.experiments.result import COSTS, KEYS
 from sbn_tf.experiments.rows import LEVEL, check_keys, compare_rows, holm, labelled, paired, rows
+from sbn_tf.metrics import METRICS
 
 __all__ = ["differences", "table"]
 
