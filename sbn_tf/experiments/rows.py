@@ -142,7 +142,8 @@ _SETTINGS = (*_SIMPLE, "options", "settings")
 
 def _content(run):
     simple = {key: None if pd.isna(run[key]) else run[key] for key in _SIMPLE}
-    return simple | json.loads(run["options"]) | recipe_settings(run["settings"])
+    options = {f"data {key}": value for key, value in json.loads(run["options"]).items()}
+    return simple | options | recipe_settings(run["settings"])
 
 
 def _telling(contents):

@@ -123,6 +123,9 @@ def _cell(row, key, digits, star, intervals, most):
         elif number == 1:
             text += f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
     alone = row.units == [(None, None)]  # a row without a seed has one unit at most
+    ran = len(row.units)
+    if number < ran:
+        return f"{text} (n={number} of {ran})"
     return text + f" (n={number})" * (number < most and not alone)
 
 
