@@ -65,20 +65,24 @@ a docstring says so, and only there.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage, optimize
 from scipy.special import entr
 
 from sbn_tf.datasets.arrays import DiskArray
-from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, TASKS
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 
 # %% [markdown]
 # What the lesson defines, and two numbers that several metrics share.
 
 # %%
 __all__ = [
+    "METRICS",
     "TASKS",
+    "Metric",
     "accuracy",
     "area_under_risk_coverage",
     "auc_per_label",
@@ -1248,6 +1252,162 @@ def error_auroc(uncertainty: ArrayLike, errors: ArrayLike) -> float:
 # %% [markdown]
 # *Reading*: a flat curve is an uncertainty that knows nothing; the right end is the plain error rate. The area mixes
 # how often a method is wrong with how well it knows; the excess and the AUROC tell the second.
+
+# %% [markdown]
+# ## 11. The registry
+#
+# Every metric of a table: where it is defined, its range, its direction, and what it says.
+
+
+# %%
+class Metric(NamedTuple):
+    """One number of a table: its tasks, its range, which way is better and what it says."""
+
+    name: str
+    tasks: tuple[str, ...]
+    low: float
+    high: float
+    higher_is_better: bool | None  # None: neither way is better
+    meaning: str
+
+
+_OF_LABELS = (BINARY, MULTI_LABEL, MULTI_CLASS, ORDINAL)
+_ENTRIES = (
+    Metric("nll", TASKS, 0, np.inf, False, "negative log likelihood of the truth, nats per label, pixel or image"),
+    Metric("brier", TASKS, 0, 2, False, "squared error of the probabilities, mean; of classes summed, 0 to 2"),
+    Metric("brier_skill", TASKS, -np.inf, 1, True, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
+    Metric("ece", TASKS, 0, 1, False, "expected calibration error, 15 bins of equal width, pooled"),
+    Metric("ece_mass", TASKS, 0, 1, False, "expected calibration error, 15 bins of equal count, pooled"),
+    Metric(
+        "ece_region",
+        (SEGMENTATION,),
+        0,
+        1,
+        False,
+        "expected calibration error of the pixels that any rater or the prediction marks",
+    ),
+    Metric("entropy", TASKS, 0, np.inf, None, "entropy of the mean prediction, nats: how unsure it is in all"),
+    Metric("expected_entropy", TASKS, 0, np.inf, None, "mean entropy of the samples, nats: what each is unsure of"),
+    Metric(
+        "mutual_information", TASKS, 0, np.inf, None, "entropy less expected_entropy, nats: how far samples disagree"
+    ),
+    Metric("risk", TASKS, 0, 1, False, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
+    Metric("aurc", TASKS, 0, 1, False, "area under the risk-coverage curve: mean error if unsure images are refused"),
+    Metric("excess_aurc", TASKS, 0, 1, False, "that area less the oracle's, which refuses the worst images first"),
+    Metric("error_auroc", TASKS, 0, 1, True, "AUROC of an image's entropy for its prediction being wrong"),
+    Metric("error_auroc_mi", TASKS, 0, 1, True, "AUROC of an image's mutual information for its being wrong"),
+    Metric("num_images", TASKS, 1, np.inf, None, "test images scored"),
+    Metric(
+        "auc",
+        _OF_LABELS,
+        0,
+        1,
+        True,
+        "area under the ROC curve, mean over the labels that have both 0 and 1",
+    ),
+    Metric("auc_num_labels", _OF_LABELS, 0, np.inf, None, "how many labels these are"),
+    Metric(
+        "average_precision",
+        _OF_LABELS,
+        0,
+        1,
+        True,
+        "average precision, mean over the same labels",
+    ),
+    Metric(
+        "accuracy",
+        _OF_LABELS,
+        0,
+        1,
+        True,
+        "share of right decisions; with rare labels, 1 - prevalence is free",
+    ),
+    Metric(
+        "ece_label",
+        _OF_LABELS,
+        0,
+        1,
+        False,
+        "expected calibration error of each label or class, mean, equal width",
+    ),
+    Metric("ece_label_mass", _OF_LABELS, 0, 1, False, "the same in bins of equal count"),
+    Metric(
+        "label_error_auroc", (BINARY, MULTI_LABEL), 0, 1, True, "AUROC of a label's entropy for that label being wrong"
+    ),
+    Metric(
+        "mean_absolute_error", (ORDINAL,), 0, np.inf, False, "distance of the predicted from the true grade, in grades"
+    ),
+    Metric("quadratic_kappa", (ORDINAL,), -1, 1, True, "agreement of the grades beyond chance, quadratic weights"),
+    Metric("dice", (SEGMENTATION,), 0, 1, True, "Dice of the foreground with the majority mask, mean over images"),
+    Metric("iou", (SEGMENTATION,), 0, 1, True, "intersection over union with the majority mask, mean over images"),
+    Metric(
+        "hausdorff95", (SEGMENTATION,), 0, np.inf, False, "95th percentile of the distance between the outlines, pixels"
+    ),
+    Metric(
+        "ged", (SEGMENTATION,), 0, 2, False, "generalised energy distance of the sampled masks to the raters' masks"
+    ),
+    Metric(
+        "hungarian_iou", (SEGMENTATION,), 0, 1, True, "IoU of sampled masks and raters' masks, best matched one to one"
+    ),
+    Metric("dice_raters", (SEGMENTATION,), 0, 1, True, "Dice with each rater's mask, mean over raters and images"),
+    Metric(
+        "entropy_disagreement_pearson",
+        (SEGMENTATION,),
+        -1,
+        1,
+        True,
+        "correlation over pixels of entropy and raters' variance",
+    ),
+    Metric("pixel_error_auroc", (SEGMENTATION,), 0, 1, True, "AUROC of a pixel's entropy for that pixel being wrong"),
+    Metric(
+        "pixel_error_auroc_mi", (SEGMENTATION,), 0, 1, True, "AUROC of a pixel's mutual information for its being wrong"
+    ),
+    Metric(
+        "paper_accuracy", (MULTI_LABEL,), 0, 1, True, "mostly the share of absent labels: never any finding scores high"
+    ),
+    Metric(
+        "paper_brier",
+        (MULTI_LABEL, SEGMENTATION),
+        0,
+        1,
+        False,
+        "Brier score of one random sample, not of the mean prediction",
+    ),
+    Metric(
+        "paper_brier_softmax_twice",
+        (SEGMENTATION,),
+        0,
+        1,
+        False,
+        "the same after a second softmax: 0.0723 is the least",
+    ),
+    Metric(
+        "paper_entropy",
+        (MULTI_LABEL, SEGMENTATION),
+        0,
+        np.inf,
+        None,
+        "of labels -p ln p without the 1 - p term; of masks the entropy",
+    ),
+    Metric(
+        "paper_dice",
+        (SEGMENTATION,),
+        0,
+        1,
+        True,
+        "mostly how near to exactly 0 background is: an empty mask scores its share",
+    ),
+    Metric("paper_iou", (SEGMENTATION,), 0, 1, True, "IoU of a typical sample, not of the mean prediction"),
+    Metric(
+        "paper_ece",
+        (MULTI_LABEL, SEGMENTATION),
+        0,
+        1,
+        False,
+        "calibration error of the decisions: mostly whether a sure no is right",
+    ),
+)
+METRICS = {metric.name: metric for metric in _ENTRIES}
 
 # %% [markdown]
 # ## 9. What did the paper measure?
