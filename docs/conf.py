@@ -1,4 +1,4 @@
-"""The documentation site: the README, the lessons as they are committed (nothing is run anew), and every docstring.
+"""The documentation site: the README, the lessons as they are committed (none is run), and every docstring.
 
 sphinx-build -W --keep-going -c docs . docs/_build/html
 """
@@ -9,14 +9,16 @@ import itertools
 import logging
 import os
 import re
+import sys
+from pathlib import Path
 
 import sphinx.util.inspect
 
+sys.path.insert(0, str(Path(__file__).parent))
+import pages
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 logging.getLogger("tensorflow").setLevel("ERROR")
-
-from sbn_tf.layers import MaskedGaussian  # noqa: E402  (after TensorFlow is told to be quiet)
-from sbn_tf.partial_bayes import PartialBayes  # noqa: E402
 
 project = "sbn_tf"
 author = "The sbn_tf authors"
@@ -56,7 +58,7 @@ add_module_names = False
 autodoc_inherit_docstrings = False
 
 
-sphinx.util.inspect.TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # in hints that hold it, as `A | None`
+sphinx.util.inspect.TypeAliasForwardRef.__repr__ = lambda alias: alias.name  # in hints such as `A | None`
 
 PAGES = {
     "keras": "https://www.tensorflow.org/api_docs/python/tf/keras/",
@@ -67,7 +69,7 @@ PAGES = {
 
 
 def as_rst(app, what, name, obj, options, lines):
-    """Docstrings are written to be read as they are, `code`, |loc|, tables of Markdown. Say it as Sphinx reads it."""
+    """Turn a docstring, which is written to be read as it is (`code`, |loc|, Markdown tables), into Sphinx's markup."""
     found = []
     for kind, part in itertools.groupby(lines, lambda line: _kind(line, what)):
         if kind == "text":
@@ -84,7 +86,7 @@ def as_rst(app, what, name, obj, options, lines):
 
 
 def _kind(line, what):
-    """What a line of a docstring is of: "table", "code" (indented, in a module's; elsewhere an argument) or "text"."""
+    """What a line of a docstring belongs to: "table", "code" (indented in a module's docstring) or "text"."""
     if line.startswith("|"):
         return "table"
     return "code" if what == "module" and line.startswith("    ") else "text"
@@ -103,36 +105,24 @@ def _escaped(text):
 
 
 def _code(part):
-    """A name of Keras, TensorFlow or TFP leads to its page; anything else is code."""
+    """A name of Keras, TensorFlow or TFP becomes a link to its page; anything else is code."""
     name = re.fullmatch(r"`(keras|tf|tfd|tfp)\.([A-Za-z_][\w.]*)`", part)
     if name is None:
         return f"`{part}`"
     return f"`{part[1:-1]} <{PAGES[name[1]]}{name[2].replace('.', '/')}>`__"
 
 
-def whole(cls):
-    """Lessons tell a long class in parts, each a private base of the next; to a reader of the reference it is one."""
-    for part in cls.__mro__[1:]:
-        if _is_part(part, cls):
-            for name in [name for name in vars(part) if not name.startswith("_") and name not in vars(cls)]:
-                setattr(cls, name, vars(part)[name])
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    cls.__signature__ = inspect.Signature(parameters)  # Keras's own of a model says (*args, **kwargs)
-
-
-def known_bases(app, name, obj, options, bases):
-    """Instead of the parts of a class, what its first part is derived from."""
-    while any(_is_part(base, obj) for base in bases):
-        bases[:] = [one for base in bases for one in (base.__bases__ if _is_part(base, obj) else [base])]
-
-
-def _is_part(base, cls):
-    return base.__module__ == cls.__module__ and base.__name__.startswith("_")
+def with_signature(app, what, name, obj, options, signature, returns):
+    """Keras gives its models a `__new__` that takes anything; the arguments of `__init__` are the real ones."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+        plain = [one.replace(annotation=one.empty) for one in parameters]
+        signature = sphinx.util.inspect.stringify_signature(inspect.Signature(plain))
+    return signature, returns
 
 
 def setup(app):
     """Before napoleon, whose priority is 500, reads the sections."""
-    for cls in (MaskedGaussian, PartialBayes):
-        whole(cls)
-    app.connect("autodoc-process-bases", known_bases)
+    pages.write(Path(app.confdir) / "api")
+    app.connect("autodoc-process-signature", with_signature)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

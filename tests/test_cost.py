@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.compat.v1 import profiler
 
-from sbn_tf import cost
+from sbn_tf.core import memory
 from sbn_tf.cost import (
     bytes_of,
     count_flops,
@@ -558,7 +558,7 @@ def test_an_interrupted_block_is_measured_and_closed():
     with pytest.raises(KeyboardInterrupt), measured() as used:
         raise KeyboardInterrupt
     assert used.seconds >= 0 and used.peak_bytes > 0
-    assert cost._open_blocks == []
+    assert memory._open_blocks == []
 
 
 def test_where_the_system_keeps_no_peak_the_process_answers(monkeypatch):
@@ -576,11 +576,11 @@ def test_where_the_system_keeps_no_peak_the_process_answers(monkeypatch):
         pass
     assert "since it began" in used.note
     assert used.peak_bytes >= 0.9 * usual.peak_bytes
-    monkeypatch.setattr(cost, "_gpus", lambda: ["GPU:9"])  # one that tells nothing
+    monkeypatch.setattr(memory, "_gpus", lambda: ["GPU:9"])  # one that tells nothing
     with measured() as used:
         pass
     assert used.peak_bytes >= 0.9 * usual.peak_bytes
-    monkeypatch.setattr(cost, "_largest_ever", lambda: None)
+    monkeypatch.setattr(memory, "_largest_ever", lambda: None)
     with measured() as used:
         pass
     assert used.peak_bytes is None and used.seconds >= 0

@@ -1,0 +1,26 @@
+"""Loading a model of ours: importing this module registers our layers and models with Keras."""
+
+import importlib
+import os
+from typing import Any
+
+import keras
+
+import sbn_tf.core.wrapper
+import sbn_tf.partial_bayes  # noqa: F401 (both register their classes)
+
+__all__ = ["load"]
+
+
+def load(path: str | os.PathLike, **kwargs: Any) -> keras.Model:
+    """Load a `.keras` file, with the classes of sbn_tf known to Keras.
+
+    Args:
+        path: the file.
+        **kwargs: of `keras.saving.load_model`: `custom_objects`, `compile`, `safe_mode`.
+
+    Returns:
+        The model. A `PartialBayes` starts its random draws again at its seed.
+    """
+    importlib.import_module("sbn_tf.experiments.recipes")  # a model may be compiled with a loss of a recipe
+    return keras.saving.load_model(path, **kwargs)
