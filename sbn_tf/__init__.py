@@ -54,7 +54,8 @@ class _AfterKeras:
                 sys.meta_path.remove(self)
                 run(module)
                 # A module of ours that imports Keras is not complete yet, and registers its own classes.
-                if not any(one.startswith(f"{__name__}.") for one in sys.modules):
+                ours = {one for one in sys.modules if one.startswith(f"{__name__}.")}
+                if ours <= {f"{__name__}.core", f"{__name__}.core.quiet"}:
                     _register()
 
             spec.loader.exec_module = exec_module
