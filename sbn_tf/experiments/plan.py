@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 __all__ = ["Dataset", "Plan", "Question", "Variant", "plan_of", "read"]
 
@@ -39,6 +48,8 @@ def _as_written(value):
     return f"{value:g}" if isinstance(value, float) else value
 
 
+Once = AfterValidator(_each_once)
+Fold = Annotated[int, Strict(), Field(ge=-1)]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[int, Strict(), Field(ge=1)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
@@ -59,7 +70,9 @@ class Dataset(_Part):
         size, ..., swapped: as `compare.experiment` and the notebooks take them; `split` is of LIDC's patients.
     """
 
-    folds: Annotated[tuple[Annotated[int, Strict(), Field(ge=-1)], ...], Field(min_length=1), AfterValidator(_each_once)]
+    folds: Annotated[
+        tuple[Annotated[int, Strict(), Field(ge=-1)], ...], Field(min_length=1), AfterValidator(_each_once)
+    ]
     seeds: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_once)]
     methods: Annotated[tuple[Name, ...], AfterValidator(_each_once)] = ()
     r_bayes: Annotated[tuple[Share, ...], AfterValidator(_each_once)] = ()
@@ -143,9 +156,7 @@ class Plan(_Part):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    datasets: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Dataset], Field(min_length=1)
-    ]
+    datasets: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Dataset], Field(min_length=1)]
     recipe: Name = "sbn"
     questions: dict[str, Question] = {}
     table: Name | None = None
@@ -217,5 +228,6 @@ def plan_of(content: dict, where: str | os.PathLike = "the plan") -> Plan:
 
 
 def _keys_at(place):
-    part = {"datasets": Dataset, "questions": Variant if "variants" in place else Question}.get(*place[:1] or [""], Plan)
+    parts = {"datasets": Dataset, "questions": Variant if "variants" in place else Question}
+    part = parts.get(place[0], Plan) if place else Plan
     return sorted({*part.model_fields, *(_SHARED if part is Plan else ())})
