@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from sbn_tf.experiments import baselines, grid, recipes, results
+from sbn_tf.experiments import baselines, grid, recipes, result, results
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -124,7 +124,7 @@ def test_a_folder_of_another_grid_is_refused(tmp_path, monkeypatch):
         patch.setitem(recipes.RECIPES, "quick", changed)
         grid.check_folder(plan())
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="another version"):
-        patch.setattr(results, "FORMAT", 99)
+        patch.setattr(result, "FORMAT", 99)
         grid.check_folder(plan())
     path = plan().folder / "grid.json"
     older = json.loads(path.read_text())
@@ -290,8 +290,8 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     found = grid.status(mine)
     assert len(found.done) == len(grid.jobs(mine)) and not found.failed and not found.missing
     rows = results.read_csv(mine.folder / "results.csv")
-    assert {row.dataset for row in rows} == {"phantom_nodule", "phantom_chest"}
-    assert {row.r_bayes for row in rows if row.method == "partial"} == {0.01, 1.0}
+    assert set(rows["dataset"]) == {"phantom_nodule", "phantom_chest"}
+    assert set(rows[rows["method"] == "partial"]["r_bayes"]) == {0.01, 1.0}
     assert "0 failed, 0 to do" in (mine.folder / "report.md").read_text()
 
     # A dataset whose jobs must fail, and a job whose notebook was lost: that one is made again, nothing else.

@@ -55,16 +55,18 @@ def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypat
     failed = study.run(plan, **options)
     assert len(failed) == 1 and failed[0].startswith("scale: fails, seed 0: Expected scale_start")
     found = results.read_csv(tmp_path / "t.csv")
-    trivial = [one for one in found if one.is_trivial]
-    assert {"trivial_prevalence", "trivial_level_sets"} < {one.method for one in trivial}
-    found = [one for one in found if not one.is_trivial]
-    assert {one.split for one in found} == {"val"} and all(one.metrics["num_images"] == 12 for one in found)
-    assert len(found) == 4  # "as it is" is "partial" again
-    rows = {question.name: study.rows_of(question, plan, found) for question in plan.questions}
-    assert {label: len(of) for label, of in rows["rivals"].items()} == {"one": 1, "partial": 1, "more samples": 1}
-    assert rows["rivals"]["more samples"][0].num_samples == 7 and rows["rivals"]["partial"][0].num_samples == 5
-    assert rows["scale"]["as it is"] == rows["rivals"]["partial"]
-    assert rows["scale"]["wide"][0].settings["initial_scale"] == 0.5 and rows["scale"]["fails"] == []
+    trivial = found["method"].str.startswith(("trivial_", "bound_"))
+    assert {"trivial_prevalence", "trivial_level_sets"} < set(found[trivial]["method"])
+    runs = results.wide(found[~trivial])
+    assert set(runs["split"]) == {"val"} and (runs["num_images"] == 12).all()
+    assert len(runs) == 4  # "as it is" is "partial" again
+    asked = {question.name: study.rows_of(question, plan, found) for question in plan.questions}
+    by_label = {name: results.wide(rows).set_index("label") for name, rows in asked.items()}
+    assert list(by_label["rivals"].index) == ["one", "partial", "more samples"]
+    assert list(by_label["rivals"]["num_samples"]) == [1, 5, 7]
+    assert by_label["scale"].loc["as it is", "nll"] == by_label["rivals"].loc["partial", "nll"]
+    assert results.recipe_settings(by_label["scale"].loc["wide", "settings"])["initial_scale"] == 0.5
+    assert "fails" in asked["scale"]["label"].cat.categories and "fails" not in by_label["scale"].index
     # Again: everything is read, and nothing is trained or scored.
     monkeypatch.setattr(training, "fit", None)
     monkeypatch.setattr(compare, "_score", None)
@@ -79,9 +81,10 @@ def test_of_the_test_split_shifts_are_told_too(tmp_path):
     one = dataclasses.replace(plan.questions[0], variants=plan.questions[0].variants[:1])
     plan = dataclasses.replace(plan, questions=(one,))
     study.run(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
-    (row,) = [one for one in results.read_csv(tmp_path / "t.csv") if not one.is_trivial]
-    assert row.split == "test" and set(row.shift) == {"noise", "blur", "contrast", "phantom_nodule instead"}
-    assert row.evaluation["swapped"][0] == "phantom_nodule"
+    found = results.read_csv(tmp_path / "t.csv")
+    found = found[found["method"] == "deterministic"]
+    shifts = {key.split(": ")[1] for key in found["metric"] if key.startswith("shift: ")}
+    assert set(found["split"]) == {"test"} and shifts == {"noise", "blur", "contrast", "phantom_nodule instead"}
 
 
 def test_how_far_a_choice_repeats_itself(tmp_path):
@@ -131,5 +134,6 @@ def test_the_studies_that_come_with_it_are_whole(name):
     plan = study.read(ROOT / "profiles" / f"{name}.yaml")
     assert plan.name == name
     assert "deterministic, epochs of steps 1 and 3" in {variant.label for variant in plan.questions[0].variants}
-    rows = study.rows_of(plan.questions[0], plan, [])
-    assert list(rows) == [variant.label for variant in plan.questions[0].variants] and not any(rows.values())
+    rows = study.rows_of(plan.questions[0], plan, results.frame([]))
+    assert list(rows["label"].cat.categories) == [variant.label for variant in plan.questions[0].variants]
+    assert rows.empty

@@ -298,9 +298,9 @@ def check_folder(plan: Plan) -> None:
 
 
 def _formats():
-    from sbn_tf.experiments import results, scoring, training
+    from sbn_tf.experiments import result, scoring, training
 
-    return [FORMAT, results.FORMAT, training.FORMAT, scoring.RECORD_FORMAT]
+    return [FORMAT, result.FORMAT, training.FORMAT, scoring.RECORD_FORMAT]
 
 
 def _shaping(plan, data):
@@ -626,22 +626,27 @@ def _write_table(plan, found):
     from sbn_tf.experiments import results
 
     table = Path(plan.table) if plan.table else plan.folder / "results.csv"
-    there = results.read_csv(table) if table.exists() else []
-    if old := _of_other_recipes(plan, there):  # a table of two recipes would be one of neither
-        results.write_csv([one for one in there if one not in old], table, merge=False)
-    results.write_csv(found, table)
-    dropped = f", {len(old)} of another recipe dropped" if old else ""
+    there = results.read_csv(table) if table.exists() else results.frame([])
+    old = _of_other_recipes(plan, there)
+    if any(old):  # a table of two recipes would be one of neither
+        results.write_csv(there[[not one for one in old]], table, merge=False)
+    results.write_csv(results.frame(found), table)
+    number = len(results.wide(there[old])) if any(old) else 0
+    dropped = f", {number} of another recipe dropped" if number else ""
     return f"{len(found)} results in {table}{dropped}"
 
 
 def _of_other_recipes(plan, rows):
-    """Rows of the plan's datasets that were trained by other numbers than the plan's recipe has now."""
-    from sbn_tf.experiments import study
+    """Whether each row is of the plan's datasets, but trained by other numbers than the plan's recipe has now."""
+    from sbn_tf.experiments import results, study
 
     now = {one.name: _shaping(plan, one)["recipe"] for one in plan.datasets}
-    return [
-        one for one in rows if one.dataset in now and not study.is_of_recipe(one.method, one.settings, now[one.dataset])
-    ]
+    kinds = list(zip(rows["dataset"], rows["method"], rows["settings"], strict=True))
+    other = {
+        kind: kind[0] in now and not study.is_of_recipe(kind[1], results.recipe_settings(kind[2]), now[kind[0]])
+        for kind in set(kinds)
+    }
+    return [other[kind] for kind in kinds]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

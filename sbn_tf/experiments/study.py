@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import baselines, compare, recipes, results, training
@@ -160,7 +161,7 @@ def run(
     failed, done = [], set()
     asked = [question for question in study.questions if not names or question.name in names]
     for seed in study.seeds if seeds is None else seeds:  # what knows nothing, and level sets of one map
-        results.write_csv(list(compare.trivial_rows(dataclasses.replace(base, seed=seed)).values()), table)
+        results.write_csv(results.frame(compare.trivial_rows(dataclasses.replace(base, seed=seed)).values()), table)
     for question, seed in itertools.product(asked, study.seeds if seeds is None else seeds):
         for variant in question.variants:
             if (same := (dataclasses.replace(variant, label=""), seed)) in done:
@@ -176,7 +177,7 @@ def run(
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 failed.append(f"{question.name}: {variant.label}, seed {seed}: {reason}")
                 continue
-            results.write_csv([row], table)
+            results.write_csv(results.frame([row]), table)
             print(f"{question.name:<10} seed {seed}  {variant.label:<44} NLL {row.metrics['nll']:.5f}", flush=True)
     return failed
 
@@ -235,8 +236,8 @@ def stability(
     return found
 
 
-def rows_of(question: Question, study: Study, found: list[results.Result]) -> dict[str, list[results.Result]]:
-    """Label -> the results of that variant, one a seed; an empty list where there is none yet.
+def rows_of(question: Question, study: Study, found: pd.DataFrame) -> pd.DataFrame:
+    """The results of a question's variants, with the variant's label in the column `label`.
 
     Args:
         question: of the study.
@@ -244,22 +245,30 @@ def rows_of(question: Question, study: Study, found: list[results.Result]) -> di
         found: results of one split, from its table.
     """
     base = dataclasses.asdict(compare.recipe_of(**study.data))
-    data = {key: study.data[key] for key in ("dataset", "network", "size", "limit", "options") if key in study.data}
-    changes = {variant.label: recipes.parse_changes(variant.changes) for variant in question.variants}
-    return {
-        variant.label: [one for one in found if _is_of(one, variant, base | changes[variant.label], data)]
+    data = {key: study.data[key] for key in ("dataset", "network", "size", "limit") if key in study.data}
+    parts = [
+        found[_is_of(found, variant, base | recipes.parse_changes(variant.changes), data)].assign(label=variant.label)
         for variant in question.variants
-    }
+    ]
+    labels = [variant.label for variant in question.variants]
+    return pd.concat(parts).assign(label=lambda rows: pd.Categorical(rows["label"], labels))
 
 
-def _is_of(result, variant, settings, data):
-    if result.method != variant.method or any(getattr(result, key) != value for key, value in data.items()):
-        return False
-    alike = is_of_recipe(variant.method, result.settings, settings)
-    rate = result.r_bayes is None or abs(result.r_bayes - variant.r_bayes) < 1e-9
+def _is_of(found, variant, settings, data):
     wanted = variant.num_samples or settings["num_samples"]
-    samples = not baselines.METHODS[variant.method].takes_samples or result.num_samples == wanted
-    return alike and rate and samples
+    alike = found["settings"].map(
+        {
+            text: is_of_recipe(variant.method, results.recipe_settings(text), settings)
+            for text in found["settings"].unique()
+        }
+    )
+    match = (found["method"] == variant.method) & alike.astype(bool)
+    match &= found["r_bayes"].isna() | np.isclose(found["r_bayes"], variant.r_bayes, rtol=0, atol=1e-9)
+    for key, value in data.items():
+        match &= found[key] == value
+    if baselines.METHODS[variant.method].takes_samples:
+        match &= found["num_samples"] == wanted
+    return match
 
 
 def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
