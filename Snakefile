@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from sbn_tf.experiments import estimates, grid, grid_results, plan, study
+from snakemake.cli import parse_args
 
 if "plan" not in config:
     sys.exit("Expected a profile with a key `plan`. Received: none. Run snakemake --profile profiles/smoke.")
@@ -21,11 +22,10 @@ try:
     if workflow.is_main_process:  # a cluster's jobs read this file again, while others write
         study.check_names(PLAN)
         grid_results.check_folder(PLAN)
-        lost = grid_results.damaged(PLAN)
-        for path in lost:
+        for path in grid_results.damaged(PLAN):
             print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
-        again = {f"{PLAN.folder.as_posix()}/{path}" for path in lost}
-        workflow.dag_settings.forcerun = {*workflow.dag_settings.forcerun, *again}
+            if not parse_args(sys.argv[1:])[1].dryrun:  # Snakemake knows it only after this file is read
+                (PLAN.folder / path).unlink()
     ESTIMATES = estimates.kept_estimates(PLAN)
 except (ValueError, OSError) as error:
     sys.exit(str(error))

@@ -30,6 +30,7 @@ def table(
     *,
     reference: str | None = None,
     reference_metric: str = "nll",
+    marks: bool = True,
     intervals: bool = True,
     digits: int | None = None,
     num_resamples: int | None = None,
@@ -48,6 +49,7 @@ def table(
         reference: label of a row: nothing is marked, and the first column is each row's `reference_metric` minus that
             row's, with its interval and a star where the paired test tells the two apart.
         reference_metric: of that column.
+        marks: mark the best rows.
         intervals: show intervals and standard deviations.
         digits: after the decimal point; None: as the intervals need. Costs have two.
         num_resamples: of the paired bootstrap; None: as many as the intervals were made with.
@@ -67,16 +69,16 @@ def table(
         keys = [key for key in keys if key not in empty]
     if num_resamples is None:
         num_resamples = int(frame["num_resamples"].max()) if frame["num_resamples"].notna().any() else 1000
-    marks = _Marks({}, [], [], False) if reference is not None else _marks(found, keys, num_resamples)
+    tests = _marks(found, keys, num_resamples) if marks and reference is None else _Marks({}, [], [], False)
     reasons: dict[str, int] = {}  # reason -> its number
-    cells = {key: _column(found, key, marks, reasons, intervals, digits) for key in keys}
+    cells = {key: _column(found, key, tests, reasons, intervals, digits) for key in keys}
     if reference is not None:
         name = f"{reference_metric} minus {reference}'s"
         cells = {name: differences(frame, {name: reference}, reference_metric)[name].to_dict(), **cells}
     made = pd.DataFrame(cells, index=[row.label for row in found])
     notes = [f"({number}) {reason}" for reason, number in reasons.items()]
     notes += [f"Not defined here: {key} ({found[-1].reason(key)})" for key in empty if key not in keys]
-    notes += _notes(found, keys, marks, num_resamples)
+    notes += _notes(found, keys, tests, num_resamples)
     bare = [f"{key} of {row.label}" for key in keys for row in found if _is_bare(row, key)]
     if intervals and bare:
         notes.append(f"No interval, as more than 5 % of the resamples leave it undefined: {'; '.join(bare)}.")
@@ -86,14 +88,14 @@ def table(
     return made
 
 
-def _column(found, key, marks, reasons, intervals, digits):
+def _column(found, key, tests, reasons, intervals, digits):
     digits, cells = _digits(found, key) if digits is None or key in COSTS else digits, {}
     most = max(len(row.values(key)) for row in found)
     for row in found:
         if row.is_missing:
             cells[row.label] = MISSING
             continue
-        star = "*" if row.label in marks.labels.get(key, ()) else ""
+        star = "*" if row.label in tests.labels.get(key, ()) else ""
         text = "-" if row.value(key) is None else _cell(row, key, digits, star, intervals, most)
         if len(row.values(key)) < len(row.units) and key in METRICS:
             text += f" ({reasons.setdefault(row.reason(key), len(reasons) + 1)})"
