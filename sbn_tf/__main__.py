@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     examples = "\n".join(["examples:", *(f"  {example}" for _, _, example in COMMANDS.values())])
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser(
         prog="sbn-tf",
         description="Sparse Bayesian networks in Keras. `sbn-tf COMMAND --help` explains a command.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,31 +28,19 @@ SHIFTED_COPIES = 3  # of the test images, predicted beside them
 
 @dataclass(frozen=True)
 class Parts:
-    """Operations of the parts that the jobs of a dataset are made of.
-
-    Args:
-        recipe: of the trainings.
-        first: step 1, validation included.
-        longer: as many epochs as step 3 has, without a posterior.
-        bayesian: step 3.
-        from_nothing: a network whose weights are all Bayesian from the start.
-        saliency: one pass over the training images.
-        tested, validated: one pass over the test, the validation images.
-        scored: one pass over the test images and their shifted copies.
-        num_weights, num_outputs: of the network, and of all its layers for one image.
-    """
+    """Operations of the parts that the jobs of a dataset are made of; validation is included."""
 
     recipe: recipes.Recipe
-    first: float
-    longer: float
-    bayesian: float
-    from_nothing: float
-    saliency: float
-    tested: float
+    first: float  # step 1
+    longer: float  # the epochs of step 3 without a posterior
+    bayesian: float  # step 3
+    from_nothing: float  # both steps' epochs of a network whose weights are all Bayesian from the start
+    saliency: float  # one pass over the training images
+    tested: float  # one pass over the test images
     validated: float
-    scored: float
+    scored: float  # one pass over the test images and their shifted copies
     num_weights: int
-    num_outputs: int
+    num_outputs: int  # of all layers, for one image
 
 
 def _parts(plan: Plan, name: str, data: Dataset) -> Parts:
@@ -67,8 +56,9 @@ def _parts(plan: Plan, name: str, data: Dataset) -> Parts:
     network = networks.build(architecture, (side, side, card.channels), max(1, len(card.classes)), seed=0, **head)
     network.compile("sgd", "binary_crossentropy")
     masks = Masks({key: np.ones(one.variable.shape, bool) for key, one in eligible_weights(network).items()})
-    options = {"num_samples": recipe.num_samples, "estimator": recipe.estimator}
-    model = to_partial_bayes(network, masks, num_train=images[0], **options)
+    model = to_partial_bayes(
+        network, masks, num_train=images[0], num_samples=recipe.num_samples, estimator=recipe.estimator
+    )
     model.compile("sgd", "binary_crossentropy")
     train, val, test = images
     size, loss = recipe.batch_size, keras.losses.BinaryCrossentropy()
@@ -117,7 +107,7 @@ def _of_job(job: Job, methods: tuple[str, ...], one: Parts) -> tuple[float, floa
     return float(flops), 4e-6 * (weights + outputs)
 
 
-def estimates(plan: Plan) -> dict[str, dict[str, float | None]]:
+def estimates(plan: Plan) -> dict[str, dict[str, Any]]:
     """Job's path -> {"flops", "hours", "mb"}; "hours" is None where the plan has no `tflops`.
 
     Raises:

@@ -64,10 +64,13 @@ def claim(plan: Plan, estimates: dict | None = None) -> None:
     Raises:
         ValueError: as `check_folder`.
     """
-    for name, content in (("grid", check_folder(plan)), ("estimates", estimates)):
-        if content:
-            text = json.dumps(content, indent=1).encode()
-            write_atomically(plan.folder / f"{name}.json", lambda file, text=text: file.write(text))
+    _write(plan.folder / "grid.json", check_folder(plan))
+    if estimates:
+        _write(plan.folder / "estimates.json", estimates)
+
+
+def _write(path, content):
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def damaged(plan: Plan) -> list[str]:

@@ -63,8 +63,8 @@ def check_names(study: Plan) -> None:
     check("networks", [one.network for one in parts if one.network], networks.NETWORKS)
     asked = [method for one in parts for method in one.methods] + [variant.method for variant in variants]
     check("methods", asked, baselines.METHODS)
-    for one in (*variants, *parts):
-        recipes.parse_changes(one.changes or "")
+    for changes in [one.changes or "" for one in parts] + [variant.changes for variant in variants]:
+        recipes.parse_changes(changes)
 
 
 def _experiment(study: Plan, **options) -> compare.Experiment:
