@@ -1,11 +1,13 @@
 """The grid: which jobs a profile asks for, what became of them, and what it refuses."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -124,6 +126,37 @@ def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeyp
     assert grid.status(by_three, cores=7).remaining_seconds == pytest.approx(30.0 / 2)  # two at a time
     text = grid.report(mine)
     assert "| phantom_chest | baseline | 1 | 0 | 1 |" in text and "no luck" in text
+
+
+def test_a_job_whose_result_is_gone_or_damaged_is_found_by_the_results_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = made(datasets={"phantom_chest": {"methods": ["deterministic", "ensemble"]}}, seeds=[3])
+    for job in grid.jobs(mine):
+        notebook = mine.folder / job.path
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+        notebook.write_text("{}")
+
+    def write(method, name, r_bayes=None, number=0):
+        path = mine.folder / f"models/phantom_chest/{method}/seed3/{name}/metrics.json"
+        path.parent.mkdir(parents=True)
+        content = {"dataset": "phantom_chest", "options": {}, "seed": 3, "method": method, "r_bayes": r_bayes}
+        path.write_text(json.dumps({**content, "cost": {"num_bayesian": number}}))
+        return path
+
+    def read(path):
+        return SimpleNamespace(**json.loads(path.read_text()))
+
+    monkeypatch.setattr(result, "read", read)
+    unit = "phantom_chest/fold-1/seed3"
+    write("deterministic", "a")
+    damaged = write("ensemble", "b")
+    write("partial", "c", 0.01, 100)
+    write("partial", "d", 1.0, 10_000)
+    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb"]
+    damaged.write_text('{"format":')
+    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb", f"{unit}/ensemble.ipynb"]
+    write("partial", "e", 0.00012, 1)  # of a share that chooses the same weights
+    assert grid_results.damaged(mine) == [f"{unit}/ensemble.ipynb"]
 
 
 def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monkeypatch):

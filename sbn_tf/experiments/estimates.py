@@ -21,7 +21,7 @@ from sbn_tf.experiments.plan import Dataset, Plan, read
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, eligible_weights
 
-__all__ = ["Parts", "add_arguments", "estimates", "kept_estimates", "needs", "run", "table"]
+__all__ = ["estimates", "kept_estimates", "needs", "table"]
 
 SHIFTED_COPIES = 3  # of the test images, predicted beside them
 
@@ -123,7 +123,7 @@ def estimates(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def kept_estimates(plan: Plan) -> dict:
-    """The estimates that a grid's folder has of the same plan, else those of now; {} where the plan has no `tflops`.
+    """The estimates that a grid's folder has of the same plan, else new ones; {} where the plan has no `tflops`.
 
     Nothing is written: `grid_results.claim` keeps them, so that the jobs of a cluster need not count again.
     """

@@ -16,18 +16,7 @@ from dataclasses import dataclass
 from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = [
-    "NOTEBOOKS",
-    "Job",
-    "Status",
-    "add_arguments",
-    "before",
-    "jobs",
-    "papermill_options",
-    "report",
-    "run",
-    "status",
-]
+__all__ = ["NOTEBOOKS", "Job", "before", "jobs", "papermill_options", "report", "status"]
 
 # Kind of job -> its notebook.
 NOTEBOOKS = {

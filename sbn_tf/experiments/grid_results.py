@@ -13,7 +13,7 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import compare, grid, result, results, scoring, study, training
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["add_arguments", "check_folder", "claim", "damaged", "gather", "run", "write_table"]
+__all__ = ["check_folder", "claim", "damaged", "gather", "write_table"]
 
 FORMAT = 2  # of a folder of jobs: raised when notebooks of older ones would not fit
 
