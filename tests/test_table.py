@@ -40,7 +40,7 @@ def test_table_by_hand():
             "",
             "Not defined here: ged (no image has two or more valid raters)  ",
             "Higher is better: dice. Lower is better: nll. Neither way is better: entropy.  ",
-            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for the rows. "
+            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
             "The best is picked on the same images.  ",
             "Not tested against the best (no record, other test images, or no common seed): deterministic.  ",
             "Trivial rows better than every method: trivial_prevalence in nll.  ",

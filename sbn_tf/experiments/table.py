@@ -212,7 +212,7 @@ def _notes(found, keys, marks, num_resamples):
     notes = [". ".join(f"{text}: {', '.join(those)}" for text, those in by_way.items() if those) + "."]
     if marks.labels:
         notes.append(
-            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for the rows. "
+            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
             "The best is picked on the same images."
         )
     if marks.too_few_resamples:
