@@ -89,15 +89,15 @@ def test_what_is_scored_is_read_and_the_test_split_predicted_once(settings, rows
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 1}', '{"deterministic (step 1)": {"nll": 0.1}}'])
-def test_a_file_that_is_no_result_is_made_anew(settings, rows, content):
+def test_a_file_that_is_no_result_is_made_again(settings, rows, content):
     path = rows[-1].folder / "metrics.json"
     path.write_text(content)
-    with pytest.warns(UserWarning, match="scored anew"):
+    with pytest.warns(UserWarning, match="scored again"):
         again = compare.row(settings, "partial")
     assert again.metrics == rows[-1].metrics == read(path).metrics
 
 
-def test_a_score_without_its_record_or_of_other_weights_is_made_anew(settings, rows):
+def test_a_score_without_its_record_or_of_other_weights_is_made_again(settings, rows):
     row = compare.row(settings, "deterministic")
     (row.folder / "record.npz").unlink()
     assert compare.row(settings, "deterministic").record().num_images == 12

@@ -40,8 +40,8 @@ def test_table_by_hand():
             "",
             "Not defined here: ged (no image has two or more valid raters)  ",
             "Higher is better: dice. Lower is better: nll. Neither way is better: entropy.  ",
-            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows. "
-            "Which is best is picked on the same images.  ",
+            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
+            "The best is picked on the same images.  ",
             "Not tested against the best (no record, other test images, or no common seed): deterministic.  ",
             "Trivial rows better than every method: trivial_prevalence in nll.  ",
             "No interval, as more than 5 % of the resamples leave it undefined: nll of deterministic; nll of partial; "
@@ -183,7 +183,7 @@ def test_two_seeds_can_hardly_tell_and_a_missing_value_is_said():
     rows = [result(name, seed, {"dice": value}) for name, values in dice.items() for seed, value in enumerate(values)]
     cells, notes = cells_of(rows, ["dice"])
     assert cells["a"] == ["0.810* +- 0.014"]
-    assert "Two trainings can hardly tell rows apart: their test has one degree of freedom." in notes
+    assert "Two trainings hardly distinguish rows: their test has one degree of freedom." in notes
     del rows[1].metrics["dice"]
     rows[1].undefined = {"dice": "it diverged"}
     cells, notes = cells_of(rows, ["dice"])

@@ -51,7 +51,7 @@ COSTS = {
     "paper_flops": "the paper's formula for the operations of training, or the number it prints",
     "train_seconds": "wall time of all its trainings, tracing included; a first run in a process takes more",
     "train_peak_bytes": "largest memory of the process, or of the GPU, while training",
-    "train_grown_bytes": "largest memory while training, above what the process held: it depends on what ran before",
+    "train_grown_bytes": "largest memory while training, above what the process held: earlier work matters",
 }
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -62,12 +62,12 @@ _TO_WRITE = "Leave out a value that is not known and give its reason in undefine
 
 
 class Result(BaseModel):
-    """One run: what was run, on what, how good it was and what it cost.
+    """One run: its method and data, its metrics and its costs.
 
     Args:
         dataset, task, network, recipe: names.
         method: of `baselines.METHODS`; "trivial_..." for a predictor that ignores the image or needs only the
-            deterministic network; "bound_..." for what no method can expect to beat in nll and Brier score.
+            deterministic network; "bound_..." for a bound that no method can expect to beat in nll and Brier.
         title: one line for people.
         seed: of the run; None where nothing is random.
         r_bayes: fraction of the weights that is Bayesian, 0..1; None where the method has none.
@@ -79,13 +79,13 @@ class Result(BaseModel):
         num_groups: patients of that split, or None where unknown.
         num_samples: of the posterior, in one prediction.
         threshold: where probabilities were cut into decisions, 0..1.
-        selection: what was chosen on validation.
+        selection: choices made on validation.
         metrics: key of `METRICS` -> value.
         intervals: key -> [low, high].
         undefined: key -> the reason why it has no value.
         shift: kind of shift -> its severity and AUROCs.
         cost: key of `COSTS` -> number, or None where unknown; {} for trivial rows.
-        evaluation: what else shaped the score: digest of the data, resamples, severities.
+        evaluation: other settings of the score: digest of the data, resamples, severities.
         versions, commit: set by `write`.
         format: of the file.
         folder: where it lies; set by `write` and `read`, not part of the file.
@@ -219,7 +219,7 @@ def _check_range(value, key, place, what):
 
 
 def _in_one_line(error: ValidationError, where: str) -> str:
-    """The first fault that pydantic found: the place, what was expected and what was received."""
+    """The first fault that pydantic found, in one line."""
     faults = error.errors(include_url=False)
     missing = sorted(str(one["loc"][0]) for one in faults if one["type"] == "missing")
     unknown = sorted(str(one["loc"][0]) for one in faults if one["type"] == "extra_forbidden")

@@ -62,7 +62,7 @@ class Row:
 
     @property
     def is_bound(self) -> bool:
-        """Whether it is what no method can expect to beat in `nll`, `brier` and `brier_skill`."""
+        """Whether it is a bound, which no method can expect to beat in `nll`, `brier` and `brier_skill`."""
         return self.runs["method"].str.startswith("bound_").any()
 
     @property
@@ -252,7 +252,7 @@ _NO_TEST = {"difference": np.nan, "low": np.nan, "high": np.nan, "p_value": np.n
 
 
 def compare_rows(row: Row, other: Row, metrics: Iterable[str], num_resamples: int, records: dict) -> dict[str, dict]:
-    """Metric -> the paired test of two rows, as in `paired`; `records` keeps what was read from files."""
+    """Metric -> the paired test of two rows, as in `paired`; `records` keeps the records read so far."""
     found, single = {}, {}
     for key in metrics:
         ours, theirs = row.values(key), other.values(key)

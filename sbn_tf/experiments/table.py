@@ -38,8 +38,8 @@ def table(
     """The table of all rows: a column of texts for each metric, the best values marked, and notes below it.
 
     A cell is a value with its interval; of several units mean +- standard deviation. "*" marks the best row of a
-    column, and the rows that the paired test (`rows.paired`) cannot tell from it at 5 %, corrected for the number of
-    rows (Holm 1979). Trivial rows are never marked; a note says where one of them is better than all. "ged",
+    column, and the rows that the paired test (`rows.paired`) does not set apart from it at 5 %, corrected for the
+    number of rows (Holm 1979). Trivial rows are never marked; a note says where one of them is better than all. "ged",
     "hungarian_iou" and "paper_iou" depend on the number of samples: there only rows of one number are compared, the
     most frequent above 1, and a note says which.
 
@@ -47,7 +47,7 @@ def table(
         frame: tidy results of one dataset; with a column `label` its values are the rows, else see `rows.labelled`.
         metrics: columns: metrics or costs; None: `KEYS` of the task.
         reference: label of a row: nothing is marked, and the first column is each row's `reference_metric` minus that
-            row's, with its interval and a star where the paired test tells the two apart.
+            row's, with its interval and a star where the paired test distinguishes the two.
         reference_metric: of that column.
         marks: mark the best rows.
         intervals: show intervals and standard deviations.
@@ -212,16 +212,16 @@ def _notes(found, keys, marks, num_resamples):
     notes = [". ".join(f"{text}: {', '.join(those)}" for text, those in by_way.items() if those) + "."]
     if marks.labels:
         notes.append(
-            "Marked *: the best method, and those a paired test does not tell from it at 5 %, corrected for the rows. "
-            "Which is best is picked on the same images."
+            "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
+            "The best is picked on the same images."
         )
     if marks.too_few_resamples:
         notes.append(
-            f"{num_resamples} resamples are too few for a test of so many rows to reach 5 %, so none is told from the "
+            f"{num_resamples} resamples are too few for a test of so many rows to reach 5 %, so none differs from the "
             f"best: {', '.join(marks.too_few_resamples)}."
         )
     if marks.of_two:
-        notes.append("Two trainings can hardly tell rows apart: their test has one degree of freedom.")
+        notes.append("Two trainings hardly distinguish rows: their test has one degree of freedom.")
     notes += _notes_of_samples(found, keys, marks)
     bounds = [row.label for row in found if row.is_bound]
     others = [key for key in known if METRICS[key].higher_is_better is not None and key not in _BOUNDED]
@@ -270,7 +270,7 @@ _CHANGED = ("epochs", "bayes_epochs", "num_samples", "keep")
 
 
 def _origin(found, frame, intervals):
-    """One line: what was run, on what, and what the intervals are over."""
+    """One line: data, seeds, recipe and network, and the kind of the intervals."""
 
     def all_of(column, content=frame):
         return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in _unique(content[column]))

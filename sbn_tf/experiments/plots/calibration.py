@@ -47,7 +47,7 @@ def plot_reliability_curves(
 
     Returns:
         `ax`, the first of two: the counts are drawn on a twin axis, logarithmic, as bars for one method and as
-        steps for several; of equal-count bins of several methods the label tells them. The ECE is in the legend.
+        steps for several; with equal-count bins of several methods they are in the axis label. The legend has the ECE.
 
     Raises:
         ValueError: no curve, or an unknown binning; probabilities or targets outside 0..1, NaN or of different shapes.
@@ -107,7 +107,7 @@ def plot_risk_coverage(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarr
     """Mean error of the images that are kept, when those of the highest uncertainty are refused first.
 
     Useful uncertainty bends its curve below the dashed line, which refuses at random, and towards the dotted one of
-    its oracle, which refuses the worst images first. The areas below the curves are in the legend: less is better.
+    its oracle, which refuses the worst images first. The legend gives the areas below the curves; smaller is better.
 
     Args:
         ax: where to draw.

@@ -150,7 +150,7 @@ def plot_saliency_against_cost(ax: Axes, costs: ArrayLike, kept: ArrayLike, num_
     ax.set_xlim(1, num_samples * 1.02)
     ax.set_ylim(0, 1.08 * kept[-1] if kept[-1] > 0 else 1)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.set_xlabel(f"cost of {num_samples} samples (passes; what no draw changes runs once)")
+    ax.set_xlabel(f"cost of {num_samples} samples (passes; layers before the first draw run once)")
     ax.set_ylabel("share of all saliency kept")
     return plain(ax)
 

@@ -21,6 +21,38 @@ __all__ = ["plot_classification", "plot_comparison", "plot_sample_masks", "plot_
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = "#2ca02c", "#1f5fd6", "#d62728"
 
 
+def _with_raters(truths, rater_valid, num_images):
+    """Truths (batch, height, width, raters), and which raters are valid (batch, raters)."""
+    truths = np.asarray(truths)
+    truths = truths[..., None] if truths.ndim == 3 else truths
+    shape = (num_images, truths.shape[-1])
+    return truths, np.ones(shape, bool) if rater_valid is None else np.asarray(rater_valid, bool)
+
+
+def _panels(rows, titles, panel_inches, more, fontsize="medium"):
+    """A figure and its array of bare axes, a column for each title; `more` inches of width and height."""
+    size = (panel_inches * len(titles) + more[0], panel_inches * rows + more[1])
+    figure, axes = plt.subplots(rows, len(titles), figsize=size, squeeze=False, layout="constrained")
+    bare(axes)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=fontsize)
+    return figure, axes
+
+
+def _draw_raters(ax, image, truth, valid, **options):
+    """An image with the outline of each valid rater's mask."""
+    show_image(ax, image)
+    for rater in np.flatnonzero(valid):
+        outline(ax, truth[..., rater] > 0.5, RATERS[rater % len(RATERS)], **options)
+
+
+def _colour_bar(figure, picture, axes, label, **options):
+    bar = figure.colorbar(picture, ax=axes.tolist(), **options)
+    bar.set_label(label, fontsize="small")
+    bar.locator = MaxNLocator(3)
+    bar.ax.tick_params(labelsize="small")
+
+
 def plot_segmentation(
     images: np.ndarray,
     truths: np.ndarray,
@@ -49,55 +81,36 @@ def plot_segmentation(
 
     Reference: Abboud, Lombaert and Kadoury 2024, Figure 3, for the colours.
     """
-    images, truths, probs = np.asarray(images), np.asarray(truths), np.asarray(probs)
-    truths = truths[..., None] if truths.ndim == 3 else truths
+    images, probs = np.asarray(images), np.asarray(probs)
+    truths, valid = _with_raters(truths, rater_valid, len(images))
     probs = probs[..., 0] if probs.ndim == 5 else probs
-    rows, num_raters = min(num_rows or len(images), len(images)), truths.shape[-1]
-    valid = np.ones((len(images), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
+    rows, several = min(num_rows or len(images), len(images)), truths.shape[-1] > 1
     parts = uncertainty(probs[:, :rows])
-    predicted = parts["mean_probs"] > 0.5
-    majority = majority_mask(truths[:rows], valid[:rows])
-    titles = ["image", "raters" if num_raters > 1 else "truth", "prediction"]
+    predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
+    titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
     titles += ["entropy", "mutual information"]
-    maps = [("entropy", "predictive entropy (nats)"), ("mutual_information", "mutual information (nats)")]
-    if num_raters > 1:
-        titles.insert(2, "disagreement")
-
-    figure, axes = plt.subplots(
-        rows,
-        len(titles),
-        figsize=(panel_inches * len(titles), panel_inches * rows + 0.9),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = _panels(rows, titles, panel_inches, (0, 0.9))
     coloured = {}
     for row in range(rows):
         columns = dict(zip(titles, axes[row], strict=True))
-        for name in ("image", titles[1], "prediction"):
-            show_image(columns[name], images[row])
-        for rater in np.flatnonzero(valid[row]):
-            colour = RATERS[rater % len(RATERS)]
-            outline(columns[titles[1]], truths[row, ..., rater] > 0.5, colour, linewidths=1.2)
-        if num_raters > 1:
-            variance = truths[row][..., valid[row]].astype("float64").var(-1)
-            coloured["disagreement"] = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
+        show_image(columns["image"], images[row])
+        _draw_raters(columns[titles[1]], images[row], truths[row], valid[row], linewidths=1.2)
+        show_image(columns["prediction"], images[row])
         _overlay(columns["prediction"], predicted[row], majority[row])
-        for (key, _), title in zip(maps, titles[-2:], strict=True):
-            high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information: not its rounding
-            coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high)
-    bare(axes)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize="medium")
-    names = {
-        "disagreement": "raters' variance",
-        **dict(zip(titles[-2:], (text for _, text in maps), strict=True)),
-    }
-    for title, picture in coloured.items():
-        column = axes[:, titles.index(title)].tolist()
-        bar = figure.colorbar(picture, ax=column, location="bottom", shrink=0.9, pad=0.02)
-        bar.locator = MaxNLocator(3)
-        bar.set_label(names[title], fontsize="small")
-        bar.ax.tick_params(labelsize="small")
+        if several:
+            variance = truths[row][..., valid[row]].astype("float64").var(-1)
+            picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
+            coloured["disagreement"] = picture, "raters' variance"
+        for key, label in (
+            ("entropy", "predictive entropy (nats)"),
+            ("mutual_information", "mutual information (nats)"),
+        ):
+            title = key.replace("_", " ")
+            high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information, only its rounding
+            coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high), label
+    for title, (picture, label) in coloured.items():
+        column = axes[:, titles.index(title)]
+        _colour_bar(figure, picture, column, label, location="bottom", shrink=0.9, pad=0.02)
     figure.legend(handles=_hit_handles(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     return axes
 
@@ -126,28 +139,18 @@ def plot_comparison(
 
     Reference: Abboud, Lombaert and Kadoury 2024, Figure 3.
     """
-    images, truths = np.asarray(images), np.asarray(truths)
-    truths = truths[..., None] if truths.ndim == 3 else truths
-    valid = np.ones((len(images), truths.shape[-1]), bool) if rater_valid is None else np.asarray(rater_valid, bool)
+    images = np.asarray(images)
+    truths, valid = _with_raters(truths, rater_valid, len(images))
     majority = majority_mask(truths, valid)
     parts = {name: uncertainty(np.asarray(one)) for name, one in probs.items() if one is not None}
     high = max([0.01, *(float(part["entropy"].max()) for part in parts.values())])
-    columns = 2 + 2 * len(probs)
-    figure, axes = plt.subplots(
-        len(images),
-        columns,
-        figsize=(panel_inches * columns, panel_inches * len(images) + 0.8),
-        squeeze=False,
-        layout="constrained",
-    )
     titles = ["image", "raters" if truths.shape[-1] > 1 else "truth"]
     titles += [text for name in probs for text in (name, "its entropy")]
+    figure, axes = _panels(len(images), titles, panel_inches, (0, 0.8), fontsize="small")
     picture = None
     for row, (image, line) in enumerate(zip(images, axes, strict=True)):
-        for ax in line[:2]:
-            show_image(ax, image)
-        for rater in np.flatnonzero(valid[row]):
-            outline(line[1], truths[row, ..., rater] > 0.5, RATERS[rater % len(RATERS)], linewidths=1.2)
+        show_image(line[0], image)
+        _draw_raters(line[1], image, truths[row], valid[row], linewidths=1.2)
         for (mask_ax, entropy_ax), name in zip(line[2:].reshape(-1, 2), probs, strict=True):
             if name not in parts:
                 for ax in (mask_ax, entropy_ax):
@@ -156,13 +159,8 @@ def plot_comparison(
             show_image(mask_ax, image)
             _overlay(mask_ax, parts[name]["mean_probs"][row] > 0.5, majority[row])
             picture = entropy_ax.imshow(parts[name]["entropy"][row], "viridis", vmin=0, vmax=high)
-    bare(axes)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize="small")
     if picture is not None:
-        bar = figure.colorbar(picture, ax=axes[:, -1].tolist(), location="right", shrink=0.8, pad=0.02)
-        bar.set_label("predictive entropy (nats)", fontsize="small")
-        bar.ax.tick_params(labelsize="small")
+        _colour_bar(figure, picture, axes[:, -1], "predictive entropy (nats)", location="right", shrink=0.8, pad=0.02)
     figure.legend(handles=_hit_handles(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     return axes
 
@@ -214,8 +212,8 @@ def plot_sample_masks(
         ValueError: fewer than one row or sample; fewer predictions or truths than rows, or of another size;
             probabilities outside 0..1 or NaN.
     """
-    images, truths, probs = np.asarray(images), np.asarray(truths), np.asarray(probs)
-    truths = truths[..., None] if truths.ndim == 3 else truths
+    images, probs = np.asarray(images), np.asarray(probs)
+    truths, valid = _with_raters(truths, rater_valid, len(images))
     probs = probs[..., 0] if probs.ndim == 5 else probs
     rows, drawn = min(len(images) if num_rows is None else num_rows, len(images)), min(num_samples, len(probs))
     if rows < 1 or drawn < 1:
@@ -226,39 +224,27 @@ def plot_sample_masks(
                 f"Expected {name} of {rows} images or more, {images.shape[1:3]}. "
                 f"Received: {len(values)}, {values.shape[1:3]}"
             )
-    if not (probs.min() >= 0 and probs.max() <= 1):  # NaN fails both
+    if not (probs.min() >= 0 and probs.max() <= 1 + 1e-6):  # NaN fails both
         raise ValueError(f"Expected probs in 0..1, none NaN. Received: min={probs.min()}, max={probs.max()}")
-    num_raters = truths.shape[-1]
-    valid = np.ones((len(images), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
-    masks = probs[:, :rows] > 0.5
+    masks, num_raters = probs[:, :rows] > 0.5, truths.shape[-1]
     titles = ["raters" if num_raters > 1 else "truth", *(f"sample {k + 1}" for k in range(drawn)), "all samples"]
-    figure, axes = plt.subplots(
-        rows,
-        len(titles),
-        figsize=(panel_inches * len(titles) + 0.6, panel_inches * rows + 0.4),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = _panels(rows, titles, panel_inches, (0.6, 0.4))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
+    widths = 0.9 + 0.35 * np.arange(num_raters)[::-1]  # outlines that coincide are all seen
     for row in range(rows):
         for ax in axes[row, :-1]:
             show_image(ax, images[row])
         for rater in np.flatnonzero(valid[row]):
-            width = 0.9 + 0.35 * (num_raters - 1 - rater)  # outlines that coincide are all seen
-            outline(axes[row, 0], truths[row, ..., rater] > 0.5, RATERS[rater % len(RATERS)], linewidths=width)
+            colour = RATERS[rater % len(RATERS)]
+            outline(axes[row, 0], truths[row, ..., rater] > 0.5, colour, linewidths=widths[rater])
         for ax, mask in zip(axes[row, 1:-1], masks[:, row], strict=False):
             overlay = np.zeros((*mask.shape, 4))
             overlay[mask] = (*to_rgb(ORANGE), 0.35)
             ax.imshow(overlay)
             outline(ax, mask, ORANGE, linewidths=1.2)
         share = axes[row, -1].imshow(masks[:, row].mean(0), "viridis", vmin=0, vmax=1)
-    bare(axes)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize="medium")
-    bar = figure.colorbar(share, ax=axes[:, -1].tolist(), location="right", shrink=0.9, pad=0.05)
-    bar.set_label(f"share of {len(probs)} sample{'s' * (len(probs) > 1)}", fontsize="small")
-    bar.locator = MaxNLocator(3)
-    bar.ax.tick_params(labelsize="small")
+    label = f"share of {len(probs)} sample{'s' * (len(probs) > 1)}"
+    _colour_bar(figure, share, axes[:, -1], label, location="right", shrink=0.9, pad=0.05)
     return axes
 
 
