@@ -2,66 +2,79 @@
 #
 #   snakemake --profile profiles/smoke        # phantoms, minutes
 #   snakemake --profile profiles/small        # real data, small networks, hours on 2 cores
-#   snakemake --profile profiles/paper -n     # what it would run; python -m sbn_tf.experiments.grid estimate profiles/paper: what it takes
+#   snakemake --profile profiles/paper -n     # what it would run; python -m sbn_tf grid estimate profiles/paper: what it takes
 #
 # Step 1 and the scores are made once for each dataset, fold and seed, and shared by every method and share of weights.
-# A notebook appears under its name only when it is whole: a job that was killed goes on from its last epoch, one that
-# failed leaves X.failed.ipynb behind and does not stop the others. `python -m sbn_tf.experiments.grid` says more.
+# A notebook appears under its name only when it is whole. A job that was killed goes on from its last epoch; one that
+# failed leaves X.failed.ipynb behind and does not stop the others. docs/grid.md says more.
 
 import shlex
 import sys
 from pathlib import Path
 
-from sbn_tf import grid
+from sbn_tf.experiments import estimates, grid, grid_results, plan, study
+from snakemake.cli import parse_args
 
-if "grid" not in config:
-    sys.exit("Expected a profile with a key `grid`. Received: none. Run snakemake --profile profiles/smoke.")
+if "plan" not in config:
+    sys.exit("Expected a profile with a key `plan`. Received: none. Run snakemake --profile profiles/smoke.")
 try:
-    PLAN = grid.plan_of(config["grid"])
+    PLAN = plan.plan_of(config["plan"], Path(workflow.configfiles[0]).as_posix())
     if workflow.is_main_process:  # a cluster's jobs read this file again, while others write
-        grid.check_names(PLAN)
-        grid.check_folder(PLAN)
-        for path in grid.forget_damaged(PLAN):
+        study.check_names(PLAN)
+        grid_results.check_folder(PLAN)
+        for path in grid_results.damaged(PLAN):
             print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
+            if not parse_args(sys.argv[1:])[1].dryrun:  # Snakemake knows it only after this file is read
+                (PLAN.folder / path).unlink()
+    ESTIMATES = estimates.kept_estimates(PLAN)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 
 PROFILE = Path(workflow.configfiles[0]).as_posix()
 FOLDER = PLAN.folder.as_posix()
 JOBS = {f"{FOLDER}/{job.path}": job for job in grid.jobs(PLAN)}
-NEEDS = grid.estimates_for_scheduler(PLAN)
+NEEDS = estimates.needs(PLAN, ESTIMATES)
 UNIT = f"{FOLDER}/{{dataset}}/fold{{fold}}/seed{{seed}}"
-
-
-def of_job(kind, place):
-    """A resource from the estimates: memory in MB, or minutes."""
-    return lambda wildcards: NEEDS[wildcards.dataset, kind][place]
-
-
-def options(wildcards, percent=None, method=None):
-    """Papermill's parameters of a job."""
-    return grid.papermill_options(PLAN, wildcards.dataset, int(wildcards.fold), int(wildcards.seed), percent, method)
-
+# Kind of job -> what its name looks like, and its priority: many jobs wait for the first two.
+KINDS = {
+    "step1": ("step1", 10),
+    "saliency": ("saliency", 9),
+    "partial": ("partial_r[0-9.e-]+", 0),
+    "baseline": ("(?!step1|saliency|partial_r[0-9])[a-z0-9_]+", 0),
+}
 
 # Papermill starts the notebook in nbs/; the environment keeps the threads of parallel jobs from fighting. The progress
-# line comes from the module as a file, without TensorFlow, and never decides whether a job has succeeded.
+# line at the end never decides whether a job has succeeded.
 PYTHON = shlex.quote(sys.executable)
 EXECUTE = (
-    "export OMP_NUM_THREADS={threads} TF_NUM_INTRAOP_THREADS={threads} TF_NUM_INTEROP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3\n"
+    "export OMP_NUM_THREADS={threads} TF_NUM_INTRAOP_THREADS={threads} TF_NUM_INTEROP_THREADS=1\n"
     "f={output:q}; f=${{f%.ipynb}}; rm -f $f.failed.ipynb\n"
-    "if {PYTHON} -m papermill --cwd nbs --no-progress-bar NOTEBOOK $f.running.ipynb {params.options} > {log:q} 2>&1\n"
+    "if {PYTHON} -m papermill --cwd nbs --no-progress-bar nbs/{params.notebook}.ipynb $f.running.ipynb"
+    " {params.options} > {log:q} 2>&1\n"
     "then mv $f.running.ipynb $f.ipynb\n"
     "else mv $f.running.ipynb $f.failed.ipynb || true; tail -n 3 {log:q} >&2; exit 1; fi\n"
-    "{PYTHON} sbn_tf/experiments/grid.py status {PROFILE:q} --cores {workflow.cores} --brief || true"
+    "{PYTHON} -m sbn_tf grid status {PROFILE:q} --cores {workflow.cores} --brief || true"
 )
+
+
+def job_of(wildcards):
+    return JOBS[f"{UNIT.format(**wildcards)}/{wildcards.job}.ipynb"]
+
+
+def before(wildcards):
+    """Notebooks that must be there first."""
+    return [path for one in grid.before(job_of(wildcards)) if (path := f"{FOLDER}/{one}") in JOBS]
+
+
+def need(what):
+    """A resource of a job, from the estimates."""
+    return lambda wildcards: NEEDS[wildcards.dataset, job_of(wildcards).kind][what]
 
 
 wildcard_constraints:
     dataset="[^/]+",
     fold="-?[0-9]+",
     seed="[0-9]+",
-    percent="[0-9.e-]+",
-    method="(?!step1|saliency|partial_r[0-9])[a-z0-9_]+",
 
 
 localrules: all
@@ -72,97 +85,39 @@ rule all:
         list(JOBS),
 
 
-rule step1:
-    output:
-        f"{UNIT}/step1.ipynb",
-    params:
-        options=lambda wildcards: options(wildcards),
-    threads: PLAN.threads
-    resources:
-        mem_mb=of_job("step1", "mem_mb"),
-        runtime=of_job("step1", "runtime"),
-        gpu=PLAN.gpus,
-    priority: 10
-    log:
-        f"{UNIT}/step1.log",
-    benchmark:
-        f"{UNIT}/step1.tsv"
-    shell:
-        EXECUTE.replace("NOTEBOOK", "nbs/01_deterministic.ipynb")
+for KIND, (NAME, PRIORITY) in KINDS.items():
+
+    rule:
+        name:
+            KIND
+        input:
+            before,
+        output:
+            f"{UNIT}/{{job,{NAME}}}.ipynb",
+        params:
+            options=lambda wildcards: grid.papermill_options(PLAN, job_of(wildcards)),
+            notebook=grid.NOTEBOOKS[KIND],
+        threads: PLAN.threads
+        resources:
+            mem_mb=need("mem_mb"),
+            runtime=need("runtime"),
+            gpu=PLAN.gpus,
+        priority: PRIORITY
+        log:
+            f"{UNIT}/{{job}}.log",
+        benchmark:
+            f"{UNIT}/{{job}}.tsv"
+        shell:
+            EXECUTE
 
 
-rule saliency:
-    input:
-        f"{UNIT}/step1.ipynb",
-    output:
-        f"{UNIT}/saliency.ipynb",
-    params:
-        options=lambda wildcards: options(wildcards),
-    threads: PLAN.threads
-    resources:
-        mem_mb=of_job("saliency", "mem_mb"),
-        runtime=of_job("saliency", "runtime"),
-        gpu=PLAN.gpus,
-    priority: 9
-    log:
-        f"{UNIT}/saliency.log",
-    benchmark:
-        f"{UNIT}/saliency.tsv"
-    shell:
-        EXECUTE.replace("NOTEBOOK", "nbs/02_saliency.ipynb")
-
-
-rule partial:
-    input:
-        f"{UNIT}/saliency.ipynb",
-    output:
-        f"{UNIT}/partial_r{{percent}}.ipynb",
-    params:
-        options=lambda wildcards: options(wildcards, percent=float(wildcards.percent), method="partial"),
-    threads: PLAN.threads
-    resources:
-        mem_mb=of_job("partial", "mem_mb"),
-        runtime=of_job("partial", "runtime"),
-        gpu=PLAN.gpus,
-    log:
-        f"{UNIT}/partial_r{{percent}}.log",
-    benchmark:
-        f"{UNIT}/partial_r{{percent}}.tsv"
-    shell:
-        EXECUTE.replace("NOTEBOOK", "nbs/04_baselines.ipynb")
-
-
-def before_baseline(wildcards):
-    """Scores for all; the longer ensemble continues the members of the ensemble, and shares one with another method."""
-    unit, before = UNIT.format(**wildcards), ["saliency"]
-    if wildcards.method == "ensemble_longer":
-        before += ["ensemble", "deterministic_longer"]
-    return [path for name in before if (path := f"{unit}/{name}.ipynb") in JOBS]
-
-
-rule baseline:
-    input:
-        before_baseline,
-    output:
-        f"{UNIT}/{{method}}.ipynb",
-    params:
-        options=lambda wildcards: options(wildcards, percent=1.0, method=wildcards.method),
-    threads: PLAN.threads
-    resources:
-        mem_mb=of_job("baseline", "mem_mb"),
-        runtime=of_job("baseline", "runtime"),
-        gpu=PLAN.gpus,
-    log:
-        f"{UNIT}/{{method}}.log",
-    benchmark:
-        f"{UNIT}/{{method}}.tsv"
-    shell:
-        EXECUTE.replace("NOTEBOOK", "nbs/04_baselines.ipynb")
+onstart:
+    grid_results.claim(PLAN, ESTIMATES)
 
 
 onsuccess:
-    shell("{PYTHON} -m sbn_tf.experiments.grid finish {PROFILE:q} --cores {workflow.cores}")
+    shell("{PYTHON} -m sbn_tf grid finish {PROFILE:q}")
 
 
 onerror:
-    shell("{PYTHON} -m sbn_tf.experiments.grid finish {PROFILE:q} --cores {workflow.cores}")
+    shell("{PYTHON} -m sbn_tf grid finish {PROFILE:q}")

@@ -15,10 +15,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from sbn_tf import datasets
-from sbn_tf.experiments import networks, plots, scoring, trivial
+from sbn_tf.experiments import networks, report, scoring, trivial
 
 TESTED, BATCH_SIZE = 2000, 50
 
@@ -62,7 +63,8 @@ def main():
         rows = {"prevalence": constants["prevalence"], **rows}
         keys = ["auc", "dice", "nll", "brier", "brier_skill", "ece"]
         print(f"{name}: {TESTED} test images, seed 0")
-        print(plots.format_table(rows, [k for k in keys if any(k in row for row in rows.values())]), flush=True)
+        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=keys).dropna(axis=1, how="all")
+        print(report.to_markdown(table), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
-# Name of a command -> the module that has its `add_arguments(parser)` and `run(given)`, what it does, an example. Only
+GRID = "State, tables and estimates of a grid that Snakemake runs."
+# Words of a command -> the module that has its `add_arguments(parser)` and `run(given)`, what it does, an example. Only
 # the module of the command that runs is imported, by its name: some load TensorFlow, and `--help` shall not.
 COMMANDS = {
     "check": (
@@ -28,10 +30,30 @@ COMMANDS = {
         "Train and score every variant of a plan's questions; exit code 1 where one fails.",
         "sbn-tf study profiles/study.yaml --questions scale",
     ),
-    "grid": (
+    "grid status": (
         "sbn_tf.experiments.grid",
-        "State, tables and estimates of a grid that Snakemake runs.",
+        "Say which jobs of a grid are done, which failed and what remains.",
         "sbn-tf grid status profiles/small",
+    ),
+    "grid report": (
+        "sbn_tf.experiments.grid",
+        "Write and print what ran, for how long, and what failed.",
+        "sbn-tf grid report profiles/small",
+    ),
+    "grid table": (
+        "sbn_tf.experiments.grid_results",
+        "Write the table of the results that a grid has so far.",
+        "sbn-tf grid table profiles/small",
+    ),
+    "grid finish": (
+        "sbn_tf.experiments.grid_results",
+        "Write the report and the table, as a grid does at its end.",
+        "sbn-tf grid finish profiles/small",
+    ),
+    "grid estimate": (
+        "sbn_tf.experiments.estimates",
+        "Count the operations, hours and memory that a grid will take; nothing is trained.",
+        "sbn-tf grid estimate profiles/paper",
     ),
 }
 EXIT_CODES = "exit codes: 0 fine, 1 a problem was found or a part failed, 2 wrong input"
@@ -55,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     examples = "\n".join(["examples:", *(f"  {example}" for _, _, example in COMMANDS.values())])
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = _Parser(
         prog="sbn-tf",
         description="Sparse Bayesian networks in Keras. `sbn-tf COMMAND --help` explains a command.",
@@ -63,12 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **layout,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module, line, example) in COMMANDS.items():
-        one = commands.add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
-        if arguments[:1] == [name]:
+    groups = {"": commands}
+    for words, (module, line, example) in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in groups:
+            parent = commands.add_parser(group, help=GRID, description=GRID, epilog=f"example: {example}", **layout)
+            groups[group] = parent.add_subparsers(metavar="COMMAND", required=True)
+        one = groups[group].add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
+        if arguments[: len(words.split())] == words.split():
             command = importlib.import_module(module)
             command.add_arguments(one)
-            one.set_defaults(run=command.run)
+            one.set_defaults(run=command.run, command=words)
     given = parser.parse_args(arguments)
     logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
     try:

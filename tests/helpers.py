@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from sbn_tf.datasets.base import SEGMENTATION
-from sbn_tf.experiments.results import Result
+from sbn_tf.datasets.base import MULTI_LABEL, SEGMENTATION
+from sbn_tf.experiments import scoring
+from sbn_tf.experiments.result import Result
 
 
 def pairwise_iou(masks):
@@ -39,3 +40,33 @@ def mask_result(method="partial", seed=0, metrics=None, **changes):
         "evaluation": {"num_resamples": 1000},
     }
     return Result(**{**fields, "metrics": METRICS_OF_MASKS | (metrics or {}), **changes})
+
+
+def of_task(task, metrics, undefined, method="partial"):
+    """A result of given numbers."""
+    return Result(**{**vars(mask_result(method)), "task": task, "metrics": metrics, "undefined": undefined})
+
+
+def whole_result():
+    """A result with something in every field."""
+    return mask_result(
+        r_bayes=0.01,
+        settings={"epochs": 3, "betas": [0.2, 0.01], "augment": None},
+        options={"fold": 2},
+        limit=100,
+        leak="slices of one patient in two splits",
+        num_groups=3,
+        num_samples=5,
+        threshold=0.4,
+        selection={"temperature": 1.31},
+        intervals={"dice": [0.75, 0.85]},
+        shift={"noise": {"severity": 2.0, "entropy": 0.7, "mutual_information": None}},
+        cost={"num_trainable": 1000, "train_flops_ratio": 2.5, "train_seconds": None},
+    )
+
+
+def record_of(probs, targets):
+    """The record of labels' predictions."""
+    evaluator = scoring.Evaluator(MULTI_LABEL)
+    evaluator.update(probs, targets)
+    return evaluator.record()

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from sbn_tf.__main__ import main
-from sbn_tf.experiments import compare, results, scoring
+from sbn_tf.experiments import compare, report, scoring
+from sbn_tf.experiments.result import KEYS, read
+from sbn_tf.experiments.results import frame
+from sbn_tf.experiments.rows import paired
+from sbn_tf.metrics import METRICS
 
 # Two trainings of one epoch, shared by all tests.
 METHODS = ("deterministic", "partial")
@@ -78,22 +82,22 @@ def test_a_row_scores_the_test_split_of_its_own_method(settings, rows):
 
 def test_what_is_scored_is_read_and_the_test_split_predicted_once(settings, rows, monkeypatch):
     stored = json.loads((rows[-1].folder / "metrics.json").read_text())
-    monkeypatch.setattr(compare.evaluation, "score", lambda *_, **__: pytest.fail("the test split was predicted again"))
+    monkeypatch.setattr(compare.scoring, "score", lambda *_, **__: pytest.fail("the test split was predicted again"))
     again = compare.row(settings, "partial")
     assert again == rows[-1]
     assert json.loads((again.folder / "metrics.json").read_text()) == stored
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 1}', '{"deterministic (step 1)": {"nll": 0.1}}'])
-def test_a_file_that_is_no_result_is_made_anew(settings, rows, content):
+def test_a_file_that_is_no_result_is_made_again(settings, rows, content):
     path = rows[-1].folder / "metrics.json"
     path.write_text(content)
-    with pytest.warns(UserWarning, match="scored anew"):
+    with pytest.warns(UserWarning, match="scored again"):
         again = compare.row(settings, "partial")
-    assert again.metrics == rows[-1].metrics == results.read(path).metrics
+    assert again.metrics == rows[-1].metrics == read(path).metrics
 
 
-def test_a_score_without_its_record_or_of_other_weights_is_made_anew(settings, rows):
+def test_a_score_without_its_record_or_of_other_weights_is_made_again(settings, rows):
     row = compare.row(settings, "deterministic")
     (row.folder / "record.npz").unlink()
     assert compare.row(settings, "deterministic").record().num_images == 12
@@ -108,17 +112,18 @@ def test_a_shared_step_1_is_told_under_the_recipe_that_asks(settings, rows):
     recipe = dataclasses.replace(settings.recipe, bayes_epochs=7)
     row = compare.row(dataclasses.replace(settings, recipe=recipe), "deterministic")
     assert row.settings["bayes_epochs"] == 7 and row.metrics == compare.row(settings, "deterministic").metrics
-    assert results.read(row.folder).settings["bayes_epochs"] == 1
+    assert read(row.folder).settings["bayes_epochs"] == 1
 
 
 def test_several_seeds_are_shown_with_their_spread_and_compared_within_one(settings, rows):
     other = [compare.row(dataclasses.replace(settings, seed=1), name) for name in METHODS]
-    both = [*rows, *other]
-    text = compare.shift_table(both)
+    both = frame([*rows, *other])
     values = [one.shift["noise"]["entropy"] for one in (rows[-1], other[-1])]
-    assert f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}" in text
-    difference = other[1].metrics["nll"] - other[0].metrics["nll"]
-    assert f"{difference:+.4f}" in compare.paired_table(both, other[0], num_resamples=50)
+    shifts = report.shift_table(both).loc["partial"]
+    assert shifts["noise: entropy"] == f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
+    (test,) = paired(both[both["method"].isin(METHODS)], "deterministic", "nll").to_dict("records")
+    gaps = [one[-1].metrics["nll"] - one[-2].metrics["nll"] for one in (rows, other)]
+    assert (test["n"], test["over"]) == (2, "seeds") and test["difference"] == pytest.approx(np.mean(gaps))
 
 
 def test_other_settings_of_the_score_are_another_score(settings, rows):
@@ -143,19 +148,19 @@ def test_shifted_images_are_scored_against_clean_ones(rows):
     assert set(rows[-1].shift) == {"noise", "blur", "contrast"}
     for found in rows[-1].shift.values():
         assert 0 <= found["entropy"] <= 1 and 0 <= found["mutual_information"] <= 1
-    assert compare.shift_table(rows).count("\n") == 1 + len(METHODS) + 2
+    assert list(report.shift_table(frame(rows)).index) == list(METHODS)
 
 
-def test_a_metric_that_is_undefined_in_too_many_resamples_has_no_row(rows, monkeypatch):
+def test_a_metric_that_is_undefined_in_too_many_resamples_has_no_test(rows, monkeypatch):
     monkeypatch.setattr(scoring, "compare", lambda *records, **options: {})  # what it then gives
-    text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
-    assert "partial" not in text and "nll less deterministic's" in text
+    (test,) = paired(frame(rows[-2:]), "deterministic", "nll").to_dict("records")
+    assert test["label"] == "partial" and np.isnan(test["p_value"]) and not np.isnan(test["difference"])
 
 
-def test_the_paired_table_is_the_paired_test(rows):
+def test_of_one_seed_the_paired_test_is_over_images(rows):
     found = scoring.compare(rows[-1].record(), rows[-2].record(), keys=["nll"], num_resamples=50)["nll"]
-    text = compare.paired_table(rows, rows[-2], "nll", num_resamples=50)
-    assert text.count("\n") == 2 and f"{found['difference']:+.4f}" in text
+    (test,) = paired(frame(rows[-2:]), "deterministic", "nll", num_resamples=50).to_dict("records")
+    assert (test["over"], test["low"], test["p_value"]) == ("images", found["low"], found["p_value"])
     assert found["difference"] == pytest.approx(rows[-1].metrics["nll"] - rows[-2].metrics["nll"])
 
 
@@ -167,7 +172,7 @@ def test_the_command_prints_every_table(dataset, tmp_path, capsys):
     assert main(["compare", dataset, *arguments, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     task = "segmentation" if dataset == "phantom_lesion" else "multi-label"
-    for key in (*results.KEYS[task], *compare.USE[task], *compare.PAPER[task]):
+    for key in (*KEYS[task], *report.USE[task], *report.PAPER[task]):
         assert f" {key} |" in text or f"Not defined here: {key} (" in text
     assert "What does it cost?" in text and "nan" not in text.lower().replace("nanograms", "")
     for name in (*METHODS, "trivial_prevalence", "bound_scene"):
@@ -198,7 +203,7 @@ def test_bad_arguments_are_explained_in_two_lines(arguments, message, tmp_path, 
 
 def test_every_number_of_a_result_has_a_meaning(rows):
     for row in rows:
-        assert set(row.metrics) <= set(results.METRICS)
+        assert set(row.metrics) <= set(METRICS)
         assert np.isfinite(list(row.metrics.values())).all()
         assert all(reason for reason in row.undefined.values())
 

@@ -7,47 +7,53 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
 
-from sbn_tf.experiments import baselines, grid, recipes, results
+from sbn_tf.experiments import baselines, estimates, grid, grid_results, plan, recipes, result, results
+from sbn_tf.experiments.study import check_names
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "name": "tiny",
     "recipe": "quick",
     "seeds": [0, 1],
-    "r_bayes": [0.01, 1, 100],
+    "r_bayes": [0.0001, 0.01, 1],
     "methods": ["deterministic", "ensemble", "ensemble_longer"],
     "datasets": {
         "phantom_nodule": {"limit": 40, "epochs": 2, "bayes_epochs": 1, "folds": [0, 1]},
-        "phantom_chest": {"r_bayes": [1], "methods": ["temperature"], "seeds": [3]},
+        "phantom_chest": {"r_bayes": [0.01], "methods": ["temperature"], "seeds": [3]},
     },
 }
 
 
-def plan(**changes):
-    return grid.plan_of({**SMALL, **changes})
+def made(**changes):
+    return plan.plan_of({**SMALL, **changes})
 
 
 def test_jobs_are_the_product_of_everything_and_step_1_is_shared():
-    jobs = grid.jobs(plan())
+    jobs = grid.jobs(made())
     # Of phantom_nodule 2 folds x 2 seeds, of phantom_chest 1 seed.
     assert len(jobs) == 4 * (1 + 1 + 3 + 3) + (1 + 1 + 1 + 1)
     assert [job.kind for job in jobs].count("step1") == 4 + 1
     assert len({job.path for job in jobs}) == len(jobs)
-    assert "phantom_nodule/fold1/seed0/partial_r0.01.ipynb" in {job.path for job in jobs}
+    assert "phantom_nodule/fold1/seed0/partial_r0.0001.ipynb" in {job.path for job in jobs}
 
 
 def test_options_are_parameters_of_the_notebooks():
-    text = grid.papermill_options(plan(), "phantom_nodule", 1, 0, percent=0.01, method="partial")
+    by_name = {job.name: job for job in grid.jobs(made()) if (job.fold, job.seed) == (1, 0)}
+    text = grid.papermill_options(made(), by_name["partial_r0.0001"])
     found = dict(zip(text.split()[1::3], text.split()[2::3], strict=True))
     assert float(found["r_bayes"]) == pytest.approx(1e-4) and found["method"] == "partial" and found["fold"] == "1"
     assert found["bayes_epochs"] == "1" and Path(found["runs"]).is_absolute()
-    first = grid.papermill_options(plan(), "phantom_nodule", 1, 0)
+    first = grid.papermill_options(made(), by_name["step1"])
     assert "bayes_epochs" not in first and "method" not in first
+    assert set(by_name["ensemble_longer"].unit + f"/{name}.ipynb" for name in ("saliency", "ensemble")) < set(
+        grid.before(by_name["ensemble_longer"])
+    )
     for name, options in (("01_deterministic", first), ("02_saliency", first), ("04_baselines", text)):
         cells = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells
         parameters = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
@@ -55,91 +61,46 @@ def test_options_are_parameters_of_the_notebooks():
             assert f"\n{key} = " in f"\n{parameters}", (name, key)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": ["partial"]}, "keys among .*methods.* Received: 'method'"),
-        ({"datasets": {"lidc": {"keep": "best"}}}, "the dataset 'lidc' with keys among .* Received: 'keep'"),
-        ({"datasets": {}}, "datasets, one or more, .* Received: {}"),
-        ({"r_bayes": [1, 101]}, "r_bayes, a list of percentages, 0..100"),
-        ({"r_bayes": [1, 1]}, "differ in six digits"),
-        ({"seeds": [1, 1]}, "each once"),
-        ({"seeds": [-1]}, "seeds, a list of integers >= 0"),
-        ({"seeds": []}, "seeds, a list"),
-        ({"name": "a/b"}, "name, of letters"),
-        ({"threads": 0}, "threads, an integer >= 1"),
-        ({"tflops": -1}, "tflops, a number > 0"),
-        ({"datasets": {"lidc": {"images": [1, 2]}}}, "images, three numbers"),
-        ({"datasets": {"lidc": {"images": 5}}}, "images, three numbers"),
-        ({"datasets": {"/data/mine": {}}}, "names of datasets, of letters"),
-        ({"methods": ["partial"]}, "methods without 'partial'"),
-        ({"r_bayes": [33.3333331, 33.3333332]}, "differ in six digits"),
-        ({"table": 5}, "table, a text"),
-        ({"recipe": 7}, "recipe, a text"),
-        ({"gpus": -1}, "gpus, an integer >= 0"),
-    ],
-)
-def test_a_profile_that_is_none_is_refused_in_two_lines(changes, message):
-    with pytest.raises(ValueError, match=message) as error:
-        plan(**changes)
-    assert len(str(error.value).splitlines()) <= 2
-
-
-def test_a_file_that_is_no_profile_is_refused(tmp_path):
-    for text, message in (
-        ("a: [", "Expected YAML"),
-        ("cores: 2\n", "Expected a key `grid`"),
-        ("[1]\n", "a key `grid`"),
-    ):
-        (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            grid.read(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["smoke", "small", "paper"])
 def test_the_profiles_that_come_with_it_are_whole(name):
-    found = grid.read(ROOT / "profiles" / name)
+    found = plan.read(ROOT / "profiles" / name)
     assert found.name == name
-    methods = {method for data in found.datasets for method in data.methods}
-    assert methods <= set(baselines.METHODS)
+    check_names(found)
+    assert all(set(data.methods) < set(baselines.METHODS) for data in found.datasets.values())
     content = yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
     assert content["configfile"] == f"profiles/{name}/config.yaml" and content["keep-going"] is True
 
 
 def test_a_folder_of_another_grid_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    grid.check_folder(plan(recipe="paper"))  # nothing has run yet: not even a dry run claims the folder
-    grid.check_folder(plan())
-    notebook = plan().folder / "phantom_nodule/fold0/seed0/step1.ipynb"
+    grid_results.check_folder(made())
+    assert not list(tmp_path.iterdir())  # a look writes nothing
+    grid_results.claim(made(recipe="paper"))  # nothing has run yet
+    grid_results.claim(made())
+    notebook = made().folder / "phantom_nodule/fold0/seed0/step1.ipynb"
     notebook.parent.mkdir(parents=True)
     notebook.write_text("{}")
-    grid.check_folder(plan(seeds=[5]))  # more of the same
-    grid.check_folder(plan(datasets={"phantom_lesion": {}}))  # another dataset beside it
+    grid_results.claim(made(seeds=[5]))  # more of the same
+    grid_results.claim(made(datasets={"phantom_lesion": {}}))  # another dataset beside it
     for changes in ({"recipe": "paper"}, {"datasets": {"phantom_nodule": {"limit": 41}}}):
         with pytest.raises(ValueError, match=r"another recipe, other parameters .*\n.*another name") as error:
-            grid.check_folder(plan(**changes))
+            grid_results.claim(made(**changes))
         assert len(str(error.value).splitlines()) == 2
     changed = dataclasses.replace(recipes.RECIPES["quick"], learning_rate=0.5)  # of the same name
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="another recipe"):
         patch.setitem(recipes.RECIPES, "quick", changed)
-        grid.check_folder(plan())
+        grid_results.claim(made())
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="another version"):
-        patch.setattr(results, "FORMAT", 99)
-        grid.check_folder(plan())
-    path = plan().folder / "grid.json"
-    older = json.loads(path.read_text())
-    for entry in older["datasets"].values():
-        del entry["recipe"]["prior_at"]  # which came later, and is what it was without
-    path.write_text(json.dumps(older))
-    grid.check_folder(plan())
-    (plan().folder / "grid.json").write_text("{")
+        patch.setattr(result, "FORMAT", 99)
+        grid_results.claim(made())
+    (made().folder / "grid.json").write_text("{")
     with pytest.raises(ValueError, match="another version"):
-        grid.check_folder(plan())
+        grid_results.claim(made())
 
 
 def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mine = plan(datasets={"phantom_chest": {"methods": ["deterministic", "temperature"], "r_bayes": [1]}}, seeds=[0])
+    mine = made(datasets={"phantom_chest": {"methods": ["deterministic", "temperature"], "r_bayes": [0.01]}}, seeds=[0])
     unit = mine.folder / "phantom_chest/fold-1/seed0"
     unit.mkdir(parents=True)
     for name, seconds in (("step1", 100.0), ("deterministic", 30.0)):
@@ -156,39 +117,70 @@ def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeyp
     )
     assert "ValueError: no luck" in next(iter(found.failed.values()))
     assert found.remaining_seconds is None  # nothing like a partial job has run
-    (unit / "partial_r1.ipynb").write_text("{}")
-    (unit / "partial_r1.tsv").write_text("s\n50.0\n")
+    (unit / "partial_r0.01.ipynb").write_text("{}")
+    (unit / "partial_r0.01.tsv").write_text("s\n50.0\n")
     found = grid.status(mine, cores=2)
     assert found.missing == ["phantom_chest/fold-1/seed0/temperature.ipynb"]
     assert found.remaining_seconds == pytest.approx(30.0 / 2)
-    by_three = dataclasses.replace(mine, threads=3)
+    by_three = mine.model_copy(update={"threads": 3})
     assert grid.status(by_three, cores=7).remaining_seconds == pytest.approx(30.0 / 2)  # two at a time
     text = grid.report(mine)
     assert "| phantom_chest | baseline | 1 | 0 | 1 |" in text and "no luck" in text
 
 
+def test_a_job_whose_result_is_gone_or_damaged_is_found_by_the_results_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = made(datasets={"phantom_chest": {"methods": ["deterministic", "ensemble"]}}, seeds=[3])
+    for job in grid.jobs(mine):
+        notebook = mine.folder / job.path
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+        notebook.write_text("{}")
+
+    def write(method, name, r_bayes=None, number=0):
+        path = mine.folder / f"models/phantom_chest/{method}/seed3/{name}/metrics.json"
+        path.parent.mkdir(parents=True)
+        content = {"dataset": "phantom_chest", "options": {}, "seed": 3, "method": method, "r_bayes": r_bayes}
+        path.write_text(json.dumps({**content, "cost": {"num_bayesian": number}}))
+        return path
+
+    def read(path):
+        return SimpleNamespace(**json.loads(path.read_text()))
+
+    monkeypatch.setattr(result, "read", read)
+    unit = "phantom_chest/fold-1/seed3"
+    write("deterministic", "a")
+    damaged = write("ensemble", "b")
+    write("partial", "c", 0.01, 100)
+    write("partial", "d", 1.0, 10_000)
+    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb"]
+    damaged.write_text('{"format":')
+    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb", f"{unit}/ensemble.ipynb"]
+    write("partial", "e", 0.00012, 1)  # of a share that chooses the same weights
+    assert grid_results.damaged(mine) == [f"{unit}/ensemble.ipynb"]
+
+
 def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = plan().folder / "models/phantom_nodule/partial/seed0/0123456789"
+    folder = made().folder / "models/phantom_nodule/partial/seed0/0123456789"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"format":')
-    with pytest.warns(UserWarning, match="Left out: Expected JSON"):
-        assert grid.gather(plan()) == []
+    with pytest.warns(UserWarning, match="Left out 1 .*Expected JSON"):
+        assert grid_results.gather(made()).empty
 
 
 def test_estimates_are_those_of_the_steps_by_hand():
-    mine = grid.plan_of(
+    mine = plan.plan_of(
         {
             "name": "e",
             "recipe": "quick",
             "tflops": 2,
             "seeds": [0],
-            "r_bayes": [1],
+            "r_bayes": [0.01],
             "methods": ["deterministic_longer"],
             "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
         }
     )
-    found = grid.estimates(mine)
+    found = estimates.estimates(mine)
     unit = "phantom_nodule/fold-1/seed0"
     from sbn_tf import cost
     from sbn_tf.experiments import networks
@@ -201,20 +193,20 @@ def test_estimates_are_those_of_the_steps_by_hand():
     assert first["hours"] == pytest.approx(first["flops"] / 2e12 / 3600)
     longer = found[f"{unit}/deterministic_longer.ipynb"]["flops"]
     assert longer == pytest.approx(4 * (100 * step + 10 * one) + 4 * 20 * one)  # with three shifted copies
-    assert found[f"{unit}/partial_r1.ipynb"]["flops"] > longer
+    assert found[f"{unit}/partial_r0.01.ipynb"]["flops"] > longer
     with pytest.raises(ValueError, match=r"images: .* of 'phantom_nodule'"):
-        grid.estimates(grid.plan_of({**SMALL, "datasets": {"phantom_nodule": {}}}))
+        estimates.estimates(plan.plan_of({**SMALL, "datasets": {"phantom_nodule": {}}}))
 
 
 def test_estimates_of_jobs_that_build_on_one_another():
     def total(methods):
-        mine = grid.plan_of(
+        mine = plan.plan_of(
             {
-                **{"name": "e", "recipe": "quick", "seeds": [0], "r_bayes": [1], "methods": methods},
+                **{"name": "e", "recipe": "quick", "seeds": [0], "r_bayes": [0.01], "methods": methods},
                 "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
             }
         )
-        return {path.split("/")[-1]: one["flops"] for path, one in grid.estimates(mine).items()}
+        return {path.split("/")[-1]: one["flops"] for path, one in estimates.estimates(mine).items()}
 
     alone, both = total(["ensemble_longer"]), total(["ensemble", "ensemble_longer"])
     shared = total(["ensemble", "ensemble_longer", "deterministic_longer"])
@@ -223,7 +215,7 @@ def test_estimates_of_jobs_that_build_on_one_another():
         both["ensemble_longer.ipynb"] + both["ensemble.ipynb"] - predicted
     )
     assert shared["ensemble_longer.ipynb"] < both["ensemble_longer.ipynb"]
-    scheduler = grid.estimates_for_scheduler(plan())
+    scheduler = estimates.needs(made(), estimates.kept_estimates(made()))
     assert scheduler["phantom_nodule", "partial"] == {"mem_mb": 4000, "runtime": 120}
 
 
@@ -256,6 +248,7 @@ def test_a_dry_run_counts_every_job(name, jobs, tmp_path):
     workplace = clone_of(tmp_path)
     done = snakemake("--profile", f"profiles/{name}", "-n", cwd=workplace)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert not (workplace / "runs").exists()  # a dry run changes nothing
     assert f"total {jobs + 1}" in " ".join((done.stdout + done.stderr).split())
 
 
@@ -270,11 +263,11 @@ def clone_of(tmp_path):
 def test_a_config_of_no_grid_and_one_with_an_unknown_key_are_refused(tmp_path):
     workplace = clone_of(tmp_path)
     done = snakemake("-n", "--cores", "1", cwd=workplace)
-    assert done.returncode != 0 and "Expected a profile with a key `grid`" in done.stderr
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": {**SMALL, "methosd": []}}))
+    assert done.returncode != 0 and "Expected a profile with a key `plan`" in done.stderr
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": {**SMALL, "methosd": []}}))
     done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
     assert done.returncode != 0 and "Received: 'methosd'" in done.stderr
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": {**SMALL, "methods": ["no_such_method"]}}))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": {**SMALL, "methods": ["no_such_method"]}}))
     done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
     assert done.returncode != 0 and "Received: no_such_method" in done.stderr
 
@@ -286,18 +279,18 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     workplace = clone_of(tmp_path)
     done = snakemake("--profile", "profiles/smoke", cwd=workplace)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    mine = grid.read("profiles/smoke")
+    mine = plan.read("profiles/smoke")
     found = grid.status(mine)
     assert len(found.done) == len(grid.jobs(mine)) and not found.failed and not found.missing
     rows = results.read_csv(mine.folder / "results.csv")
-    assert {row.dataset for row in rows} == {"phantom_nodule", "phantom_chest"}
-    assert {row.r_bayes for row in rows if row.method == "partial"} == {0.01, 1.0}
+    assert set(rows["dataset"]) == {"phantom_nodule", "phantom_chest"}
+    assert set(rows[rows["method"] == "partial"]["r_bayes"]) == {0.01, 1.0}
     assert "0 failed, 0 to do" in (mine.folder / "report.md").read_text()
 
     # A dataset whose jobs must fail, and a job whose notebook was lost: that one is made again, nothing else.
-    content = yaml.safe_load((ROOT / "profiles/smoke/config.yaml").read_text())["grid"]
-    content["datasets"]["chestmnist"] = {"r_bayes": [1], "methods": ["deterministic"]}  # whose files are not there
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"grid": content}))
+    content = yaml.safe_load((ROOT / "profiles/smoke/config.yaml").read_text())["plan"]
+    content["datasets"]["chestmnist"] = {"r_bayes": [0.01], "methods": ["deterministic"]}  # whose files are not there
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": content}))
     # One result is damaged, too: its job alone is run again.
     unit, other = mine.folder / "phantom_chest/fold-1/seed0", mine.folder / "phantom_nodule/fold-1/seed0"
     (unit / "temperature.ipynb").unlink()
@@ -307,7 +300,7 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     options = ("--configfile", "own.yaml", "--cores", "2", "--keep-going", "--rerun-triggers", "mtime")
     done = snakemake(*options, cwd=workplace, SBN_TF_DATA=str(tmp_path))
     assert done.returncode != 0
-    found = grid.status(grid.plan_of(content))
+    found = grid.status(plan.plan_of(content))
     (path,) = found.failed
     assert path == "chestmnist/fold-1/seed0/step1.ipynb" and "FileNotFoundError" in found.failed[path]
     assert (mine.folder / path).with_suffix(".failed.ipynb").exists() and not (mine.folder / path).exists()

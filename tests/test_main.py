@@ -21,7 +21,9 @@ def in_a_process(*words, code=None):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words) or "all")
+@pytest.mark.parametrize(
+    "words", [[], ["grid"], *(name.split() for name in COMMANDS)], ids=lambda words: " ".join(words) or "all"
+)
 def test_help_says_what_a_command_takes_with_an_example(words, capsys):
     with pytest.raises(SystemExit) as end:
         main([*words, "--help"])
@@ -37,6 +39,8 @@ def test_help_says_what_a_command_takes_with_an_example(words, capsys):
         (["check"], "required: dataset"),
         (["check", "phantom_nodule", "--size", "x"], "--size: invalid int value: 'x'"),
         (["compare", "phantom_nodule", "--keep", "first"], "--keep: invalid choice: 'first'"),
+        (["grid"], "required: COMMAND"),
+        (["grid", "stat"], "invalid choice: 'stat'"),
     ],
 )
 def test_wrong_usage_is_explained_in_two_lines_with_exit_code_2(words, message, capsys):
@@ -58,6 +62,21 @@ def test_check_prints_the_report_and_ends_with_1_where_there_is_a_problem(capsys
     monkeypatch.setattr(datasets, "load", lambda *_, **__: data)
     assert main(["check", "phantom_nodule"]) == 1
     assert "Problems" in capsys.readouterr().out
+
+
+def test_grid_status_needs_no_tensorflow_and_a_wrong_plan_ends_with_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["grid", "status", str(ROOT / "profiles" / "smoke"), "--brief"]) == 0
+    assert capsys.readouterr().out.strip() == "0 of 10 jobs done, 0 failed, 10 to do"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "own.yaml").write_text("plan: {name: a b}")
+    for words in (["grid", "status", "own.yaml"], ["grid", "table", "none.yaml"], ["study", "own.yaml"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "yaml" in error and error.count("\n") <= 2
+    code = "import sys; from sbn_tf.__main__ import main; "
+    code += f"main(['grid', 'status', {str(ROOT / 'profiles/smoke')!r}]); assert 'keras' not in sys.modules"
+    assert in_a_process(code=code).returncode == 0
 
 
 def test_the_command_line_is_quiet_in_a_process_of_its_own():

@@ -11,7 +11,10 @@ from matplotlib.colors import to_rgb
 
 from sbn_tf import metrics
 from sbn_tf.experiments import plots
-from sbn_tf.experiments.results import Result
+from sbn_tf.experiments.plots import predictions, style
+from sbn_tf.experiments.plots import results as plots_of_results
+from sbn_tf.experiments.result import REQUIRED, Result
+from sbn_tf.experiments.results import frame
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random(200) ** 8
@@ -35,7 +38,8 @@ def row(method, nll, seed=0, cost=2.0, **changes):
             "method": method,
             "seed": seed,
             "metrics": {} if nll is None else {"nll": nll},
-            "undefined": {"nll": "no test image was scored"} if nll is None else {},
+            "undefined": dict.fromkeys(REQUIRED["segmentation"][1:], "not of interest")
+            | ({"nll": "no test image was scored"} if nll is None else {}),
             "intervals": {} if nll is None else {"nll": [nll - 0.01, nll + 0.01]},
             "cost": {} if method.startswith("trivial") else {"train_flops_ratio": cost},
         }
@@ -68,10 +72,10 @@ INTO_AXES = {
     "constant prediction": lambda ax: plots.plot_reliability(ax, *CURVES["constant"], binning="mass"),
     "risk and coverage": lambda ax: plots.plot_risk_coverage(ax, {"a": (SCORES, SCORES), "b": (SCORES, 1 - SCORES)}),
     "risk of one image": lambda ax: plots.plot_risk_coverage(ax, {"a": ([0.5], [1.0])}, oracle=False),
-    "intervals": lambda ax: plots.plot_intervals(ax, ROWS, "nll"),
-    "intervals of nothing": lambda ax: plots.plot_intervals(ax, ROWS, "ged", band="none"),
-    "cost": lambda ax: plots.plot_cost(ax, ROWS),
-    "cost of nothing": lambda ax: plots.plot_cost(ax, ROWS, y="ged"),
+    "intervals": lambda ax: plots.plot_intervals(ax, frame(ROWS), "nll"),
+    "intervals of nothing": lambda ax: plots.plot_intervals(ax, frame(ROWS), "ged", band="none"),
+    "cost": lambda ax: plots.plot_cost(ax, frame(ROWS)),
+    "cost of nothing": lambda ax: plots.plot_cost(ax, frame(ROWS), y="ged"),
     "saliency against cost": lambda ax: plots.plot_saliency_against_cost(ax, [1.6, 2.7, 5.0], [0.1, 0.25, 0.6]),
     "no saliency against cost": lambda ax: plots.plot_saliency_against_cost(ax, [5.0], [0.0]),
     "one prediction": lambda ax: plots.plot_reliability(ax, [0.5], [1]),
@@ -127,7 +131,7 @@ def test_segmentation_panel_colours_by_the_majority_of_valid_raters():
     axes = plots.plot_segmentation(np.zeros((1, 1, 4, 1)), truths, probs, rater_valid=[[1, 0]])
     prediction = next(ax for ax in axes[0] if ax.get_title() == "prediction")
     overlay = prediction.images[-1].get_array()[0]
-    for pixel, colour in enumerate([plots.TRUE_POSITIVE, plots.FALSE_POSITIVE, plots.FALSE_NEGATIVE]):
+    for pixel, colour in enumerate([predictions.TRUE_POSITIVE, predictions.FALSE_POSITIVE, predictions.FALSE_NEGATIVE]):
         np.testing.assert_allclose(overlay[pixel, :3], matplotlib.colors.to_rgb(colour))
     assert overlay[3, 3] == 0
     disagreement = next(ax for ax in axes[0] if ax.get_title() == "disagreement")
@@ -292,7 +296,7 @@ def test_risk_coverage_by_hand():
 
 
 def test_intervals_show_every_row():
-    ax = plots.plot_intervals(plt.figure().add_subplot(), ROWS, "nll")
+    ax = plots.plot_intervals(plt.figure().add_subplot(), frame(ROWS), "nll")
     assert [text.get_text() for text in ax.get_yticklabels()] == [one.method for one in ROWS]
     assert ax.yaxis_inverted() and ax.get_title("left") == "\u2190 better"
     points = {float(line.get_ydata()[0]): line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "o"}
@@ -305,28 +309,28 @@ def test_intervals_show_every_row():
     low, high = ax.get_xlim()
     assert low < 0.09 and 0.112 < high < 0.2  # what is far away does not press the others together
     for better, side in (("dice", "right"), ("entropy", None)):
-        ax = plots.plot_intervals(plt.figure().add_subplot(), [row("a", 0.1)], better)
+        ax = plots.plot_intervals(plt.figure().add_subplot(), frame([row("a", 0.1)]), better)
         assert (side is None) or ax.get_title(side) == "better \u2192"
 
 
 def test_intervals_of_several_seeds():
     rows = [row("a", 0.1, 0), row("a", 0.2, 1), row("b", 0.1)]
-    ax = plots.plot_intervals(plt.figure().add_subplot(), rows, "nll", band="a")
+    ax = plots.plot_intervals(plt.figure().add_subplot(), frame(rows), "nll", band="a")
     seeds = next(line for line in ax.get_lines() if line.get_marker() == "|")
     np.testing.assert_allclose(seeds.get_xydata(), [[0.1, 0], [0.2, 0]])
     spread = 0.05 * np.sqrt(2)
     np.testing.assert_allclose(ax.get_lines()[0].get_xdata(), [0.15 - spread, 0.15 + spread])
     band = ax.patches[0].get_extents().transformed(ax.transData.inverted())
     np.testing.assert_allclose([band.x0, band.x1], [0.15 - spread, 0.15 + spread])
-    with pytest.raises(ValueError, match="Expected a key of results"):
-        plots.plot_intervals(ax, rows, "f2")
+    with pytest.raises(ValueError, match="Expected a key of metrics"):
+        plots.plot_intervals(ax, frame(rows), "f2")
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_cost_numbers_do_not_overlap(together):
     rows = [row(name, 0.1 + 0.0001 * k, cost=2.4 if together else 1 + k % 3) for k, name in enumerate(NAMES)]
     figure = plt.figure(figsize=(8, 4), layout="constrained")
-    ax = plots.plot_cost(figure.add_subplot(), rows)
+    ax = plots.plot_cost(figure.add_subplot(), frame(rows))
     figure.canvas.draw()
     boxes = [matplotlib.text.Text.get_window_extent(text) for text in ax.texts]  # without its line
     assert [text.get_text() for text in ax.texts] == [str(number + 1) for number in range(len(NAMES))]
@@ -338,19 +342,19 @@ def test_cost_numbers_do_not_overlap(together):
 
 
 def test_cost_legend_names_every_row():
-    ax = plots.plot_cost(plt.figure(figsize=(9, 5), layout="constrained").add_subplot(), ROWS)
+    ax = plots.plot_cost(plt.figure(figsize=(9, 5), layout="constrained").add_subplot(), frame(ROWS))
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts[0] == "1  deterministic" and texts[14] == "15  far_away (3)"
     assert texts[15:] == ["trivial_prevalence", "trivial_all_background (9)", "not shown: broken"]
     assert ax.get_xscale() == "log"
     with pytest.raises(ValueError, match="Received: x='nll', y='f2'"):
-        plots.plot_cost(ax, ROWS, "nll", "f2")
+        plots.plot_cost(ax, frame(ROWS), "nll", "f2")
 
 
-@pytest.mark.parametrize(("better", "expected"), [("lower", [[1, 5], [2, 3], [4, 1]]), ("higher", [[1, 5], [3, 6]])])
-def test_front_by_hand(better, expected):
+@pytest.mark.parametrize(("higher", "expected"), [(False, [[1, 5], [2, 3], [4, 1]]), (True, [[1, 5], [3, 6]])])
+def test_front_by_hand(higher, expected):
     points = [(2, 3), (1, 5), (3, 6), (4, 1), (2, 4), (5, 1)]
-    np.testing.assert_allclose(plots._front(points, better).T, expected)
+    np.testing.assert_allclose(plots_of_results._front(points, higher).T, expected)
 
 
 def test_saliency_against_cost_shows_its_numbers():
@@ -392,7 +396,7 @@ def test_sample_masks_outline_the_valid_raters():
     truths = np.zeros((1, 8, 8, 2))
     truths[0, 2:5, 3:6] = 1
     axes = plots.plot_sample_masks(np.zeros((1, 8, 8, 1)), truths, np.zeros((1, 1, 8, 8)), rater_valid=[[0, 1]])
-    assert set(outlines(axes[0, 0])) == {plots.RATERS[1]}
+    assert set(outlines(axes[0, 0])) == {style.RATERS[1]}
     for options in ({"num_rows": 0}, {"num_samples": 0}):
         with pytest.raises(ValueError, match="Expected an image and a sample or more"):
             plots.plot_sample_masks(np.zeros((1, 8, 8, 1)), truths, np.zeros((1, 1, 8, 8)), **options)
@@ -413,27 +417,6 @@ def test_sample_masks_refuse(changes, message):
     with pytest.raises(ValueError, match=message):
         plots.plot_sample_masks(**(given | changes))
     assert not plt.get_fignums()
-
-
-def test_table():
-    rows = {
-        "deterministic": {"dice": 0.86125, "n": 3},
-        "b": {"dice": np.float64(1), "undefined": {"n": "why"}},
-    }
-    assert plots.format_table(rows, ["dice", "n"]) == "\n".join(
-        [
-            "|               |  dice |   n |",
-            "| :------------ | ----: | --: |",
-            "| deterministic | 0.861 |   3 |",
-            "| b             | 1.000 |   - |",
-        ]
-    )
-    assert plots.format_table({}, ["dice"]).count("\n") == 1
-
-
-def test_table_shows_no_small_number_as_zero():
-    table = plots.format_table({"a": {"x": 8.9e-5, "y": 0.0, "z": 6e-4}}, ["x", "y", "z"])
-    assert "| 8.9e-05 | 0.000 | 0.001 |" in table
 
 
 # ---- the wall
@@ -469,10 +452,10 @@ def test_wall_outlines_the_masks_of_valid_raters_in_their_colours():
     masks[1, ..., 2] = 1
     axes = plots.plot_wall(np.zeros((2, 8, 8, 1)), masks, rater_valid=[[1, 1, 0], [1, 0, 0]])
     found = outlines(axes[0, 0])
-    assert set(found) == set(plots.RATERS[:2])
-    np.testing.assert_allclose(found[plots.RATERS[0]].min(0), [2.5, 1.5])  # column, row: half a pixel outside
-    np.testing.assert_allclose(found[plots.RATERS[0]].max(0), [5.5, 4.5])
-    np.testing.assert_allclose(found[plots.RATERS[1]].min(0), [-0.5, -0.5])
+    assert set(found) == set(style.RATERS[:2])
+    np.testing.assert_allclose(found[style.RATERS[0]].min(0), [2.5, 1.5])  # column, row: half a pixel outside
+    np.testing.assert_allclose(found[style.RATERS[0]].max(0), [5.5, 4.5])
+    np.testing.assert_allclose(found[style.RATERS[1]].min(0), [-0.5, -0.5])
     assert outlines(axes[0, 1]) == {}  # an empty mask, and two that are not valid
     assert [text.get_text() for text in axes[0, 0].figure.legends[0].get_texts()] == ["rater 1", "rater 2", "rater 3"]
 
@@ -589,5 +572,5 @@ def test_a_comparison_shows_each_method_and_says_what_is_missing():
     overlay = axes[1, 4].images[-1].get_array()
     majority = truths[1][..., :2].mean(-1) >= 0.5
     hits = (mean > 0.5) & majority
-    np.testing.assert_array_equal((np.asarray(overlay)[..., :3] == to_rgb(plots.TRUE_POSITIVE)).all(-1), hits)
+    np.testing.assert_array_equal((np.asarray(overlay)[..., :3] == to_rgb(predictions.TRUE_POSITIVE)).all(-1), hits)
     plt.close(axes[0, 0].figure)

@@ -1,6 +1,5 @@
 """Studies: what a file asks for is run once, told in a table, and found again by its label."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,9 @@ from sbn_tf.saliency import top_k
 ROOT = Path(__file__).parents[1]
 CONTENT = {
     "name": "tiny",
-    "data": {
-        "dataset": "phantom_nodule",
-        "size": 16,
-        "limit": 12,
-        "recipe": "sbn",
-        "network": "unet_small",
-        "epochs": 1,
-        "bayes_epochs": 1,
+    "recipe": "sbn",
+    "datasets": {
+        "phantom_nodule": {"size": 16, "limit": 12, "network": "unet_small", "epochs": 1, "bayes_epochs": 1},
     },
     "seeds": [0],
     "questions": {
@@ -45,54 +39,57 @@ CONTENT = {
 
 def written(tmp_path, content):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump({"plan": content}))
     return path
 
 
 def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypatch):
     plan = study.read(written(tmp_path, CONTENT))
     options = {"runs": str(tmp_path / "runs"), "table": tmp_path / "t.csv"}
-    failed = study.run(plan, **options)
+    failed = study.run_study(plan, **options)
     assert len(failed) == 1 and failed[0].startswith("scale: fails, seed 0: Expected scale_start")
     found = results.read_csv(tmp_path / "t.csv")
-    trivial = [one for one in found if one.is_trivial]
-    assert {"trivial_prevalence", "trivial_level_sets"} < {one.method for one in trivial}
-    found = [one for one in found if not one.is_trivial]
-    assert {one.split for one in found} == {"val"} and all(one.metrics["num_images"] == 12 for one in found)
-    assert len(found) == 4  # "as it is" is "partial" again
-    rows = {question.name: study.rows_of(question, plan, found) for question in plan.questions}
-    assert {label: len(of) for label, of in rows["rivals"].items()} == {"one": 1, "partial": 1, "more samples": 1}
-    assert rows["rivals"]["more samples"][0].num_samples == 7 and rows["rivals"]["partial"][0].num_samples == 5
-    assert rows["scale"]["as it is"] == rows["rivals"]["partial"]
-    assert rows["scale"]["wide"][0].settings["initial_scale"] == 0.5 and rows["scale"]["fails"] == []
+    trivial = found["method"].str.startswith(("trivial_", "bound_"))
+    assert {"trivial_prevalence", "trivial_level_sets"} < set(found[trivial]["method"])
+    runs = results.wide(found[~trivial])
+    assert set(runs["split"]) == {"val"} and (runs["num_images"] == 12).all()
+    assert len(runs) == 4  # "as it is" is "partial" again
+    asked = {name: study.rows_of(question, plan, found) for name, question in plan.questions.items()}
+    by_label = {name: results.wide(rows).set_index("label") for name, rows in asked.items()}
+    assert list(by_label["rivals"].index) == ["one", "partial", "more samples"]
+    assert list(by_label["rivals"]["num_samples"]) == [1, 5, 7]
+    assert by_label["scale"].loc["as it is", "nll"] == by_label["rivals"].loc["partial", "nll"]
+    assert results.recipe_settings(by_label["scale"].loc["wide", "settings"])["initial_scale"] == 0.5
+    assert "fails" in asked["scale"]["label"].cat.categories and "fails" not in by_label["scale"].index
     # Again: everything is read, and nothing is trained or scored.
     monkeypatch.setattr(training, "fit", None)
     monkeypatch.setattr(compare, "_score", None)
     before = (tmp_path / "t.csv").read_bytes()
-    assert study.run(plan, **options, names=["rivals"]) == []
+    assert study.run_study(plan, **options, names=["rivals"]) == []
     assert (tmp_path / "t.csv").read_bytes() == before
 
 
 def test_of_the_test_split_shifts_are_told_too(tmp_path):
-    content = {**CONTENT, "data": {**CONTENT["data"], "swapped": "phantom_nodule"}}
-    plan = study.read(written(tmp_path, content))
-    one = dataclasses.replace(plan.questions[0], variants=plan.questions[0].variants[:1])
-    plan = dataclasses.replace(plan, questions=(one,))
-    study.run(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
-    (row,) = [one for one in results.read_csv(tmp_path / "t.csv") if not one.is_trivial]
-    assert row.split == "test" and set(row.shift) == {"noise", "blur", "contrast", "phantom_nodule instead"}
-    assert row.evaluation["swapped"][0] == "phantom_nodule"
+    data = {"phantom_nodule": {**CONTENT["datasets"]["phantom_nodule"], "swapped": "phantom_nodule"}}
+    rivals = {**CONTENT["questions"]["rivals"], "variants": CONTENT["questions"]["rivals"]["variants"][:1]}
+    plan = study.read(written(tmp_path, {**CONTENT, "datasets": data, "questions": {"rivals": rivals}}))
+    study.run_study(plan, runs=str(tmp_path / "runs"), table=tmp_path / "t.csv", split="test")
+    found = results.read_csv(tmp_path / "t.csv")
+    found = found[found["method"] == "deterministic"]
+    shifts = {key.split(": ")[1] for key in found["metric"] if key.startswith("shift: ")}
+    assert set(found["split"]) == {"test"} and shifts == {"noise", "blur", "contrast", "phantom_nodule instead"}
 
 
 def test_how_far_a_choice_repeats_itself(tmp_path):
-    plan = dataclasses.replace(study.read(written(tmp_path, CONTENT)), seeds=(0, 1))
-    found = study.stability(plan, runs=str(tmp_path / "runs"), r_bayes=0.05, early=2)
+    plan = study.read(written(tmp_path, {**CONTENT, "seeds": [0, 1]}))
+    found = study.stability(plan, runs=str(tmp_path / "runs"), r_bayes=0.05, early=2).to_dict("records")
     assert [row["score"] for row in found[::2]] == ["fisher", "paper", "per_example", "taylor", "magnitude"]
     magnitude = [row for row in found if row["score"] == "magnitude"]
     assert all(row["halves"] == 1 for row in magnitude)  # weights know nothing of the halves
     assert magnitude[0]["other_seed"] == magnitude[1]["other_seed"] < 0.5
     assert all(0 <= row[key] <= 1 for row in found for key in ("halves", "other_seed", "early"))
-    settings = compare.experiment(**plan.data, runs=str(tmp_path / "runs"), verbose=False)
+    arguments = plan.datasets["phantom_nodule"].arguments()
+    settings = compare.experiment("phantom_nodule", "sbn", **arguments, runs=str(tmp_path / "runs"), verbose=False)
     step1 = training.deterministic_run(
         settings.data, settings.recipe, seed=0, network="unet_small", runs=str(tmp_path / "runs"), verbose=False
     )
@@ -102,19 +99,16 @@ def test_how_far_a_choice_repeats_itself(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": 0}, "Expected seeds .*Received: 0"),
         ({"questions": {}}, "Expected questions"),
-        ({"data": {"dataset": "lidc", "sise": 3}}, "keys among .*Received: \\['sise'\\]"),
-        ({"question": {}}, "Expected the keys .*questions.* Received: .*'question'"),
-        ({"questions": {"a": {"text": "?"}}}, "question a. Received: .*'text'"),
-        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "methd": "y"}]}}}, "methd"),
+        ({"datasets": {"lidc": {}, "isic2018": {}}}, "one dataset with one fold"),
+        ({"datasets": {"lidc": {"folds": [0, 1]}}}, "one dataset with one fold"),
+        ({"recipe": "mine"}, "a recipe among .*\nReceived: mine"),
+        ({"datasets": {"lidc": {"network": "mine"}}}, "networks among .*\nReceived: mine"),
         ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "method": "y"}]}}}, "methods among"),
         ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "changes": "y=1"}]}}}, "'y=1'"),
-        ({"questions": {"a": {"text": "?", "variants": [{"label": "x", "r_bayes": 2}]}}}, "r_bayes"),
-        ({"questions": {"a": {"text": "?", "variants": [{"label": "x"}, {"label": "x"}]}}}, "each label once"),
     ],
 )
-def test_a_file_that_is_no_study_is_refused(tmp_path, change, message):
+def test_a_plan_without_questions_or_with_unknown_names_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         study.read(written(tmp_path, {**CONTENT, **change}))
     assert len(str(error.value).splitlines()) <= 3
@@ -123,13 +117,15 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, change, message):
 def test_unknown_questions_are_refused(tmp_path):
     plan = study.read(written(tmp_path, CONTENT))
     with pytest.raises(ValueError, match=r"questions among rivals, scale\. Received: \['why'\]"):
-        study.run(plan, names=["why"], runs=str(tmp_path), table=tmp_path / "t.csv")
+        study.run_study(plan, names=["why"], runs=str(tmp_path), table=tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("name", ["study", "repeats"])
 def test_the_studies_that_come_with_it_are_whole(name):
     plan = study.read(ROOT / "profiles" / f"{name}.yaml")
     assert plan.name == name
-    assert "deterministic, epochs of steps 1 and 3" in {variant.label for variant in plan.questions[0].variants}
-    rows = study.rows_of(plan.questions[0], plan, [])
-    assert list(rows) == [variant.label for variant in plan.questions[0].variants] and not any(rows.values())
+    question = next(iter(plan.questions.values()))
+    assert "deterministic, epochs of steps 1 and 3" in {one.label for one in question.variants}
+    rows = study.rows_of(question, plan, results.frame([]))
+    assert list(rows["label"].cat.categories) == [one.label for one in question.variants]
+    assert rows.empty

@@ -2,198 +2,46 @@
 
     sbn-tf compare phantom_nodule --recipe quick
 
-Each row is a run of `baselines` and a `results.Result` beside it. What is finished is read, not made again: the test
-split is predicted once for each trained method.
+Each row is a run of `baselines` with a `Result` beside it. A finished row is read, not made again, so the test split
+is predicted once for each trained method.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import os
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from sbn_tf import datasets
-from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
-from sbn_tf.experiments import baselines, plots, recipes, results, scoring, training, trivial
+from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.experiments import baselines, recipes, report, results, scoring, training, trivial
+from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.experiment import recipe_of as recipe_of  # notebooks take it from here
+from sbn_tf.experiments.result import Result
+from sbn_tf.experiments.result import read as read_result
+from sbn_tf.experiments.result import write as write_result
+from sbn_tf.metrics import METRICS
 from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
-    "Experiment",
     "add_arguments",
     "all_rows",
     "check_methods",
-    "experiment",
     "fitted",
-    "paired_table",
     "parse_seeds",
-    "recipe_of",
     "row",
     "run",
-    "shift_table",
-    "tables",
     "trivial_rows",
 ]
 
-SHIFTS = {"noise": 2.0, "blur": 1.5, "contrast": 0.5}  # kind -> severity, of `evaluation.shifted`
 
-
-@dataclass(frozen=True, eq=False)
-class Experiment:
-    """What all rows of one table share.
-
-    Args:
-        data: `datasets.Data`.
-        recipe: a `recipes.Recipe`.
-        network: a name of `models.NETWORKS`.
-        r_bayes: fraction of the eligible weights that is Bayesian, where a method takes one, 0..1.
-        seed: of initial weights, shuffling and noise.
-        runs: folder of all runs; None: `runs/` of the repository or the working directory.
-        limit: the limit the data were loaded with, or None.
-        options: the dataset's own options that were given, such as `fold`.
-        normalisation: "train" or "paper".
-        threshold: where probabilities are cut into decisions, 0..1, or "validation": chosen there, see
-            `evaluation.select_threshold`.
-        num_resamples: of the bootstrap.
-        shifts: kind -> severity of the shifted copies of the images; {} for none.
-        swapped: name of a dataset of the same task and channels, whose test images stand in for images from another
-            source: told as a shift; None: none.
-        data_root: folder of the real data, for `swapped`; None: the variable SBN_TF_DATA, or data/.
-        split: what is scored: "test", or "val", on which anything may be chosen.
-        num_samples: posterior samples of a prediction, where a method samples; None: the recipe's.
-        verbose: show progress bars.
-    """
-
-    data: datasets.base.Data
-    recipe: recipes.Recipe
-    network: str
-    r_bayes: float = 0.01
-    seed: int = 0
-    runs: str | os.PathLike | None = None
-    limit: int | None = None
-    options: dict = field(default_factory=dict)
-    normalisation: str = "train"
-    threshold: float | str = 0.5
-    num_resamples: int = 1000
-    shifts: dict = field(default_factory=lambda: dict(SHIFTS))
-    swapped: str | None = None
-    data_root: str | os.PathLike | None = None
-    split: str = "test"
-    num_samples: int | None = None
-    verbose: bool = True
-
-    def __post_init__(self):
-        chosen = self.threshold == "validation"
-        if not chosen and not (isinstance(self.threshold, int | float) and 0 < self.threshold < 1):
-            raise ValueError(
-                f'Expected threshold between 0 and 1, or "validation". Received: threshold={self.threshold!r}'
-            )
-        if self.swapped is not None:
-            mine, other = self.data.card, datasets.card(self.swapped)
-            if (other.task, other.channels) != (mine.task, mine.channels):
-                raise ValueError(
-                    f"Expected swapped, a dataset of {mine.task} with {mine.channels} channels. "
-                    f"Received: {self.swapped!r}, of {other.task} with {other.channels}"
-                )
-        if self.split not in ("test", "val"):
-            raise ValueError(f'Expected split "test" or "val". Received: split={self.split!r}')
-        if self.num_resamples < 1:
-            raise ValueError(f"Expected num_resamples >= 1. Received: num_resamples={self.num_resamples!r}")
-
-    @property
-    def task(self) -> str:
-        """The dataset's task."""
-        return self.data.card.task
-
-    @property
-    def scored(self) -> datasets.base.Split:
-        """The split that is scored."""
-        return getattr(self.data, self.split)
-
-    def prevalence(self) -> np.ndarray:
-        """Training frequency of 1, of each label, class or pixel."""
-        train = self.data.train
-        return scoring.prevalence(self.task, train.targets, train.rater_valid)
-
-
-def experiment(
-    dataset: str,
-    recipe: str = "quick",
-    *,
-    network: str | None = None,
-    epochs: int | None = None,
-    bayes_epochs: int | None = None,
-    num_samples: int | None = None,
-    keep: str | None = None,
-    changes: str | dict = "",
-    limit: int | None = None,
-    size: int | None = None,
-    normalisation: str | None = None,
-    data_root: str | os.PathLike | None = None,
-    options: dict | None = None,
-    **shared,
-) -> Experiment:
-    """Load a dataset and settle everything that the rows of a table share, from plain numbers and names.
-
-    Args:
-        dataset: a name of `datasets.names()`, or a folder of images.
-        recipe: a name of `recipes.RECIPES`.
-        network: a name of `models.NETWORKS`; None: a small one for "quick", the paper's own for its recipes.
-        epochs, bayes_epochs, num_samples, keep: changes of the recipe; None: as it is.
-        changes: of any other field of the recipe: a dict, or a text as `recipes.parse_changes` reads it.
-        limit: at most so many images a split; None: all.
-        size: image side in pixels; None: the dataset's default.
-        normalisation: "train" or "paper"; None: the paper's constants for its recipes, where it has some.
-        data_root: folder of the real data; None: the variable SBN_TF_DATA, or data/.
-        options: the dataset's own options, such as `{"fold": 2}`.
-        shared: other fields of `Experiment`.
-
-    Raises:
-        ValueError: an unknown name, or a number out of its range.
-        FileNotFoundError: data that are not there; the message says where to get them.
-    """
-    card = datasets.card(dataset)
-    normalisation = normalisation or recipes.normalisation_for(recipe, card)
-    settings = recipe_of(
-        dataset, recipe, epochs=epochs, bayes_epochs=bayes_epochs, num_samples=num_samples, keep=keep, changes=changes
-    )
-    data = datasets.load(
-        dataset, root=data_root, size=size, limit=limit, normalisation=normalisation, **(options or {})
-    )
-    return Experiment(
-        data,
-        settings,
-        network or recipes.network_for(recipe, card),
-        limit=limit,
-        options=options or {},
-        normalisation=normalisation,
-        data_root=data_root,
-        **shared,
-    )
-
-
-def recipe_of(dataset: str, recipe: str = "quick", *, changes: str | dict = "", **others) -> recipes.Recipe:
-    """The recipe that `experiment` of the same arguments has; of `others` those count that are the recipe's."""
-    changes = recipes.parse_changes(changes) if isinstance(changes, str) else dict(changes)
-    named = {key: value for key, value in others.items() if key in _NAMED and value is not None}
-    if twice := sorted(key for key in named if key in changes and changes[key] != named[key]):
-        raise ValueError(f"Expected each field once. Received: {', '.join(twice)} in changes, and as a parameter.")
-    named = {key: value for key, value in named.items() if key not in changes}
-    return dataclasses.replace(recipes.recipe_for(recipe, datasets.card(dataset)), **changes, **named)
-
-
-_NAMED = ("epochs", "bayes_epochs", "num_samples", "keep")  # parameters of their own, in notebooks and shells
-
-
-def row(settings: Experiment, method: str) -> results.Result:
-    """Train one method and score it on the test split, or read what was scored before.
+def row(settings: Experiment, method: str) -> Result:
+    """Train one method and score it on the test split, or read the finished result.
 
     Writes `metrics.json` and `record.npz` into the method's run folder.
     """
@@ -222,27 +70,27 @@ def row(settings: Experiment, method: str) -> results.Result:
         settings=dataclasses.asdict(made.recipe_used),
         evaluation=wanted,
     )
-    results.write(result, folder, record)
+    write_result(result, folder, record)
     return result
 
 
-def _stored(settings, folder, wanted, recipe=None) -> results.Result | None:
-    """The result in a folder, if it is whole and its score depended on the same; None: it is to be made."""
+def _stored(settings, folder, wanted, recipe=None) -> Result | None:
+    """The result in a folder, if it is whole and was scored on the same data in the same way; else None."""
     if not (folder / "metrics.json").exists():
         return None
     try:
-        stored = results.read(folder)
+        stored = read_result(folder)
         record = stored.record()
     except (ValueError, FileNotFoundError) as error:  # not found: another process is just writing it
-        warnings.warn(f"{error} It is scored anew.", stacklevel=3)
+        warnings.warn(f"{error} It is scored again.", stacklevel=3)
         return None
     if stored.evaluation != wanted or record is None:
         return None
-    # A run of step 1 alone is shared by recipes of other steps 3: told under the one that asks.
+    # Recipes that differ in step 3 share a run of step 1: the result names the recipe that asked for it.
     used = dataclasses.asdict(settings.recipe if recipe is None else recipe)
-    # Two shares of a small network may choose the same weights: told under the one that asks, too.
+    # Two shares of a small network may choose the same weights: the result has the share that was asked for.
     rate = None if stored.r_bayes is None else settings.r_bayes
-    return dataclasses.replace(stored, recipe=settings.recipe.name, settings=used, r_bayes=rate)
+    return stored.model_copy(update={"recipe": settings.recipe.name, "settings": used, "r_bayes": rate})
 
 
 def _folder(settings, made) -> Path:
@@ -269,11 +117,11 @@ def fitted(settings: Experiment, method: str) -> baselines.Method:
     return made.fit(settings.data)
 
 
-def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
-    """Rows of predictors that never look at an image, and of what is known of phantoms: name -> Result.
+def trivial_rows(settings: Experiment) -> dict[str, Result]:
+    """Rows of predictors that ignore the image, and the bound that is known of phantoms: name -> Result.
 
     "level_sets", where several raters marked the test images: masks where the probability map of `deterministic`
-    exceeds 0.1, 0.3, 0.5, 0.7, 0.9. What was scored before is read.
+    exceeds 0.1, 0.3, 0.5, 0.7, 0.9. Finished results are read.
     """
     rated = settings.task == SEGMENTATION and settings.scored.num_raters > 1
     step1 = fitted(settings, "deterministic") if rated else None
@@ -295,7 +143,7 @@ def trivial_rows(settings: Experiment) -> dict[str, results.Result]:
             settings=dataclasses.asdict(settings.recipe),
             evaluation=shaping,
         )
-        results.write(found[name], folder, record)
+        write_result(found[name], folder, record)
     return {name: found[name] for name in places}
 
 
@@ -338,7 +186,7 @@ TRIVIAL = {
 }
 
 
-def all_rows(settings: Experiment, methods: Iterable[str] | None = None) -> list[results.Result]:
+def all_rows(settings: Experiment, methods: Iterable[str] | None = None) -> list[Result]:
     """Every method's row, trivial ones first.
 
     Args:
@@ -359,94 +207,8 @@ def check_methods(methods: Collection[str]) -> None:
         raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}. Received: {unknown}")
 
 
-def tables(rows: list[results.Result], task: str) -> dict[str, str]:
-    """The table in parts that fit a page: title -> Markdown."""
-    parts = {
-        "How good are the probabilities?": results.KEYS[task],
-        "Does the uncertainty help?": ("entropy", "mutual_information", *USE[task]),
-        "Calibration": _CALIBRATION_OF_MASKS if task == SEGMENTATION else _CALIBRATION,
-    }
-    if task in PAPER:
-        parts["The paper's metrics, as it defines them"] = PAPER[task]
-    made = {title: results.table(rows, keys) for title, keys in parts.items()}
-    if any(one.shift for one in rows):
-        made["Does it notice shifted images? AUROC against clean ones"] = shift_table(rows)
-    made["What does it cost?"] = results.cost_table(rows)
-    return made
-
-
-def paired_table(rows: list[results.Result], rival: results.Result, key: str = "nll", num_resamples: int = 1000) -> str:
-    """Each method's metric less a rival's, on the same images and of the same seed: Markdown, a row a method.
-
-    Intervals and p-values are of the paired bootstrap, the p-values adjusted for the number of methods (Holm). They
-    speak of other test images, not of other trainings: of several seeds only the rival's is compared. A method whose
-    metric is undefined in more than 5 % of the resamples (the AUC of a rare label) has no row.
-
-    Raises:
-        ValueError: a rival without a record or without this metric.
-    """
-    ours, found = rival.record(), {}
-    if ours is None or key not in rival.metrics:
-        raise ValueError(f"Expected a rival with a record and {key!r}. Received: {rival.method!r} in {rival.folder}")
-    for one in rows:
-        same = one.seed == rival.seed and (one.method != rival.method or one.r_bayes != rival.r_bayes)
-        if not one.is_trivial and same and key in one.metrics and (record := one.record()) is not None:
-            label = one.method if one.r_bayes is None else f"{one.method} r={one.r_bayes:g}"
-            paired = scoring.compare(record, ours, keys=[key], num_resamples=num_resamples)
-            if key in paired:  # else it is undefined in too many resamples
-                found[label] = paired[key]
-    adjusted = results.holm({name: one["p_value"] for name, one in found.items()})
-    shown = {
-        name: {
-            f"{key} less {rival.method}'s": f"{one['difference']:+.4f}",
-            "95 % interval": f"[{one['low']:+.4f}, {one['high']:+.4f}]",
-            "p, adjusted": adjusted[name],
-        }
-        for name, one in found.items()
-    }
-    return plots.format_table(shown, [f"{key} less {rival.method}'s", "95 % interval", "p, adjusted"])
-
-
-def shift_table(rows: list[results.Result]) -> str:
-    """AUROC of each image's uncertainty for its being shifted, against its clean self: Markdown, a row a method.
-
-    0.5: the uncertainty does not tell them apart; below: it is *lower* on shifted images. Of several seeds the mean and
-    the standard deviation. "-": one sample has no mutual information.
-    """
-    parts = {"entropy": "entropy", "mutual_information": "mutual information"}
-    table, columns = {}, {}
-    for group in results.group([one for one in rows if one.shift]):
-        cells = table.setdefault(group.label, {})
-        for kind, key in itertools.product(group.results[0].shift, parts):
-            columns[column := f"{kind}: {parts[key]}"] = None
-            values = [v for one in group.results if (v := one.shift.get(kind, {}).get(key)) is not None]
-            if len(values) == 1:
-                cells[column] = values[0]
-            elif values:
-                cells[column] = f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
-    severities = ", ".join(f"{kind} {found['severity']:g}" for kind, found in rows[-1].shift.items())
-    note = f"0.5: blind to the shift; below 0.5: surer of shifted images; -: one sample. Severities: {severities}."
-    return f"{plots.format_table(table, list(columns))}\n\n{note}"
-
-
-_CALIBRATION = ("ece", "ece_mass", "ece_label")
-_CALIBRATION_OF_MASKS = ("ece", "ece_mass", "ece_region")
-_USE = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
-USE = {
-    SEGMENTATION: (*_USE, "pixel_error_auroc", "pixel_error_auroc_mi", "entropy_disagreement_pearson"),
-    MULTI_LABEL: (*_USE, "label_error_auroc"),
-    BINARY: (*_USE, "label_error_auroc"),
-    EXCLUSIVE[0]: _USE,
-    EXCLUSIVE[1]: _USE,
-}
-PAPER = {
-    SEGMENTATION: ("paper_dice", "paper_iou", "paper_brier", "paper_brier_softmax_twice", "paper_entropy", "paper_ece"),
-    MULTI_LABEL: ("paper_accuracy", "paper_brier", "paper_entropy", "paper_ece"),
-}
-
-
 def _cut(settings, probs_of: Callable[[slice], np.ndarray]) -> float:
-    """The threshold, chosen on the validation split where it is to be: `probs_of` gives probabilities of its slices."""
+    """The threshold; "validation" chooses it there, where `probs_of` gives the probabilities of a slice."""
     if settings.threshold != "validation":
         return float(settings.threshold)
     val, size = settings.data.val, settings.recipe.batch_size
@@ -538,7 +300,7 @@ def _result(experiment, record, **given):
     intervals = record.bootstrap(num_resamples=experiment.num_resamples)
     intervals.pop("undefined")  # of intervals: the table says so
     data, groups = experiment.data, experiment.scored.groups
-    return results.Result(
+    return Result(
         dataset=data.card.name,
         task=experiment.task,
         recipe=experiment.recipe.name,
@@ -609,14 +371,13 @@ def run(given: argparse.Namespace) -> None:
         settings = dataclasses.replace(shared, seed=seed)
         made = all_rows(settings, methods)
         rows += made if index == 0 else [one for one in made if one.seed is not None]
-    parts = tables(rows, shared.task)
-    for title, text in parts.items():
-        print(f"\n## {title}\n\n{text}")
+    parts = report.tables(results.frame(rows), shared.task)
+    for title, table in parts.items():
+        print(f"\n## {title}\n\n{report.to_markdown(table)}")
     print("\n## What the rows and columns are\n")
     print("\n".join(f"- {name}: {title}" for name, title in {one.method: one.title for one in rows}.items()))
-    calibration = _CALIBRATION_OF_MASKS if shared.task == SEGMENTATION else _CALIBRATION
-    shown = dict.fromkeys((*results.KEYS[shared.task], *calibration, *USE[shared.task], *PAPER.get(shared.task, ())))
-    print(f"\n{results.describe_metrics(shown)}")
+    shown = dict.fromkeys(key for table in parts.values() for key in table.columns if key in METRICS)
+    print(f"\n{report.describe_metrics(shown)}")
     folders = [one.folder for one in rows if one.folder is not None]
     print(f"\nEach row is a metrics.json with its settings in {folders[-1].parents[2]}")
 

@@ -1,130 +1,79 @@
-"""Studies: many variants of the method beside its rivals, on one dataset, chosen by the validation split.
-
-    python -m sbn_tf.experiments.study profiles/study.yaml --seeds 0,1,2
+"""Studies: the questions of a plan, each a table of variants of the method and its rivals, on one dataset.
 
 A variant is a method of `baselines` and changes of a recipe. Each is trained, scored on the validation split, and added
-to a CSV table as soon as it is done: what is finished is read, a study that was stopped goes on. `nbs/09_what_works`
+to a CSV table as soon as it is done. A study that was stopped goes on, and reads what is finished. `nbs/09_what_works`
 reads the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import inspect
-import io
 import itertools
-import logging
 import os
+import sys
 import traceback
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sbn_tf.core.files import write_atomically
-from sbn_tf.experiments import baselines, compare, recipes, results, training
-from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
+from sbn_tf.experiments import baselines, compare, networks, plan, recipes, results, training
+from sbn_tf.experiments.plan import Dataset, Plan, Question, Variant
+from sbn_tf.saliency import overlap, saliency, top_k
 
-__all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a question's table.
-
-    Args:
-        label: what the table calls it.
-        method: of `baselines.METHODS`.
-        r_bayes: fraction of the eligible weights that is Bayesian, 0..1.
-        changes: of the recipe, as `recipes.parse_changes` reads them.
-        num_samples: of a prediction; None: the recipe's.
-    """
-
-    label: str
-    method: str = "partial"
-    r_bayes: float = 0.01
-    changes: str = ""
-    num_samples: int | None = None
-
-    def __post_init__(self):
-        compare.check_methods([self.method])
-        check_r_bayes(self.r_bayes)
-        recipes.parse_changes(self.changes)
+__all__ = ["check_names", "is_of_recipe", "read", "rows_of", "run_study", "stability"]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question of the study: `text`, and the variants whose rows answer it."""
-
-    name: str
-    text: str
-    variants: tuple[Variant, ...]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study as its file describes it.
-
-    Args:
-        name: of its table, `results/<name>.csv`.
-        data: arguments of `compare.experiment`: dataset, recipe, network, ...; `swapped` counts on the test split.
-        seeds: of all trainings.
-        questions: in the order of the file.
-    """
-
-    name: str
-    data: dict
-    seeds: tuple[int, ...]
-    questions: tuple[Question, ...] = field(default=())
-
-
-def read(path: str | os.PathLike) -> Study:
-    """Read a study's file.
+def read(path: str | os.PathLike) -> Plan:
+    """Read the plan of a study.
 
     Raises:
-        ValueError: not such a file, an unknown key, method or field of a recipe, or two variants of one label.
+        ValueError: not such a file, no question, several datasets or folds, or an unknown name.
         FileNotFoundError: no such file.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"Expected YAML in {path}. Received: {' '.join(str(error).split())}") from None
-    content = _keys(content, {"name", "data", "seeds", "questions"}, path)
-    known = set(inspect.signature(compare.experiment).parameters) - {"shared"} | {"swapped"}
-    if not isinstance(content["data"], dict) or (unknown := sorted(set(content["data"]) - known)):
-        received = unknown if isinstance(content["data"], dict) else content["data"]
-        raise ValueError(f"Expected data in {path} with keys among {', '.join(sorted(known))}. Received: {received}")
-    for key, kind in (("seeds", list), ("questions", dict)):
-        if not isinstance(content[key], kind) or not content[key]:
-            raise ValueError(f"Expected {key} in {path}, one or more. Received: {content[key]!r}")
-    questions = []
-    for name, one in content["questions"].items():
-        one = _keys(one, {"text", "variants"}, f"{path}, question {name}")
-        try:
-            variants = tuple(Variant(**variant) for variant in one["variants"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Expected variants in {path}, question {name}. Received: {error}") from None
-        if len({variant.label for variant in variants}) < len(variants):
-            raise ValueError(f"Expected each label once in {path}, question {name}. Received: one twice")
-        questions.append(Question(name, one["text"], variants))
-    return Study(content["name"], content["data"], tuple(content["seeds"]), tuple(questions))
+    found = plan.read(path)
+    if not found.questions:
+        raise ValueError(f"Expected questions in {path}, one or more. Received: none")
+    _dataset(found)
+    check_names(found)
+    return found
 
 
-def _keys(content, wanted, where):
-    if not isinstance(content, dict) or set(content) != wanted:
-        received = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"Expected the keys {sorted(wanted)} in {where}. Received: {received}")
-    return content
+def _dataset(study: Plan) -> tuple[str, Dataset]:
+    """The one dataset of a study."""
+    ((name, data), *others) = study.datasets.items()
+    if others or len(data.folds) > 1:
+        raise ValueError(f"Expected one dataset with one fold in a study. Received: {len(others) + 1} datasets")
+    return name, data
 
 
-def run(
-    study: Study,
+def check_names(study: Plan) -> None:
+    """Raise ValueError where a plan's recipe, or a network, method or change of the recipe, is none."""
+
+    def check(what, names, known):
+        if unknown := sorted(set(names) - set(known)):
+            raise ValueError(f"Expected {what} among {', '.join(known)}.\nReceived: {', '.join(unknown)}")
+
+    variants = [variant for question in study.questions.values() for variant in question.variants]
+    parts = list(study.datasets.values())
+    check("a recipe", [study.recipe], recipes.RECIPES)
+    check("networks", [one.network for one in parts if one.network], networks.NETWORKS)
+    asked = [method for one in parts for method in one.methods] + [variant.method for variant in variants]
+    check("methods", asked, baselines.METHODS)
+    for changes in [one.changes or "" for one in parts] + [variant.changes for variant in variants]:
+        recipes.parse_changes(changes)
+
+
+def _experiment(study: Plan, **options) -> compare.Experiment:
+    name, data = _dataset(study)
+    return compare.experiment(name, study.recipe, **{**options, **data.arguments(data.folds[0])})
+
+
+def run_study(
+    study: Plan,
     *,
     runs: str | os.PathLike | None = None,
     table: str | os.PathLike | None = None,
@@ -138,7 +87,7 @@ def run(
     Args:
         study: from `read`.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
-        table: path of the CSV; None: `results/<name>.csv`.
+        table: path of the CSV; None: the plan's, or `results/<name>.csv`.
         seeds: of these only; None: all of the study.
         names: questions of these names only; None: all.
         split: what is scored: "val", or "test" once all is chosen.
@@ -150,60 +99,63 @@ def run(
     Raises:
         ValueError: an unknown question.
     """
-    known = [question.name for question in study.questions]
-    if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"Expected questions among {', '.join(known)}. Received: {unknown}")
-    table = training.repository() / "results" / f"{study.name}.csv" if table is None else Path(table)
-    base = compare.experiment(**study.data, runs=runs, split=split, num_resamples=200, verbose=verbose)
+    if unknown := [name for name in names or () if name not in study.questions]:
+        raise ValueError(f"Expected questions among {', '.join(study.questions)}. Received: {unknown}")
+    place = training.repository() / (study.table or f"results/{study.name}.csv") if table is None else Path(table)
+    base = _experiment(study, runs=runs, split=split, num_resamples=200, verbose=verbose)
     if split == "val":
-        base = dataclasses.replace(base, shifts={}, swapped=None)  # what nothing is chosen by
+        base = dataclasses.replace(base, shifts={}, swapped=None)  # nothing is chosen by these
+    seeds = _dataset(study)[1].seeds if seeds is None else seeds
+    for seed in seeds:  # predictors that ignore the image, and level sets of one map
+        trivial = compare.trivial_rows(dataclasses.replace(base, seed=seed))
+        results.write_csv(results.frame(trivial.values()), place)
     failed, done = [], set()
-    asked = [question for question in study.questions if not names or question.name in names]
-    for seed in study.seeds if seeds is None else seeds:  # what knows nothing, and level sets of one map
-        results.write_csv(list(compare.trivial_rows(dataclasses.replace(base, seed=seed)).values()), table)
-    for question, seed in itertools.product(asked, study.seeds if seeds is None else seeds):
-        for variant in question.variants:
-            if (same := (dataclasses.replace(variant, label=""), seed)) in done:
+    for name, seed in itertools.product(names or study.questions, seeds):
+        for variant in study.questions[name].variants:
+            if (same := (variant.model_copy(update={"label": ""}), seed)) in done:
                 continue
             done.add(same)
             try:
-                recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
-                changes: dict[str, Any]
-                changes = {"recipe": recipe, "r_bayes": float(variant.r_bayes), "num_samples": variant.num_samples}
-                row = compare.row(dataclasses.replace(base, seed=seed, **changes), variant.method)
+                row = _row(dataclasses.replace(base, seed=seed), variant)
             except Exception as error:  # of one variant: the others go on
                 traceback.print_exc()
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                failed.append(f"{question.name}: {variant.label}, seed {seed}: {reason}")
+                failed.append(f"{name}: {variant.label}, seed {seed}: {reason}")
                 continue
-            results.write_csv([row], table)
-            print(f"{question.name:<10} seed {seed}  {variant.label:<44} NLL {row.metrics['nll']:.5f}", flush=True)
+            results.write_csv(results.frame([row]), place)
+            print(f"{name:<10} seed {seed}  {variant.label:<44} NLL {row.metrics['nll']:.5f}", flush=True)
     return failed
 
 
+def _row(base, variant):
+    recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
+    changed = dataclasses.replace(base, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
+    return compare.row(changed, variant.method)
+
+
 def stability(
-    study: Study,
+    study: Plan,
     *,
     runs: str | os.PathLike | None = None,
     seeds: Sequence[int] | None = None,
     r_bayes: float = 0.01,
     early: int = 20,
-) -> list[dict]:
-    """How far the choice of weights repeats itself: shares that two masks have in common, of each score.
+) -> pd.DataFrame:
+    """How far the choice of weights repeats itself: shares that two masks have in common, for each score.
 
     Args:
         study: from `read`.
         runs: folder of all runs.
         seeds: None: all of the study.
-        r_bayes: fraction that is chosen; two choices by chance share as much.
+        r_bayes: fraction that is chosen; two random choices have this share in common.
         early: epochs of the step 1 that is compared with the recipe's.
 
     Returns:
-        One dict for each score and seed: "score", "seed", "halves" (scores from the two halves of the training images),
+        A row for each score and seed: "score", "seed", "halves" (scores from the two halves of the training images),
         "other_seed" (from the network of the next seed) and "early" (from the network of fewer epochs).
     """
-    base = compare.experiment(**{**study.data, "swapped": None}, runs=runs, verbose=False)
-    seeds = list(study.seeds if seeds is None else seeds)
+    base = dataclasses.replace(_experiment(study, runs=runs, verbose=False), swapped=None)
+    seeds = list(_dataset(study)[1].seeds if seeds is None else seeds)
     loss, data, found = recipes.loss_for(base.recipe, base.data), base.data, []
     middle = data.train.num_examples // 2
     halves = [data.train.subset(np.arange(middle)), data.train.subset(np.arange(middle, data.train.num_examples))]
@@ -216,104 +168,91 @@ def stability(
         recipe = dataclasses.replace(base.recipe, epochs=epochs)
         return training.deterministic_run(data, recipe, seed=seed, network=base.network, runs=runs, verbose=False)
 
-    networks = {seed: step_1(seed, base.recipe.epochs) for seed in seeds}
+    trained = {seed: step_1(seed, base.recipe.epochs) for seed in seeds}
     young = {seed: step_1(seed, early) for seed in seeds}
     for score in ("fisher", "paper", "per_example", "taylor", "magnitude"):
-        whole = {seed: masks_of(networks[seed], data.train, score) for seed in seeds}
-        for place, seed in enumerate(seeds):
-            first, second = (masks_of(networks[seed], half, score) for half in halves)
-            other = whole[seeds[(place + 1) % len(seeds)]]
-            found.append(
-                {
-                    "score": score,
-                    "seed": seed,
-                    "halves": overlap(first, second),
-                    "other_seed": overlap(whole[seed], other) if len(seeds) > 1 else None,
-                    "early": overlap(whole[seed], masks_of(young[seed], data.train, score)),
-                }
-            )
-    return found
+        whole = {seed: masks_of(trained[seed], data.train, score) for seed in seeds}
+        for seed, following in zip(seeds, [*seeds[1:], seeds[0]], strict=True):
+            shares = {
+                "halves": overlap(*(masks_of(trained[seed], half, score) for half in halves)),
+                "other_seed": overlap(whole[seed], whole[following]) if len(seeds) > 1 else None,
+                "early": overlap(whole[seed], masks_of(young[seed], data.train, score)),
+            }
+            found.append({"score": score, "seed": seed, **shares})
+    return pd.DataFrame(found)
 
 
-def rows_of(question: Question, study: Study, found: list[results.Result]) -> dict[str, list[results.Result]]:
-    """Label -> the results of that variant, one a seed; an empty list where there is none yet.
+def rows_of(question: Question, study: Plan, found: pd.DataFrame) -> pd.DataFrame:
+    """The results of a question's variants, with the variant's label in the column `label`.
 
     Args:
         question: of the study.
         study: the study itself.
         found: results of one split, from its table.
     """
-    base = dataclasses.asdict(compare.recipe_of(**study.data))
-    data = {key: study.data[key] for key in ("dataset", "network", "size", "limit", "options") if key in study.data}
-    changes = {variant.label: recipes.parse_changes(variant.changes) for variant in question.variants}
-    return {
-        variant.label: [one for one in found if _is_of(one, variant, base | changes[variant.label], data)]
+    name, data = _dataset(study)
+    base = dataclasses.asdict(compare.recipe_of(name, study.recipe, **data.parameters))
+    given = {"dataset": name, **{key: getattr(data, key) for key in ("network", "size", "limit") if getattr(data, key)}}
+    parts = [
+        found[_is_of(found, variant, base | recipes.parse_changes(variant.changes), given)].assign(label=variant.label)
         for variant in question.variants
+    ]
+    labels = [variant.label for variant in question.variants]
+    return pd.concat(parts).assign(label=lambda rows: pd.Categorical(rows["label"], labels))
+
+
+def _is_of(found: pd.DataFrame, variant: Variant, settings: dict, data: dict) -> pd.Series:
+    """Which rows of a frame are a variant's."""
+    alike = {
+        text: is_of_recipe(variant.method, {**results.recipe_settings(text), "name": settings["name"]}, settings)
+        for text in found["settings"].unique()
     }
-
-
-def _is_of(result, variant, settings, data):
-    if result.method != variant.method or any(getattr(result, key) != value for key, value in data.items()):
-        return False
-    alike = is_of_recipe(variant.method, result.settings, settings)
-    rate = result.r_bayes is None or abs(result.r_bayes - variant.r_bayes) < 1e-9
-    wanted = variant.num_samples or settings["num_samples"]
-    samples = not baselines.METHODS[variant.method].takes_samples or result.num_samples == wanted
-    return alike and rate and samples
+    match = (found["method"] == variant.method) & (found["recipe"] == settings["name"])
+    match &= found["settings"].map(alike).astype(bool)
+    match &= found["r_bayes"].isna() | np.isclose(found["r_bayes"], variant.r_bayes, rtol=0, atol=1e-9)
+    for key, value in data.items():
+        match &= found[key] == value
+    if baselines.METHODS[variant.method].takes_samples:
+        match &= found["num_samples"] == (variant.num_samples or settings["num_samples"])
+    return match
 
 
 def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
-    """Whether a result's settings are a recipe's, but for what its method sets for itself; new fields at their default.
+    """Whether a result's settings are a recipe's, apart from what its method sets for itself.
 
     Args:
-        method: of `baselines.METHODS`; a trivial row is of any.
+        method: of `baselines.METHODS`; a trivial row fits any recipe.
         settings, recipe: fields of `recipes.Recipe`.
     """
     if method not in baselines.METHODS:
         return True
-    given = recipes.with_defaults(settings)
     own = baselines.METHODS[method].sets
-    return all(given.get(key) == value for key, value in recipe.items() if key not in own)
+    return all(settings.get(key) == value for key, value in recipe.items() if key not in own)
 
 
-def _write_stability(study, rows):
-    path, text = training.repository() / "results" / f"{study.name}_masks.csv", io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-    )
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    return f"{len(rows)} rows in {path}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: run a study, or parts of it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sbn_tf.experiments.study", description="Train and score every variant."
-    )
-    parser.add_argument("study", help="a YAML file")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sbn-tf study`."""
+    parser.add_argument("plan", help="a YAML file with questions")
     parser.add_argument("--questions", help="names with commas between; default: all")
-    parser.add_argument("--seeds", help="integers with commas between; default: those of the file")
+    parser.add_argument("--seeds", help="integers with commas between; default: those of the plan")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="what is scored")
     parser.add_argument("--masks", action="store_true", help="only: how far the choice of weights repeats itself")
     parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
     parser.add_argument("--table", help="CSV that the rows are added to; default: results/<name>.csv")
-    given = parser.parse_args(arguments)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # each network is traced anew: no news
-    try:
-        study = read(given.study)
-        seeds = None if given.seeds is None else compare.parse_seeds(given.seeds)
-        names = None if given.questions is None else [name.strip() for name in given.questions.split(",")]
-        if given.masks:
-            print(_write_stability(study, stability(study, runs=given.runs, seeds=seeds)))
-            return
-        failed = run(study, runs=given.runs, table=given.table, seeds=seeds, names=names, split=given.split)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from None
-    if failed:
-        raise SystemExit("\n".join([f"{len(failed)} failed:", *failed]))
 
 
-if __name__ == "__main__":
-    main()
+def run(given: argparse.Namespace) -> int:
+    """Run a study, or parts of it; 1 where a variant failed."""
+    study = read(given.plan)
+    seeds = None if given.seeds is None else compare.parse_seeds(given.seeds)
+    if given.masks:
+        rows, place = stability(study, runs=given.runs, seeds=seeds), f"results/{study.name}_masks.csv"
+        text = rows.to_csv(index=False, float_format="%.4f").encode()
+        write_atomically(training.repository() / place, lambda file: file.write(text))
+        print(f"{len(rows)} rows in {place}")
+        return 0
+    names = None if given.questions is None else [name.strip() for name in given.questions.split(",")]
+    failed = run_study(study, runs=given.runs, table=given.table, seeds=seeds, names=names, split=given.split)
+    for line in [f"{len(failed)} failed:", *failed] if failed else ():
+        print(line, file=sys.stderr)
+    return 1 if failed else 0

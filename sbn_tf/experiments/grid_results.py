@@ -1,0 +1,144 @@
+"""What the jobs of a grid wrote: whether it is of this plan, whether it is whole, and the table that is made of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from sbn_tf.core.files import write_atomically
+from sbn_tf.experiments import compare, grid, result, results, scoring, study, training
+from sbn_tf.experiments.plan import Plan, read
+
+__all__ = ["check_folder", "claim", "damaged", "gather", "write_table"]
+
+FORMAT = 2  # of a folder of jobs: raised when notebooks of older ones would not fit
+
+
+def check_folder(plan: Plan) -> dict:
+    """Refuse a folder with jobs of another plan. Nothing is written.
+
+    Returns:
+        What shapes the results, of this plan's datasets and of others that the folder has.
+
+    Raises:
+        ValueError: there are notebooks of another recipe (of this name or not), of other parameters of a dataset, or
+            whose results have another format.
+    """
+    path = plan.folder / "grid.json"
+    formats = [FORMAT, result.FORMAT, training.FORMAT, scoring.RECORD_FORMAT]
+    mine = {"formats": formats, "datasets": {name: _shaping(plan, name) for name in plan.datasets}}
+    if not path.exists() or not any(plan.folder.glob("*/fold*/seed*/*.ipynb")):
+        return mine
+    try:
+        there = json.loads(path.read_text())
+        known = there["datasets"]
+        same = there["formats"] == formats and known | mine["datasets"] == mine["datasets"] | known
+    except (ValueError, KeyError, TypeError):
+        same, known = False, {}
+    if not same:
+        raise ValueError(
+            f"Expected a folder of this grid. Received: {plan.folder}, of another recipe, other parameters of a "
+            f"dataset or another version ({path}).\nGive this grid another name, or delete that folder."
+        )
+    return {**mine, "datasets": known | mine["datasets"]}
+
+
+def _shaping(plan, name):
+    """All that shapes a dataset's results, as JSON gives it back."""
+    parameters = plan.datasets[name].parameters
+    recipe = compare.recipe_of(name, plan.recipe, **parameters)
+    return json.loads(json.dumps({"parameters": parameters, "recipe": dataclasses.asdict(recipe)}))
+
+
+def claim(plan: Plan, estimates: dict | None = None) -> None:
+    """Write into the plan's folder what shapes its results, and its estimates. To be called before the first job.
+
+    Args:
+        plan: the grid.
+        estimates: from `estimates.kept_estimates`; None or {}: not written.
+
+    Raises:
+        ValueError: as `check_folder`.
+    """
+    _write(plan.folder / "grid.json", check_folder(plan))
+    if estimates:
+        _write(plan.folder / "estimates.json", estimates)
+
+
+def _write(path, content):
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def damaged(plan: Plan) -> list[str]:
+    """Paths, below the plan's folder, of jobs that were done and whose result is gone or cannot be read."""
+    found = {}
+    for path in sorted(plan.folder.glob("models/*/*/seed*/*/metrics.json")):
+        try:
+            one = result.read(path)
+        except (ValueError, OSError):
+            continue
+        found.setdefault((one.dataset, one.options.get("fold", -1), one.seed, one.method), []).append(one)
+    done = [job for job in grid.jobs(plan) if job.method and (plan.folder / job.path).exists()]
+    unit = {job.path: found.get((job.dataset, job.fold, job.seed, job.method), ()) for job in done}
+    return [job.path for job in done if not any(_is_of(one, job) for one in unit[job.path])]
+
+
+def _is_of(one, job):
+    """Whether a result is of the job's share. Two shares that choose the same weights have one result between them."""
+    if one.r_bayes is None:
+        return True
+    number = max(one.cost.get("num_bayesian") or 0, 0.5)  # of the weights that the result's share chooses
+    return abs(one.r_bayes - job.r_bayes) * number < max(one.r_bayes, 1e-12)
+
+
+def gather(plan: Plan) -> pd.DataFrame:
+    """Every result of test images in the plan's folder; damaged ones are left out with a warning."""
+    return results.collect(plan.folder / "models", damaged="skip")
+
+
+def write_table(plan: Plan, found: pd.DataFrame) -> str:
+    """Add results to the plan's table. Rows of its datasets that an older recipe trained are dropped from it.
+
+    Returns:
+        What was written, in one line.
+    """
+    table = Path(plan.table) if plan.table else plan.folder / "results.csv"
+    there = results.read_csv(table) if table.exists() else results.frame([])
+    now = {name: _shaping(plan, name)["recipe"] for name in plan.datasets}
+    kinds = list(zip(*(there[key] for key in ("dataset", "method", "recipe", "settings")), strict=True))
+    other = {
+        (name, method, recipe, text): not study.is_of_recipe(
+            method, {**results.recipe_settings(text), "name": recipe}, now[name]
+        )
+        for name, method, recipe, text in set(kinds)
+        if name in now
+    }
+    old = pd.Series([other.get(kind, False) for kind in kinds], index=there.index, dtype=bool)
+    if old.any():
+        results.write_csv(there[~old], table, merge=False)
+    results.write_csv(found, table)
+    dropped = f", {len(results.wide(there[old]))} of another recipe dropped" if old.any() else ""
+    return f"{len(results.wide(found))} results in {table}{dropped}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of `sbn-tf grid table` and `finish`."""
+    parser.add_argument("plan", help="a folder of profiles/, or a YAML file")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Write the table of results; for `finish` the report before it."""
+    plan = read(given.plan)
+    if given.command == "grid finish":
+        print(grid.report(plan))
+    found = gather(plan)
+    if not found.empty:
+        print(write_table(plan, found))
+    elif given.command == "grid finish":
+        print("No result yet.")
+    else:
+        raise ValueError(f"Expected results in {plan.folder}. Received: none. Run the grid first.")

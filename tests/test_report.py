@@ -1,0 +1,80 @@
+"""Reports: costs, words, and the Markdown of any table."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import mask_result as result
+
+from sbn_tf.experiments.report import cost_table, describe_metrics, shift_table, show, to_markdown
+from sbn_tf.experiments.results import frame
+from sbn_tf.metrics import METRICS
+
+
+def test_metrics_are_described():
+    assert describe_metrics(["nll", "entropy"]).splitlines() == [
+        f"- `nll`: {METRICS['nll'].meaning} (lower is better)",
+        f"- `entropy`: {METRICS['entropy'].meaning} (neither way is better)",
+    ]
+    with pytest.raises(ValueError, match=r"Received: \['f2'\]"):
+        describe_metrics(["f2"])
+
+
+def test_cost_table_by_hand():
+    cost = {"num_trainable": 1234567, "weight_bytes": 2.5e6, "train_flops_ratio": 2.0, "train_seconds": 3.0}
+    made = [
+        result("trivial_prevalence", None),
+        result("partial", 0, cost=cost),
+        result("partial", 1, cost=cost | {"train_seconds": 4.0, "train_grown_bytes": None}),
+    ]
+    table = cost_table(frame(made))
+    assert list(table.index) == ["partial"]
+    shown = table.loc["partial"]
+    assert shown["trainable"] == "1,234,567" and shown["weights, MB"] == "2.50" and shown["train, x"] == "2.00"
+    assert shown["train, s"] == "3.5" and shown["memory, MB"] == "-"
+    assert any("paper's, x: the paper's formula" in note for note in table.attrs["notes"])
+    assert list(cost_table(frame(made), ["train_seconds"]).columns) == ["train, s"]
+
+
+def test_results_of_nothing_or_of_two_datasets_have_no_costs():
+    with pytest.raises(ValueError, match="Expected one result or more"):
+        cost_table(frame([]))
+    with pytest.raises(ValueError, match="Expected results of one dataset"):
+        cost_table(frame([result(), result(dataset="lidc")]))
+
+
+def test_shifts_have_their_mean_and_spread():
+    made = [
+        result(seed=seed, shift={"noise": {"severity": 2.0, "entropy": value, "mutual_information": None}})
+        for seed, value in enumerate((0.6, 0.8))
+    ]
+    table = shift_table(frame(made))
+    assert table.loc["partial"].tolist() == [f"0.700 +- {np.std([0.6, 0.8], ddof=1):.3f}", "-"]
+    assert list(table.columns) == ["noise: entropy", "noise: mutual information"]
+    assert table.attrs["notes"][0].endswith("Severities: noise 2.")
+
+
+def test_markdown_of_a_table():
+    table = pd.DataFrame({"dice": [0.86125, 1.0], "n": [3, pd.NA]}, index=["deterministic", "b"], dtype="object")
+    assert to_markdown(table) == "\n".join(
+        [
+            "|               |  dice |   n |",
+            "| :------------ | ----: | --: |",
+            "| deterministic | 0.861 |   3 |",
+            "| b             | 1.000 |   - |",
+        ]
+    )
+    table.attrs["notes"] = ["One.", "Two."]
+    assert to_markdown(table).endswith("\n\nOne.  \nTwo.")
+    assert to_markdown(pd.DataFrame(columns=["dice"])).count("\n") == 1
+
+
+def test_markdown_shows_no_small_number_as_zero():
+    table = pd.DataFrame({"x": [8.9e-5], "y": [0.0], "z": [6e-4]}, index=["a"])
+    assert "| 8.9e-05 | 0.000 | 0.001 |" in to_markdown(table)
+
+
+def test_a_table_is_shown_as_a_table(capsys):
+    table = pd.DataFrame({"dice": [0.5]}, index=["a"])
+    table.attrs["notes"] = ["A note."]
+    show(table)
+    assert "dice" in capsys.readouterr().out
