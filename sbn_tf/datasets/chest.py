@@ -1,8 +1,6 @@
 """A small subset of NIH ChestX-ray14, the source of ChestMNIST, in ChestMNIST's keys and label order."""
 
 import logging
-import os
-from pathlib import Path
 
 from . import files
 from .base import MULTI_LABEL, Card, Parts
@@ -48,12 +46,10 @@ NIH_CHEST = Card(
 )
 
 
-def load_nih_chest(
-    root: str | os.PathLike | None, size: int, seed: int, cache: str | os.PathLike | None = None
-) -> Parts:
-    """The NIH subset: three splits, images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
-    folder, name = NIH_CHEST.files[0].split("/")
+def load_nih_chest(root, size: int, seed: int, cache=None) -> Parts:
+    """Three splits: images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
+    place = NIH_CHEST.files[0]
     if size != 64:
         logger.warning("nih_chest: images are resized from 64 to %d pixels", size)
-    path = files.find(NIH_CHEST, root, [Path(folder) / name, Path(name)])
+    path = files.find(NIH_CHEST, root, [place, place.split("/")[1]])
     return load_npz(NIH_CHEST, path, size, cache=cache)

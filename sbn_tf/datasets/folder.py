@@ -41,12 +41,14 @@ from .base import (
     MULTI_LABEL,
     ORDINAL,
     SEGMENTATION,
+    SPLITS,
     Card,
     Parts,
-    Split,
     first_in_seeded_order,
 )
 from .decoding import FITS, FORMATS, check_header, decoded, readable
+from .files import check_option
+from .registry import names
 from .tables import read_table
 
 __all__ = ["folder_dataset", "is_folder"]
@@ -54,20 +56,19 @@ __all__ = ["folder_dataset", "is_folder"]
 logger = logging.getLogger(__name__)
 
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
-SPLITS = ("train", "val", "test")
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
 IGNORED = ("thumbs.db", "desktop.ini")
 GREY = ("1", "L", "LA")
 
 
 def is_folder(name: str | os.PathLike) -> bool:
-    """Whether the name of a dataset means a folder: it has a path separator, or an images.csv is in it."""
+    """Whether a dataset's name is that of a folder: it has a path separator, or an images.csv is in it."""
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
     return bool(text) and ("/" in text or os.sep in text or not isinstance(name, str) or (Path(text) / CSV).is_file())
 
 
 def folder_dataset(name: str | os.PathLike) -> tuple[Card, Callable[..., Parts]]:
-    """Card and reader of a folder, as the registry has them; the csv and the files' headers are read for it.
+    """Card and reader of a folder, as in the registry; reads the csv and the files' headers.
 
     Raises:
         FileNotFoundError: the folder, its images.csv or a file that it names is not there.
@@ -93,8 +94,6 @@ class _Table:
     note: str
 
     def card(self):
-        from . import names  # the registry: it imports this module
-
         base = self.folder.resolve().name
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", base).strip("_") or "folder"
         raters = 1 if self.masks is None else len(self.masks[0])
@@ -123,10 +122,12 @@ class _Table:
 
 
 def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
-    """Three splits of a folder; `fit` as for isic2018, but nothing is cut off unasked. `root` is not used."""
-    if fit not in FITS:
-        raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
-    rows_of = _drawn(table, seed) if table.splits is None else _named(table)
+    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used."""
+    check_option("fit", fit, FITS)
+    if table.splits is None:
+        rows_of = _drawn(table, seed)
+    else:
+        rows_of = {part: np.flatnonzero(np.array(table.splits) == part) for part in SPLITS}
     _check_classes(table, rows_of)
     if limit is not None:
         rows_of = {part: rows[first_in_seeded_order(len(rows), limit, seed)] for part, rows in rows_of.items()}
@@ -137,24 +138,16 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
         files = [table.folder / IMAGES / table.images[row]]
         pairs.append((*files, *(None if mask is None else table.folder / MASKS / mask for mask in masks)))
     arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache)
-    ids, splits = np.array(table.images), []
-    for part, rows in rows_of.items():
-        places = np.searchsorted(every, rows)
-        valid = None
-        if table.masks is not None:
-            valid = np.array([[mask is not None for mask in table.masks[row]] for row in rows])
-        splits.append(
-            Split(
-                name=part,
-                task=table.task,
-                images=arrays["images"].select(places),
-                targets=table.targets[rows] if table.masks is None else arrays["masks"].select(places),
-                groups=None if table.patients is None else table.patients[rows],
-                ids=ids[rows],
-                rater_valid=valid,
-            )
-        )
-    return Parts(*splits)
+    masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
+    return Parts.of(
+        table.task,
+        {part: np.searchsorted(every, rows) for part, rows in rows_of.items()},
+        images=arrays["images"],
+        targets=table.targets[every] if masks is None else arrays["masks"],
+        groups=None if table.patients is None else table.patients[every],
+        ids=np.array(table.images)[every],
+        rater_valid=masks,
+    )
 
 
 # ---- the csv
@@ -192,15 +185,13 @@ def _read_table(folder):
 
 
 def _read_csv(path):
-    """Header and rows."""
     header, rows = read_table(path)
     for name in header:
         if name not in KNOWN and name.lower() in KNOWN:
             raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
     if "image" not in header:
-        raise _wrong(
-            path, "a column image", f"columns {', '.join(header)}", "Rename the column of the images' file names."
-        )
+        advice = "Rename the column of the images' file names."
+        raise _wrong(path, "a column image", f"columns {', '.join(header)}", advice)
     return header, rows
 
 
@@ -272,9 +263,8 @@ def _labels(cells, path):
 def _grades(cells, path):
     for row, cell in enumerate(cells):
         if not re.fullmatch(r"[0-9]{1,4}(\.0)?", cell):
-            raise _wrong(
-                path, "a grade 0, 1, 2, ... in each cell of grade", f"{cell!r} in row {row + 1} below the header"
-            )
+            received = f"{cell!r} in row {row + 1} below the header"
+            raise _wrong(path, "a grade 0, 1, 2, ... in each cell of grade", received)
     numbers = np.array([int(float(cell)) for cell in cells])
     count = int(numbers.max()) + 1
     absent = sorted(set(range(count)) - set(numbers.tolist()))
@@ -332,7 +322,7 @@ def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(d
 
 
 def _check_files(folder, names, what):
-    """Every row has its file and every file its row; hidden files are left alone."""
+    """Refuses a row without its file and a file without its row; hidden files are ignored."""
     there = set()
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -356,7 +346,7 @@ def _check_files(folder, names, what):
 
 
 def _is_grey(path):
-    """Whether an image file is grey, by its header; a file that would not be read as it looks is refused."""
+    """Whether an image file is grey, by its header; refuses a file that would not be read as it looks."""
     with readable(path), Image.open(path, formats=FORMATS) as image:
         check_header(image, path)
         return image.mode in GREY
@@ -365,13 +355,8 @@ def _is_grey(path):
 # ---- the splits
 
 
-def _named(table):
-    splits = np.array(table.splits)
-    return {part: np.flatnonzero(splits == part) for part in SPLITS}
-
-
 def _drawn(table, seed):
-    """80/10/10 by patient where these are known, else by image; a warning says so."""
+    """A random 80/10/10 by patient if patients are known, else by image; a warning says so."""
     n, rng = len(table.images), np.random.default_rng([seed, 80])
     by = "image" if table.patients is None else "patient"
     units, unit_of = np.unique(np.arange(n) if table.patients is None else table.patients, return_inverse=True)
@@ -394,18 +379,14 @@ def _drawn(table, seed):
             part_of[unit] = part
             left.remove(unit)
     rows_of = {part: np.flatnonzero(part_of[unit_of] == part) for part in SPLITS}
-    logger.warning(
-        "%s has no column split: made a random split by %s, %s images, with seed %d",
-        table.folder / CSV,
-        by,
-        " / ".join(str(len(rows)) for rows in rows_of.values()),
-        seed,
-    )
+    sizes_of = " / ".join(str(len(rows)) for rows in rows_of.values())
+    message = "%s has no column split: made a random split by %s, %s images, with seed %d"
+    logger.warning(message, table.folder / CSV, by, sizes_of, seed)
     return rows_of
 
 
 def _check_classes(table, rows_of):
-    """A class that a split lacks is allowed, and a warning says so."""
+    """Warns of a class that a split lacks."""
     if table.masks is not None:
         return
     for part, rows in rows_of.items():
