@@ -170,8 +170,7 @@ def _read_table(folder):
     if splits is not None:
         _check_splits(splits, path)
     if patients is not None:
-        if "" in patients:
-            raise _wrong(path, "a patient in every row, or no column patient", f"none for {_row_of(patients, '')}")
+        _check_cells(patients, bool, "a patient in every row, or no column patient", path)
         patients = np.array(patients)
         _check_patients(splits, patients, path)
     _check_files(folder / IMAGES, images, "image")
@@ -216,15 +215,10 @@ def _targets(column, path):
         return _labels(column["label"], path)
     if single == ["grade"]:
         return _grades(column["grade"], path)
-    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 where a cell was empty once
+    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
+    advice = f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
     for name in others:
-        for row, cell in enumerate(column[name]):
-            if cell not in values:
-                raise ValueError(
-                    f"Expected 0 or 1 in column {name!r} of {path}. "
-                    f"Received: {cell!r} in row {row + 1} below the header.\n"
-                    f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
-                )
+        _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
     targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
     return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""
 
@@ -240,9 +234,7 @@ def _masks(column, raters, path):
 
 
 def _labels(cells, path):
-    for row, cell in enumerate(cells):
-        if cell == "" or cell.lower() == "nan":
-            raise _wrong(path, "a class name in each cell of label", f"{cell!r} in row {row + 1} below the header")
+    _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
     classes = sorted(set(cells))
     alike = [name for name, count in Counter(map(str.lower, classes)).items() if count > 1]
     if alike:
@@ -261,10 +253,8 @@ def _labels(cells, path):
 
 
 def _grades(cells, path):
-    for row, cell in enumerate(cells):
-        if not re.fullmatch(r"[0-9]{1,4}(\.0)?", cell):
-            received = f"{cell!r} in row {row + 1} below the header"
-            raise _wrong(path, "a grade 0, 1, 2, ... in each cell of grade", received)
+    grade = re.compile(r"[0-9]{1,4}(\.0)?")
+    _check_cells(cells, grade.fullmatch, "a grade 0, 1, 2, ... in each cell of grade", path)
     numbers = np.array([int(float(cell)) for cell in cells])
     count = int(numbers.max()) + 1
     absent = sorted(set(range(count)) - set(numbers.tolist()))
@@ -276,13 +266,11 @@ def _grades(cells, path):
 
 
 def _inside(name, what, path):
-    """The file's name with single slashes; it has to lie below its folder."""
+    """The file's name with single slashes; refuses one outside the folder."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
-        raise ValueError(
-            f"Expected the name of a file below the folder {what}s/ in column {what} of {path}. Received: {name!r}.\n"
-            "Write it with / and without .. or a drive, as in a/b.png."
-        )
+        advice = "Write it with / and without .. or a drive, as in a/b.png."
+        raise _wrong(path, f"the name of a file below the folder {what}s/ in column {what}", repr(name), advice)
     return str(PurePosixPath(name))
 
 
@@ -293,9 +281,7 @@ def _check_unique(names, what, path):
 
 
 def _check_splits(splits, path):
-    for row, part in enumerate(splits):
-        if part not in SPLITS:
-            raise _wrong(path, "split train, val or test", f"{part!r} in row {row + 1} below the header")
+    _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
     for part in SPLITS:
         if part not in splits:
             raise _wrong(path, "images of train, val and test", f"none of {part}")
@@ -310,8 +296,11 @@ def _check_patients(splits, patients, path):
             raise _wrong(path, "all images of a patient in one split", received, advice)
 
 
-def _row_of(cells, cell):
-    return f"row {cells.index(cell) + 1} below the header"
+def _check_cells(cells, right, expected, path, *advice):
+    """Refuses the first cell of a column that is not right, by its row."""
+    for row, cell in enumerate(cells):
+        if not right(cell):
+            raise _wrong(path, expected, f"{cell!r} in row {row + 1} below the header", *advice)
 
 
 def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(datasets.folder) shows all columns."):

@@ -310,10 +310,13 @@ def _cleaned(source, task, part):
         start += len(images)
 
 
-def _first(bad, start):
-    """Row and place of the first True of `(B, ...)`."""
-    place = tuple(int(k) for k in np.argwhere(bad)[0])
-    return place[0] + start, place
+def _refuse(bad, values, where, start, expected, advice=""):
+    """Raises a ValueError about the first value that is bad, if there is one."""
+    if bad.any():
+        place = tuple(int(k) for k in np.argwhere(bad)[0])
+        value = f"{values[place]:.6g}" if values.dtype.kind == "f" else str(values[place])
+        received = f"{value} for {where.format(place[0] + start)}"
+        raise ValueError(f"Expected {expected}. Received: {received}" + (f".\n{advice}" if advice else ""))
 
 
 def _clean_images(images, where, start):
@@ -326,39 +329,23 @@ def _clean_images(images, where, start):
         )
     images = images.astype("float32")
     bad = ~((images >= -ROUNDING) & (images <= 1 + ROUNDING))  # NaN too
-    if bad.any():
-        row, place = _first(bad, start)
-        raise ValueError(
-            f"Expected float images in 0..1. Received: {images[place]:.6g} for {where.format(row)}.\n"
-            "Divide numbers of 0..255 by 255; normalisation is done later, with the training split's mean and sd."
-        )
+    advice = "Divide numbers of 0..255 by 255; normalisation is done later, with the training split's mean and sd."
+    _refuse(bad, images, where, start, "float images in 0..1", advice)
     return np.clip(images, 0, 1)
 
 
 def _zeros_and_ones(targets, where, start):
     bad = ~((targets == 0) | (targets == 1)) if targets.dtype.kind in "biuf" else np.ones(targets.shape, bool)
-    if bad.any():
-        row, place = _first(bad, start)
-        raise ValueError(
-            f"Expected targets of 0 and 1. Received: {targets[place]!s} for {where.format(row)}.\n"
-            "Masks of 0 and 255: map them to mask > 0."
-        )
+    _refuse(bad, targets, where, start, "targets of 0 and 1", "Masks of 0 and 255: map them to mask > 0.")
     return targets.astype("uint8")
 
 
 def _class_numbers(targets, where, start):
     if targets.ndim == 2 and targets.shape[1] > 1:
         one_hot = _zeros_and_ones(targets, where, start)
-        bad = one_hot.sum(1) != 1
-        if bad.any():
-            row, place = _first(bad, start)
-            raise ValueError(
-                f"Expected one class for each image. Received: {one_hot[place].sum()} for {where.format(row)}"
-            )
+        found = one_hot.sum(1)
+        _refuse(found != 1, found, where, start, "one class for each image")
         return one_hot.argmax(1).astype("int32")
     targets = targets.reshape(len(targets))
-    bad = ~are_class_numbers(targets)
-    if bad.any():
-        row, place = _first(bad, start)
-        raise ValueError(f"Expected class numbers 0, 1, 2, ... Received: {targets[place]!s} for {where.format(row)}")
+    _refuse(~are_class_numbers(targets), targets, where, start, "class numbers 0, 1, 2, ..")
     return targets.astype("int32")
