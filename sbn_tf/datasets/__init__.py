@@ -7,9 +7,9 @@
     stream = data.train.batches(50, seed=0, epochs=10)  # each epoch has its own order, raters and turns
     model.fit(stream, epochs=10, steps_per_epoch=data.train.steps(50), shuffle=False)
 
-The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. What is slow to decode
-goes to an array cache once, and what does not fit in memory is read from there batch by batch. For research, not
-for clinical use.
+The phantoms are made on the spot; the others are read from `root`, SBN_TF_DATA or `data/`. Files that are slow to
+decode are decoded once, into an array cache, and data that do not fit in memory are read from there batch by batch. For
+research, not for clinical use.
 """
 
 import inspect
@@ -85,7 +85,7 @@ def load(
             (after `limit`); "paper": the paper's constants, where it has them (chest).
         cache: folder of the array cache. Default: SBN_TF_CACHE, else `data/cache` of a checkout, else
             `~/.cache/sbn_tf`.
-        in_memory: hold images and targets in memory, or read them from the array cache as they are needed
+        in_memory: keep images and targets in memory, or read them from the array cache as they are needed
             (datasets that are cached). Default: in memory up to 512 MiB. Batches are the same either way.
         **options: of one dataset.
             MedMNIST: `download=True` gets the official file if it is missing; `verify=True` compares its md5.

@@ -52,7 +52,7 @@ class Data:
     Args:
         card: the description.
         train, val, test: the splits. No group (patient) is in two of them, unless `leak` says so.
-        leak: why groups may be in two splits, in one sentence for the reader of a number; "" (default): none are.
+        leak: why groups may be in two splits, in one sentence; "" (default): none are.
         mean, sd: `(C,)` float32 on the 0..1 scale; every split's `normalised` uses them. By default the
             pixel mean and standard deviation of the training split, per channel.
 

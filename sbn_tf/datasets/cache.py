@@ -87,7 +87,7 @@ def cached(
     digest = hashlib.sha256(json.dumps([FORMAT, source, arrays], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder(cache) / f"{name}-{digest}"
     columns = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
-    sides = {name + CRC32: ((), np.dtype("uint32")) for name in arrays}
+    sides: dict[str, tuple[tuple[int, ...], np.dtype]] = {name + CRC32: ((), np.dtype("uint32")) for name in arrays}
     sides |= {name + SUMS: ((arrays[name][0][-1], 2), np.dtype("float64")) for name in images}
     found = _open(folder, columns, sides, warn=False)
     if found is not None:

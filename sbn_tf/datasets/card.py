@@ -26,14 +26,14 @@ class Card:
         channels: 1 (grey) or 3 (RGB).
         num_raters: masks per image; 1 where there is a single truth.
         licence, citation, source: terms, what to cite, where it comes from.
-        files: official file or folder names, as they are looked for under the data root.
-        default_size: side in pixels of the square images that `load` gives when no size is asked for.
-        counts: images of train, val and test, where the dataset fixes them, else None.
+        files: official file or folder names under the data root.
+        default_size: side in pixels of the square images that `load` gives if it is given no size.
+        counts: images of train, val and test, if the dataset fixes them, else None.
         splits: how the images are divided, in words.
         network: the customary network here, "resnet18" or "unet".
         notes: what a user should know before trusting a number.
-        paper_normalisation: (mean, sd) on the 0..1 scale where the paper has constants, else None.
-        checksums: (file name, md5) pairs of the official files, where they are published.
+        paper_normalisation: (mean, sd) on the 0..1 scale if the paper has constants, else None.
+        checksums: (file name, md5) pairs of the official files, if they are published.
     """
 
     name: str

@@ -18,7 +18,7 @@ __all__ = ["Report", "check"]
 FEW = 10  # images that no number of a split should rest on
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Report:
     """What `check` found. `print(report)` shows it; in a notebook, `display(report)` shows it with real tables.
 
@@ -40,9 +40,9 @@ class Report:
     table: list[dict]
     problems: list[str]
     notes: list[str]
-    tallies: list[Tally] = field(default_factory=list, repr=False)
+    tallies: list[Tally] = field(default_factory=list)
 
-    def __str__(self):
+    def __repr__(self):
         names = [row["split"] for row in self.table]
         facts = [key for key in self.table[0] if key not in ("split", "positives", NONE)]
         parts = [f"{self.name}: {self.task}"]
@@ -63,7 +63,7 @@ class Report:
                 parts.append(f"{title}:\n\n" + "\n".join(f"- {sentence}" for sentence in sentences))
         return "\n\n".join(parts)
 
-    _repr_markdown_ = __str__
+    _repr_markdown_ = __repr__
 
 
 def _markdown(rows: Mapping[str, list[str]], names: list[str]) -> str:

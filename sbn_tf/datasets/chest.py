@@ -10,22 +10,8 @@ __all__ = ["LABELS", "NIH_CHEST", "load_nih_chest"]
 
 logger = logging.getLogger(__name__)
 
-LABELS = (
-    "atelectasis",
-    "cardiomegaly",
-    "effusion",
-    "infiltration",
-    "mass",
-    "nodule",
-    "pneumonia",
-    "pneumothorax",
-    "consolidation",
-    "edema",
-    "emphysema",
-    "fibrosis",
-    "pleural",
-    "hernia",
-)
+_FIRST = ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax")
+LABELS = (*_FIRST, "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia")
 
 NIH_CHEST = Card(
     name="nih_chest",

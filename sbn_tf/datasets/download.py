@@ -105,7 +105,7 @@ class _Dropped(Exception):
 
 
 def _receive(url, path, part):
-    """One request: from where `part` ends, or from the start where the server sends the whole."""
+    """One request: from where `part` ends, or from the start if the server sends the whole."""
     start = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:

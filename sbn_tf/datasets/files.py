@@ -56,7 +56,7 @@ def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.P
     looked = " and ".join(str(folder) for folder in folders)
     raise FileNotFoundError(
         f"Expected {card.name!r} as {' or '.join(map(str, places))} in {looked}. Received: nothing there.\n"
-        f"Get it from {card.source}, put it there, or set SBN_TF_DATA (or root=) to the folder that holds it."
+        f"Get it from {card.source}, put it there, or set SBN_TF_DATA (or root=) to the folder that it is in."
     )
 
 

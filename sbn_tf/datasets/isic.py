@@ -42,11 +42,7 @@ def load_isic2018(root, size: int, seed: int, limit: int | None = None, cache=No
     """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
 
     Args:
-        root: data root with `isic2018_task1` or the official folders themselves.
-        size: side in pixels after resizing (images bilinear and antialiased, masks nearest).
-        seed: of the 80/10/10 split, if there is no other, and of the subset that `limit` takes.
-        limit: at most that many images of each split are decoded.
-        cache: see `load`.
+        root, size, seed, limit, cache: see `load`. At most `limit` images of each split are decoded.
         fit: how an image becomes a square: "crop" cuts the centre square out, as the paper does; "pad" keeps
             the whole image and its aspect and fills the rest with black, no lesion; "stretch" keeps the whole
             image and not its aspect.

@@ -53,9 +53,7 @@ def load_lidc(
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients.
 
     Args:
-        root: see `load`.
-        size: side of the centre crop in pixels; what lies outside of the file's 71 native pixels is air and empty mask.
-        seed: of the assignment of patients to folds, with `split="patient"`.
+        root, size, seed: see `load`. Outside the file's 71 native pixels there is air and empty mask.
         split: "file": by patient, as the file says; "patient": a quarter of the patients is tested, a tenth of
             the others validates.
         fold: 0 to 3: which quarter is tested; 0 with `split="file"`.
@@ -88,7 +86,7 @@ def load_lidc(
     image, masks, patients = (arrays[key] for key in ("image", "masks", "patient_id"))
     index = split_by_group(patients, fold, seed) if split == "patient" else _split_of_file(arrays["split"], path)
     masks = files.check_binary(masks, f"masks of {path}").transpose(0, 2, 3, 1)  # (N, H, W, 4)
-    drew = np.asarray(masks.any(axis=(1, 2)))  # before the crop: who drew outside it drew all the same
+    drew = np.asarray(masks.any(axis=(1, 2)))  # before the crop: a rater may have drawn only outside it
     if spacing is not None:
         image, masks = _resampled(image, masks, arrays["pixel_spacing"], size, spacing, low, path)
     image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")
@@ -113,7 +111,7 @@ def _split_of_file(part, path):
 
 
 def check_fold(fold: int) -> None:
-    """Raises a ValueError for a fold that is none of 0 to 3."""
+    """Raises a ValueError unless the fold is 0 to 3."""
     if not files.is_integer(fold, 0) or fold >= FOLDS:
         raise ValueError(f"Expected fold 0 to {FOLDS - 1}. Received: fold={fold!r}")
 
@@ -137,8 +135,8 @@ def _checked_window(window):
 def split_by_group(groups: ArrayLike, fold: int, seed: int) -> dict[str, np.ndarray]:
     """Rows of train, val and test such that no group is in two of them.
 
-    A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The same
-    for the same seed and groups, whatever the order of the rows.
+    A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The split
+    depends on seed and groups, not on the order of the rows.
 
     Args:
         groups: `(N,)`, the patient of each row.
@@ -188,10 +186,10 @@ def resample(
         image: `(H, W)`.
         size: side in pixels.
         scale: wanted spacing / native spacing.
-        middle: (row, column) of the image that the square is about. Default: the pixel in the middle, which comes
-            to lie where `centre` puts it.
+        middle: (row, column) of the image in the middle of the square. Default: its middle pixel, which goes where
+            `centre` puts it.
         order: 1: linear; 0: nearest pixel.
-        outside: what lies beyond the image.
+        outside: the value beyond the image.
     """
     if middle is None:
         sides = np.array(image.shape)

@@ -22,7 +22,7 @@ FORMS: dict[str, npz.Form] = {
     "image": (("N", "H", "W"), "numbers in C order"),
     "masks": (("N", NUM_RATERS, "H", "W"), "numbers or booleans in C order"),
 } | {name: (("N",), "text in C order") for name in WIDTHS}
-CHUNK = 32  # patches at a time: what an interruption can cost
+CHUNK = 32  # patches at a time; an interruption costs no more than these
 PICKLES, NPZ = (".pickle", ".pkl"), (".npz",)
 PATIENTS = "series_patients.csv"
 
@@ -43,8 +43,8 @@ LIDC_PATCHES = Card(
     network="unet",
     splits="4 folds by patient, or by series where the patient is not known; split='paper': by patch, as in the "
     "paper's code",
-    notes="0.5 mm a pixel. The customary file has 15,096 patches and names no patients: a series counts as one; 8 of "
-    "LIDC's 1,010 patients have two, which series_patients.csv (columns series_uid, patient_id) beside it can tell. "
+    notes="0.5 mm a pixel. The customary file has 15,096 patches and names no patients: a series counts as one. 8 of "
+    "LIDC's 1,010 patients have two series: series_patients.csv (columns series_uid, patient_id) beside it names them. "
     "Mask slot k is not the same radiologist in two scans. An empty mask is a radiologist who outlined nothing; "
     "fewer than 4 masks: a missing rater. Numbers are not comparable with those on lidc.",
 )
@@ -58,9 +58,8 @@ def load_lidc_patches(
     The files are converted to the array cache once. Pickles are read as data (see `safe_pickle`): no code in them runs.
 
     Args:
-        root, cache: see `load`.
-        size: side in pixels of 0.5 mm: another one than the patches' crops or pads with air about the centre.
-        seed: of the assignment of patients to folds.
+        root, seed, cache: see `load`.
+        size: side in pixels of 0.5 mm; patches of another size are cropped, or padded with air, about the centre.
         split: "patient": a quarter of the patients is tested, a tenth of the others validates. "paper": the file is
             cut in its order, a quarter of the patches is tested, the last tenth of the others validates; a patient is
             then in two splits, and test scores are too good.
@@ -185,7 +184,7 @@ def _converted(paths, size, cache):
         "drew": ((NUM_RATERS,), "bool"),
     } | {name: ((), f"<U{width}") for name, width in WIDTHS.items()}
 
-    # Read only where there is no cache yet.
+    # Read only if there is no cache yet.
     opened = functools.cache(lambda: (_open_npz if paths[0].suffix in NPZ else _open_pickles)(paths))
 
     def produce(start):
@@ -208,7 +207,7 @@ def _stacked(piece, layout):
 
 
 def _row(path, names, image, masks, size):
-    """One row of the cache from a patch; its values are checked here, its shapes were before."""
+    """One row of the cache from a patch; checks the values, whose shapes were checked before."""
     if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         low, high = (float(f(image)) for f in (np.min, np.max))
         raise _wrong(path, names["key"], "an image of numbers in 0..1", f"{low:g} to {high:g}")
@@ -218,7 +217,7 @@ def _row(path, names, image, masks, size):
         if strange.size:
             raise _wrong(path, names["key"], "masks of 0 and 1", f"a value of {strange[0]:g} in mask {k}")
         stacked[..., k] = mask
-    # Before the crop: who drew outside it drew all the same.
+    # Before the crop: a rater may have drawn only outside it.
     row = {"drew": stacked.any(axis=(0, 1)), "rater_valid": np.arange(NUM_RATERS) < len(masks)}
     row["images"] = centre(image.astype("float32")[None, ..., None], size)[0]
     row["masks"] = centre(stacked[None], size)[0]
@@ -233,7 +232,7 @@ def _wrong(path, key, expected, received):
 
 
 def _check_names(path, names, seen):
-    """Names are text that fits the cache; a key is there once in all files."""
+    """Refuses names that are not text or too long for the cache, and a key that occurs twice in all files."""
     key = names["key"]
     for name, value in names.items():
         least = 0 if name == "patient_id" else 1
@@ -269,7 +268,7 @@ def _open_pickles(paths):
 
 
 def _check_patch(path, key, patch, shape, seen):
-    """The shape that this patch has and all others must have."""
+    """The shape of this patch, which all others must have."""
     shown = str(key)[:80]  # of a number of 64 bits at most, see `safe_pickle`
     if not isinstance(patch, dict):
         raise _wrong(path, shown, "a dict of image, masks and series_uid", f"a {type(patch).__name__}")

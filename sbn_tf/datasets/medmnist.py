@@ -1,7 +1,7 @@
 """The twelve 2-D sets of MedMNIST in their official npz files, converted to the array cache piece by piece.
 
-What is known of them (labels, counts, md5, addresses) is in `medmnist.json`; where the package medmnist is installed,
-its own table comes first, read without importing it.
+Their labels, counts, md5 and addresses are in `medmnist.json`; if the package medmnist is installed, its own table
+comes first, read without importing it.
 """
 
 import ast
@@ -26,20 +26,8 @@ __all__ = ["CHEST_NORMALISATION", "NAMES", "download", "load_npz", "official_fil
 
 logger = logging.getLogger(__name__)
 
-NAMES = (
-    "pathmnist",
-    "chestmnist",
-    "dermamnist",
-    "octmnist",
-    "pneumoniamnist",
-    "retinamnist",
-    "breastmnist",
-    "bloodmnist",
-    "tissuemnist",
-    "organamnist",
-    "organcmnist",
-    "organsmnist",
-)
+_KINDS = ("path", "chest", "derma", "oct", "pneumonia", "retina", "breast", "blood", "tissue")
+NAMES = tuple(f"{kind}mnist" for kind in (*_KINDS, "organa", "organc", "organs"))
 SIZES = (28, 64, 128, 224)
 EXTRAS = ("patients", "names")
 SOURCE = "https://zenodo.org/records/10519652"
@@ -51,7 +39,7 @@ TASK_OF = {
     "multi-label, binary-class": MULTI_LABEL,
     "ordinal-regression": ORDINAL,
 }
-PIECE_BYTES = 2**22  # of decompressed images held at a time
+PIECE_BYTES = 2**22  # of decompressed images in memory at a time
 
 # ---- cards
 
@@ -76,7 +64,7 @@ def _cards():
 
 @functools.cache
 def _table():
-    """{name: what is known of it}: our own words, and the facts of an installed medmnist or of the built-in table."""
+    """{name: entry}: our own words, with the facts of an installed medmnist or of the built-in table."""
     built_in = _built_in_table()
     try:
         installed = _installed_info()
@@ -85,7 +73,7 @@ def _table():
         table = {name: built_in[name] | installed[name] for name in NAMES}
         for name, entry in table.items():
             _card(name, entry)
-    except Exception as error:  # whatever another version of that file holds
+    except Exception as error:  # whatever another version of that file contains
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("medmnist: the table of the installed package cannot be read (%s); using our own", reason)
         return built_in
@@ -97,7 +85,7 @@ def _built_in_table():
 
 
 def _installed_info():
-    """INFO of an installed medmnist, None without one. To import it is to import torch and to make a folder."""
+    """INFO of an installed medmnist, or None; read as text, since its import imports torch and makes a folder."""
     found = importlib.util.find_spec("medmnist")
     if found is None:
         return None
@@ -206,7 +194,7 @@ def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
     Args:
         card: of the set.
         root, size, cache: see `load`.
-        seed: unused, the split is official.
+        seed: not used, the split is official.
         verify: compare the file's md5 with the official one first (seconds).
         download: get the smallest official file of at least `size` pixels if it is missing.
     """
@@ -232,11 +220,7 @@ def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
 
 
 def load_npz(
-    card: Card,
-    path: str | os.PathLike,
-    size: int,
-    side: int | None = None,
-    cache: str | os.PathLike | None = None,
+    card: Card, path: str | os.PathLike, size: int, side: int | None = None, cache: str | os.PathLike | None = None
 ) -> Parts:
     """Three splits from an npz with MedMNIST's keys; images go through the array cache, some at a time.
 

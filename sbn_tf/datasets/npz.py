@@ -1,4 +1,4 @@
-"""Arrays of npz archives, whole or piece by piece; what is broken, or not plain numbers, is refused in two lines."""
+"""Arrays of npz archives, whole or piece by piece; a broken file, or one with other than plain arrays, is refused."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ KINDS = {  # of dtypes; "uint8" is one too
 }
 Form = tuple[tuple[int | str, ...], str]  # shape, kind
 
-# What a broken file makes zipfile, zlib and numpy raise.
+# Errors of zipfile, zlib and numpy on a broken file.
 _BROKEN = (
     ValueError,
     OSError,
@@ -44,10 +44,9 @@ _BROKEN = (
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`; what a broken one raises becomes a ValueError that says so, in two lines.
+    """The archive at `path`; the errors of a broken one become a ValueError of two lines.
 
-    A file that is not there, or may not be read, stays a FileNotFoundError or PermissionError. An array's CRC-32 is
-    compared by zipfile when its last byte is read.
+    A FileNotFoundError or PermissionError stays one. zipfile compares an array's CRC-32 when its last byte is read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -59,7 +58,7 @@ def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
             "Check that it is there, and its permissions and those of its folder.",
         ) from error
     except _BROKEN as error:
-        if "\n" in str(error):  # said already
+        if "\n" in str(error):  # explained already
             raise
         raise ValueError(
             f"Expected a whole npz file of plain arrays. Received: {path} ({str(error) or type(error).__name__}).\n"
@@ -78,7 +77,7 @@ def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tupl
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = read(file)
         if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"{key} holds {dtype}, shape {shape}")
+            raise ValueError(f"{key} is of {dtype}, shape {shape}")
         expected = file.tell() + math.prod(shape) * dtype.itemsize
         if info.file_size != expected:
             raise ValueError(f"{key} has {info.file_size} bytes, not {expected}")
@@ -89,7 +88,7 @@ def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tupl
 
 
 def read_exactly(file: IO[bytes], num_bytes: int, key: str) -> bytes:
-    """So many bytes; an EOFError that names the array where there are fewer."""
+    """So many bytes; an EOFError that names the array if there are fewer."""
     data = file.read(num_bytes)
     if len(data) != num_bytes:
         raise EOFError(f"{key} ends early")

@@ -9,7 +9,6 @@ Images are `(N, size, size, C)` uint8; options of the readers: `num_train`, `num
 """
 
 import functools
-from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -27,50 +26,51 @@ __all__ = [
     "load_phantom_nodule",
 ]
 
-_COMMON: dict[str, Any] = dict(
-    licence="Apache-2.0 (made by this package)",
-    citation="none needed",
-    source="sbn_tf.datasets.phantoms",
-    files=(),
-    default_size=32,
-)
 
-PHANTOM_CHEST = Card(
-    name="phantom_chest",
-    title="phantom radiographs with 14 rare, faint findings",
-    task=MULTI_LABEL,
-    classes=LABELS,
-    channels=1,
-    num_raters=1,
-    network="resnet18",
-    notes="Synthetic; names only say where a sign is put. Labels of 1 to 20 % prevalence, some wrong.",
-    **_COMMON,
+def _card(name, title, task, classes, notes, channels=1, num_raters=1):
+    return Card(
+        name=name,
+        title=title,
+        task=task,
+        classes=classes,
+        channels=channels,
+        num_raters=num_raters,
+        licence="Apache-2.0 (made by this package)",
+        citation="none needed",
+        source="sbn_tf.datasets.phantoms",
+        files=(),
+        default_size=32,
+        network="unet" if task == SEGMENTATION else "resnet18",
+        notes=notes,
+    )
+
+
+PHANTOM_CHEST = _card(
+    "phantom_chest",
+    "phantom radiographs with 14 rare, faint findings",
+    MULTI_LABEL,
+    LABELS,
+    "Synthetic; names only say where a sign is put. Labels of 1 to 20 % prevalence, some wrong.",
 )
-PHANTOM_LESION = Card(
-    name="phantom_lesion",
-    title="phantom dermoscopic images with the lesion's boundary",
-    task=SEGMENTATION,
-    classes=("lesion",),
+PHANTOM_LESION = _card(
+    "phantom_lesion",
+    "phantom dermoscopic images with the lesion's boundary",
+    SEGMENTATION,
+    ("lesion",),
+    "Synthetic. The mask is one annotator's: the boundary is uncertain in proportion to its blur.",
     channels=3,
-    num_raters=1,
-    network="unet",
-    notes="Synthetic. The mask is one annotator's: the boundary is uncertain in proportion to its blur.",
-    **_COMMON,
 )
-PHANTOM_NODULE = Card(
-    name="phantom_nodule",
-    title="phantom CT nodules, outlined by 4 raters who disagree",
-    task=SEGMENTATION,
-    classes=("nodule",),
-    channels=1,
-    num_raters=4,
-    network="unet",
-    notes="Synthetic. Some nodules have a halo that only some raters include; faint ones are missed by some. "
+PHANTOM_NODULE = _card(
+    "phantom_nodule",
+    "phantom CT nodules, outlined by 4 raters who disagree",
+    SEGMENTATION,
+    ("nodule",),
+    "Synthetic. Some nodules have a halo that only some raters include; faint ones are missed by some. "
     "An empty mask is a rater who outlined nothing.",
-    **_COMMON,
+    num_raters=4,
 )
 
-# Roughly ChestMNIST's own rates, none under 1.2 % so that a small split holds each.
+# Roughly ChestMNIST's own rates, none under 1.2 % so that a small split has each.
 PREVALENCE = np.array([0.12, 0.03, 0.13, 0.20, 0.06, 0.06, 0.015, 0.05, 0.045, 0.025, 0.03, 0.02, 0.035, 0.012])
 FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels, as in mined reports
 NUM_RATERS = 4

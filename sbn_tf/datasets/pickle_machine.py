@@ -3,6 +3,7 @@
 import os
 import pickletools
 import struct
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -30,18 +31,17 @@ _SIZED = {
 _LINES = {"STRING": "quoted", "UNICODE": "raw-unicode-escape"}  # those that end with their line
 
 # Names that a pickle of plain data contains, as Python 2 and 3, NumPy 1 and 2 write them, and what each is here.
-KNOWN = {
-    ("numpy.core.multiarray", "_reconstruct"): "array",
-    ("numpy._core.multiarray", "_reconstruct"): "array",
-    ("numpy.core.multiarray", "scalar"): "scalar",
-    ("numpy._core.multiarray", "scalar"): "scalar",
-    ("numpy.core.numeric", "_frombuffer"): "frombuffer",
-    ("numpy._core.numeric", "_frombuffer"): "frombuffer",
+_KNOWN = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
     ("_codecs", "encode"): "encode",
     ("collections", "OrderedDict"): "dict",
-} | {
+}
+for _core in ("numpy.core", "numpy._core"):
+    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = "array"
+    _KNOWN[f"{_core}.multiarray", "scalar"] = "scalar"
+    _KNOWN[f"{_core}.numeric", "_frombuffer"] = "frombuffer"
+_KNOWN |= {
     (module, name): name
     for module in ("builtins", "__builtin__")
     for name in ("set", "frozenset", "bytearray", "bytes", "complex")
@@ -52,7 +52,7 @@ def follow(file: IO[bytes]) -> Any:
     """The value of a pickle, with `PickledArray` and `Stored` where the file was not read."""
     last_use = {}
     for position, name, argument in _operations(file):
-        if name in ("GET", "BINGET", "LONG_BINGET"):
+        if name in _GETS:
             if not 0 <= argument < 2**63:
                 raise ValueError("a memo index out of range")
             last_use[argument] = position
@@ -143,122 +143,67 @@ class _Machine:
         stack = self.stack
         if name in _PUSHED:
             stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
         elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             index = self.memoized if name == "MEMOIZE" else argument
             self.memoized += 1
             if self.last_use.get(index, -1) > position:
                 self.memo[index] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
+        elif name in _GETS:
             if argument not in self.memo:
                 raise IndexError(f"nothing at memo index {argument}")
             stack.append(self.memo[argument])
             if self.last_use[argument] == position:
                 del self.memo[argument]
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            if name == "GLOBAL":
-                module, _, attribute = argument.partition(" ")
-            else:
-                attribute, module = stack.pop(), stack.pop()
+            module, attribute = argument.split(" ", 1) if name == "GLOBAL" else self._popped(2)
             stack.append(_name(module, attribute))
-        elif name in _STEPS:
-            _STEPS[name](self)
+        elif name == "MARK":
+            self.below.append(stack)
+            self.stack = []
+        elif name == "POP" and stack:
+            stack.pop()
+        elif name in ("POP", "POP_MARK"):
+            self._taken()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(self._popped(int(name[-1]))))
+        elif name in _MADE:
+            values = self._taken()
+            self.stack.append(_MADE[name](values))
+        elif name in _FILLED:
+            count, fill = _FILLED[name]
+            values = self._popped(count) if count else self._taken()
+            fill(self.stack[-1], values)
+        elif name == "REDUCE":
+            stack.append(_call(*self._popped(2)))
+        elif name == "BUILD":
+            (state,) = self._popped(1)
+            if type(stack[-1]) not in (Dtype, PickledArray):
+                raise RefusedError(f"a state for {shown(stack[-1])}")
+            stack[-1].build(state)
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(f"the operation {name}" + (f" of {shown(argument)}" if argument is not None else ""))
 
-    def take(self):
-        """What lies above the topmost mark."""
+    def _taken(self):
+        """The values above the topmost mark."""
         above, self.stack = self.stack, self.below.pop()
         return above
 
-    def mark(self):
-        self.below.append(self.stack)
-        self.stack = []
-
-    def pop(self):
-        if self.stack:
-            self.stack.pop()
-        else:
-            self.take()
-
-    def tuple_of(self, count):
-        stack = self.stack
-        stack[-count:] = [tuple(_last(stack, count))]
-
-    def append(self):
-        value = self.stack.pop()
-        _of(list, self.stack[-1]).append(value)
-
-    def appends(self):
-        values = self.take()
-        _of(list, self.stack[-1]).extend(values)
-
-    def set_item(self):
-        key, value = _last(self.stack, 2)
-        del self.stack[-2:]
-        _insert(self.stack[-1], (key, value))
-
-    def set_items(self):
-        items = self.take()
-        _insert(self.stack[-1], items)
-
-    def add_items(self):
-        items = self.take()
-        _of(set, self.stack[-1]).update(map(_key, items))
-
-    def reduce(self):
-        function, arguments = _last(self.stack, 2)
-        self.stack[-2:] = [_call(function, arguments)]
-
-    def build(self):
-        target, state = _last(self.stack, 2)
-        if type(target) not in (Dtype, PickledArray):
-            raise RefusedError(f"a state for {shown(target)}")
-        del self.stack[-1]
-        target.build(state)
-
-
-_PUSHED = {*_SIZED, *_LINES, "INT", "BININT", "BININT1", "BININT2", "LONG", "FLOAT", "BINFLOAT"}
-_CONSTANTS = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
-_STEPS = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": _Machine.take,
-    "DUP": lambda machine: machine.stack.append(machine.stack[-1]),
-    "TUPLE": lambda machine: _push(machine, tuple(machine.take())),
-    "TUPLE1": lambda machine: machine.tuple_of(1),
-    "TUPLE2": lambda machine: machine.tuple_of(2),
-    "TUPLE3": lambda machine: machine.tuple_of(3),
-    "LIST": lambda machine: _push(machine, machine.take()),
-    "DICT": lambda machine: _push(machine, _insert({}, machine.take())),
-    "FROZENSET": lambda machine: _push(machine, frozenset(map(_key, machine.take()))),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "ADDITEMS": _Machine.add_items,
-    "REDUCE": _Machine.reduce,
-    "BUILD": _Machine.build,
-}
-
-
-def _push(machine, value):  # the stack is another one once the values above a mark were taken
-    machine.stack.append(value)
+    def _popped(self, count):
+        if len(self.stack) < count:
+            raise IndexError("it takes more from its stack than there is")
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        return values
 
 
 def _name(module, attribute):
     if type(module) is not str or type(attribute) is not str:
         raise ValueError("a name that is no text")
-    kind = KNOWN.get((module, attribute))
+    kind = _KNOWN.get((module, attribute))
     if kind is None:
         raise RefusedError(shown(f"{module}.{attribute}"))
     return Name(f"{module}.{attribute}", kind)
@@ -317,7 +262,7 @@ def _insert(target, items):
 
 def _pair(value):
     if type(value) not in (list, tuple) or len(value) != 2:
-        raise ValueError("a pair that is none")
+        raise ValueError("something else than a pair")
     return value
 
 
@@ -343,7 +288,22 @@ def _of(kind, value):
     return value
 
 
-def _last(stack, count):
-    if len(stack) < count:
-        raise IndexError("it takes more from its stack than there is")
-    return stack[-count:]
+_GETS = ("GET", "BINGET", "LONG_BINGET")
+_PUSHED = {*_SIZED, *_LINES, "INT", "BININT", "BININT1", "BININT2", "LONG", "FLOAT", "BINFLOAT"}
+_EMPTY: dict[str, Callable[[], Any]] = {f"EMPTY_{kind.__name__.upper()}": kind for kind in (tuple, list, dict, set)}
+_EMPTY |= {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+# Operations that make a value of what lies above the mark.
+_MADE = {
+    "TUPLE": tuple,
+    "LIST": list,
+    "DICT": lambda items: _insert({}, items),
+    "FROZENSET": lambda items: frozenset(map(_key, items)),
+}
+# Operations that put values into the container below them: as many values, 0: those above the mark.
+_FILLED = {
+    "APPEND": (1, lambda target, values: _of(list, target).extend(values)),
+    "APPENDS": (0, lambda target, values: _of(list, target).extend(values)),
+    "SETITEM": (2, lambda target, values: _insert(target, values)),
+    "SETITEMS": (0, lambda target, values: _insert(target, values)),
+    "ADDITEMS": (0, lambda target, values: _of(set, target).update(map(_key, values))),
+}

@@ -135,7 +135,7 @@ class PickledArray:
         if native.kind == "b" and (values.view("uint8") > 1).any():
             raise ValueError("a bool that is neither 0 nor 1")
         if native.kind == "U" and values.size and values.view("uint32").max() > 0x10FFFF:
-            raise ValueError("text that is none")
+            raise ValueError("text with invalid letters")
         values = values.reshape(self._stored_shape, order=self._order)
         values = values if self._axes is None else values.transpose(self._axes)
         return values[()] if self._scalar else values

@@ -17,7 +17,7 @@ MOST_CLASSES = 10_000
 def pieces(
     source: Any, task: str, where: str = "the dataset"
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Images, targets and rater_valid (or None) of a source, some at a time; shapes are checked, values are not.
+    """Images, targets and rater_valid (or None) of a source, some at a time; checks shapes, not values.
 
     Args:
         source: a `tf.data.Dataset` of (image, target), batched or not, or (images, targets) arrays. With masks, a
@@ -85,8 +85,8 @@ def _pair(element, task, where):
 def _as_batch(members, task, where):
     """Arrays with a batch axis and a channel axis.
 
-    An image of rank 4 is a batch, one of rank 2 a single grey one. Of rank 3 it is single where its last axis is of 1
-    or 3 channels, else a batch of grey ones.
+    An image of rank 4 is a batch, one of rank 2 a single grey image. An image of rank 3 is single if its last axis has
+    1 or 3 channels, else a batch of grey images.
     """
     members = [np.asarray(part) for part in members]
     images, targets = members[:2]
@@ -120,7 +120,7 @@ def _as_batch(members, task, where):
 
 
 def are_class_numbers(targets: np.ndarray) -> np.ndarray:
-    """Which values are whole numbers of 0 to 9,999, bool; text is none."""
+    """Which values are whole numbers from 0 to 9,999, bool; text is not."""
     if targets.dtype.kind not in "biuf":
         return np.zeros(targets.shape, bool)
     return (targets >= 0) & (targets < MOST_CLASSES) & (np.floor(targets) == targets)

@@ -15,7 +15,7 @@ __all__ = ["Split", "rows"]
 class Split:
     """One part (train, val or test) of a dataset.
 
-    Images and targets are arrays in memory or `DiskArray`s, which are indexed alike; `np.asarray` reads all of one.
+    Images and targets are arrays in memory or `DiskArray`s, which are indexed in the same way; `np.asarray` reads all.
 
     Args:
         name: "train", "val" or "test"; used in messages.
@@ -31,7 +31,7 @@ class Split:
         mean, sd: `(C,)` float32 on the 0..1 scale, used by `normalised` and `batches`.
 
     Raises:
-        ValueError: an empty split, or shapes, types or values other than these.
+        ValueError: an empty split, or other shapes, types or values than these.
     """
 
     name: str
@@ -179,7 +179,7 @@ class Split:
 
 
 def rows(column, index: Index):
-    """Rows of an array, which stay on the disk where it is a `DiskArray`; None of None."""
+    """Rows of an array, on the disk if it is a `DiskArray`; None of None."""
     if column is None:
         return None
     return column.select(index) if isinstance(column, DiskArray) else column[index]

@@ -44,7 +44,7 @@ class TemporaryArray(DiskArray):
     def __deepcopy__(self, memo):
         return self
 
-    def __reduce__(self):  # a pickle names the file; it does not hold it
+    def __reduce__(self):  # a pickle names the file, and does not keep it
         return DiskArray, super().__reduce__()[1]
 
 
