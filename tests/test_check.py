@@ -136,6 +136,15 @@ def test_max_images_takes_a_part_and_says_so():
     assert not any("too few" in sentence for sentence in report.problems)  # it was we who took so few
 
 
+def test_a_sample_names_images_by_their_place_in_the_split():
+    x = images(200)
+    x[150:] = 7
+    split = Split(name="train", task=MULTI_LABEL, images=x, targets=labels(200))
+    (problem,) = [sentence for sentence in check(split, max_images=150).problems if "one value" in sentence]
+    first = int(problem.split("(first: image ")[1].split(")")[0])
+    assert first >= 150
+
+
 @pytest.mark.parametrize(
     ("task", "targets", "note"),
     [

@@ -8,11 +8,12 @@ import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums", "stored_rows"]
+__all__ = ["DiskArray"]
 
 Index = slice | Sequence[int] | np.ndarray  # of rows: integers, or a bool for each
 
@@ -174,12 +175,17 @@ def _read_at(file, part, place):
         return file.readinto(part)
 
 
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from where a `.npy` array begins."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    return read(file)
+
+
 def _read_header(path):
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran_order, dtype = read(file)
+            shape, fortran_order, dtype = read_npy_header(file)
             offset = file.tell()
         expected = offset + int(np.prod(shape)) * dtype.itemsize
         if fortran_order or dtype.hasobject or not shape:

@@ -21,7 +21,7 @@ from .card import Card as Card
 from .split import Split as Split
 from .split import rows
 
-__all__ = ["MEMORY_BYTES", "SPLITS", "Data", "Parts", "first_in_seeded_order", "read_if_small"]
+__all__ = ["Data", "Parts"]
 
 logger = logging.getLogger(__name__)
 

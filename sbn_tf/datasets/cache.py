@@ -24,7 +24,7 @@ from sbn_tf.core.files import write_atomically
 from . import files
 from .arrays import DiskArray, NpyWriter, row_crc32, row_sums, stored_rows
 
-__all__ = ["cache_folder", "cached", "fingerprint"]
+__all__ = ["cached"]
 
 logger = logging.getLogger(__name__)
 

@@ -147,10 +147,11 @@ def _counted(source, task, part, max_images, edges):
     """The tally of a source, of at most `max_images`."""
     tally = Tally(part, task, edges)
     if isinstance(source, Split):
-        tally.available = source.num_examples
-        if max_images is not None and max_images < source.num_examples:
-            source = source.subset(first_in_seeded_order(source.num_examples, max_images, 0))
-        tally.names = np.arange(tally.available) if source.ids is None else source.ids
+        tally.available, rows = source.num_examples, np.arange(source.num_examples)
+        if max_images is not None and max_images < len(rows):
+            rows = first_in_seeded_order(len(rows), max_images, 0)
+            source = source.subset(rows)
+        tally.names = rows if source.ids is None else source.ids
         tally.groups = None if source.groups is None else set(source.groups.tolist())
         source = (source.images, source.targets, *([] if source.rater_valid is None else [source.rater_valid]))
     elif max_images is None:

@@ -6,7 +6,7 @@ from . import files
 from .base import MULTI_LABEL, Card, Parts
 from .medmnist import CHEST_NORMALISATION, load_npz
 
-__all__ = ["LABELS", "NIH_CHEST", "load_nih_chest"]
+__all__ = ["NIH_CHEST", "load_nih_chest"]
 
 logger = logging.getLogger(__name__)
 

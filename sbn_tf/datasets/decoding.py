@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from . import cache as array_cache
 from .arrays import DiskArray
 
-__all__ = ["FITS", "FORMATS", "check_header", "decoded", "read_image", "read_mask", "readable"]
+__all__ = ["decoded"]
 
 logger = logging.getLogger(__name__)
 

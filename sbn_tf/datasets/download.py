@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import files
 
-__all__ = ["check_official", "fetch"]
+__all__ = ["fetch"]
 
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 4  # after an attempt that brought nothing new, until one does

@@ -17,18 +17,7 @@ from PIL import Image
 
 from .base import Card
 
-__all__ = [
-    "check_binary",
-    "check_md5",
-    "check_option",
-    "check_room",
-    "find",
-    "is_integer",
-    "locked",
-    "resize_images",
-    "roots",
-    "writable",
-]
+__all__ = ["find", "resize_images"]
 
 logger = logging.getLogger(__name__)
 

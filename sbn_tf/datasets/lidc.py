@@ -10,7 +10,7 @@ from . import files, npz
 from .base import SEGMENTATION, Card, Parts
 from .base import SPLITS as PARTS
 
-__all__ = ["FOLDS", "LIDC", "RATERS", "centre", "check_fold", "load_lidc", "resample", "split_by_group"]
+__all__ = ["LIDC", "load_lidc"]
 
 WINDOW = (-1000.0, 400.0)  # Hounsfield units: air to soft tissue, the customary lung window
 PIXEL_SPACINGS = (0.1, 5.0)  # mm; what a CT slice can have, with room on both sides

@@ -22,7 +22,7 @@ from . import files, npz
 from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SPLITS, Card, Parts, Split
 from .download import check_official, fetch
 
-__all__ = ["CHEST_NORMALISATION", "NAMES", "download", "load_npz", "official_file", "registered"]
+__all__ = ["NAMES", "download"]
 
 logger = logging.getLogger(__name__)
 

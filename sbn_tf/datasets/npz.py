@@ -12,7 +12,9 @@ from typing import IO
 
 import numpy as np
 
-__all__ = ["check_forms", "check_keys", "read_array", "read_npz", "read_rows", "whole"]
+from .arrays import read_npy_header
+
+__all__ = ["read_npz"]
 
 PIECE_BYTES = 2**20  # decompressed at a time
 MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
@@ -73,9 +75,7 @@ def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tupl
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key} is compressed by another method than deflate")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = read(file)
+        shape, fortran_order, dtype = read_npy_header(file)
         if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
             raise ValueError(f"{key} is of {dtype}, shape {shape}")
         expected = file.tell() + math.prod(shape) * dtype.itemsize

@@ -17,14 +17,7 @@ from .base import MULTI_LABEL, SEGMENTATION, Card, Parts, Split
 from .chest import LABELS
 from .files import is_integer
 
-__all__ = [
-    "PHANTOM_CHEST",
-    "PHANTOM_LESION",
-    "PHANTOM_NODULE",
-    "load_phantom_chest",
-    "load_phantom_lesion",
-    "load_phantom_nodule",
-]
+__all__ = ["load_phantom_chest", "load_phantom_lesion", "load_phantom_nodule"]
 
 
 def _card(name, title, task, classes, notes, channels=1, num_raters=1):

@@ -7,7 +7,7 @@ from typing import IO
 
 import numpy as np
 
-__all__ = ["ATOMS", "Dtype", "Name", "PickledArray", "RefusedError", "Stored", "decode", "exactly", "shown"]
+__all__ = ["PickledArray"]
 
 MAX_AXES = 32
 MAX_SIDE = 2**31

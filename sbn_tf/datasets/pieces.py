@@ -8,7 +8,7 @@ import numpy as np
 from .arrays import DiskArray
 from .base import SEGMENTATION
 
-__all__ = ["are_class_numbers", "check_ends", "pieces"]
+__all__ = ["pieces"]
 
 PIECE_BYTES = 2**22
 MOST_CLASSES = 10_000

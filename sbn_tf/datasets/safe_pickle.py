@@ -26,7 +26,7 @@ import numpy as np
 from .pickle_machine import follow
 from .pickle_values import ATOMS, PickledArray, RefusedError, Stored, shown
 
-__all__ = ["SafePickle", "load"]
+__all__ = ["SafePickle"]
 
 
 class SafePickle(Mapping):

@@ -8,7 +8,7 @@ from . import stream
 from .arrays import DiskArray, Index
 from .card import BINARY, EXCLUSIVE, SEGMENTATION, TASKS
 
-__all__ = ["Split", "rows"]
+__all__ = ["Split"]
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from .arrays import row_sums
 from .base import EXCLUSIVE, MULTI_LABEL, SEGMENTATION
 from .pieces import are_class_numbers
 
-__all__ = ["NONE", "Tally"]
+__all__ = ["Tally"]
 
 WALL = 24  # images that a tally keeps, for a picture
 BINS = 64

@@ -11,7 +11,7 @@ import weakref
 
 from .arrays import DiskArray
 
-__all__ = ["TemporaryArray", "TemporaryFolder"]
+__all__ = ["TemporaryFolder"]
 
 
 class TemporaryFolder:
