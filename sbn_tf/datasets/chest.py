@@ -32,7 +32,7 @@ NIH_CHEST = Card(
 )
 
 
-def load_nih_chest(root, size: int, seed: int, cache=None) -> Parts:
+def load_nih_chest(root: files.Folder, size: int, seed: int, cache: files.Folder = None) -> Parts:
     """Three splits: images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
     place = NIH_CHEST.files[0]
     if size != 64:

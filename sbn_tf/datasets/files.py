@@ -21,6 +21,8 @@ __all__ = ["find", "resize_images"]
 
 logger = logging.getLogger(__name__)
 
+Folder = str | os.PathLike | None  # None: the default
+
 
 def roots(root: str | os.PathLike | None = None) -> list[Path]:
     """Folders to look in: `root`; else SBN_TF_DATA; else `data/` here, then `data/` beside the package."""

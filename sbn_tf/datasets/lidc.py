@@ -40,7 +40,7 @@ LIDC = Card(
 
 
 def load_lidc(
-    root,
+    root: files.Folder,
     size: int,
     seed: int,
     *,

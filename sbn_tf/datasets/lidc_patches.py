@@ -51,7 +51,14 @@ LIDC_PATCHES = Card(
 
 
 def load_lidc_patches(
-    root, size: int, seed: int, cache=None, *, split: str = "patient", fold: int = 0, raters: str = "all"
+    root: files.Folder,
+    size: int,
+    seed: int,
+    cache: files.Folder = None,
+    *,
+    split: str = "patient",
+    fold: int = 0,
+    raters: str = "all",
 ) -> Parts:
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients or series.
 
