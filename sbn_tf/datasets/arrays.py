@@ -40,7 +40,7 @@ def row_sums(images: np.ndarray) -> np.ndarray:
 
 
 class DiskArray:
-    """Rows of a `.npy` file as an array of that shape and dtype, of which only what is indexed is in memory.
+    """A `.npy` file as an array of its shape and dtype; only the rows that are indexed are read into memory.
 
     `images[3]`, `images[10:20]` and `images[[5, 2]]` read just those rows into an ordinary array; `select` gives other
     rows without reading any; `np.asarray(images)` reads all. Each row that is read is compared with its CRC-32, so a

@@ -52,7 +52,7 @@ def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.P
 
 
 def check_md5(path: str | os.PathLike, md5: str, what: object, advice: str) -> None:
-    """Raises a ValueError about `what`, with an advice, unless the file at `path` has that md5."""
+    """Raises a ValueError about `what`, with `advice` at its end, unless the file at `path` has that md5."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:

@@ -122,7 +122,7 @@ def _check_spacing(spacing):
 
 
 def _checked_window(window):
-    """(low, high) as floats; a ValueError where they are no such pair."""
+    """(low, high) as floats; a ValueError unless they are such a pair."""
     try:
         low, high = (float(value) for value in window)
     except (TypeError, ValueError):

@@ -142,7 +142,7 @@ class PickledArray:
 
 
 def _tokens(state):
-    """A state to be compared by value and type: True is no 1 here."""
+    """A state's types and integers, for a comparison in which True differs from 1."""
     return [(type(value), value if type(value) is int else None) for value in state]
 
 

@@ -59,7 +59,7 @@ class SafePickle(Mapping):
         return key in self._items
 
     def peek(self, key: object) -> Any:
-        """An item with a `PickledArray` for each array; long text and bytes are not readable in it either."""
+        """An item that is not read: a `PickledArray` for each array, stand-ins for long text and bytes."""
         return self._items[key]
 
 
@@ -81,7 +81,7 @@ def _status(file):
 
 
 def _plain(path, value, status):
-    """The value with its arrays and long strings read from the file, whose status is the one it had."""
+    """The value with its arrays and long strings read from the file, if its status has not changed."""
     with open(path, "rb") as file:
         _check_unchanged(path, file, status)
         with _explained(path):

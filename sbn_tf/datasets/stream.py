@@ -120,7 +120,7 @@ def _reader(array):
 
 
 def _one_mask(masks, valid, rater, draw):
-    """Of `(B, H, W, R)` masks the one to learn from, `(B, H, W, 1)`."""
+    """The mask to learn from, `(B, H, W, 1)`, one or a mean of `(B, H, W, R)`."""
     import tensorflow as tf
 
     count = tf.reduce_sum(tf.cast(valid, "float32"), axis=1)

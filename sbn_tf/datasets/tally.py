@@ -185,7 +185,7 @@ class Tally:
         return np.pad(found, (0, len(classes) - len(found)))
 
     def named(self, targets, classes):
-        """Class numbers `(N,)` and the names: a class without a name is its number, what is no class number is "?"."""
+        """Class numbers `(N,)` and the names: a class without a name has its number, other values "?"."""
         names = [*classes, *map(str, range(len(classes), len(self.positives)))]
         numbers, right = np.full(len(targets), len(names)), are_class_numbers(targets)
         numbers[right] = targets[right].astype("int64")

@@ -75,7 +75,7 @@ def _has_ended(process):
 
 
 def _machine():
-    """Eight digits for this machine and container: processes of others, which may share the cache, may have our id."""
+    """Eight digits for this machine and container; others may share the cache, and have processes of the same ids."""
     try:
         container = os.stat("/proc/self/ns/pid").st_ino
     except OSError:

@@ -181,7 +181,7 @@ def _through_cache(source, task, part, name, key, cache):
 
 
 def _kept_layout(name, origin, cache):
-    """Shapes and dtypes of the rows of the finished cache of this origin; None where there is not just one."""
+    """Shapes and dtypes of the rows of the finished cache of this origin; None unless there is exactly one."""
     found = []
     with contextlib.suppress(OSError):
         for path in array_cache.cache_folder(cache).glob(f"{name}-*/manifest.json"):
