@@ -112,7 +112,7 @@ def test_a_damaged_cache_is_made_anew_and_says_so(tmp_path, caplog, damage):
     else:
         (folder / "manifest.json").write_text(json.dumps({"rows": 7}))
     assert_whole(build(tmp_path))
-    assert caplog.text.count("is damaged") == 1 and "made anew" in caplog.text
+    assert caplog.text.count("is damaged") == 1 and "made again" in caplog.text
     assert finished(tmp_path) == [folder.name]
 
 

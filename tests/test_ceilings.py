@@ -5,8 +5,8 @@ import pytest
 
 from sbn_tf import datasets, metrics
 from sbn_tf.datasets import MULTI_LABEL, SEGMENTATION, Split
-from sbn_tf.datasets.ceilings import LEVELS, ceilings
 from sbn_tf.experiments import scoring
+from sbn_tf.experiments.ceilings import LEVELS, ceilings
 
 
 def masks_of(*rows):

@@ -1,7 +1,5 @@
 """The check of a dataset: its numbers against numpy, and each fault that is planted is named."""
 
-import sys
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -13,9 +11,10 @@ import tensorflow as tf
 from sklearn.metrics import jaccard_score
 
 from sbn_tf import datasets
-from sbn_tf.datasets import check
+from sbn_tf.datasets import check, pieces
 from sbn_tf.datasets.arrays import DiskArray
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, SEGMENTATION, Data, Split
+from sbn_tf.experiments.check_plot import plot_check
 
 SIDE = 6
 
@@ -59,8 +58,7 @@ def close_figures():
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize("piece_bytes", [2**22, 100])
 def test_numbers_of_labels_are_those_of_numpy(monkeypatch, channels, dtype, piece_bytes):
-    for module in ("check", "tensors"):
-        monkeypatch.setattr(sys.modules[f"sbn_tf.datasets.{module}"], "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     x, y = images(30, channels=channels), labels(30)
     x = x if dtype == "uint8" else (x / 255).astype("float32")
     split = Split(name="train", task=MULTI_LABEL, images=x, targets=y, groups=np.arange(30) % 7)
@@ -70,7 +68,7 @@ def test_numbers_of_labels_are_those_of_numpy(monkeypatch, channels, dtype, piec
     np.testing.assert_allclose([row["mean"], row["sd"]], [x.mean(dtype="float64"), x.std(dtype="float64")], rtol=1e-6)
     assert list(row["positives"].values()) == y.sum(0).tolist()
     report = check(split)
-    (tally,) = report._tallies
+    (tally,) = report.tallies
     assert tally.histogram.tolist() == np.histogram(x, tally.edges)[0].tolist() and tally.histogram.sum() == x.size
 
 
@@ -138,6 +136,15 @@ def test_max_images_takes_a_part_and_says_so():
     assert not any("too few" in sentence for sentence in report.problems)  # it was we who took so few
 
 
+def test_a_sample_names_images_by_their_place_in_the_split():
+    x = images(200)
+    x[150:] = 7
+    split = Split(name="train", task=MULTI_LABEL, images=x, targets=labels(200))
+    (problem,) = [sentence for sentence in check(split, max_images=150).problems if "one value" in sentence]
+    first = int(problem.split("(first: image ")[1].split(")")[0])
+    assert first >= 150
+
+
 @pytest.mark.parametrize(
     ("task", "targets", "note"),
     [
@@ -173,7 +180,7 @@ def test_what_a_sample_lacks_is_a_note(task, targets, note):
 def test_phantoms_have_no_problem(name):
     report = check(datasets.load(name, size=16))
     assert report.problems == [] and "No problem found." in str(report)
-    assert report.notes == ["Patients are not known: whether one is in two splits cannot be told."]
+    assert report.notes == ["Patients are not known, so a patient may be in two splits."]
 
 
 @pytest.mark.parametrize(("sources", "task"), [(labelled(), MULTI_LABEL), (masked(), SEGMENTATION)])
@@ -275,7 +282,7 @@ def test_class_numbers_that_no_name_is_of_are_problems(label, problem, column):
     assert report.problems == [problem]
     assert list(report.table[0]["positives"]) == ["a", "b"]
     assert report.table[0]["positives"]["b"] == 18 and "18 (45.0%)" in str(report)
-    figure = report.plot()
+    figure = plot_check(report)
     shown = {ax.get_xlabel() for ax in figure.axes if ax.images}
     assert shown <= {"a", "b", str(label), "?"} and {"a", "b"} <= shown
 
@@ -283,10 +290,10 @@ def test_class_numbers_that_no_name_is_of_are_problems(label, problem, column):
 def test_text_is_no_class_number():
     report = check((TRAIN[0], np.array(["cat", "dog"] * 20)), MULTI_CLASS, classes=("cat", "dog"))
     assert report.problems[0] == "images has other targets than classes 0, 1, 2, ..., as cat."
-    assert {ax.get_xlabel() for ax in report.plot().axes if ax.images} == {"?"}
+    assert {ax.get_xlabel() for ax in plot_check(report).axes if ax.images} == {"?"}
     report = check((TRAIN[0], np.array(["cat", "dog"] * 20)), MULTI_CLASS)
     assert "other targets" in str(report) and report.table[0]["positives"] == {}
-    report.plot()
+    plot_check(report)
 
 
 def test_images_of_none_of_the_labels_are_counted():
@@ -365,7 +372,7 @@ def test_it_reads_as_markdown():
 )
 def test_picture(sources, task):
     report = check(sources, task)
-    figure = report.plot()
+    figure = plot_check(report)
     figure.canvas.draw()
     assert plt.get_fignums() == [figure.number]
     shown = [ax for ax in figure.axes if ax.images]
@@ -379,7 +386,7 @@ def test_picture(sources, task):
 
 def test_the_wall_is_a_copy_of_images_that_were_there():
     x, y = images(60), labels(60)
-    (tally,) = check((x, y), MULTI_LABEL)._tallies
+    (tally,) = check((x, y), MULTI_LABEL).tallies
     rows = [np.flatnonzero((x == image).all(axis=(1, 2, 3)))[0] for image, _, _ in tally.wall]
     assert len(set(rows)) == 24 and max(rows) > 30
     for row, (image, target, _) in zip(rows, tally.wall, strict=True):

@@ -29,7 +29,7 @@ def run(place):
 @pytest.fixture
 def registries(monkeypatch):
     """Each test leaves them as they were."""
-    for owner, name in ((datasets, "_REGISTRY"), (baselines, "METHODS"), (layers, "_PARTIAL")):
+    for owner, name in ((datasets.registry, "REGISTRY"), (baselines, "METHODS"), (layers, "_PARTIAL")):
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
 
 

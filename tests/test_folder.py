@@ -418,7 +418,7 @@ def test_bad_input_has_two_lines_and_leaves_no_cache(tmp_path, make_one, spoil, 
         ({"grade": ["0"] * 12}, "Expected grades from 0 to K-1"),
         ({"label": list("ab" * 6), "grade": list("01" * 6)}, "Received: columns label, grade"),
         ({"label": list("ab" * 6), "patient": ["p"] * 12}, "Received: 'p' in train and val"),
-        ({"label": list("ab" * 6), "patient": ["p", ""] * 6}, "none for row 2 below the header"),
+        ({"label": list("ab" * 6), "patient": ["p", ""] * 6}, "'' in row 2 below the header"),
     ],
 )
 def test_bad_columns(tmp_path, columns, message):

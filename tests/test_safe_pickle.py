@@ -13,7 +13,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sbn_tf.datasets.safe_pickle import PickledArray, SafePickle, _Stored, load
+from sbn_tf.datasets.pickle_values import PickledArray, Stored
+from sbn_tf.datasets.safe_pickle import SafePickle, load
 
 PROTOCOLS = range(6)
 EVENTS = {"pickle.find_class", "import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
@@ -238,21 +239,21 @@ def test_a_file_that_changed_since_is_told(tmp_path, how):
         path.write_bytes(other + b"." * (how == "longer"))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (10**9 if how == "written to" else 0)))
     says = {"replaced": "inode", "written to": "time of change", "longer": "size"}[how]
-    with pytest.raises(ValueError, match=rf"as it was when it was opened. Received: another {says}.\nOpen it anew"):
+    with pytest.raises(ValueError, match=rf"as it was when it was opened. Received: another {says}.\nOpen it again"):
         found["a"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, monkeypatch):
     path = tmp_path / "data.pickle"
     path.write_bytes(pickle.dumps({"a": np.zeros(4000)}))
-    found, read_stored = SafePickle(path), _Stored.read
+    found, read_stored = SafePickle(path), Stored.read
 
     def read(self, file):
         with open(path, "ab") as other:
             other.write(b"more")
         return read_stored(self, file)
 
-    monkeypatch.setattr(_Stored, "read", read)
+    monkeypatch.setattr(Stored, "read", read)
     with pytest.raises(ValueError, match=r"as it was when it was opened. Received: another size"):
         found["a"]
 
@@ -268,7 +269,7 @@ def test_memory_does_not_grow_with_the_patches(tmp_path, protocol):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert total > 0
-    parts = (PickledArray(), _Stored(0, 0, "bytes"), (64, 64), 2**31, 4096)
+    parts = (PickledArray(), Stored(0, 0, "bytes"), (64, 64), 2**31, 4096)
     patch = ({"image": 0, "masks": 0, "series_uid": 0}, [0] * 4, "patch_100", "1.2.25")
     place = 5 * sum(map(sys.getsizeof, parts)) + sum(map(sys.getsizeof, patch))  # 1.7 kB, of 49 kB of pixels
     assert (peaks[1] - peaks[0]) / 200 < 2 * place  # twice: tables and lists grow ahead, memory is given in steps

@@ -8,11 +8,12 @@ import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["DiskArray", "NpyWriter", "row_crc32", "row_sums", "stored_rows"]
+__all__ = ["DiskArray"]
 
 Index = slice | Sequence[int] | np.ndarray  # of rows: integers, or a bool for each
 
@@ -39,14 +40,14 @@ def row_sums(images: np.ndarray) -> np.ndarray:
 
 
 class DiskArray:
-    """Rows of a `.npy` file as an array of that shape and dtype, of which only what is indexed is in memory.
+    """A `.npy` file as an array of its shape and dtype; only the rows that are indexed are read into memory.
 
-    `images[3]`, `images[10:20]` and `images[[5, 2]]` read just those rows into an ordinary array; `select`
-    gives other rows without reading any; `np.asarray(images)` reads all. Each row that is read is compared
-    with its CRC-32: a flipped bit is an error, never an image.
+    `images[3]`, `images[10:20]` and `images[[5, 2]]` read just those rows into an ordinary array; `select` gives other
+    rows without reading any; `np.asarray(images)` reads all. Each row that is read is compared with its CRC-32, so a
+    flipped bit is an error.
 
     Reads are plain file reads, not a memory map: pages of a map count as memory of the process (an epoch of
-    ChestMNIST at 224 pixels would show as 4 GB), and a file cut short under a map kills it.
+    ChestMNIST at 224 pixels would show as 4 GB), and a map of a file that is cut short kills the process.
 
     Args:
         path: `.npy` file in C order.
@@ -87,7 +88,7 @@ class DiskArray:
     def __repr__(self):
         return f"DiskArray(shape={self.shape}, dtype={self.dtype}, path={str(self.path)!r})"
 
-    def __reduce__(self):  # a copy or a pickle names the file; it does not hold it
+    def __reduce__(self):  # a copy or a pickle names the file, and does not contain it
         return type(self), (self.path, self._rows, self._crc32, self._sums)
 
     def __getitem__(self, key) -> np.ndarray:
@@ -112,13 +113,13 @@ class DiskArray:
         return DiskArray(self.path, rows[index], self._crc32, self._sums)
 
     def crc32(self) -> np.ndarray:
-        """CRC-32 of each row, `(N,)` uint32; without reading, where they are known."""
+        """CRC-32 of each row, `(N,)` uint32; if they are known, nothing is read."""
         if self._crc32 is not None:
             return self._crc32 if self._rows is None else self._crc32[self._rows]
         return np.concatenate([row_crc32(part) for part in self.pieces()])
 
     def sums(self) -> np.ndarray:
-        """`row_sums` of the images; without reading, where they are known."""
+        """`row_sums` of the images; if they are known, nothing is read."""
         if self._sums is not None:
             return self._sums if self._rows is None else self._sums[self._rows]
         return np.concatenate([row_sums(part) for part in self.pieces()])
@@ -161,12 +162,12 @@ class DiskArray:
     def _damaged(self, why):
         return ValueError(
             f"Expected {self.path} as it was written. Received: {why}.\n"
-            f"Delete the folder {self.path.parent}: it is made anew from the source."
+            f"Delete the folder {self.path.parent}: it is made again from the source."
         )
 
 
 def _read_at(file, part, place):
-    """Read into `part` from `place` on, some bytes or all; threads and forked processes do not disturb one another."""
+    """Read some or all bytes of `part` from `place` on; safe with threads and forked processes."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [part], place)
     with _ONE_AT_A_TIME:  # Windows
@@ -174,12 +175,17 @@ def _read_at(file, part, place):
         return file.readinto(part)
 
 
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and dtype, from where a `.npy` array begins."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    return read(file)
+
+
 def _read_header(path):
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran_order, dtype = read(file)
+            shape, fortran_order, dtype = read_npy_header(file)
             offset = file.tell()
         expected = offset + int(np.prod(shape)) * dtype.itemsize
         if fortran_order or dtype.hasobject or not shape:
@@ -189,13 +195,13 @@ def _read_header(path):
     except (OSError, ValueError, KeyError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(
             f"Expected a whole .npy file of plain numbers in C order. Received: {path} ({error}).\n"
-            "It is truncated, corrupt or missing: delete its folder, and it is made anew."
+            "It is truncated, corrupt or missing: delete its folder, and it is made again."
         ) from error
     return dtype, shape, offset
 
 
 def stored_rows(path: str | os.PathLike, row_shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """The whole rows of a file that an `NpyWriter` left, mapped; none where it is not there or of another kind."""
+    """The whole rows of a file that an `NpyWriter` left, mapped; none if it is missing or of another kind."""
     dtype = np.dtype(dtype)
     header = _header(0, row_shape, dtype)
     try:
@@ -218,10 +224,10 @@ def _header(rows, row_shape, dtype):
 
 
 class NpyWriter:
-    """A `.npy` file that grows by rows; whatever its length, `np.load` reads it once it is finished.
+    """A `.npy` file that grows by rows; `np.load` reads it once it is finished.
 
     Args:
-        path: the file; it is continued where it is there.
+        path: the file; if it exists, it is continued.
         row_shape, dtype: of one row.
         rows: how many of its rows to keep; those behind are cut off.
     """
@@ -235,7 +241,7 @@ class NpyWriter:
         self._file.seek(0, os.SEEK_END)
 
     def append(self, rows: np.ndarray) -> None:
-        """Write rows behind the others; raises ValueError where their shape or dtype is another."""
+        """Write rows behind the others; raises ValueError if their shape or dtype is another."""
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(f"Expected rows {self.row_shape} {self.dtype}. Received: {rows.shape[1:]} {rows.dtype}")
         self._file.write(np.ascontiguousarray(rows).data.cast("B") if rows.size else b"")
@@ -243,7 +249,7 @@ class NpyWriter:
         self.rows += len(rows)
 
     def close(self, finish: bool = False) -> None:
-        """Close the file; `finish` writes its length into its header, and has it all on the disk, first."""
+        """Close the file; `finish` first writes its length into its header, and waits until all is on the disk."""
         try:
             if finish and not self._file.closed:
                 self._file.seek(0)

@@ -1,33 +1,17 @@
 """A small subset of NIH ChestX-ray14, the source of ChestMNIST, in ChestMNIST's keys and label order."""
 
 import logging
-import os
-from pathlib import Path
 
 from . import files
 from .base import MULTI_LABEL, Card, Parts
 from .medmnist import CHEST_NORMALISATION, load_npz
 
-__all__ = ["LABELS", "NIH_CHEST", "load_nih_chest"]
+__all__ = ["NIH_CHEST", "load_nih_chest"]
 
 logger = logging.getLogger(__name__)
 
-LABELS = (
-    "atelectasis",
-    "cardiomegaly",
-    "effusion",
-    "infiltration",
-    "mass",
-    "nodule",
-    "pneumonia",
-    "pneumothorax",
-    "consolidation",
-    "edema",
-    "emphysema",
-    "fibrosis",
-    "pleural",
-    "hernia",
-)
+_FIRST = ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax")
+LABELS = (*_FIRST, "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia")
 
 NIH_CHEST = Card(
     name="nih_chest",
@@ -48,12 +32,10 @@ NIH_CHEST = Card(
 )
 
 
-def load_nih_chest(
-    root: str | os.PathLike | None, size: int, seed: int, cache: str | os.PathLike | None = None
-) -> Parts:
-    """The NIH subset: three splits, images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
-    folder, name = NIH_CHEST.files[0].split("/")
+def load_nih_chest(root: files.Folder, size: int, seed: int, cache: files.Folder = None) -> Parts:
+    """Three splits: images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, patients."""
+    place = NIH_CHEST.files[0]
     if size != 64:
         logger.warning("nih_chest: images are resized from 64 to %d pixels", size)
-    path = files.find(NIH_CHEST, root, [Path(folder) / name, Path(name)])
+    path = files.find(NIH_CHEST, root, [place, place.split("/")[1]])
     return load_npz(NIH_CHEST, path, size, cache=cache)

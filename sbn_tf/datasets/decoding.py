@@ -15,12 +15,12 @@ from PIL import Image, UnidentifiedImageError
 from . import cache as array_cache
 from .arrays import DiskArray
 
-__all__ = ["FITS", "FORMATS", "check_header", "decoded", "read_image", "read_mask", "readable"]
+__all__ = ["decoded"]
 
 logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs: an EPS does
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs, as an EPS does
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 ORIENTATION = 274  # the EXIF tag
 BROKEN = (
@@ -33,7 +33,7 @@ BROKEN = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
 )
-CHUNK = 16  # images decoded at a time: what an interruption can cost
+CHUNK = 16  # images decoded at a time; an interruption costs no more than these
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -49,7 +49,7 @@ def decoded(
 
     Args:
         name: of the cache.
-        pairs: for each image its file and those of its masks, as many for each; None for a mask that is missing.
+        pairs: for each image its file and its masks' files, the same number for each; None for a missing mask.
         size: side in pixels.
         fit: one of `FITS`.
         channels: 1 (grey) or 3 (RGB).
@@ -85,13 +85,9 @@ def decoded(
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
     lost = np.asarray(found["lost"]) if raters else np.zeros(0)
     if lost.any():
-        logger.warning(
-            "%s: the crop to the centre square cuts %d of %d masks, %d of them wholly; fit='pad' keeps them",
-            name,
-            (lost > 0).sum(),
-            lost.size - len(missing),
-            (lost == 1).sum(),
-        )
+        cut, wholly, masks = (lost > 0).sum(), (lost == 1).sum(), lost.size - len(missing)
+        message = "%s: the crop to the centre square cuts %d of %d masks, %d of them wholly; fit='pad' keeps them"
+        logger.warning(message, name, cut, masks, wholly)
     return found
 
 
@@ -152,7 +148,7 @@ def _square(image, size, fit, resample, channels):
 
 
 def check_header(image: Image.Image, path: str | os.PathLike) -> None:
-    """Refuses what would not be read as it looks: several frames, a turned picture, more than 8 bits a channel."""
+    """Refuses an image that would not be read as it looks: several frames, turned, more than 8 bits a channel."""
     # A camera's JPEG may hold its preview too: Pillow calls that MPO.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded for it
@@ -172,11 +168,11 @@ def check_header(image: Image.Image, path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def readable(path: str | os.PathLike) -> Iterator[None]:
-    """Says in two lines of a file that it cannot be opened or decoded."""
+    """Turns what a broken image file raises into a ValueError of two lines."""
     try:
         yield
     except BROKEN as error:
-        if "\n" in str(error):  # said already
+        if "\n" in str(error):  # explained already
             raise
         raise ValueError(
             f"Expected a png, jpg, tif or bmp image. Received: {path}, which is truncated or corrupt, or another."
@@ -192,14 +188,14 @@ def _opened(path):
                 check_header(image, path)
                 yield image
                 return
-            image.verify()  # its checksums, which decoding leaves alone; other formats have none
+            image.verify()  # its checksums, which decoding ignores; other formats have none
         with Image.open(path, formats=FORMATS) as image:
             check_header(image, path)
             yield image
 
 
 def _grey_values(mask, path):
-    """A mask's values; refused where a picture of it would show others: colours, transparency, a palette."""
+    """A mask's values; refuses a mask that a viewer would show otherwise: colours, transparency, a palette."""
     pixels = np.asarray(mask)
     if mask.mode in ("LA", "RGBA") and (pixels[..., -1] == 255).all():
         pixels = pixels[..., :-1]

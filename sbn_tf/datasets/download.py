@@ -1,4 +1,4 @@
-"""Downloads of official files: resumed where they broke off, checked by md5, and whole or not there at all."""
+"""Downloads of official files: resumed where they broke off, checked by md5, put in place only when whole."""
 
 import http.client
 import os
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import files
 
-__all__ = ["download", "fetch"]
+__all__ = ["fetch"]
 
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 4  # after an attempt that brought nothing new, until one does
@@ -21,48 +21,12 @@ PIECE_BYTES = 2**20
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # of HTTP
 
 
-def download(name: str, size: int | None = None, root: str | os.PathLike | None = None) -> Path:
-    """Download the official file of a set of MedMNIST, where it is not there yet.
-
-    Args:
-        name: "chestmnist" or another set of MedMNIST. Others are under terms that their source shows first.
-        size: side of the images in pixels; the smallest official file of at least that side is taken. Default:
-            the card's.
-        root: folder to put it in. Default: SBN_TF_DATA, else `data/` of the working directory.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: another name; or a file, there or downloaded, whose md5 is not the official one.
-        ConnectionError: no connection, or one that breaks off again and again. What came is kept as `.part`.
-        OSError: the folder cannot be written to, or the disk is full. What came is kept.
-    """
-    from . import medmnist
-
-    if name not in medmnist.NAMES:
-        raise ValueError(
-            f"Expected a dataset that can be downloaded, among {', '.join(medmnist.NAMES)}. Received: name={name!r}\n"
-            "Get others from their source, which print(datasets.card(name)) names."
-        )
-    if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__") or size < 1):
-        raise ValueError(f"Expected an integer size of 1 to {max(medmnist.SIZES)}. Received: size={size!r}")
-    card, _ = medmnist.registered(name)
-    file_name, url, md5 = medmnist.official_file(name, card.default_size if size is None else size)
-    folders = files.roots(root)
-    for path in (folder / place for folder in folders for place in (file_name, Path(name) / file_name)):
-        if path.exists():
-            _check_md5(path, md5)
-            return path
-    return fetch(url, folders[0] / file_name, md5, card.source)
-
-
 def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
-    """Download `url` to `path`, through `path.part`, which a later call goes on with.
+    """Download `url` to `path`, through `path.part`, which a later call continues.
 
     Args:
         url: of the file.
-        path: where it goes; its folder is made. Another process that downloads it is waited for.
+        path: where it goes; its folder is made. If another process downloads it, this one waits.
         md5: that it must have.
         source: page where people find it; used in messages.
 
@@ -70,37 +34,35 @@ def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
         `path`.
 
     Raises:
-        ValueError, ConnectionError, OSError: see `download`.
+        ValueError: a file, there or downloaded, whose md5 is another.
+        ConnectionError: no connection, or one that breaks off again and again. What came is kept as `.part`.
+        OSError: the folder cannot be written to, or the disk is full. What came is kept.
     """
     path = Path(path)
     with files.locked(path, _writable(path), f"downloads {path}"):
         if path.exists():  # from another process
-            _check_md5(path, md5)
+            check_official(path, md5)
             return path
         part = path.with_name(path.name + ".part")
         _receive_all(url, path, part, source)
-        found = files.md5(part)
-        if found != md5:
+        advice = f"Download it again; if that does not help, compare the official page: {source}."
+        try:
+            files.check_md5(part, md5, url, f"; what was downloaded is deleted.\n{advice}")
+        except ValueError:
             part.unlink()
-            raise ValueError(
-                f"Expected md5 {md5} for {url}. Received: {found}; what was downloaded is deleted.\n"
-                f"Download it again; if that does not help, compare the official page: {source}."
-            )
+            raise
         os.replace(part, path)
         return path
 
 
-def _check_md5(path, md5):
-    found = files.md5(path)
-    if found != md5:
-        raise ValueError(
-            f"Expected md5 {md5} for {path}. Received: {found}.\n"
-            "It is not the official file, or it was cut short: move it away and download again."
-        )
+def check_official(path: str | os.PathLike, md5: str) -> None:
+    """Raises a ValueError unless the file has the official md5."""
+    advice = "It is not the official file, or it was cut short: move it away and get it again."
+    files.check_md5(path, md5, path, f".\n{advice}")
 
 
 def _receive_all(url, path, part, source):
-    """Ask for the rest of the file until it is whole; give up where `RETRIES` more attempts bring nothing new."""
+    """Ask for the rest of the file until it is whole; give up after `RETRIES` more attempts that bring nothing new."""
     most, failures, reached = _size(part), 0, False
     while True:
         try:
@@ -143,7 +105,7 @@ class _Dropped(Exception):
 
 
 def _receive(url, path, part):
-    """One request: from where `part` ends, or from the start where the server sends the whole."""
+    """One request: from where `part` ends, or from the start if the server sends the whole."""
     start = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -155,13 +117,13 @@ def _receive(url, path, part):
         if error.headers.get("Content-Range", "").strip() == f"bytes */{start}":
             return  # it was whole already
         part.unlink()
-        raise _Dropped(f"the server has no byte {start}; starting anew") from error
+        raise _Dropped(f"the server has no byte {start}; starting again") from error
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             start = 0  # the server ignores Range
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
-            raise _Dropped("the server sent another range; starting anew")
+            raise _Dropped("the server sent another range; starting again")
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         with _writable(path):
@@ -195,5 +157,5 @@ def _size(path):
 
 
 def _writable(path):
-    kept = "what was downloaded is kept, and the same call goes on from there"
+    kept = "what was downloaded is kept, and the same call continues it"
     return files.writable(str(path), path.parent, kept, "SBN_TF_DATA (or root=)")

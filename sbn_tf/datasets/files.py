@@ -1,9 +1,10 @@
-"""Finding and writing files: data roots, checks, square resizing. Errors say what to do."""
+"""Finding and writing files, and checks that several readers share. Errors say what to do."""
 
 import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,11 @@ from PIL import Image
 
 from .base import Card
 
-__all__ = ["check_binary", "check_room", "find", "locked", "md5", "resize_images", "roots", "writable"]
+__all__ = ["find", "resize_images"]
 
 logger = logging.getLogger(__name__)
+
+Folder = str | os.PathLike | None  # None: the default
 
 
 def roots(root: str | os.PathLike | None = None) -> list[Path]:
@@ -34,7 +37,7 @@ def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.P
     """First of `places` (paths under a data root) that is there.
 
     Raises:
-        FileNotFoundError: two lines: where it was looked for; where to get it and where to put it.
+        FileNotFoundError: none is; it says where it looked, where to get the data and where to put them.
     """
     folders = roots(root)
     for folder in folders:
@@ -44,24 +47,37 @@ def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.P
     looked = " and ".join(str(folder) for folder in folders)
     raise FileNotFoundError(
         f"Expected {card.name!r} as {' or '.join(map(str, places))} in {looked}. Received: nothing there.\n"
-        f"Get it from {card.source}, put it there, or set SBN_TF_DATA (or root=) to the folder that holds it."
+        f"Get it from {card.source}, put it there, or set SBN_TF_DATA (or root=) to the folder that it is in."
     )
 
 
-def md5(path: str | os.PathLike) -> str:
-    """md5 of a file, read in pieces."""
+def check_md5(path: str | os.PathLike, md5: str, what: object, advice: str) -> None:
+    """Raises a ValueError about `what`, with `advice` at its end, unless the file at `path` has that md5."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        raise ValueError(f"Expected md5 {md5} for {what}. Received: {found}{advice}")
+
+
+def is_integer(value: object, least: float = -math.inf) -> bool:
+    """Whether it is a whole number of `least` or more; True and False are none."""
+    return not isinstance(value, bool) and hasattr(value, "__index__") and int(value) >= least
+
+
+def check_option(name: str, value: object, options: Sequence[str]) -> None:
+    """Raises a ValueError unless the value is one of the options."""
+    if value not in options:
+        raise ValueError(f"Expected {name} one of {tuple(options)}. Received: {name}={value!r}")
 
 
 @contextlib.contextmanager
 def writable(what: str, folder: str | os.PathLike, kept: str, instead: str) -> Iterator[None]:
-    """Says in an OSError's message what was expected, in two lines: room, or a folder that can be written to.
+    """Rewrites an OSError's message: it says what was expected, room or a writable folder, and what to do.
 
     Args:
-        what: is written.
-        folder: to which.
-        kept: what becomes of what is written already, should the disk be full.
+        what: what is being written.
+        folder: where it is written.
+        kept: what happens, if the disk is full, to what has been written.
         instead: how to name another folder.
     """
     try:
@@ -79,12 +95,12 @@ def writable(what: str, folder: str | os.PathLike, kept: str, instead: str) -> I
 
 @contextlib.contextmanager
 def locked(path: Path, writing: AbstractContextManager, does: str) -> Iterator[None]:
-    """Alone in writing `path`: another process that does so is waited for, with a warning.
+    """Lets one process at a time write `path`; another one waits, with a warning.
 
     Args:
         path: of a file or folder; its folder is made, and the lock lies beside it.
-        writing: a `writable`, for what goes wrong with that.
-        does: what another process then does.
+        writing: a `writable`, for errors in making the lock.
+        does: what the other process is doing, for the warning.
     """
     with writing:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,33 +41,34 @@ from .base import (
     MULTI_LABEL,
     ORDINAL,
     SEGMENTATION,
+    SPLITS,
     Card,
     Parts,
-    Split,
     first_in_seeded_order,
 )
 from .decoding import FITS, FORMATS, check_header, decoded, readable
+from .files import check_option
+from .registry import names
 from .tables import read_table
 
-__all__ = ["folder_dataset", "is_folder"]
+__all__ = ["folder_dataset"]
 
 logger = logging.getLogger(__name__)
 
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
-SPLITS = ("train", "val", "test")
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
 IGNORED = ("thumbs.db", "desktop.ini")
 GREY = ("1", "L", "LA")
 
 
 def is_folder(name: str | os.PathLike) -> bool:
-    """Whether the name of a dataset means a folder: it has a path separator, or an images.csv is in it."""
+    """Whether a dataset's name is that of a folder: it has a path separator, or an images.csv is in it."""
     text = os.fspath(name) if isinstance(name, str | os.PathLike) else ""
     return bool(text) and ("/" in text or os.sep in text or not isinstance(name, str) or (Path(text) / CSV).is_file())
 
 
 def folder_dataset(name: str | os.PathLike) -> tuple[Card, Callable[..., Parts]]:
-    """Card and reader of a folder, as the registry has them; the csv and the files' headers are read for it.
+    """Card and reader of a folder, as in the registry; reads the csv and the files' headers.
 
     Raises:
         FileNotFoundError: the folder, its images.csv or a file that it names is not there.
@@ -93,8 +94,6 @@ class _Table:
     note: str
 
     def card(self):
-        from . import names  # the registry: it imports this module
-
         base = self.folder.resolve().name
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", base).strip("_") or "folder"
         raters = 1 if self.masks is None else len(self.masks[0])
@@ -123,10 +122,12 @@ class _Table:
 
 
 def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
-    """Three splits of a folder; `fit` as for isic2018, but nothing is cut off unasked. `root` is not used."""
-    if fit not in FITS:
-        raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
-    rows_of = _drawn(table, seed) if table.splits is None else _named(table)
+    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used."""
+    check_option("fit", fit, FITS)
+    if table.splits is None:
+        rows_of = _drawn(table, seed)
+    else:
+        rows_of = {part: np.flatnonzero(np.array(table.splits) == part) for part in SPLITS}
     _check_classes(table, rows_of)
     if limit is not None:
         rows_of = {part: rows[first_in_seeded_order(len(rows), limit, seed)] for part, rows in rows_of.items()}
@@ -137,24 +138,16 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
         files = [table.folder / IMAGES / table.images[row]]
         pairs.append((*files, *(None if mask is None else table.folder / MASKS / mask for mask in masks)))
     arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache)
-    ids, splits = np.array(table.images), []
-    for part, rows in rows_of.items():
-        places = np.searchsorted(every, rows)
-        valid = None
-        if table.masks is not None:
-            valid = np.array([[mask is not None for mask in table.masks[row]] for row in rows])
-        splits.append(
-            Split(
-                name=part,
-                task=table.task,
-                images=arrays["images"].select(places),
-                targets=table.targets[rows] if table.masks is None else arrays["masks"].select(places),
-                groups=None if table.patients is None else table.patients[rows],
-                ids=ids[rows],
-                rater_valid=valid,
-            )
-        )
-    return Parts(*splits)
+    masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
+    return Parts.of(
+        table.task,
+        {part: np.searchsorted(every, rows) for part, rows in rows_of.items()},
+        images=arrays["images"],
+        targets=table.targets[every] if masks is None else arrays["masks"],
+        groups=None if table.patients is None else table.patients[every],
+        ids=np.array(table.images)[every],
+        rater_valid=masks,
+    )
 
 
 # ---- the csv
@@ -177,8 +170,7 @@ def _read_table(folder):
     if splits is not None:
         _check_splits(splits, path)
     if patients is not None:
-        if "" in patients:
-            raise _wrong(path, "a patient in every row, or no column patient", f"none for {_row_of(patients, '')}")
+        _check_cells(patients, bool, "a patient in every row, or no column patient", path)
         patients = np.array(patients)
         _check_patients(splits, patients, path)
     _check_files(folder / IMAGES, images, "image")
@@ -192,15 +184,13 @@ def _read_table(folder):
 
 
 def _read_csv(path):
-    """Header and rows."""
     header, rows = read_table(path)
     for name in header:
         if name not in KNOWN and name.lower() in KNOWN:
             raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
     if "image" not in header:
-        raise _wrong(
-            path, "a column image", f"columns {', '.join(header)}", "Rename the column of the images' file names."
-        )
+        advice = "Rename the column of the images' file names."
+        raise _wrong(path, "a column image", f"columns {', '.join(header)}", advice)
     return header, rows
 
 
@@ -225,15 +215,10 @@ def _targets(column, path):
         return _labels(column["label"], path)
     if single == ["grade"]:
         return _grades(column["grade"], path)
-    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 where a cell was empty once
+    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
+    advice = f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
     for name in others:
-        for row, cell in enumerate(column[name]):
-            if cell not in values:
-                raise ValueError(
-                    f"Expected 0 or 1 in column {name!r} of {path}. "
-                    f"Received: {cell!r} in row {row + 1} below the header.\n"
-                    f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
-                )
+        _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
     targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
     return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""
 
@@ -249,9 +234,7 @@ def _masks(column, raters, path):
 
 
 def _labels(cells, path):
-    for row, cell in enumerate(cells):
-        if cell == "" or cell.lower() == "nan":
-            raise _wrong(path, "a class name in each cell of label", f"{cell!r} in row {row + 1} below the header")
+    _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
     classes = sorted(set(cells))
     alike = [name for name, count in Counter(map(str.lower, classes)).items() if count > 1]
     if alike:
@@ -270,11 +253,8 @@ def _labels(cells, path):
 
 
 def _grades(cells, path):
-    for row, cell in enumerate(cells):
-        if not re.fullmatch(r"[0-9]{1,4}(\.0)?", cell):
-            raise _wrong(
-                path, "a grade 0, 1, 2, ... in each cell of grade", f"{cell!r} in row {row + 1} below the header"
-            )
+    grade = re.compile(r"[0-9]{1,4}(\.0)?")
+    _check_cells(cells, grade.fullmatch, "a grade 0, 1, 2, ... in each cell of grade", path)
     numbers = np.array([int(float(cell)) for cell in cells])
     count = int(numbers.max()) + 1
     absent = sorted(set(range(count)) - set(numbers.tolist()))
@@ -286,13 +266,11 @@ def _grades(cells, path):
 
 
 def _inside(name, what, path):
-    """The file's name with single slashes; it has to lie below its folder."""
+    """The file's name with single slashes; refuses one outside the folder."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
-        raise ValueError(
-            f"Expected the name of a file below the folder {what}s/ in column {what} of {path}. Received: {name!r}.\n"
-            "Write it with / and without .. or a drive, as in a/b.png."
-        )
+        advice = "Write it with / and without .. or a drive, as in a/b.png."
+        raise _wrong(path, f"the name of a file below the folder {what}s/ in column {what}", repr(name), advice)
     return str(PurePosixPath(name))
 
 
@@ -303,9 +281,7 @@ def _check_unique(names, what, path):
 
 
 def _check_splits(splits, path):
-    for row, part in enumerate(splits):
-        if part not in SPLITS:
-            raise _wrong(path, "split train, val or test", f"{part!r} in row {row + 1} below the header")
+    _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
     for part in SPLITS:
         if part not in splits:
             raise _wrong(path, "images of train, val and test", f"none of {part}")
@@ -320,8 +296,11 @@ def _check_patients(splits, patients, path):
             raise _wrong(path, "all images of a patient in one split", received, advice)
 
 
-def _row_of(cells, cell):
-    return f"row {cells.index(cell) + 1} below the header"
+def _check_cells(cells, right, expected, path, *advice):
+    """Refuses the first cell of a column that is not right, by its row."""
+    for row, cell in enumerate(cells):
+        if not right(cell):
+            raise _wrong(path, expected, f"{cell!r} in row {row + 1} below the header", *advice)
 
 
 def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(datasets.folder) shows all columns."):
@@ -332,7 +311,7 @@ def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(d
 
 
 def _check_files(folder, names, what):
-    """Every row has its file and every file its row; hidden files are left alone."""
+    """Refuses a row without its file and a file without its row; hidden files are ignored."""
     there = set()
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -356,7 +335,7 @@ def _check_files(folder, names, what):
 
 
 def _is_grey(path):
-    """Whether an image file is grey, by its header; a file that would not be read as it looks is refused."""
+    """Whether an image file is grey, by its header; refuses a file that would not be read as it looks."""
     with readable(path), Image.open(path, formats=FORMATS) as image:
         check_header(image, path)
         return image.mode in GREY
@@ -365,13 +344,8 @@ def _is_grey(path):
 # ---- the splits
 
 
-def _named(table):
-    splits = np.array(table.splits)
-    return {part: np.flatnonzero(splits == part) for part in SPLITS}
-
-
 def _drawn(table, seed):
-    """80/10/10 by patient where these are known, else by image; a warning says so."""
+    """A random 80/10/10 by patient if patients are known, else by image; a warning says so."""
     n, rng = len(table.images), np.random.default_rng([seed, 80])
     by = "image" if table.patients is None else "patient"
     units, unit_of = np.unique(np.arange(n) if table.patients is None else table.patients, return_inverse=True)
@@ -394,18 +368,14 @@ def _drawn(table, seed):
             part_of[unit] = part
             left.remove(unit)
     rows_of = {part: np.flatnonzero(part_of[unit_of] == part) for part in SPLITS}
-    logger.warning(
-        "%s has no column split: made a random split by %s, %s images, with seed %d",
-        table.folder / CSV,
-        by,
-        " / ".join(str(len(rows)) for rows in rows_of.values()),
-        seed,
-    )
+    sizes_of = " / ".join(str(len(rows)) for rows in rows_of.values())
+    message = "%s has no column split: made a random split by %s, %s images, with seed %d"
+    logger.warning(message, table.folder / CSV, by, sizes_of, seed)
     return rows_of
 
 
 def _check_classes(table, rows_of):
-    """A class that a split lacks is allowed, and a warning says so."""
+    """Warns of a class that a split lacks."""
     if table.masks is not None:
         return
     for part, rows in rows_of.items():

@@ -2,13 +2,12 @@
 
 import collections
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 
 from . import files
-from .base import SEGMENTATION, Card, Parts, Split, first_in_seeded_order
+from .base import SEGMENTATION, Card, Parts, first_in_seeded_order
 from .decoding import FITS, decoded
 from .tables import read_table
 
@@ -40,28 +39,23 @@ ISIC2018 = Card(
 
 
 def load_isic2018(
-    root: str | os.PathLike | None,
+    root: files.Folder,
     size: int,
     seed: int,
     limit: int | None = None,
-    cache: str | os.PathLike | None = None,
+    cache: files.Folder = None,
     *,
     fit: str = "crop",
 ) -> Parts:
     """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
 
     Args:
-        root: data root that holds `isic2018_task1` or the official folders themselves.
-        size: side in pixels after resizing (images bilinear and antialiased, masks nearest).
-        seed: of the 80/10/10 split, where there is no other, and of the subset that `limit` takes.
-        limit: at most that many images of each split are decoded.
-        cache: see `load`.
+        root, size, seed, limit, cache: see `load`. At most `limit` images of each split are decoded.
         fit: how an image becomes a square: "crop" cuts the centre square out, as the paper does; "pad" keeps
             the whole image and its aspect and fills the rest with black, no lesion; "stretch" keeps the whole
             image and not its aspect.
     """
-    if fit not in FITS:
-        raise ValueError(f"Expected fit one of {FITS}. Received: fit={fit!r}")
+    files.check_option("fit", fit, FITS)
     official = Path(IMAGES.format("Training"))
     folder = files.find(ISIC2018, root, [Path("isic2018_task1") / official, official]).parent
     pairs = _split(folder, seed)
@@ -75,14 +69,9 @@ def load_isic2018(
     every = sorted({pair for names in pairs.values() for pair in names})  # whatever the split: it may change
     arrays = decoded("isic2018", every, size, fit, 3, cache)
     row = {pair: k for k, pair in enumerate(every)}
-    splits = []
-    for part, names in pairs.items():
-        rows = np.array([row[pair] for pair in names])
-        ids = np.array([image.stem for image, _ in names])
-        images, masks = (arrays[key].select(rows) for key in ("images", "masks"))
-        splits.append(Split(name=part, task=SEGMENTATION, images=images, targets=masks, ids=ids))
-    train, val, test = splits
-    return Parts(train, val, test)
+    index = {part: np.array([row[pair] for pair in names]) for part, names in pairs.items()}
+    ids = np.array([image.stem for image, _ in every])
+    return Parts.of(SEGMENTATION, index, images=arrays["images"], targets=arrays["masks"], ids=ids)
 
 
 def _split(folder, seed):
@@ -100,20 +89,16 @@ def _split(folder, seed):
         )
     pairs = list(training.values())
     if len(pairs) < 10:
-        raise ValueError(
-            f"Expected 10 training images or more for a random split, or a split.csv. Received: {len(pairs)} in "
-            f"{folder}"
-        )
+        expected = "10 training images or more for a random split, or a split.csv"
+        raise ValueError(f"Expected {expected}. Received: {len(pairs)} in {folder}")
     order = np.random.default_rng([seed, 18]).permutation(len(pairs))
     tenth = len(pairs) // 10
     index = {"train": order[2 * tenth :], "val": order[:tenth], "test": order[tenth : 2 * tenth]}
-    logger.warning(
-        "isic2018: no split.csv and no official Validation and Test folders in %s; made a random 80/10/10 "
-        "split of the %d training images with seed %d",
-        folder,
-        len(pairs),
-        seed,
+    message = (
+        "isic2018: no split.csv and no official Validation and Test folders in %s; made a random 80/10/10 split of the "
+        "%d training images with seed %d"
     )
+    logger.warning(message, folder, len(pairs), seed)
     return {part: [pairs[k] for k in np.sort(chosen)] for part, chosen in index.items()}
 
 
@@ -122,10 +107,8 @@ def _split_from_csv(path, training):
     rows = [dict(zip(header, row, strict=True)) for row in rows]
     part_of = {row["image_id"]: row["split"] for row in rows}
     if len(part_of) < len(rows):
-        seen = collections.Counter(row["image_id"] for row in rows)
-        raise ValueError(
-            f"Expected one row for each image in {path}. Received: {seen.most_common(1)[0][0]} twice or more"
-        )
+        (often, _), *_ = collections.Counter(row["image_id"] for row in rows).most_common(1)
+        raise ValueError(f"Expected one row for each image in {path}. Received: {often} twice or more")
     strange = sorted(set(part_of.values()) - set(OFFICIAL), key=str)
     if strange:
         raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")

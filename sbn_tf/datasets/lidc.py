@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from . import files, npz
-from .base import SEGMENTATION, Card, Parts, Split
+from .base import SEGMENTATION, Card, Parts
+from .base import SPLITS as PARTS
 
-__all__ = ["LIDC", "centre", "check_fold", "check_window", "load_lidc", "resample", "split_by_group"]
+__all__ = ["LIDC", "load_lidc"]
 
 WINDOW = (-1000.0, 400.0)  # Hounsfield units: air to soft tissue, the customary lung window
 PIXEL_SPACINGS = (0.1, 5.0)  # mm; what a CT slice can have, with room on both sides
@@ -43,7 +40,7 @@ LIDC = Card(
 
 
 def load_lidc(
-    root: str | os.PathLike | None,
+    root: files.Folder,
     size: int,
     seed: int,
     *,
@@ -56,9 +53,7 @@ def load_lidc(
     """Three splits: images `(N, size, size, 1)` float32 0..1, targets `(N, size, size, 4)` uint8, patients.
 
     Args:
-        root: see `load`.
-        size: side of the centre crop in pixels; what lies outside of the file's 71 native pixels is air and empty mask.
-        seed: of the assignment of patients to folds, with `split="patient"`.
+        root, size, seed: see `load`. Outside the file's 71 native pixels there is air and empty mask.
         split: "file": by patient, as the file says; "patient": a quarter of the patients is tested, a tenth of
             the others validates.
         fold: 0 to 3: which quarter is tested; 0 with `split="file"`.
@@ -68,72 +63,66 @@ def load_lidc(
         raters: "all": all four masks count, an empty one says that a rater outlined nothing (customary
             with LIDC); "drew": only raters who marked a pixel on this slice count in `rater_valid`.
     """
-    if split not in SPLITS:
-        raise ValueError(f"Expected split one of {SPLITS}. Received: split={split!r}")
+    files.check_option("split", split, SPLITS)
     check_fold(fold)
     if split == "file" and fold != 0:
         raise ValueError(f"Expected split='patient' for a fold: the file has one split. Received: fold={fold}")
-    if raters not in RATERS:
-        raise ValueError(f"Expected raters one of {RATERS}. Received: raters={raters!r}")
-    low, high = check_window(window)
+    files.check_option("raters", raters, RATERS)
+    low, high = _checked_window(window)
     if spacing is not None:
-        check_spacing(spacing)
-    folder, name = LIDC.files[0].split("/")
-    path = files.find(LIDC, root, [Path(folder) / name, Path(name)])
-    keys = {"image": (("N", "H", "W"), "numbers"), "masks": (("N", 4, "H", "W"), "numbers or booleans")}
-    keys |= {"patient_id": (("N",), "whole numbers or text")}
-    keys |= {"split": (("N",), "text")} if split == "file" else {}
-    keys |= {"pixel_spacing": (("N",), "numbers")} if spacing is not None else {}
-    arrays = npz.read_npz(path, keys, {"nodule_id": (("N",), "whole numbers or text")})
+        _check_spacing(spacing)
+    place = LIDC.files[0]
+    path = files.find(LIDC, root, [place, place.split("/")[1]])
+    forms: dict[str, npz.Form] = {
+        "image": (("N", "H", "W"), "numbers"),
+        "masks": (("N", 4, "H", "W"), "numbers or booleans"),
+        "patient_id": (("N",), "integers or text"),
+    }
+    if split == "file":
+        forms["split"] = (("N",), "text")
+    if spacing is not None:
+        forms["pixel_spacing"] = (("N",), "numbers")
+    arrays = npz.read_npz(path, forms, {"nodule_id": (("N",), "integers or text")})
     image, masks, patients = (arrays[key] for key in ("image", "masks", "patient_id"))
     index = split_by_group(patients, fold, seed) if split == "patient" else _split_of_file(arrays["split"], path)
     masks = files.check_binary(masks, f"masks of {path}").transpose(0, 2, 3, 1)  # (N, H, W, 4)
-    drew = np.asarray(masks.any(axis=(1, 2)))  # before the crop: who drew outside it drew all the same
+    drew = np.asarray(masks.any(axis=(1, 2)))  # before the crop: a rater may have drawn only outside it
     if spacing is not None:
         image, masks = _resampled(image, masks, arrays["pixel_spacing"], size, spacing, low, path)
     image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")
     image = image if image.ndim == 4 else image[..., None]
     image, masks = centre(image, size), centre(masks, size)
-    nodules = arrays.get("nodule_id")
-    splits = []
-    for name in ("train", "val", "test"):
-        rows = index[name]
-        splits.append(
-            Split(
-                name=name,
-                task=SEGMENTATION,
-                images=image[rows],
-                targets=np.ascontiguousarray(masks[rows]),
-                groups=patients[rows],
-                ids=None if nodules is None else nodules[rows],
-                rater_valid=drew[rows] if raters == "drew" else None,
-            )
-        )
-    train, val, test = splits
-    return Parts(train, val, test)
+    return Parts.of(
+        SEGMENTATION,
+        index,
+        images=image,
+        targets=np.ascontiguousarray(masks),
+        groups=patients,
+        ids=arrays.get("nodule_id"),
+        rater_valid=drew if raters == "drew" else None,
+    )
 
 
 def _split_of_file(part, path):
-    strange = sorted(set(part.tolist()) - {"train", "val", "test"})
+    strange = sorted(set(part.tolist()) - {*PARTS})
     if strange:
         raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
-    return {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
+    return {name: np.flatnonzero(part == name) for name in PARTS}
 
 
 def check_fold(fold: int) -> None:
-    """Raises a ValueError for a fold that is none of 0 to 3."""
-    if isinstance(fold, bool) or not hasattr(fold, "__index__") or not 0 <= fold < FOLDS:
+    """Raises a ValueError unless the fold is 0 to 3."""
+    if not files.is_integer(fold, 0) or fold >= FOLDS:
         raise ValueError(f"Expected fold 0 to {FOLDS - 1}. Received: fold={fold!r}")
 
 
-def check_spacing(spacing: float) -> None:
-    """Raises a ValueError for a spacing that is no positive number."""
+def _check_spacing(spacing):
     if isinstance(spacing, bool) or not np.isscalar(spacing) or isinstance(spacing, str) or not 0 < spacing < np.inf:
         raise ValueError(f"Expected spacing > 0 in mm. Received: spacing={spacing!r}")
 
 
-def check_window(window: Iterable[float]) -> tuple[float, float]:
-    """(low, high) as floats; a ValueError where they are no such pair."""
+def _checked_window(window):
+    """(low, high) as floats; a ValueError unless they are such a pair."""
     try:
         low, high = (float(value) for value in window)
     except (TypeError, ValueError):
@@ -146,8 +135,8 @@ def check_window(window: Iterable[float]) -> tuple[float, float]:
 def split_by_group(groups: ArrayLike, fold: int, seed: int) -> dict[str, np.ndarray]:
     """Rows of train, val and test such that no group is in two of them.
 
-    A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The same
-    for the same seed and groups, whatever the order of the rows.
+    A quarter of the groups is tested, each in one of the four folds; the next tenth of the others validates. The split
+    depends on seed and groups, not on the order of the rows.
 
     Args:
         groups: `(N,)`, the patient of each row.
@@ -197,19 +186,15 @@ def resample(
         image: `(H, W)`.
         size: side in pixels.
         scale: wanted spacing / native spacing.
-        middle: (row, column) of the image that the square is about. Default: the pixel in the middle, which comes
-            to lie where `centre` puts it.
+        middle: (row, column) of the image in the middle of the square. Default: its middle pixel, which goes where
+            `centre` puts it.
         order: 1: linear; 0: nearest pixel.
-        outside: what lies beyond the image.
+        outside: the value beyond the image.
     """
     if middle is None:
-        about = np.array([side // 2 for side in image.shape])
-        target = np.array(
-            [
-                m - (side - size) // 2 if side > size else m + (size - side) // 2
-                for m, side in zip(about, image.shape, strict=True)
-            ]
-        )
+        sides = np.array(image.shape)
+        about = sides // 2
+        target = about + np.where(sides > size, -((sides - size) // 2), (size - sides) // 2)
     else:
         about, target = np.asarray(middle), np.full(2, (size - 1) / 2)
     offset = about - scale * target

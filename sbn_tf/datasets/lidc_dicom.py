@@ -10,7 +10,7 @@
        scans = pylidc.query(pylidc.Scan).all()
        lidc_dicom.patches_from_pylidc(scans, "lidc_patches/lidc_patches_128.npz")
 
-   It takes a minute per scan of 1,018, tells how far it is, and goes on where it was interrupted.
+   It takes a minute for each of 1,018 scans, shows a progress bar, and continues after an interruption.
 5. Put `lidc_patches` under the data root: `datasets.load("lidc_patches")` reads it, by patient.
 
 An array of the file is `image` (N, 128, 128) float16, 0..1; `masks` (N, 4, 128, 128) uint8, 0 or 1; `key`,
@@ -50,14 +50,14 @@ def patches_from_pylidc(
 ) -> Path:
     """Cut every axial slice of every nodule, with the masks of its raters, and write them to an npz.
 
-    A nodule is what `cluster_annotations` takes together, 1 to 4 annotations; groups of more are left out, with a
-    warning, as nobody can say whose they are. Each slice that a rater marked is cut, all slices of a nodule about the
-    middle of its outlines; a rater who did not mark a slice has an empty mask there.
+    A nodule is a group of 1 to 4 annotations, made by `cluster_annotations`. Larger groups are left out, with a
+    warning, as nobody knows which annotation is whose. Each slice that a rater marked is cut, all slices of a nodule
+    about the middle of its outlines; a rater who did not mark a slice has an empty mask there.
 
     Args:
-        scans: of pylidc, or whatever has `patient_id`, `series_instance_uid`, `pixel_spacing` (mm), `to_volume` and
+        scans: of pylidc, or objects with `patient_id`, `series_instance_uid`, `pixel_spacing` (mm), `to_volume` and
             `cluster_annotations`, of annotations with `bbox` and `boolean_mask`.
-        path: the npz to be written; its folder is made. What is done is kept beside it until all is.
+        path: the npz to write; its folder is made. Finished scans are kept beside it until all are finished.
         size: side of a patch in pixels.
         spacing: side of a pixel in mm. Images are resampled linearly, masks to the nearest pixel.
         window: (low, high) in Hounsfield units, which become 0 and 1; values beyond are cut off.
@@ -66,7 +66,7 @@ def patches_from_pylidc(
         The path.
 
     Raises:
-        FileExistsError: there is a file at `path`, or another build of it runs; a lock beside it says whose.
+        FileExistsError: there is a file at `path`, or another build of it runs; a lock beside it names the process.
         ValueError: an argument out of range, a scan twice, a scan that is not as expected, or none with a nodule.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def patches_from_pylidc(
 
 
 def _cut_all(scans, parts, size, spacing, window):
-    """A file in the folder `parts` for each scan; those that are there are left as they are."""
+    """A file in the folder `parts` for each scan; finished ones are kept."""
     done = []
     for scan in tqdm(scans, desc="cutting patches", unit="scan"):
         part = parts / f"{hashlib.sha256(scan.series_instance_uid.encode()).hexdigest()[:16]}.npz"
@@ -92,7 +92,8 @@ def _cut_all(scans, parts, size, spacing, window):
                 f"Expected each scan once. Received: series {scan.series_instance_uid} twice.\nTake it out of scans."
             )
         if not _is_whole(part):
-            _write(part, _cut(scan, size, spacing, window))
+            arrays = _cut(scan, size, spacing, window)
+            _write_atomically(part, lambda file, arrays=arrays: np.savez_compressed(file, **arrays))
         done.append(part)
     return done
 
@@ -113,7 +114,7 @@ def _check(path, size, spacing, window):
 
 
 def _cut(scan, size, spacing, window):
-    """Arrays of all patches of a scan; its volume is read only where it has a nodule."""
+    """Arrays of all patches of a scan; its volume is read only if it has a nodule."""
     uid, patient = scan.series_instance_uid, scan.patient_id
     nodules = scan.cluster_annotations(verbose=False)
     crowded = [nodule for nodule in nodules if len(nodule) > NUM_RATERS]
@@ -175,7 +176,7 @@ def _in_box(mask, box, low, high):
 
 
 def _square(image, size, scale, middle, order, outside):
-    """As `lidc.resample` about a middle; here again, so that this file needs nothing else of sbn_tf."""
+    """As `lidc.resample` about a middle; repeated here, so that this file needs nothing else of sbn_tf."""
     offset = np.asarray(middle) - scale * (size - 1) / 2
     return ndimage.affine_transform(
         image, np.diag([scale, scale]), offset, (size, size), order=order, mode="constant", cval=outside
@@ -211,8 +212,7 @@ def _alone(path):
         lock.write_text(f"process {os.getpid()} on {platform.node()}\n", "utf-8")
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            lock.unlink()
+        lock.unlink(missing_ok=True)
 
 
 def _is_whole(part):
@@ -225,18 +225,21 @@ def _is_whole(part):
         return False
 
 
-def _write(path, arrays):
-    """An npz that is there whole or not at all."""
+def _write_atomically(path, write):
+    """As `core.files.write_atomically`; repeated here, so that this file needs nothing else of sbn_tf."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _merge(parts, path, size):
-    """One npz of all; an array is written part by part, so they need not fit in memory."""
+    """One npz of all; arrays are written part by part, so they need not fit in memory."""
     rows = {"image": ((size, size), "float16"), "masks": ((NUM_RATERS, size, size), "uint8")}
     rows |= {name: ((), f"<U{width}") for name, width in WIDTHS.items()}
     counts = []
@@ -245,20 +248,15 @@ def _merge(parts, path, size):
             counts.append(len(archive["key"]))
     if not sum(counts):
         raise ValueError(f"Expected scans with nodules. Received: {len(parts)} scans without one")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
-                for name, (row, dtype) in rows.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(counts), *row)}
-                        np.lib.format.write_array_header_1_0(member, header)
-                        for part in parts:
-                            with np.load(part, allow_pickle=False) as source:
-                                member.write(source[name].astype(dtype, copy=False).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+
+    def write(file):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
+            for name, (row, dtype) in rows.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(counts), *row)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for part in parts:
+                        with np.load(part, allow_pickle=False) as source:
+                            member.write(source[name].astype(dtype, copy=False).tobytes())
+
+    _write_atomically(path, write)

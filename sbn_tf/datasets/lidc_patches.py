@@ -2,15 +2,13 @@
 
 import functools
 import itertools
-import math
-import os
 from pathlib import Path
 
 import numpy as np
 
 from . import cache as array_cache
 from . import files, npz
-from .base import SEGMENTATION, Card, Parts, Split
+from .base import SEGMENTATION, Card, Parts
 from .lidc import FOLDS, RATERS, centre, check_fold, split_by_group
 from .safe_pickle import SafePickle
 from .tables import read_table
@@ -20,7 +18,11 @@ __all__ = ["LIDC_PATCHES", "load_lidc_patches"]
 NUM_RATERS = 4
 SPLITS = ("patient", "paper")
 WIDTHS = {"key": 128, "series_uid": 64, "patient_id": 64}  # letters
-CHUNK = 32  # patches at a time: what an interruption can cost
+FORMS: dict[str, npz.Form] = {
+    "image": (("N", "H", "W"), "numbers in C order"),
+    "masks": (("N", NUM_RATERS, "H", "W"), "numbers or booleans in C order"),
+} | {name: (("N",), "text in C order") for name in WIDTHS}
+CHUNK = 32  # patches at a time; an interruption costs no more than these
 PICKLES, NPZ = (".pickle", ".pkl"), (".npz",)
 PATIENTS = "series_patients.csv"
 
@@ -41,18 +43,18 @@ LIDC_PATCHES = Card(
     network="unet",
     splits="4 folds by patient, or by series where the patient is not known; split='paper': by patch, as in the "
     "paper's code",
-    notes="0.5 mm a pixel. The customary file has 15,096 patches and names no patients: a series counts as one; 8 of "
-    "LIDC's 1,010 patients have two, which series_patients.csv (columns series_uid, patient_id) beside it can tell. "
+    notes="0.5 mm a pixel. The customary file has 15,096 patches and names no patients: a series counts as one. 8 of "
+    "LIDC's 1,010 patients have two series: series_patients.csv (columns series_uid, patient_id) beside it names them. "
     "Mask slot k is not the same radiologist in two scans. An empty mask is a radiologist who outlined nothing; "
     "fewer than 4 masks: a missing rater. Numbers are not comparable with those on lidc.",
 )
 
 
 def load_lidc_patches(
-    root: str | os.PathLike | None,
+    root: files.Folder,
     size: int,
     seed: int,
-    cache: str | os.PathLike | None = None,
+    cache: files.Folder = None,
     *,
     split: str = "patient",
     fold: int = 0,
@@ -63,9 +65,8 @@ def load_lidc_patches(
     The files are converted to the array cache once. Pickles are read as data (see `safe_pickle`): no code in them runs.
 
     Args:
-        root, cache: see `load`.
-        size: side in pixels of 0.5 mm: another one than the patches' crops or pads with air about the centre.
-        seed: of the assignment of patients to folds.
+        root, seed, cache: see `load`.
+        size: side in pixels of 0.5 mm; patches of another size are cropped, or padded with air, about the centre.
         split: "patient": a quarter of the patients is tested, a tenth of the others validates. "paper": the file is
             cut in its order, a quarter of the patches is tested, the last tenth of the others validates; a patient is
             then in two splits, and test scores are too good.
@@ -73,10 +74,8 @@ def load_lidc_patches(
         raters: "all": an empty mask says that a rater outlined nothing (customary with LIDC); "drew": only raters
             who marked a pixel of the patch count in `rater_valid`. A mask that is missing never counts.
     """
-    if split not in SPLITS:
-        raise ValueError(f"Expected split one of {SPLITS}. Received: split={split!r}")
-    if raters not in RATERS:
-        raise ValueError(f"Expected raters one of {RATERS}. Received: raters={raters!r}")
+    files.check_option("split", split, SPLITS)
+    files.check_option("raters", raters, RATERS)
     check_fold(fold)
     paths = _find(root)
     arrays = _converted(paths, size, cache)
@@ -101,19 +100,8 @@ def load_lidc_patches(
             f"split='paper' cuts the file by patch: {both} of the {len(tested)} patients or series of test are in "
             "train too, so test scores are too good"
         )
-    train, val, test = (
-        Split(
-            name=part,
-            task=SEGMENTATION,
-            images=arrays["images"].select(rows),
-            targets=arrays["masks"].select(rows),
-            groups=groups[rows],
-            ids=keys[rows],
-            rater_valid=valid[rows],
-        )
-        for part, rows in index.items()
-    )
-    return Parts(train, val, test, leak)
+    columns = dict(images=arrays["images"], targets=arrays["masks"], groups=groups, ids=keys, rater_valid=valid)
+    return Parts.of(SEGMENTATION, index, leak, **columns)
 
 
 def _split_in_order(num_patches, fold):
@@ -127,10 +115,9 @@ def _split_in_order(num_patches, fold):
 
 
 def _groups(folder, series, patients):
-    """The patient of each patch, one for all patches of a series: as a patch says, else a csv, else the series itself.
+    """The patient of each patch, the same for a whole series: from its patches, else from a csv, else the series.
 
-    A csv fills what the patches leave open; of the other series it may say nothing else than they do, as one patient
-    under two names would be in two splits.
+    The csv must agree with what the patches say: one patient under two names would be in two splits.
     """
     series, patients = ([text.strip() for text in array.tolist()] for array in (series, patients))
     patient_of = {}
@@ -139,19 +126,19 @@ def _groups(folder, series, patients):
             raise ValueError(
                 f"Expected one patient_id for each series_uid in the patches of {folder}. "
                 f"Received: {patient_of[uid]!r} and {patient!r} for {uid!r}.\n"
-                "Mend the patient_id of these patches, or make the file anew."
+                "Mend the patient_id of these patches, or make the file again."
             )
     missing, path = sorted(set(series) - set(patient_of)), folder / PATIENTS
     if missing and path.exists():
-        told = _patients_of_csv(path)
-        other = [uid for uid in patient_of if told.get(uid, patient_of[uid]) != patient_of[uid]]
+        named = _patients_of_csv(path)
+        other = [uid for uid in patient_of if named.get(uid, patient_of[uid]) != patient_of[uid]]
         if other:
             raise ValueError(
-                f"Expected the patients of the patches in {path}. Received: {told[other[0]]!r} for {other[0]!r}, which "
-                f"is {patient_of[other[0]]!r} in the patches.\nMend that row, or leave it out."
+                f"Expected the patients of the patches in {path}. Received: {named[other[0]]!r} for {other[0]!r}, "
+                f"which is {patient_of[other[0]]!r} in the patches.\nMend that row, or leave it out."
             )
-        patient_of = told | patient_of
-        missing = [uid for uid in missing if uid not in told]
+        patient_of = named | patient_of
+        missing = [uid for uid in missing if uid not in named]
         if missing:
             raise ValueError(
                 f"Expected every series in {path}. Received: none for {len(missing)}, as {missing[0]}.\n"
@@ -204,7 +191,7 @@ def _converted(paths, size, cache):
         "drew": ((NUM_RATERS,), "bool"),
     } | {name: ((), f"<U{width}") for name, width in WIDTHS.items()}
 
-    # Read only where there is no cache yet.
+    # Read only if there is no cache yet.
     opened = functools.cache(lambda: (_open_npz if paths[0].suffix in NPZ else _open_pickles)(paths))
 
     def produce(start):
@@ -227,7 +214,7 @@ def _stacked(piece, layout):
 
 
 def _row(path, names, image, masks, size):
-    """One row of the cache from a patch; its values are checked here, its shapes were before."""
+    """One row of the cache from a patch; checks the values, whose shapes were checked before."""
     if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         low, high = (float(f(image)) for f in (np.min, np.max))
         raise _wrong(path, names["key"], "an image of numbers in 0..1", f"{low:g} to {high:g}")
@@ -237,7 +224,7 @@ def _row(path, names, image, masks, size):
         if strange.size:
             raise _wrong(path, names["key"], "masks of 0 and 1", f"a value of {strange[0]:g} in mask {k}")
         stacked[..., k] = mask
-    # Before the crop: who drew outside it drew all the same.
+    # Before the crop: a rater may have drawn only outside it.
     row = {"drew": stacked.any(axis=(0, 1)), "rater_valid": np.arange(NUM_RATERS) < len(masks)}
     row["images"] = centre(image.astype("float32")[None, ..., None], size)[0]
     row["masks"] = centre(stacked[None], size)[0]
@@ -252,7 +239,7 @@ def _wrong(path, key, expected, received):
 
 
 def _check_names(path, names, seen):
-    """Names are text that fits the cache; a key is there once in all files."""
+    """Refuses names that are not text or too long for the cache, and a key that occurs twice in all files."""
     key = names["key"]
     for name, value in names.items():
         least = 0 if name == "patient_id" else 1
@@ -288,7 +275,7 @@ def _open_pickles(paths):
 
 
 def _check_patch(path, key, patch, shape, seen):
-    """The shape that this patch has and all others must have."""
+    """The shape of this patch, which all others must have."""
     shown = str(key)[:80]  # of a number of 64 bits at most, see `safe_pickle`
     if not isinstance(patch, dict):
         raise _wrong(path, shown, "a dict of image, masks and series_uid", f"a {type(patch).__name__}")
@@ -319,14 +306,12 @@ def _form(value):
 
 def _open_npz(paths):
     """As `_open_pickles`; images and masks are read row by row, never a whole array of them."""
-    seen, shape, tables = {}, None, []
+    lengths, seen, tables = {}, {}, []
     for path in paths:
         with npz.whole(path) as archive:
-            forms = {}
-            for key in ("image", "masks", *WIDTHS):
-                with npz.member(archive, key) as (_, forms[key]):
-                    pass
-            shape = _check_forms(forms, path, shape)
+            npz.check_keys(archive, FORMS, path)
+            lengths.pop("N", None)  # height and width are the same in all files
+            npz.check_forms(archive, FORMS, path, lengths)
             table = {name: npz.read_array(archive, name).tolist() for name in WIDTHS}
         for values in zip(*table.values(), strict=True):
             _check_names(path, dict(zip(table, values, strict=True)), seen)
@@ -335,36 +320,11 @@ def _open_npz(paths):
     def patches(start):
         for path, table in zip(paths, tables, strict=True):
             with npz.whole(path) as archive:
-                rows = zip(*table.values(), _rows(archive, "image"), _rows(archive, "masks"), strict=True)
+                arrays = (itertools.chain.from_iterable(npz.read_rows(archive, key, 1)) for key in ("image", "masks"))
+                rows = zip(*table.values(), *arrays, strict=True)
                 for *values, image, masks in rows:  # those before are read too: an archive's CRC is of all its bytes
                     if start <= 0:
                         yield path, dict(zip(table, values, strict=True)), image, masks
                     start -= 1
 
     return len(seen), patches
-
-
-def _check_forms(forms, path, expected):
-    """The shape of an image, which is that of the files before."""
-    side = forms["image"][0][1:]
-    n = forms["image"][0][0] if forms["image"][0] else 0
-    rows = {"image": (side, "fu"), "masks": ((NUM_RATERS, *side), "bu")} | {name: ((), "U") for name in WIDTHS}
-    for key, (row, kinds) in rows.items():
-        found, fortran_order, dtype = forms[key]
-        if found != (n, *row) or len(side) != 2 or dtype.kind not in kinds or fortran_order or 0 in found:
-            raise ValueError(
-                f"Expected image (N, H, W), masks (N, {NUM_RATERS}, H, W) and {', '.join(WIDTHS)} (N,) in {path}. "
-                f"Received: {key} {found} {dtype}{', Fortran order' if fortran_order else ''}.\nMake it anew."
-            )
-    if expected not in (None, side):
-        raise ValueError(
-            f"Expected images {expected} like in the other files. Received: {side} in {path}.\n"
-            "Make all of one size, or move the others elsewhere."
-        )
-    return side
-
-
-def _rows(archive, key):
-    with npz.member(archive, key) as (file, ((n, *row), _, dtype)):
-        for _ in range(n):
-            yield np.frombuffer(npz.read_exactly(file, math.prod(row) * dtype.itemsize, key), dtype).reshape(row)

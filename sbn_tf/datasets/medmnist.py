@@ -1,7 +1,7 @@
 """The twelve 2-D sets of MedMNIST in their official npz files, converted to the array cache piece by piece.
 
-What is known of them (labels, counts, md5, addresses) is in `medmnist.json`; where the package medmnist is installed,
-its own table comes first, read without importing it.
+Their labels, counts, md5 and addresses are in `medmnist.json`; if the package medmnist is installed, its own table
+comes first, read without importing it.
 """
 
 import ast
@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,29 +19,16 @@ import numpy as np
 
 from . import cache as array_cache
 from . import files, npz
-from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, Card, Parts, Split
-from .download import fetch
+from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SPLITS, Card, Parts, Split
+from .download import check_official, fetch
 
-__all__ = ["NAMES", "SIZES", "load_npz", "official_file", "registered"]
+__all__ = ["NAMES", "download"]
 
 logger = logging.getLogger(__name__)
 
-NAMES = (
-    "pathmnist",
-    "chestmnist",
-    "dermamnist",
-    "octmnist",
-    "pneumoniamnist",
-    "retinamnist",
-    "breastmnist",
-    "bloodmnist",
-    "tissuemnist",
-    "organamnist",
-    "organcmnist",
-    "organsmnist",
-)
+_KINDS = ("path", "chest", "derma", "oct", "pneumonia", "retina", "breast", "blood", "tissue")
+NAMES = tuple(f"{kind}mnist" for kind in (*_KINDS, "organa", "organc", "organs"))
 SIZES = (28, 64, 128, 224)
-PARTS = ("train", "val", "test")
 EXTRAS = ("patients", "names")
 SOURCE = "https://zenodo.org/records/10519652"
 MEDMNIST_V2 = "Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41"
@@ -53,7 +39,7 @@ TASK_OF = {
     "multi-label, binary-class": MULTI_LABEL,
     "ordinal-regression": ORDINAL,
 }
-PIECE_BYTES = 2**22  # of decompressed images held at a time
+PIECE_BYTES = 2**22  # of decompressed images in memory at a time
 
 # ---- cards
 
@@ -78,7 +64,7 @@ def _cards():
 
 @functools.cache
 def _table():
-    """{name: what is known of it}: our own words, and the facts of an installed medmnist or of the built-in table."""
+    """{name: entry}: our own words, with the facts of an installed medmnist or of the built-in table."""
     built_in = _built_in_table()
     try:
         installed = _installed_info()
@@ -87,7 +73,7 @@ def _table():
         table = {name: built_in[name] | installed[name] for name in NAMES}
         for name, entry in table.items():
             _card(name, entry)
-    except Exception as error:  # whatever another version of that file holds
+    except Exception as error:  # whatever another version of that file contains
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("medmnist: the table of the installed package cannot be read (%s); using our own", reason)
         return built_in
@@ -99,7 +85,7 @@ def _built_in_table():
 
 
 def _installed_info():
-    """INFO of an installed medmnist, None without one. To import it is to import torch and to make a folder."""
+    """INFO of an installed medmnist, or None; read as text, since its import imports torch and makes a folder."""
     found = importlib.util.find_spec("medmnist")
     if found is None:
         return None
@@ -131,7 +117,7 @@ def _card(name, entry):
         files=tuple(_file_name(name, side) for side in sides),
         default_size=64 if 64 in sides else sides[0],
         network="resnet18",
-        counts=tuple(entry["n_samples"][part] for part in PARTS),
+        counts=tuple(entry["n_samples"][part] for part in SPLITS),
         splits="official",
         notes=notes,
         paper_normalisation=CHEST_NORMALISATION if name == "chestmnist" else None,
@@ -158,62 +144,91 @@ def _sides(card, size):
 # ---- readers
 
 
+def download(name: str, size: int | None = None, root: str | os.PathLike | None = None) -> Path:
+    """Download the official file of a set of MedMNIST, unless it is there.
+
+    Args:
+        name: "chestmnist" or another set of MedMNIST. Other data have terms that their source shows first.
+        size: side of the images in pixels; the smallest official file of at least that side is taken. Default:
+            the card's.
+        root: folder to put it in. Default: SBN_TF_DATA, else `data/` of the working directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: another name; or a file, there or downloaded, whose md5 is not the official one.
+        ConnectionError: no connection, or one that breaks off again and again. What came is kept as `.part`.
+        OSError: the folder cannot be written to, or the disk is full. What came is kept.
+    """
+    if name not in NAMES:
+        raise ValueError(
+            f"Expected a dataset that can be downloaded, among {', '.join(NAMES)}. Received: name={name!r}\n"
+            "Get others from their source, which print(datasets.card(name)) names."
+        )
+    if size is not None and not files.is_integer(size, 1):
+        raise ValueError(f"Expected an integer size of 1 to {max(SIZES)}. Received: size={size!r}")
+    card = _cards()[name]
+    side = _sides(card, card.default_size if size is None else size)[0]
+    try:
+        path = files.find(card, root, _places(card, [side]))
+    except FileNotFoundError:
+        return _fetch(card, side, root)
+    check_official(path, official_file(name, side)[2])
+    return path
+
+
+def _places(card, sides):
+    names = [_file_name(card.name, side) for side in sides]
+    return [place for name in names for place in (Path(name), Path(card.name) / name)]
+
+
+def _fetch(card, side, root):
+    name, url, md5 = official_file(card.name, side)
+    return fetch(url, files.roots(root)[0] / name, md5, card.source)
+
+
 def _load(card, root, size, seed, cache=None, *, verify=False, download=False):
     """A set of MedMNIST: the smallest official file of at least `size` pixels, resized down if it is larger.
 
     Args:
         card: of the set.
         root, size, cache: see `load`.
-        seed: unused, the split is official.
+        seed: not used, the split is official.
         verify: compare the file's md5 with the official one first (seconds).
-        download: get the smallest official file of at least `size` pixels where it is not there.
+        download: get the smallest official file of at least `size` pixels if it is missing.
     """
     sides = _sides(card, size)[: 1 if download else None]
-    places = [p for s in sides for p in (Path(_file_name(card.name, s)), Path(card.name) / _file_name(card.name, s))]
     try:
-        path = files.find(replace(card, source=f"{card.source} or by download=True"), root, places)
+        path = files.find(replace(card, source=f"{card.source} or by download=True"), root, _places(card, sides))
     except FileNotFoundError:
         if not download:
             raise
-        name, url, md5 = official_file(card.name, size)
-        path = fetch(url, files.roots(root)[0] / name, md5, card.source)
+        path = _fetch(card, sides[0], root)
     side = next(s for s in sides if _file_name(card.name, s) == path.name)
     if side != size:
         logger.warning("%s: %s is resized from %d to %d pixels", card.name, path.name, side, size)
     if verify:
-        official, found = dict(card.checksums)[path.name], files.md5(path)
-        if found != official:
-            raise ValueError(
-                f"Expected md5 {official} for {path}. Received: {found}.\n"
-                "It is not the official file, or it was cut short: get it again."
-            )
+        check_official(path, dict(card.checksums)[path.name])
     parts = load_npz(card, path, size, side, cache)
     counts = tuple(part.num_examples for part in parts[:3])
     if card.counts is not None and counts != card.counts:
-        logger.warning(
-            "%s: %s has %s images, the official file %s: it is another",
-            card.name,
-            path.name,
-            " / ".join(f"{n:,}" for n in counts),
-            " / ".join(f"{n:,}" for n in card.counts),
-        )
+        found, official = (" / ".join(f"{n:,}" for n in numbers) for numbers in (counts, card.counts))
+        message = "%s: %s has %s images, the official file %s: it is another"
+        logger.warning(message, card.name, path.name, found, official)
     return parts
 
 
 def load_npz(
-    card: Card,
-    path: str | os.PathLike,
-    size: int,
-    side: int | None = None,
-    cache: str | os.PathLike | None = None,
+    card: Card, path: str | os.PathLike, size: int, side: int | None = None, cache: str | os.PathLike | None = None
 ) -> Parts:
-    """Three splits from an npz with MedMNIST's keys, images through the array cache; never holds a whole array of them.
+    """Three splits from an npz with MedMNIST's keys; images go through the array cache, some at a time.
 
     Args:
         card: its task, classes and channels are what the file must have; its name names the cache.
         path: npz, compressed or not. For train, val and test: `*_images` `(N, S, S)`, or `(N, S, S, 3)` in colour,
             uint8 in C order; `*_labels` integers, `(N, L)` of 0 and 1 for "multi-label", else `(N, 1)`, a class;
-            `*_patients` and `*_names` `(N,)` become groups and ids where they are there.
+            `*_patients` and `*_names` `(N,)` become groups and ids if they are there.
         size: side in pixels that images are resized to (bilinear, antialiased).
         side: S, where the file's name says it; None: whatever it is.
         cache: see `load`.
@@ -223,54 +238,44 @@ def load_npz(
     """
     path = Path(path).resolve()  # one cache, however the path was written
     counts, arrays = _inspect(card, side, path)
-    known = []  # targets, groups and ids of each split
-    for part in PARTS:
-        extras = [arrays.get(f"{part}_{key}") for key in EXTRAS]
-        known.append((_targets(arrays[f"{part}_labels"], f"{part}_labels", card, path), *extras))
+    targets = {part: _targets(arrays[f"{part}_labels"], f"{part}_labels", card, path) for part in SPLITS}
+    total = sum(counts)
 
     def produce(start):
         if start == 0:  # read it all first: rows of an array that turns out corrupt at its end are not to be kept
-            collections.deque(_pieces(path, sum(counts)), maxlen=0)
+            collections.deque(_pieces(path, total), maxlen=0)
         for images in _pieces(path, start):
             yield {"images": files.resize_images(images.reshape(*images.shape[:3], card.channels), size)}
 
     source = {"files": array_cache.fingerprint([path]), "size": size}
     layout = {"images": ((size, size, card.channels), "uint8")}
-    name = f"{card.name}-{size}px"
-    images = array_cache.cached(name, source, layout, produce, total=sum(counts), cache=cache)["images"]
+    images = array_cache.cached(f"{card.name}-{size}px", source, layout, produce, total=total, cache=cache)["images"]
     splits, first = [], 0
-    for part, n, (targets, groups, ids) in zip(PARTS, counts, known, strict=True):
+    for part, n in zip(SPLITS, counts, strict=True):
         rows = images.select(slice(first, first + n))
-        splits.append(Split(part, card.task, rows, targets, groups=groups, ids=ids))
+        groups, ids = (arrays.get(f"{part}_{key}") for key in EXTRAS)
+        splits.append(Split(part, card.task, rows, targets[part], groups=groups, ids=ids))
         first += n
     train, val, test = splits
     return Parts(train, val, test)
 
 
-# ---- the npz, piece by piece
-
-
 def _inspect(card, side, path):
     """Number of images of each part, and {key: array} of the small arrays, read once all headers fit together."""
-    wanted = [f"{part}_{key}" for part in PARTS for key in ("images", "labels")]
+    columns = len(card.classes) if card.task == MULTI_LABEL else 1
+    colours = () if card.channels == 1 else (card.channels,)
+    counts, small = [], []
     with npz.whole(path) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
-        missing = [key for key in wanted if key not in found]
-        if missing:
-            raise ValueError(
-                f"Expected the arrays {sorted(wanted)} in {path}. Received: {found}, without {missing}.\n"
-                f"It is not a file of {card.name}, or not a whole one: get it again."
-            )
-        extras = [f"{part}_{key}" for part in PARTS for key in EXTRAS]
-        headers = {}
-        for key in wanted + [key for key in extras if key in found]:
-            with npz.member(archive, key) as (_, headers[key]):
-                pass
-        _check_images({part: headers[f"{part}_images"] for part in PARTS}, card, side, path)
-        counts = [headers[f"{part}_images"][0][0] for part in PARTS]
-        for part, n in zip(PARTS, counts, strict=True):
-            _check_small(headers, part, n, card, path)
-        return counts, {key: npz.read_array(archive, key) for key in headers if not key.endswith("_images")}
+        found = npz.check_keys(archive, [f"{part}_{key}" for part in SPLITS for key in ("images", "labels")], path)
+        for part in SPLITS:
+            form = ("N", side or "S", side or "S", *colours), "uint8 in C order"
+            count, side, *_ = npz.check_forms(archive, {f"{part}_images": form}, path)[f"{part}_images"]
+            counts.append(count)
+        for part, count in zip(SPLITS, counts, strict=True):
+            forms = {f"{part}_labels": ((count, columns), "integers")}
+            forms |= {f"{part}_{key}": ((count,), "integers or text") for key in EXTRAS if f"{part}_{key}" in found}
+            small += npz.check_forms(archive, forms, path)
+        return counts, {key: npz.read_array(archive, key) for key in small}
 
 
 def _pieces(path, start):
@@ -279,47 +284,12 @@ def _pieces(path, start):
     The rows before are decompressed too: an array's CRC-32, which zipfile checks at its end, is that of all its bytes.
     """
     with npz.whole(path) as archive:
-        for part in PARTS:
-            with npz.member(archive, f"{part}_images") as (file, (shape, _, _)):
-                row_bytes = math.prod(shape[1:])
-                step = max(1, PIECE_BYTES // row_bytes)
-                for first in range(0, shape[0], step):
-                    count = min(step, shape[0] - first)
-                    rows = np.frombuffer(npz.read_exactly(file, count * row_bytes, f"{part}_images"), "uint8")
-                    skip = min(start, count)
-                    start -= skip
-                    if skip < count:
-                        yield rows.reshape(count, *shape[1:])[skip:]
-
-
-def _check_images(headers, card, side, path):
-    for part, (shape, fortran_order, dtype) in headers.items():
-        side = side or (shape[1] if len(shape) > 1 else 0)
-        row = (side, side) if card.channels == 1 else (side, side, card.channels)
-        if shape[1:] != row or dtype != np.uint8 or fortran_order:
-            order = ", Fortran order" if fortran_order else ""
-            raise ValueError(
-                f"Expected {part}_images (N, {', '.join(map(str, row))}) uint8 in C order in {path}. "
-                f"Received: shape {shape}, {dtype}{order}.\nIt is not a file of {card.name}, or one of another size."
-            )
-        if 0 in shape:
-            raise ValueError(
-                f"Expected {part}_images that are not empty in {path}. Received: shape {shape}.\nGet the file again."
-            )
-
-
-def _check_small(headers, part, num_images, card, path):
-    """Labels, patients and names are as many as the images, before any of them is read."""
-    columns = len(card.classes) if card.task == MULTI_LABEL else 1
-    forms = {f"{part}_labels": ((num_images, columns), "integers", "bui")}
-    forms |= {f"{part}_{key}": ((num_images,), "integers or text", "uiSU") for key in EXTRAS}
-    for key, (expected, what, kinds) in forms.items():
-        shape, _, dtype = headers.get(key, (expected, False, np.dtype("u1")))
-        if shape != expected or dtype.kind not in kinds:
-            raise ValueError(
-                f"Expected {key} {expected}, {what}, in {path}. Received: shape {shape}, {dtype}.\n"
-                "Mend them, or get the file again."
-            )
+        for part in SPLITS:
+            for rows in npz.read_rows(archive, f"{part}_images", PIECE_BYTES):
+                skip = min(start, len(rows))
+                start -= skip
+                if skip < len(rows):
+                    yield rows[skip:]
 
 
 def _targets(labels, key, card, path):

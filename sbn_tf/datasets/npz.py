@@ -1,4 +1,4 @@
-"""Arrays of npz archives, whole or piece by piece; what is broken, or not plain numbers, is refused in two lines."""
+"""Arrays of npz archives, whole or piece by piece; a broken file, or one with other than plain arrays, is refused."""
 
 import contextlib
 import math
@@ -7,23 +7,27 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
 
 import numpy as np
 
-__all__ = ["member", "read_array", "read_exactly", "read_npz", "whole"]
+from .arrays import read_npy_header
+
+__all__ = ["read_npz"]
 
 PIECE_BYTES = 2**20  # decompressed at a time
 MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
-KINDS = {  # of dtypes
+KINDS = {  # of dtypes; "uint8" is one too
     "numbers": "fiu",
     "numbers or booleans": "bfiu",
-    "whole numbers or text": "iuSU",
+    "integers": "biu",
+    "integers or text": "iuSU",
     "text": "U",
 }
+Form = tuple[tuple[int | str, ...], str]  # shape, kind
 
-# What a broken file makes zipfile, zlib and numpy raise.
+# Errors of zipfile, zlib and numpy on a broken file.
 _BROKEN = (
     ValueError,
     OSError,
@@ -42,10 +46,9 @@ _BROKEN = (
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`; what a broken one raises becomes a ValueError that says so, in two lines.
+    """The archive at `path`; the errors of a broken one become a ValueError of two lines.
 
-    A file that is not there, or may not be read, stays a FileNotFoundError or PermissionError. An array's CRC-32 is
-    compared by zipfile when its last byte is read.
+    A FileNotFoundError or PermissionError stays one. zipfile compares an array's CRC-32 when its last byte is read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -57,7 +60,7 @@ def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
             "Check that it is there, and its permissions and those of its folder.",
         ) from error
     except _BROKEN as error:
-        if "\n" in str(error):  # said already
+        if "\n" in str(error):  # explained already
             raise
         raise ValueError(
             f"Expected a whole npz file of plain arrays. Received: {path} ({str(error) or type(error).__name__}).\n"
@@ -67,16 +70,14 @@ def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
 
 @contextlib.contextmanager
 def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tuple[tuple[int, ...], bool, np.dtype]]]:
-    """An array of an archive: its bytes as a file, and (shape, fortran_order, dtype), which tell how many they are."""
+    """An array of an archive: its bytes as a file, and (shape, fortran_order, dtype), which say how many they are."""
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key} is compressed by another method than deflate")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran_order, dtype = read(file)
+        shape, fortran_order, dtype = read_npy_header(file)
         if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"{key} holds {dtype}, shape {shape}")
+            raise ValueError(f"{key} is of {dtype}, shape {shape}")
         expected = file.tell() + math.prod(shape) * dtype.itemsize
         if info.file_size != expected:
             raise ValueError(f"{key} has {info.file_size} bytes, not {expected}")
@@ -87,7 +88,7 @@ def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tupl
 
 
 def read_exactly(file: IO[bytes], num_bytes: int, key: str) -> bytes:
-    """So many bytes; an EOFError that names the array where there are fewer."""
+    """So many bytes; an EOFError that names the array if there are fewer."""
     data = file.read(num_bytes)
     if len(data) != num_bytes:
         raise EOFError(f"{key} ends early")
@@ -105,39 +106,83 @@ def read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         return array
 
 
+def read_rows(archive: zipfile.ZipFile, key: str, num_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+    """An array of an archive, in C order: some of its rows at a time, about `num_bytes` of them."""
+    with member(archive, key) as (file, (shape, _, dtype)):
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        step = max(1, num_bytes // row_bytes)
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            rows = np.frombuffer(read_exactly(file, count * row_bytes, key), dtype)
+            yield rows.reshape(count, *shape[1:])
+
+
+def check_keys(archive: zipfile.ZipFile, keys: Iterable[str], path: str | os.PathLike) -> list[str]:
+    """The names of an archive's arrays; a ValueError if one of `keys` is missing."""
+    found = [name.removesuffix(".npy") for name in archive.namelist()]
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ValueError(
+            f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}.\n"
+            "It is another file, or not a whole one: make it again, or get it again."
+        )
+    return found
+
+
+def check_forms(
+    archive: zipfile.ZipFile, forms: Mapping[str, Form], path: str | os.PathLike, lengths: dict[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays, from their headers; a ValueError unless each is of its form and not empty.
+
+    Args:
+        archive: of the arrays.
+        forms: key -> (shape, kind). A shape has numbers, and names of lengths, as "N", which are the same in all
+            arrays; a kind is one of `KINDS`, " in C order" or not.
+        path: of the archive, for messages.
+        lengths: what the names stand for, where it is known; it learns the others.
+    """
+    lengths, shapes = {} if lengths is None else lengths, {}
+    for key, (expected, kind) in forms.items():
+        with member(archive, key) as (_, (shape, fortran_order, dtype)):
+            pass
+        known, plain = dict(lengths), kind.removesuffix(" in C order")
+        fits = len(shape) == len(expected) and 0 not in shape and (plain == kind or not fortran_order)
+        fits &= dtype == np.uint8 if plain == "uint8" else dtype.kind in KINDS[plain]
+        for name, n in zip(expected, shape, strict=True) if fits else ():
+            fits &= n == (known.setdefault(name, n) if isinstance(name, str) else name)
+        if not fits:
+            form = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+            of = ", ".join(f"{name} = {lengths[name]}" for name in expected if name in lengths)
+            order = ", Fortran order" if fortran_order else ""
+            raise ValueError(
+                f"Expected {key} ({form}), {kind}, not empty{f', with {of},' if of else ''} in {path}. "
+                f"Received: shape {shape}, {dtype}{order}.\nMake the file again, or get it again."
+            )
+        lengths |= known
+        shapes[key] = shape
+    return shapes
+
+
 def read_npz(
-    path: str | os.PathLike,
-    keys: Mapping[str, tuple[tuple[int | str, ...], str]],
-    optional: Mapping[str, tuple[tuple[int | str, ...], str]] | None = None,
+    path: str | os.PathLike, forms: Mapping[str, Form], optional: Mapping[str, Form] | None = None
 ) -> dict[str, np.ndarray]:
     """Arrays of an archive, by key; all headers are compared before the first array is read.
 
     Args:
         path: the file.
-        keys: key -> (shape, kind), of arrays that must be there. A shape has numbers, and names of lengths, as "N",
-            which are the same in all arrays; a kind is one of `KINDS`.
-        optional: key -> (shape, kind), of arrays that are read where they are there.
+        forms: of arrays that must be there, see `check_forms`.
+        optional: of arrays that are read if they are there.
 
     Raises:
-        ValueError: the file is truncated, corrupt, holds objects, or lacks a key; an array is empty, not finite, or
+        ValueError: the file is truncated, corrupt, contains objects, or lacks a key; an array is empty, not finite, or
             of another shape or kind.
         FileNotFoundError, PermissionError: the file cannot be read.
     """
-    wanted = {**keys, **(optional or {})}
     with whole(path) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
-        missing = [key for key in keys if key not in found]
-        if missing:
-            raise ValueError(
-                f"Expected the arrays {sorted(keys)} in {path}. Received: {found}, without {missing}.\n"
-                "Make the file anew, or get it again."
-            )
-        lengths = {}
-        for key in wanted:
-            if key in found:
-                with member(archive, key) as (_, (shape, _, dtype)):
-                    _check_form(key, shape, dtype, *wanted[key], lengths, path)
-        arrays = {key: read_array(archive, key) for key in wanted if key in found}
+        found = check_keys(archive, forms, path)
+        wanted = {**forms, **{key: form for key, form in (optional or {}).items() if key in found}}
+        check_forms(archive, wanted, path)
+        arrays = {key: read_array(archive, key) for key in wanted}
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(
@@ -145,19 +190,3 @@ def read_npz(
                 "Mend them, or get the file again."
             )
     return arrays
-
-
-def _check_form(key, shape, dtype, expected, kind, lengths, path):
-    """Raises a ValueError unless an array is of that shape and kind; `lengths` learns what a name stands for."""
-    known = dict(lengths)
-    fits = len(shape) == len(expected) and dtype.kind in KINDS[kind] and 0 not in shape
-    for name, n in zip(expected, shape, strict=True) if fits else ():
-        fits &= n == (known.setdefault(name, n) if isinstance(name, str) else name)
-    if not fits:
-        form = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
-        of = ", ".join(f"{name} = {lengths[name]}" for name in expected if name in lengths)
-        raise ValueError(
-            f"Expected {key} ({form}), {kind}, not empty{f', with {of},' if of else ''} in {path}. "
-            f"Received: shape {shape}, {dtype}.\nMake the file anew, or get it again."
-        )
-    lengths |= known

@@ -2,137 +2,78 @@
 
 Each dataset is drawn from a stated generative model, so the probability of a label, or that a rater marks a
 pixel, is known exactly given the scene (`Split.truth_probs`). An image shows its scene only through noise, so
-on average no network has a better NLL or Brier score than these: an upper bound, which may be out of reach.
+on average no network has a better NLL or Brier score than these probabilities; the bound may be out of reach.
 Coordinates run from 0 to 1 over the image, so the same seed gives the same scenes at every size.
+
+Images are `(N, size, size, C)` uint8; options of the readers: `num_train`, `num_val`, `num_test`.
 """
 
-import os
-from typing import Any
+import functools
 
 import numpy as np
 from scipy.special import ndtr
 
 from .base import MULTI_LABEL, SEGMENTATION, Card, Parts, Split
 from .chest import LABELS
+from .files import is_integer
 
-__all__ = [
-    "PHANTOM_CHEST",
-    "PHANTOM_LESION",
-    "PHANTOM_NODULE",
-    "PREVALENCE",
-    "load_phantom_chest",
-    "load_phantom_lesion",
-    "load_phantom_nodule",
-]
+__all__ = ["load_phantom_chest", "load_phantom_lesion", "load_phantom_nodule"]
 
-_COMMON: dict[str, Any] = dict(
-    licence="Apache-2.0 (made by this package)",
-    citation="none needed",
-    source="sbn_tf.datasets.phantoms",
-    files=(),
-    default_size=32,
+
+def _card(name, title, task, classes, notes, channels=1, num_raters=1):
+    return Card(
+        name=name,
+        title=title,
+        task=task,
+        classes=classes,
+        channels=channels,
+        num_raters=num_raters,
+        licence="Apache-2.0 (made by this package)",
+        citation="none needed",
+        source="sbn_tf.datasets.phantoms",
+        files=(),
+        default_size=32,
+        network="unet" if task == SEGMENTATION else "resnet18",
+        notes=notes,
+    )
+
+
+PHANTOM_CHEST = _card(
+    "phantom_chest",
+    "phantom radiographs with 14 rare, faint findings",
+    MULTI_LABEL,
+    LABELS,
+    "Synthetic; names only say where a sign is put. Labels of 1 to 20 % prevalence, some wrong.",
 )
-
-PHANTOM_CHEST = Card(
-    name="phantom_chest",
-    title="phantom radiographs with 14 rare, faint findings",
-    task=MULTI_LABEL,
-    classes=LABELS,
-    channels=1,
-    num_raters=1,
-    network="resnet18",
-    notes="Synthetic; names only say where a sign is put. Labels of 1 to 20 % prevalence, some wrong.",
-    **_COMMON,
-)
-PHANTOM_LESION = Card(
-    name="phantom_lesion",
-    title="phantom dermoscopic images with the lesion's boundary",
-    task=SEGMENTATION,
-    classes=("lesion",),
+PHANTOM_LESION = _card(
+    "phantom_lesion",
+    "phantom dermoscopic images with the lesion's boundary",
+    SEGMENTATION,
+    ("lesion",),
+    "Synthetic. The mask is one annotator's: the boundary is uncertain in proportion to its blur.",
     channels=3,
-    num_raters=1,
-    network="unet",
-    notes="Synthetic. The mask is one annotator's: the boundary is uncertain in proportion to its blur.",
-    **_COMMON,
 )
-PHANTOM_NODULE = Card(
-    name="phantom_nodule",
-    title="phantom CT nodules, outlined by 4 raters who disagree",
-    task=SEGMENTATION,
-    classes=("nodule",),
-    channels=1,
-    num_raters=4,
-    network="unet",
-    notes="Synthetic. Some nodules have a halo that only some raters include; faint ones are missed by some. "
+PHANTOM_NODULE = _card(
+    "phantom_nodule",
+    "phantom CT nodules, outlined by 4 raters who disagree",
+    SEGMENTATION,
+    ("nodule",),
+    "Synthetic. Some nodules have a halo that only some raters include; faint ones are missed by some. "
     "An empty mask is a rater who outlined nothing.",
-    **_COMMON,
+    num_raters=4,
 )
 
-# Roughly ChestMNIST's own rates, none under 1.2 % so that a small split holds each.
+# Roughly ChestMNIST's own rates, none under 1.2 % so that a small split has each.
 PREVALENCE = np.array([0.12, 0.03, 0.13, 0.20, 0.06, 0.06, 0.015, 0.05, 0.045, 0.025, 0.03, 0.02, 0.035, 0.012])
 FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels, as in mined reports
 NUM_RATERS = 4
 
 
-def load_phantom_chest(
-    root: str | os.PathLike | None,
-    size: int,
-    seed: int,
-    *,
-    num_train: int = 600,
-    num_val: int = 150,
-    num_test: int = 300,
-) -> Parts:
-    """Three splits: images `(N, size, size, 1)` uint8, targets `(N, 14)` uint8, `truth_probs` `(N, 14)`.
-
-    A finding has a severity, 0 for most images. Its sign's contrast grows with the severity, and
-    `P(label = 1 | severity) = 0.5 + 0.4 * severity` where there is a sign (severity 0.4 to 1), a small
-    constant where there is none (`FALSE_SHARE` of the positives).
-    """
-    return _three_splits(_chest, 1, size, seed, num_train, num_val, num_test)
-
-
-def load_phantom_lesion(
-    root: str | os.PathLike | None,
-    size: int,
-    seed: int,
-    *,
-    num_train: int = 600,
-    num_val: int = 150,
-    num_test: int = 300,
-) -> Parts:
-    """Three splits: images `(N, size, size, 3)` uint8, targets and `truth_probs` `(N, size, size, 1)`.
-
-    The annotated boundary is the true one moved, in each direction, by a smooth Gaussian error of standard
-    deviation `s`: `P(pixel marked) = Phi(distance inside the boundary / s)`, `s` larger where the border
-    is blurred.
-    """
-    return _three_splits(_lesion, 2, size, seed, num_train, num_val, num_test)
-
-
-def load_phantom_nodule(
-    root: str | os.PathLike | None,
-    size: int,
-    seed: int,
-    *,
-    num_train: int = 600,
-    num_val: int = 150,
-    num_test: int = 300,
-) -> Parts:
-    """Three splits: images `(N, size, size, 1)` uint8, targets `(N, size, size, 4)`, one mask per rater.
-
-    A rater takes the core or, with probability `q`, the halo as well; errs on the boundary by a bias and a
-    smooth wobble, Gaussian with standard deviation `s` in all; and outlines nothing with probability `m`.
-    `truth_probs = (1 - m) * (q * Phi(inside halo / s) + (1 - q) * Phi(inside core / s))`. `q` grows with
-    the halo's contrast and `m` falls with the nodule's, so the image tells how unsure the raters are.
-    """
-    return _three_splits(_nodule, 3, size, seed, num_train, num_val, num_test)
-
-
-def _three_splits(make, tag, size, seed, num_train, num_val, num_test):
+def _reader(make, tag, root, size, seed, *, num_train=600, num_val=150, num_test=300):
+    """Three splits, each from the images, targets and probabilities that `make` draws."""
     splits = []
     for k, (name, n) in enumerate((("train", num_train), ("val", num_val), ("test", num_test))):
-        if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
+        if not is_integer(n, 1):
             raise ValueError(f"Expected an integer num_{name} >= 1. Received: num_{name}={n!r}")
         # Latents and pixel noise have a generator each: another size changes the noise and nothing else.
         latent, noise = (np.random.default_rng([seed, tag, k, which]) for which in range(2))
@@ -153,6 +94,12 @@ def _three_splits(make, tag, size, seed, num_train, num_val, num_test):
 
 
 def _chest(n, size, latent, noise):
+    """Targets and `truth_probs` `(N, 14)`.
+
+    A finding has a severity, 0 for most images. Its sign's contrast grows with the severity, and
+    `P(label = 1 | severity) = 0.5 + 0.4 * severity` where there is a sign (severity 0.4 to 1), a small constant where
+    there is none (`FALSE_SHARE` of the positives).
+    """
     x, y = _grid(size)
     image, place = _thorax(n, x, y, latent)
 
@@ -214,61 +161,52 @@ def _signs(n, x, y, place, latent):
     def lung_at(across, down):  # a place in one lung, in units of its half axes
         return side() + (across + around(0.25)) * width, middle + (down + around(0.12)) * height
 
+    sign = {}
     cx, cy = lung_at(0, 0.5)
-    atelectasis = 0.42 * _blob(x, y, cx, cy, 0.13, 0.025)
+    sign["atelectasis"] = 0.42 * _blob(x, y, cx, cy, 0.13, 0.025)
     big = _soft_disc(x, y, place["heart_x"] - 0.03, place["heart_y"] + 0.02, place["heart"] + 0.1, 0.19, 0.25)
-    cardiomegaly = 0.2 * big
+    sign["cardiomegaly"] = 0.2 * big
     cx = side()
     level = middle + (0.45 + around(0.1)) * height
-    effusion = 0.34 * _step((y - level) / 0.05) * _blob(x, y, cx, 0.8, 0.13, 0.3)
+    sign["effusion"] = 0.34 * _step((y - level) / 0.05) * _blob(x, y, cx, 0.8, 0.13, 0.3)
     cx, cy = lung_at(0, -0.05)
     texture = _clutter(n, x, y, latent, waves=8, cycles=9.0)
-    infiltration = (0.18 + 0.12 * texture) * _blob(x, y, cx, cy, 0.1, 0.15)
+    sign["infiltration"] = (0.18 + 0.12 * texture) * _blob(x, y, cx, cy, 0.1, 0.15)
     cx, cy = lung_at(0, -0.1)
-    mass = 0.4 * _soft_disc(x, y, cx, cy, 0.075, 0.075, 0.3)
+    sign["mass"] = 0.4 * _soft_disc(x, y, cx, cy, 0.075, 0.075, 0.3)
     cx, cy = lung_at(0, 0.0)
-    nodule = 0.6 * _blob(x, y, cx, cy, 0.032, 0.032)
+    sign["nodule"] = 0.6 * _blob(x, y, cx, cy, 0.032, 0.032)
     cx, cy = lung_at(0.2, 0.45)
-    pneumonia = 0.3 * _blob(x, y, cx, cy, 0.09, 0.09)
+    sign["pneumonia"] = 0.3 * _blob(x, y, cx, cy, 0.09, 0.09)
     outward = np.where(latent.random((n, 1, 1)) < 0.5, -1.0, 1.0)
     apex = np.where(outward < 0, place["left"], place["right"])
     cx, cy = apex + 0.55 * outward * width, middle - 0.55 * height
-    pneumothorax = -0.36 * _soft_disc(x, y, cx, cy, 0.08, 0.13, 0.15)
+    sign["pneumothorax"] = -0.36 * _soft_disc(x, y, cx, cy, 0.08, 0.13, 0.15)
     cx, cy = lung_at(0, -0.45)
-    consolidation = 0.4 * _step((0.085 - np.maximum(abs(x - cx), abs(y - cy))) / 0.012) * (0.3 + lungs)
+    sign["consolidation"] = 0.4 * _step((0.085 - np.maximum(abs(x - cx), abs(y - cy))) / 0.012) * (0.3 + lungs)
     butterfly = sum(_blob(x, y, 0.5 + s * 0.13, middle + 0.05, 0.07, 0.13) for s in (-1, 1))
-    edema = 0.3 * butterfly
-    emphysema = -0.2 * lungs - 0.12 * _blob(x, y, 0.5, middle + 0.9 * height, 0.3, 0.07)
+    sign["edema"] = 0.3 * butterfly
+    sign["emphysema"] = -0.2 * lungs - 0.12 * _blob(x, y, 0.5, middle + 0.9 * height, 0.3, 0.07)
     net = np.cos(2 * np.pi * 11 * (x + y)) * np.cos(2 * np.pi * 11 * (x - y) + around(1.0))
-    fibrosis = 0.3 * net * lungs * _step((y - middle) / 0.06)
+    sign["fibrosis"] = 0.3 * net * lungs * _step((y - middle) / 0.06)
     outward = np.where(latent.random((n, 1, 1)) < 0.5, -1.0, 1.0)
     wall = np.where(outward < 0, place["left"], place["right"]) + 1.02 * outward * width
-    pleural = 0.42 * _blob(x, y, wall, middle + around(0.05), 0.028, 0.16)
+    sign["pleural"] = 0.42 * _blob(x, y, wall, middle + around(0.05), 0.028, 0.16)
     cx, cy = 0.47 + around(0.015), 0.88 + around(0.015)
     distance = np.hypot(x - cx, y - cy)
-    hernia = 0.5 * np.exp(-(((distance - 0.07) / 0.028) ** 2)) - 0.25 * _blob(x, y, cx, cy, 0.05, 0.05)
-    return [
-        atelectasis,
-        cardiomegaly,
-        effusion,
-        infiltration,
-        mass,
-        nodule,
-        pneumonia,
-        pneumothorax,
-        consolidation,
-        edema,
-        emphysema,
-        fibrosis,
-        pleural,
-        hernia,
-    ]
+    sign["hernia"] = 0.5 * np.exp(-(((distance - 0.07) / 0.028) ** 2)) - 0.25 * _blob(x, y, cx, cy, 0.05, 0.05)
+    return [sign[label] for label in LABELS]
 
 
 # ---- skin
 
 
 def _lesion(n, size, latent, noise):
+    """Targets and `truth_probs` `(N, size, size, 1)`.
+
+    The annotated boundary is the true one moved, in each direction, by a smooth Gaussian error of standard deviation
+    `s`: `P(pixel marked) = Phi(distance inside the boundary / s)`, `s` larger where the border is blurred.
+    """
     x, y = _grid(size)
     shape = _outline(n, latent, radius=(0.16, 0.36), irregularity=0.16, spread=0.06)
     inside, angle = _inside(x, y, shape)
@@ -309,6 +247,13 @@ def _hairs(n, x, y, latent, most=4):
 
 
 def _nodule(n, size, latent, noise):
+    """Targets `(N, size, size, 4)`, one mask per rater, and `truth_probs` `(N, size, size, 1)`.
+
+    A rater takes the core or, with probability `q`, the halo as well; errs on the boundary by a bias and a smooth
+    wobble, Gaussian with standard deviation `s` in all; and outlines nothing with probability `m`.
+    `truth_probs = (1 - m) * (q * Phi(inside halo / s) + (1 - q) * Phi(inside core / s))`. `q` grows with the halo's
+    contrast and `m` falls with the nodule's, so the image shows how unsure the raters are.
+    """
     x, y = _grid(size)
     core = _outline(n, latent, radius=(0.09, 0.22), irregularity=0.12, spread=0.04)
     inside_core, angle = _inside(x, y, core)
@@ -447,3 +392,8 @@ def _systematic(probs, latent):
 
 def _to_uint8(images):
     return np.round(255 * np.clip(images, 0, 1)).astype("uint8")
+
+
+load_phantom_chest = functools.partial(_reader, _chest, 1)
+load_phantom_lesion = functools.partial(_reader, _lesion, 2)
+load_phantom_nodule = functools.partial(_reader, _nodule, 3)

@@ -1,14 +1,19 @@
-"""Seeded, stateless, resumable streams of batches with tf.data (see `Split.batches`)."""
+"""Seeded, stateless, resumable streams of batches with tf.data: `Split.batches`."""
+
+from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
 
 from .arrays import DiskArray
-from .base import SEGMENTATION, Split
+from .card import SEGMENTATION
 
-__all__ = ["AUGMENTATIONS", "RATERS", "batches"]
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+__all__ = ["batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +22,7 @@ RATERS = ("random", "majority", "mean")
 
 
 def batches(
-    split: Split,
+    split: Any,
     batch_size: int,
     *,
     seed: int | None = None,
@@ -27,7 +32,33 @@ def batches(
     rater: str | None = None,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
-    """The stream that `Split.batches` documents."""
+    """Stream of (images, targets), both float32: images normalised, targets `(B, L)` or `(B, H, W, 1)`.
+
+    Without a seed the order is the file's and nothing is random: the stream for evaluation. With a seed each epoch has
+    its own order, raters and augmentation, all of them functions of (seed, epoch, example) alone: a stream that starts
+    at `initial_epoch=3` gives, bit for bit, what the uninterrupted one gives from epoch 3 on. So a resumed run equals
+    an uninterrupted one.
+
+    Args:
+        split: the `Split`.
+        batch_size: images per batch; the last batch of an epoch may be smaller.
+        seed: integer >= 0, or None.
+        initial_epoch, epochs: yields epochs `initial_epoch` to `epochs - 1`, as in `keras.Model.fit`.
+        augment: None or "flips_and_quarter_turns" (the paper's for ISIC): one of the eight symmetries of the square,
+            each equally likely, the same for image and mask. Needs a seed.
+        rater: "random" (one valid rater's mask, each equally likely, drawn again each epoch; needs a seed), "majority"
+            (see `majority`) or "mean" (soft, see `mean_mask`). Default: "random" with a seed, "majority" without.
+            Segmentation only.
+        drop_remainder: leave out the smaller last batch.
+
+    Returns:
+        `tf.data.Dataset` of known length. Over several epochs give `fit` `steps_per_epoch=steps(...)`.
+
+    Raises:
+        ValueError: an option that is unknown, out of range, or random without a seed.
+    """
+    import tensorflow as tf
+
     rater = _check(split, batch_size, seed, initial_epoch, epochs, augment, rater)
     read_images, read_targets = _reader(split.images), _reader(split.targets)
     with tf.device("CPU:0"):
@@ -39,7 +70,8 @@ def batches(
     def one_epoch(epoch):
         order, draws = tf.range(num_examples), None
         if seed is not None:
-            order_seed, draw_seed = _epoch_seeds(seed, epoch)
+            base = tf.random.fold_in((seed, 0), epoch, alg="philox")
+            order_seed, draw_seed = tf.unstack(tf.random.split(base, 2, alg="philox"))
             order = tf.random.experimental.stateless_shuffle(order, order_seed, alg="philox")
             # One row per example, whatever its place in the order: a draw belongs to the example.
             draws = tf.random.stateless_uniform((num_examples, 4), draw_seed, alg="philox")
@@ -47,9 +79,8 @@ def batches(
         def one_batch(index):
             x, y = read_images(index), read_targets(index)
             if split.task == SEGMENTATION:
-                y = _one_mask(
-                    y, tf.gather(valid, index), rater, None if draws is None else tf.gather(draws, index)[:, 3]
-                )
+                draw = None if draws is None else tf.gather(draws, index)[:, 3]
+                y = _one_mask(y, tf.gather(valid, index), rater, draw)
             if augment is not None:
                 flips = tf.gather(draws, index)[:, :3] < 0.5
                 x = flip_and_turn(x, flips)
@@ -66,6 +97,8 @@ def batches(
 
 def _reader(array):
     """A function of TensorFlow from row numbers to rows: of a tensor, or of files for a `DiskArray`."""
+    import tensorflow as tf
+
     if isinstance(array, DiskArray):
 
         def rows_of(index):
@@ -87,7 +120,9 @@ def _reader(array):
 
 
 def _one_mask(masks, valid, rater, draw):
-    """Of `(B, H, W, R)` masks the one to learn from, `(B, H, W, 1)`."""
+    """The mask to learn from, `(B, H, W, 1)`, one or a mean of `(B, H, W, R)`."""
+    import tensorflow as tf
+
     count = tf.reduce_sum(tf.cast(valid, "float32"), axis=1)
     if rater == "random":
         place = tf.minimum(tf.floor(draw * count), count - 1)  # the product can round up to the count
@@ -107,38 +142,33 @@ def flip_and_turn(images: tf.Tensor, flips: tf.Tensor) -> tf.Tensor:
         flips: `(B, 3)` bool: mirror left-right, mirror up-down, swap rows and columns. A swap and one
             mirror is a quarter turn, so fair coins give all eight, each equally likely.
     """
+    import tensorflow as tf
+
     across, down, swap = (flips[:, k, None, None, None] for k in range(3))
     images = tf.where(across, images[:, :, ::-1], images)
     images = tf.where(down, images[:, ::-1], images)
     return tf.where(swap, tf.transpose(images, (0, 2, 1, 3)), images)
 
 
-def _epoch_seeds(seed, epoch):
-    base = tf.random.fold_in((seed, 0), epoch, alg="philox")
-    pair = tf.random.split(base, 2, alg="philox")
-    return pair[0], pair[1]
-
-
 def _check(split, batch_size, seed, initial_epoch, epochs, augment, rater):
     split.steps(batch_size)  # raises for batch_size < 1
     if not 0 <= initial_epoch < epochs:
-        raise ValueError(
-            f"Expected 0 <= initial_epoch < epochs. Received: initial_epoch={initial_epoch}, epochs={epochs}"
-        )
+        received = f"initial_epoch={initial_epoch}, epochs={epochs}"
+        raise ValueError(f"Expected 0 <= initial_epoch < epochs. Received: {received}")
     if seed is not None and seed < 0:
         raise ValueError(f"Expected seed >= 0 or None. Received: seed={seed}")
-    if augment is not None and augment not in AUGMENTATIONS:
-        raise ValueError(f"Expected augment None or one of {AUGMENTATIONS}. Received: augment={augment!r}")
-    if augment is not None and split.images.shape[1] != split.images.shape[2]:
-        raise ValueError(f"Expected square images for quarter turns. Received: images {split.images.shape}")
-    if augment is not None and seed is None:
-        raise ValueError(f"Expected a seed: augment={augment!r} is random. Received: seed=None")
+    if augment is not None:
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"Expected augment None or one of {AUGMENTATIONS}. Received: augment={augment!r}")
+        if split.images.shape[1] != split.images.shape[2]:
+            raise ValueError(f"Expected square images for quarter turns. Received: images {split.images.shape}")
+        if seed is None:
+            raise ValueError(f"Expected a seed: augment={augment!r} is random. Received: seed=None")
     if split.task != SEGMENTATION:
         if rater is not None:
             raise ValueError(f"Expected rater=None for labels: only masks have raters. Received: rater={rater!r}")
         return None
-    if rater is None:
-        rater = "majority" if seed is None else "random"
+    rater = rater or ("majority" if seed is None else "random")
     if rater not in RATERS:
         raise ValueError(f"Expected rater one of {RATERS}. Received: rater={rater!r}")
     if rater == "random" and seed is None:

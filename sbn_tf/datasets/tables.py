@@ -1,4 +1,4 @@
-"""Tables that people write by hand or in a spreadsheet: csv files, read strictly."""
+"""csv files that people write by hand or in a spreadsheet, read strictly."""
 
 import csv
 import os
@@ -8,11 +8,11 @@ __all__ = ["read_table"]
 
 
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a csv file, each cell without blanks around it; blank lines are left out.
+    """Header and rows of a csv file, each cell without blanks around it, without blank lines.
 
     Args:
         path: the file: UTF-8, with or without a byte order mark, commas between the cells.
-        columns: that have to be there.
+        columns: that must be there.
 
     Raises:
         ValueError: another encoding or separator, no row, a row of another length, a column twice or missing.
@@ -57,6 +57,6 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> tuple[
         if len(row) != len(header):
             raise ValueError(
                 f"Expected {len(header)} cells in line {number} of {path}. Received: {len(row)}.\n"
-                'Put a cell that holds a comma in quotes: "a, b".'
+                'Put a cell with a comma in quotes: "a, b".'
             )
     return header, [row for _, row in lines[1:]]

@@ -1,8 +1,11 @@
-"""What can be reached on a dataset: on phantoms by their known probabilities, by one rater against the others."""
+"""The best scores to expect on a dataset: of a phantom's known probabilities, of one rater against the others."""
 
 import numpy as np
 
-from .base import SEGMENTATION, Split
+from sbn_tf import metrics
+from sbn_tf.datasets.base import SEGMENTATION, Split
+
+from .scoring import evaluate
 
 __all__ = ["LEVELS", "ceilings"]
 
@@ -10,33 +13,30 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def ceilings(split: Split) -> dict[str, dict]:
-    """Rows of metrics, as of `sbn_tf.experiments.scoring.evaluate`, to read a network's row against.
+    """Rows of metrics, as of `scoring.evaluate`, to compare a network's row with.
 
     "scene": the generating probabilities `truth_probs` as the prediction (phantoms). They are the truth given the
-    scene, of which the image shows less: in the mean over images no network has a better NLL or Brier score. These two
-    are bounds. The others are not: Dice and IoU are those of a cut at one half, and another cut may have more.
-    "level sets": masks where the generating probability exceeds `LEVELS`, as if these were five samples; only their
-    GED: what one probability map is worth as a distribution of masks, with no knowledge of how pixels go together.
-    "one rater": the mean over raters of one's mask as the prediction, against the majority of the others; only "dice"
-    and "iou".
+    scene, and the image shows less than the scene: in the mean over images no network has a better NLL or Brier score.
+    These two are bounds; Dice and IoU are those of a cut at one half, and another cut may have more.
+    "level sets": masks where the generating probability exceeds `LEVELS`, used as five samples; only their GED. It is
+    what one probability map is worth as a distribution of masks, without knowing how pixels go together.
+    "one rater": each rater's mask as the prediction, against the majority of the others, in the mean; only "dice" and
+    "iou".
     "half the raters": the first half of them as samples against the other half; only "ged". Few samples bias it
     upwards: compare it with as many samples against as many raters.
 
     Args:
-        split: a `Split`; rows on raters are over the images that all of them marked or left empty on purpose
-            (`rater_valid`), and only where there are two raters or more (GED: four).
+        split: a `Split`. Rows on raters are over the images whose masks all exist (`rater_valid`), and need two raters
+            or more (GED: four).
 
     Returns:
-        Row name -> metrics, and {} where nothing is known: no `truth_probs`, one rater.
+        Row name -> metrics; {} where nothing is known: no `truth_probs`, one rater.
     """
-    from sbn_tf import metrics  # a dataset needs no metric but here
-    from sbn_tf.experiments import scoring  # a dataset needs no metric but here
-
     rows = {}
     if split.truth_probs is not None:
         targets = np.asarray(split.targets)
         probs = split.truth_probs[None]
-        rows["scene"] = scoring.evaluate(probs, targets, split.task, rater_valid=split.rater_valid)
+        rows["scene"] = evaluate(probs, targets, split.task, rater_valid=split.rater_valid)
         if split.task == SEGMENTATION and split.num_raters > 1:
             sets = np.stack([split.truth_probs > level for level in LEVELS]).astype("float32")
             ged = metrics.generalised_energy_distance(sets, targets, split.rater_valid)
