@@ -12,7 +12,8 @@ import nbformat
 import pytest
 import yaml
 
-from sbn_tf.experiments import baselines, grid, recipes, results
+from sbn_tf.experiments import grid, recipes, results
+from sbn_tf.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -101,7 +102,7 @@ def test_the_profiles_that_come_with_it_are_whole(name):
     found = grid.read(ROOT / "profiles" / name)
     assert found.name == name
     methods = {method for data in found.datasets for method in data.methods}
-    assert methods <= set(baselines.METHODS)
+    assert methods <= set(METHODS)
     content = yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
     assert content["configfile"] == f"profiles/{name}/config.yaml" and content["keep-going"] is True
 

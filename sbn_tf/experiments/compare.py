@@ -2,7 +2,7 @@
 
     python -m sbn_tf.experiments.compare phantom_nodule --recipe quick
 
-Each row is a run of `baselines` and a `results.Result` beside it. What is finished is read, not made again: the test
+Each row is a run of a method and a `results.Result` beside it. What is finished is read, not made again: the test
 split is predicted once for each trained method.
 """
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from sbn_tf import datasets
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION
-from sbn_tf.experiments import baselines, plots, recipes, results, scoring, training
+from sbn_tf.experiments import folders, plots, recipes, results, scoring
+from sbn_tf.experiments.methods import METHODS, Method, make
 from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
@@ -52,7 +53,7 @@ class Experiment:
     Args:
         data: `datasets.Data`.
         recipe: a `recipes.Recipe`.
-        network: a name of `models.NETWORKS`.
+        network: a name of `networks.NETWORKS`.
         r_bayes: fraction of the eligible weights that is Bayesian, where a method takes one, 0..1.
         seed: of initial weights, shuffling and noise.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
@@ -145,7 +146,7 @@ def experiment(
     Args:
         dataset: a name of `datasets.names()`, or a folder of images.
         recipe: a name of `recipes.RECIPES`.
-        network: a name of `models.NETWORKS`; None: a small one for "quick", the paper's own for its recipes.
+        network: a name of `networks.NETWORKS`; None: a small one for "quick", the paper's own for its recipes.
         epochs, bayes_epochs, num_samples, keep: changes of the recipe; None: as it is.
         changes: of any other field of the recipe: a dict, or a text as `recipes.parse_changes` reads it.
         limit: at most so many images a split; None: all.
@@ -211,7 +212,7 @@ def row(settings: Experiment, method: str) -> results.Result:
         settings,
         record,
         method=method,
-        title=baselines.METHODS[method].title,
+        title=METHODS[method].title,
         seed=settings.seed,
         r_bayes=settings.r_bayes if made.takes_r_bayes else None,
         num_samples=made.num_samples,
@@ -253,9 +254,9 @@ def _folder(settings, made) -> Path:
     return Path(made.folder, "_".join(parts))
 
 
-def fitted(settings: Experiment, method: str) -> baselines.Method:
-    """A method of `baselines`, trained on the experiment's data or loaded."""
-    made = baselines.make(
+def fitted(settings: Experiment, method: str) -> Method:
+    """A method, trained on the experiment's data or loaded."""
+    made = make(
         method,
         settings.recipe,
         r_bayes=settings.r_bayes,
@@ -311,7 +312,7 @@ def _trivial_place(settings, name, step1):
     """Seed, folder, and what the score depends on."""
     made = step1 if name == "trivial_level_sets" else None
     seed, shaping = None if made is None else settings.seed, _evaluation_settings(settings, made)
-    return seed, training.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
+    return seed, folders.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
 
 
 def _trivial_records(settings, step1):
@@ -343,9 +344,9 @@ def all_rows(settings: Experiment, methods: Iterable[str] | None = None) -> list
 
     Args:
         settings: the experiment.
-        methods: names of `baselines.METHODS`; None: all, in their order.
+        methods: names of `methods.METHODS`; None: all, in their order.
     """
-    methods = list(baselines.METHODS) if methods is None else list(methods)
+    methods = list(METHODS) if methods is None else list(methods)
     check_methods(methods)
     rows = list(trivial_rows(settings).values())
     return rows + [row(settings, name) for name in methods]
@@ -355,8 +356,8 @@ def check_methods(methods: Collection[str]) -> None:
     """Raise ValueError where a name is unknown or given twice."""
     if len(set(methods)) < len(methods):
         raise ValueError(f"Expected each method once. Received: {', '.join(methods)}")
-    if unknown := [name for name in methods if name not in baselines.METHODS]:
-        raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}. Received: {unknown}")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"Expected methods among {', '.join(METHODS)}. Received: {unknown}")
 
 
 def tables(rows: list[results.Result], task: str) -> dict[str, str]:
@@ -567,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train every method on one dataset, or read what is trained, and print one table with intervals.",
     )
     parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
-    parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(baselines.METHODS))
+    parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(METHODS))
     parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
     parser.add_argument("--seeds", default="0", help="comma-separated, such as 0,1,2")
     parser.add_argument("--recipe", default="quick", help=f"one of {', '.join(recipes.RECIPES)}")
@@ -634,7 +635,7 @@ def parse_seeds(text: str) -> list[int]:
         raise ValueError(f"Expected --seeds, integers >= 0 with commas between, as 0,1,2. Received: {text}") from None
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected each of --seeds once. Received: {text}")
-    return [training._check_seed(seed) for seed in seeds]
+    return [folders.check_seed(seed) for seed in seeds]
 
 
 def _threshold(text):

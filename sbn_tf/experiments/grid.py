@@ -284,7 +284,7 @@ def check_folder(plan: Plan) -> None:
             there = json.loads(path.read_text())
             known = there["datasets"]
             same = there["formats"] == mine["formats"] and all(
-                name not in known or _with_defaults(known[name]) == own for name, own in mine["datasets"].items()
+                name not in known or known[name] == own for name, own in mine["datasets"].items()
             )
         except (ValueError, KeyError, TypeError):
             same, known = False, {}
@@ -298,9 +298,9 @@ def check_folder(plan: Plan) -> None:
 
 
 def _formats():
-    from sbn_tf.experiments import results, scoring, training
+    from sbn_tf.experiments import folders, results, scoring
 
-    return [FORMAT, results.FORMAT, training.FORMAT, scoring.RECORD_FORMAT]
+    return [FORMAT, results.FORMAT, folders.FORMAT, scoring.RECORD_FORMAT]
 
 
 def _shaping(plan, data):
@@ -309,13 +309,6 @@ def _shaping(plan, data):
 
     recipe = compare.recipe_of(data.name, plan.recipe, **data.parameters)
     return json.loads(json.dumps({"parameters": data.parameters, "recipe": dataclasses.asdict(recipe)}))
-
-
-def _with_defaults(shaping):
-    """A dataset's entry of an older version, with the recipe's fields that came since."""
-    from sbn_tf.experiments.recipes import with_defaults
-
-    return {**shaping, "recipe": with_defaults(shaping["recipe"])}
 
 
 def forget_damaged(plan: Plan) -> list[str]:
@@ -355,7 +348,8 @@ def _result_of(notebook) -> Path | None:
 
 def check_names(plan: Plan) -> None:
     """Raise ValueError where the plan's recipe or a method is none. Not part of `plan_of`: it loads TensorFlow."""
-    from sbn_tf.experiments import baselines, networks, recipes
+    from sbn_tf.experiments import networks, recipes
+    from sbn_tf.experiments.methods import METHODS
 
     if plan.recipe not in recipes.RECIPES:
         raise ValueError(f"Expected a recipe among {', '.join(recipes.RECIPES)}. Received: {plan.recipe!r}")
@@ -363,8 +357,8 @@ def check_names(plan: Plan) -> None:
     for data in plan.datasets:
         if (network := data.parameters.get("network")) not in (None, *networks.NETWORKS):
             raise ValueError(f"Expected a network among {', '.join(networks.NETWORKS)}. Received: {network!r}")
-    if unknown := sorted(asked - set(baselines.METHODS)):
-        raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}.\nReceived: {', '.join(unknown)}")
+    if unknown := sorted(asked - set(METHODS)):
+        raise ValueError(f"Expected methods among {', '.join(METHODS)}.\nReceived: {', '.join(unknown)}")
 
 
 # ---------------------------------------------------------------------------

@@ -25,7 +25,6 @@ __all__ = [
     "optimizer_for",
     "parse_changes",
     "recipe_for",
-    "with_defaults",
 ]
 
 
@@ -140,12 +139,6 @@ _CHOICES = {
     "batch_norm": ("frozen", "statistics", "train"),
     "keep": ("last", "best"),
 }
-
-
-def with_defaults(settings: dict) -> dict:
-    """A recipe's fields as an older version wrote them, with those that came since at their defaults."""
-    new = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING}
-    return {**new, **settings}
 
 
 def _check_number(field, value, *, above=-np.inf, least=-np.inf):

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
-from sbn_tf.experiments import scoring, training
+from sbn_tf.experiments import folders, scoring
 from sbn_tf.experiments.plots import format_table
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.experiments.scoring import Record
@@ -184,7 +184,7 @@ class Result:
 
     Args:
         dataset, task, network, recipe: names.
-        method: of `baselines.METHODS`; "trivial_..." for a row that looks at no image, or needs no training beyond
+        method: of `methods.METHODS`; "trivial_..." for a row that looks at no image, or needs no training beyond
             the deterministic one; "bound_..." for what no method can beat in "nll", "brier" and "brier_skill", but by
             chance. It is no bound for other metrics.
         title: one line for people.
@@ -285,7 +285,7 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
         beside.unlink(missing_ok=True)
     else:
         record.save(beside)
-    training.write_json(path, content)
+    folders.write_json(path, content)
     written = json.loads(path.read_text())
     result.versions, result.commit, result.folder = written["versions"], written["commit"], folder
     return path
@@ -335,7 +335,7 @@ def find(runs: str | os.PathLike | None, dataset: str, **filters) -> list[Result
     names = {one.name for one in dataclasses.fields(Result)} - {"folder"}
     if unknown := sorted(set(filters) - names):
         raise ValueError(f"Expected filters among {sorted(names)}. Received: {unknown}")
-    root = training.run_folder(runs, dataset, "any", 0, {}).parents[2]
+    root = folders.run_folder(runs, dataset, "any", 0, {}).parents[2]
     found, skipped = [], []
     filters.setdefault("split", "test")
     for path in sorted(root.glob("*/seed*/**/metrics.json")):

@@ -2,7 +2,7 @@
 
     python -m sbn_tf.experiments.study profiles/study.yaml --seeds 0,1,2
 
-A variant is a method of `baselines` and changes of a recipe. Each is trained, scored on the validation split, and added
+A variant is a method and changes of a recipe. Each is trained, scored on the validation split, and added
 to a CSV table as soon as it is done: what is finished is read, a study that was stopped goes on. `nbs/09_what_works`
 reads the tables.
 """
@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from sbn_tf.core.files import write_atomically
-from sbn_tf.experiments import baselines, compare, recipes, results, training
+from sbn_tf.experiments import compare, folders, recipes, results, training
+from sbn_tf.experiments.methods import METHODS
 from sbn_tf.saliency import check_r_bayes, overlap, saliency, top_k
 
 __all__ = ["Question", "Study", "Variant", "main", "read", "rows_of", "run", "stability"]
@@ -38,7 +39,7 @@ class Variant:
 
     Args:
         label: what the table calls it.
-        method: of `baselines.METHODS`.
+        method: of `methods.METHODS`.
         r_bayes: fraction of the eligible weights that is Bayesian, 0..1.
         changes: of the recipe, as `recipes.parse_changes` reads them.
         num_samples: of a prediction; None: the recipe's.
@@ -153,7 +154,7 @@ def run(
     known = [question.name for question in study.questions]
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"Expected questions among {', '.join(known)}. Received: {unknown}")
-    table = training.repository() / "results" / f"{study.name}.csv" if table is None else Path(table)
+    table = folders.repository() / "results" / f"{study.name}.csv" if table is None else Path(table)
     base = compare.experiment(**study.data, runs=runs, split=split, num_resamples=200, verbose=verbose)
     if split == "val":
         base = dataclasses.replace(base, shifts={}, swapped=None)  # what nothing is chosen by
@@ -258,7 +259,7 @@ def _is_of(result, variant, settings, data):
     alike = is_of_recipe(variant.method, result.settings, settings)
     rate = result.r_bayes is None or abs(result.r_bayes - variant.r_bayes) < 1e-9
     wanted = variant.num_samples or settings["num_samples"]
-    samples = not baselines.METHODS[variant.method].takes_samples or result.num_samples == wanted
+    samples = not METHODS[variant.method].takes_samples or result.num_samples == wanted
     return alike and rate and samples
 
 
@@ -266,18 +267,18 @@ def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
     """Whether a result's settings are a recipe's, but for what its method sets for itself; new fields at their default.
 
     Args:
-        method: of `baselines.METHODS`; a trivial row is of any.
+        method: of `methods.METHODS`; a trivial row is of any.
         settings, recipe: fields of `recipes.Recipe`.
     """
-    if method not in baselines.METHODS:
+    if method not in METHODS:
         return True
-    given = recipes.with_defaults(settings)
-    own = baselines.METHODS[method].sets
+    given = settings
+    own = METHODS[method].sets
     return all(given.get(key) == value for key, value in recipe.items() if key not in own)
 
 
 def _write_stability(study, rows):
-    path, text = training.repository() / "results" / f"{study.name}_masks.csv", io.StringIO()
+    path, text = folders.repository() / "results" / f"{study.name}_masks.csv", io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(

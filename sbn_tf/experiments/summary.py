@@ -35,7 +35,7 @@ MISSING = "missing"
 
 
 class Line(NamedTuple):
-    """A line of a summary: a method of `baselines.METHODS`, and its share of Bayesian weights, 0..1, if it has one."""
+    """A line of a summary: a method of `methods.METHODS`, and its share of Bayesian weights, 0..1, if it has one."""
 
     method: str
     r_bayes: float | None = None
