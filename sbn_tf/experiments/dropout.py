@@ -81,7 +81,7 @@ def _plain(model):
     nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
     if nested:
         raise ValueError(
-            f"Expected a model without models among its layers. Received: '{model.name}', which holds {nested}. "
+            f"Expected a model without models among its layers. Received: '{model.name}', which contains {nested}. "
             "Build it flat: call the inner model's layers on its input."
         )
     return keras.Model(inputs, outputs, name=model.name)

@@ -33,7 +33,7 @@ class StopAtNaN(keras.callbacks.Callback):
     """Stops training that diverges, and puts back all that training changes as of the last good epoch.
 
     An epoch is good when its losses (validation included) and weights are finite, and so is the loss of the first batch
-    after it: a loss is taken before its update, so only the next one tells what the update did.
+    after it: a loss is taken before its update, so only the next one shows what the update did.
 
     Attributes:
         stopped: whether training was stopped.
@@ -229,7 +229,7 @@ def fit(
         and with tracing where it was traced; of an epoch that was interrupted only its second, whole try counts. Of one
         value: `nan_in_epoch` where a loss that was not finite stopped it, `kept_epoch` under `keep="best"`, both
         counted from 0; `peak_bytes`, the peak memory of the process while it trained (the last process, of a run that
-        was resumed), and `grown_bytes`, how much of it was above what the process held before, where the system tells.
+        was resumed), and `grown_bytes`, how far that is above its memory before training, if the system says so.
 
     Raises:
         ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for; `keep="best"`

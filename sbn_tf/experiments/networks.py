@@ -153,7 +153,7 @@ def resnet18_paper(
     Read from the paper's code: three blocks, the widths, 1000 units, and a bias in the stem, in the blocks'
     3x3 convolutions and in the dense layers, but none in the shortcuts. The printed count confirms the
     blocks, the second dense layer (4.83 M without) and the shortcuts without bias (5.36 M with); it can not
-    tell whether the other convolutions have one (5,352,550 without). Also from the code, and invisible in
+    show whether the other convolutions have one (5,352,550 without). Also from the code, and invisible in
     the count: batch norm *and* ReLU on the shortcut, no ReLU after the sum, and no activation between the
     dense layers.
 
@@ -208,7 +208,7 @@ def unet(
 
     Each level is `convs_per_level` times 3x3 convolution, batch norm, ReLU; padding is "same", so the
     output has the input's size. By default the convolutions have no bias: in training mode a bias before a
-    batch norm has no effect (the batch mean is subtracted), so the likelihood holds nothing against its
+    batch norm has no effect (the batch mean is subtracted), so the likelihood does not limit its
     noise, and if it is Bayesian the KL inflates its scale towards the prior's; in inference mode that noise
     reaches the output.
 
@@ -296,7 +296,7 @@ def unet_paper(
     sigmoid output, the default, there are 33 fewer, for the same family of probability maps. Widths, three
     convolutions in each encoder *and* decoder level, biases and two outputs are read from the paper's code.
     The printed counts confirm the three convolutions (1.54 M and 6.03 M with two) and the up-sampling
-    without weights (2.28 M and 8.90 M with transposed convolutions); they can not tell whether the
+    without weights (2.28 M and 8.90 M with transposed convolutions); they can not show whether the
     convolutions have biases (2,262,114 and 8,797,566 without) or whether there are one or two outputs.
 
     Args:

@@ -55,12 +55,12 @@ class Recipe:
         trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
         scope: of `saliency.top_k`: "global", "layer" or "channel"; or "one_per_channel": the most salient entry of
             each output channel of each kernel, whatever `r_bayes` says.
-        fan_out: highest share of the operations that run anew for each sample, 0..1; None: any. See `top_k`.
+        fan_out: highest share of the operations that run again for each sample, 0..1; None: any. See `top_k`.
         eligible: "all" weights but normalisation's, "kernels" without biases, or "biases" alone.
         batch_norm: "frozen", "statistics" or "train" in step 3. The last two need estimator "all" where a batch norm
             comes after a Bayesian weight.
         keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
-            first of equals), which in step 3 holds the KL too.
+            first of equals), which in step 3 includes the KL.
 
     Raises:
         ValueError: a setting that is not of its kind or out of its range.

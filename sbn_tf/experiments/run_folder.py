@@ -192,7 +192,7 @@ class RunFolder:
                 raise ValueError(f"{path.name} is missing or cut short") from None
             weights = [arrays[f"w{i}"] for i in range(len(arrays)) if f"w{i}" in arrays]
             if [w.shape for w in weights] != [w.shape for w in last]:
-                raise ValueError(f"{path.name} holds weights of another network")
+                raise ValueError(f"{path.name} has weights of another network")
             snapshots.append(weights)
         return snapshots or [last]
 
