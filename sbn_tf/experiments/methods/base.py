@@ -180,7 +180,7 @@ class Method:
 
     def _count_samples(self, num_samples):
         """Samples of a prediction, from what was asked for."""
-        return 1
+        return (num_samples or self.recipe.num_samples) if self.takes_samples else 1
 
     def _train(self, data):
         """Set `trained`, `model`, `folder` and `selection`."""

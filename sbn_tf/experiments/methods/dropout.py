@@ -19,9 +19,6 @@ class MCDropout(Method):
     name, title = "mc_dropout", f"MC dropout, rate {RATE:g}, from the trained weights"
     takes_samples = True
 
-    def _count_samples(self, num_samples):
-        return num_samples or self.recipe.num_samples
-
     def _train(self, data):
         self._train_step1(data)
         self._continue(data, dropout=RATE)

@@ -36,9 +36,6 @@ class Laplace(Method):
     name, title = "laplace", "diagonal Laplace on the salient weights, no training"
     takes_r_bayes = takes_samples = True
 
-    def _count_samples(self, num_samples):
-        return num_samples or self.recipe.num_samples
-
     def _train(self, data):
         self._train_step1(data)
         recipe = self.recipe

@@ -45,9 +45,6 @@ class Partial(Method):
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
 
-    def _count_samples(self, num_samples):
-        return num_samples or self.recipe.num_samples
-
     def _train(self, data):
         self._train_step1(data)
         self.masks = self._choose_masks(data)
