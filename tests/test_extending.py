@@ -10,8 +10,9 @@ import pytest
 
 from sbn_tf import cost as costs
 from sbn_tf import datasets, layers
+from sbn_tf.core import registry
 from sbn_tf.core.conversion import to_deterministic
-from sbn_tf.experiments import baselines, compare, recipes
+from sbn_tf.experiments import compare, methods, recipes
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -29,7 +30,7 @@ def run(place):
 @pytest.fixture
 def registries(monkeypatch):
     """Each test leaves them as they were."""
-    for owner, name in ((datasets.registry, "REGISTRY"), (baselines, "METHODS"), (layers, "_PARTIAL")):
+    for owner, name in ((datasets.registry, "REGISTRY"), (methods, "METHODS"), (registry, "_PARTIAL")):
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
 
 
@@ -138,7 +139,7 @@ def test_a_baseline(registries, tmp_path, dataset):
     run(2)
     data = datasets.load(dataset, size=16, num_train=20, num_val=10, num_test=12)
     recipe = dataclasses.replace(recipes.recipe_for("quick", data.card), epochs=1)
-    method = baselines.make("mirrors", recipe, runs=tmp_path, verbose=False).fit(data)
+    method = methods.make("mirrors", recipe, runs=tmp_path, verbose=False).fit(data)
     images = data.test.normalised(slice(0, 12))
     found, plain = method.predict_samples(images), method.step1.model
     for sample, (up, left) in zip(found, ((1, 1), (-1, 1), (1, -1), (-1, -1)), strict=True):

@@ -13,7 +13,8 @@ import nbformat
 import pytest
 import yaml
 
-from sbn_tf.experiments import baselines, estimates, grid, grid_results, plan, recipes, result, results
+from sbn_tf.experiments import estimates, grid, grid_results, plan, recipes, result, results
+from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.study import check_names
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_the_profiles_that_come_with_it_are_whole(name):
     found = plan.read(ROOT / "profiles" / name)
     assert found.name == name
     check_names(found)
-    assert all(set(data.methods) < set(baselines.METHODS) for data in found.datasets.values())
+    assert all(set(data.methods) < set(METHODS) for data in found.datasets.values())
     content = yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
     assert content["configfile"] == f"profiles/{name}/config.yaml" and content["keep-going"] is True
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from sbn_tf.experiments import networks
+from sbn_tf.experiments import dropout, networks
 
 SMALL = [
     ("resnet18", (16, 16, 3), 4, {"width": 4}, (4,)),
@@ -209,7 +209,7 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
     x = np.random.default_rng(0).normal(size=(4, *input_shape)).astype("float32")
     model.fit(x, np.zeros((4, *model.output_shape[1:])), verbose=0)  # moves batch norm's statistics too
     before, names = model.get_weights(), [layer.name for layer in model.layers]
-    copy = networks.with_dropout(model, 0.25, seed=0)
+    copy = dropout.with_dropout(model, 0.25, seed=0)
     weighted = [layer.name for layer in model.layers if hasattr(layer, "kernel")]
     dropouts = {layer.name: layer for layer in copy.layers if isinstance(layer, keras.layers.Dropout)}
     assert set(dropouts) == {f"{name}_dropout" for name in weighted if name != first}
@@ -220,7 +220,7 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
     np.testing.assert_allclose(copy.predict(x, verbose=0), expected, atol=1e-6)
     copy.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(networks.sample_dropout(again, x, 1), networks.sample_dropout(copy, x, 1))
+    np.testing.assert_array_equal(dropout.sample_dropout(again, x, 1), dropout.sample_dropout(copy, x, 1))
 
     copy.compile("sgd", "mse")
     copy.fit(x, np.ones((4, *model.output_shape[1:])), verbose=0)
@@ -233,7 +233,7 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
 def test_a_rate_of_0_is_a_plain_copy():
     model = networks.build("unet_small", (8, 8, 1), 1, seed=0)
     model.get_layer("encoder1_bn1").trainable = False
-    copy = networks.with_dropout(model, 0)
+    copy = dropout.with_dropout(model, 0)
     assert [(x.name, type(x), x.trainable) for x in copy.layers] == [
         (x.name, type(x), x.trainable) for x in model.layers
     ]
@@ -246,9 +246,9 @@ def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():
     # The output is sum_i w_i x_i keep_i / (1 - rate): its variance sum_i (w_i x_i)^2 * rate / (1 - rate).
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(1)])
     model.set_weights([np.eye(3), np.zeros(3), np.array([[1.0], [-2.0], [0.5]]), np.zeros(1)])
-    model, rate, draws = networks.with_dropout(model, 0.2, seed=0), 0.2, 4000
+    model, rate, draws = dropout.with_dropout(model, 0.2, seed=0), 0.2, 4000
     x = np.tile(np.float32([[1.0, 2.0, 3.0]]), (draws // 20, 1))
-    samples = networks.sample_dropout(model, x, 20).ravel()
+    samples = dropout.sample_dropout(model, x, 20).ravel()
     terms = np.array([1.0, -4.0, 1.5])
     variance = (terms**2).sum() * rate / (1 - rate)
     assert abs(samples.mean() - terms.sum()) < 4 * np.sqrt(variance / draws)
@@ -257,30 +257,30 @@ def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():
 
 
 def test_samples_of_dropout_are_reproducible_and_traced_once(monkeypatch):
-    model = networks.with_dropout(networks.build("unet_small", (8, 8, 1), 1, seed=0), 0.3, seed=0)
-    traced, call = [], networks._DropoutSampler.call
+    model = dropout.with_dropout(networks.build("unet_small", (8, 8, 1), 1, seed=0), 0.3, seed=0)
+    traced, call = [], dropout._DropoutSampler.call
 
     def counted(self, inputs):
         traced.append(inputs.shape)
         return call(self, inputs)
 
-    monkeypatch.setattr(networks._DropoutSampler, "call", counted)
+    monkeypatch.setattr(dropout._DropoutSampler, "call", counted)
     images = np.random.default_rng(0).normal(size=(7, 8, 8, 1)).astype("float32")
-    first = networks.sample_dropout(model, images, 3)
+    first = dropout.sample_dropout(model, images, 3)
     assert first.shape == (3, 7, 8, 8, 1) and first.min() >= 0 and first.max() <= 1
     assert all((first[i] != first[j]).any(axis=(1, 2, 3)).all() for i in range(3) for j in range(i))
-    np.testing.assert_array_equal(first, networks.sample_dropout(model, images, 3))
+    np.testing.assert_array_equal(first, dropout.sample_dropout(model, images, 3))
     other, goes_on = (
-        networks.sample_dropout(model, images, 3, seed=1),
-        networks.sample_dropout(model, images, 3, seed=None),
+        dropout.sample_dropout(model, images, 3, seed=1),
+        dropout.sample_dropout(model, images, 3, seed=None),
     )
     assert not np.array_equal(first, other) and not np.array_equal(other, goes_on)
     for size in (1, 5, 6, 7):
-        assert networks.sample_dropout(model, images[:size], 3, batch_size=size).shape[1] == size
+        assert dropout.sample_dropout(model, images[:size], 3, batch_size=size).shape[1] == size
     assert len(traced) <= 2  # one image, and any number of them
 
     model.get_layer("head").bias.assign([100.0])  # weights as they are now
-    np.testing.assert_array_equal(networks.sample_dropout(model, images, 3), np.ones_like(first))
+    np.testing.assert_array_equal(dropout.sample_dropout(model, images, 3), np.ones_like(first))
     assert len(traced) <= 2
 
 
@@ -296,24 +296,24 @@ def test_only_dropout_is_as_in_training():
     batch_statistics = model(x, training=True)  # moves the running ones a little
     expected = model.predict(x, verbose=0)
     assert not np.allclose(batch_statistics, expected, atol=0.1)
-    np.testing.assert_allclose(networks.sample_dropout(model, x, 1)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(dropout.sample_dropout(model, x, 1)[0], expected, atol=1e-6)
     assert model.layers[1].trainable
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: networks.with_dropout(perceptron(), 1.0), "0 <= rate < 1. Received: rate=1.0"),
-        (lambda: networks.with_dropout(perceptron(), -0.1), "rate=-0.1"),
-        (lambda: networks.with_dropout(perceptron(), "half"), "rate='half'"),
-        (lambda: networks.with_dropout(keras.Sequential([keras.layers.Dense(2)]), 0.1), "Expected a built Functional"),
+        (lambda: dropout.with_dropout(perceptron(), 1.0), "0 <= rate < 1. Received: rate=1.0"),
+        (lambda: dropout.with_dropout(perceptron(), -0.1), "rate=-0.1"),
+        (lambda: dropout.with_dropout(perceptron(), "half"), "rate='half'"),
+        (lambda: dropout.with_dropout(keras.Sequential([keras.layers.Dense(2)]), 0.1), "Expected a built Functional"),
         (
-            lambda: networks.with_dropout(keras.Sequential([perceptron(), keras.layers.Dense(2)]), 0.1),
+            lambda: dropout.with_dropout(keras.Sequential([perceptron(), keras.layers.Dense(2)]), 0.1),
             "without models among",
         ),
-        (lambda: networks.sample_dropout(perceptron(), np.ones((2, 4))), "Expected a network with dropout layers"),
+        (lambda: dropout.sample_dropout(perceptron(), np.ones((2, 4))), "Expected a network with dropout layers"),
         (
-            lambda: networks.sample_dropout(networks.with_dropout(perceptron(), 0.1), np.ones((2, 4)), 0),
+            lambda: dropout.sample_dropout(dropout.with_dropout(perceptron(), 0.1), np.ones((2, 4)), 0),
             "num_samples=0",
         ),
     ],

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from sbn_tf.experiments import training
+from sbn_tf.experiments import folders
 from sbn_tf.layers import posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def test_notebooks_read_the_same_files_from_the_root_as_from_their_folder(monkey
     """Papermill runs a notebook where it is called, pytest and an editor in the notebook's folder."""
     for folder, expected in ((ROOT, ROOT), (ROOT / "nbs" / "sbn_tf", ROOT), (tmp_path, tmp_path)):
         monkeypatch.chdir(folder)
-        assert training.repository() == expected
+        assert folders.repository() == expected
     lines = {
         name: [
             line for cell in code_cells(notebook) for line in "".join(cell["source"]).splitlines() if UP.search(line)

@@ -16,7 +16,7 @@ from scipy.stats import kstest
 
 from sbn_tf import cost, datasets
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
-from sbn_tf.experiments import networks, recipes, scoring, training, trivial
+from sbn_tf.experiments import dropout, fitting, folders, networks, recipes, run_folder, scoring, training, trivial
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import named_weights, saliency, top_k
 
@@ -32,7 +32,8 @@ SCRIPT = """
 import os, signal, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras, numpy as np
-from sbn_tf import datasets, models, training
+from sbn_tf import datasets
+from sbn_tf.experiments import fitting, networks
 from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
 
@@ -43,12 +44,12 @@ class Kill(keras.callbacks.Callback):
 
 keras.utils.set_random_seed(1)
 data = datasets.load("phantom_lesion", size=16, limit=24)
-model = models.build("unet", data.input_shape, 1, seed=1, widths=(4, 8))
+model = networks.build("unet", data.input_shape, 1, seed=1, widths=(4, 8))
 masks = top_k(saliency(model, None, None, score="magnitude"), 0.1)
 bnn = to_partial_bayes(model, masks, num_train=24, num_samples=2, seed=1)
 rate = keras.optimizers.schedules.CosineDecay(1e-2, 12)
 bnn.compile(LocScaleOptimizer(keras.optimizers.Adam(rate)), "binary_crossentropy")
-training.fit(bnn, data.train, data.val, epochs=4, batch_size=8, seed=3, folder=sys.argv[1],
+fitting.fit(bnn, data.train, data.val, epochs=4, batch_size=8, seed=3, folder=sys.argv[1],
              augment="flips_and_quarter_turns", callbacks=[Kill()])
 np.savez(sys.argv[3], *[v.numpy() for v in bnn.weights])
 """
@@ -74,7 +75,7 @@ def test_corrupt_checkpoint_is_named(data, tmp_path):
     model.compile("sgd", "mse")
     (tmp_path / "checkpoint.npz").write_bytes(b"PK\x03\x04 not whole")
     with pytest.raises(ValueError, match=r"whole npz file. Received: .*checkpoint.npz .*Delete it"):
-        training.fit(model, data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path)
+        fitting.fit(model, data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path)
 
 
 def told(history):
@@ -94,7 +95,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_weights(data, tmp_path, batch_si
     model = linear(data, 1e30, momentum=0.9)
     before = [w.copy() for w in model.get_weights()]
     with pytest.warns(UserWarning, match="training stopped"):
-        history = training.fit(
+        history = fitting.fit(
             model,
             data.train,
             data.val if validated else None,
@@ -119,9 +120,9 @@ def test_nan_in_a_later_epoch_goes_back_to_the_good_one(data, tmp_path):
     options = {"batch_size": 8, "seed": 0}
     good, model = linear(data, 1e-3), linear(data, 1e-3)
     model.set_weights(good.get_weights())
-    training.fit(good, data.train, None, epochs=2, folder=tmp_path / "good", **options)
+    fitting.fit(good, data.train, None, epochs=2, folder=tmp_path / "good", **options)
     with pytest.warns(UserWarning, match="In epoch 3"):
-        history = training.fit(
+        history = fitting.fit(
             model, data.train, None, epochs=5, folder=tmp_path / "bad", callbacks=[Spoil()], **options
         )
     assert history["nan_in_epoch"] == [2] and len(history["loss"]) == 2
@@ -134,26 +135,26 @@ def test_nan_in_a_later_epoch_goes_back_to_the_good_one(data, tmp_path):
 def test_a_learning_rate_of_nan_in_the_last_batch_is_seen(data, tmp_path):
     model = linear(data, float("nan"))
     with pytest.warns(UserWarning, match="a weight became NaN"):
-        training.fit(model, data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
+        fitting.fit(model, data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
 def test_checkpoints_of_others_are_refused(data, tmp_path):
     options = {"batch_size": 8, "seed": 0, "folder": tmp_path}
-    training.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=2, **options)
+    fitting.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=2, **options)
     with pytest.raises(ValueError, match="of this model and optimiser"):
-        training.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
+        fitting.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
     with pytest.raises(ValueError, match="Expected epochs >= 2"):
-        training.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=1, **options)
+        fitting.fit(linear(data, 1e-3, momentum=0.9), data.train, None, epochs=1, **options)
 
 
 def test_training_that_was_ended_on_purpose_stays_ended(data, tmp_path):
     model = linear(data, 1e-3)
     options = {"epochs": 9, "batch_size": 8, "seed": 0, "folder": tmp_path}
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e3)
-    first = training.fit(model, data.train, None, callbacks=[stop], **options)
+    first = fitting.fit(model, data.train, None, callbacks=[stop], **options)
     again = linear(data, 1e-3)
-    second = training.fit(again, data.train, None, callbacks=[stop], **options)
+    second = fitting.fit(again, data.train, None, callbacks=[stop], **options)
     assert told(second) == told(first) and second["seconds"] == first["seconds"]
     for a, b in zip(model.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -161,11 +162,11 @@ def test_training_that_was_ended_on_purpose_stays_ended(data, tmp_path):
 
 def test_the_bar_counts_batches_of_all_epochs_and_can_be_left_out(data, tmp_path, capsys):
     options = {"batch_size": 8, "seed": 0, "folder": tmp_path}
-    training.fit(linear(data, 1e-3), data.train, None, epochs=2, **options)
+    fitting.fit(linear(data, 1e-3), data.train, None, epochs=2, **options)
     assert "6/6" in capsys.readouterr().err
-    training.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
+    fitting.fit(linear(data, 1e-3), data.train, None, epochs=3, **options)
     assert "9/9" in capsys.readouterr().err
-    training.fit(linear(data, 1e-3), data.train, None, epochs=4, verbose=False, **options)
+    fitting.fit(linear(data, 1e-3), data.train, None, epochs=4, verbose=False, **options)
     assert "/12" not in capsys.readouterr().err
 
 
@@ -176,7 +177,7 @@ def test_beta_after_resuming_is_the_schedule_s(data, tmp_path):
         bnn = to_partial_bayes(model, top_k(saliency(model, None, None, score="magnitude"), 0.5), num_train=24, seed=0)
         bnn.compile("sgd", "mse")
         schedule = BetaSchedule(0.2, 0.01, 2)
-        training.fit(bnn, data.train, None, epochs=epochs, batch_size=8, seed=0, folder=tmp_path, callbacks=[schedule])
+        fitting.fit(bnn, data.train, None, epochs=epochs, batch_size=8, seed=0, folder=tmp_path, callbacks=[schedule])
         return bnn.beta
 
     assert run(2) == run(2) == 0.01
@@ -190,7 +191,7 @@ def test_the_validation_loss_of_several_raters_is_the_mean_of_theirs(tmp_path):
     )
     loss = recipes.WeightedBinaryCrossentropy(10.0)
     model.compile(keras.optimizers.SGD(1e-9), loss)
-    history = training.fit(model, data.train, data.val, epochs=1, batch_size=12, seed=0, folder=tmp_path)
+    history = fitting.fit(model, data.train, data.val, epochs=1, batch_size=12, seed=0, folder=tmp_path)
     images = model.predict(data.val.normalised(), verbose=0)
     raters = range(data.val.num_raters)
     assert data.val.rater_valid.all()
@@ -455,7 +456,7 @@ def test_seeds_that_are_none(data, tmp_path, seed):
 
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    training.write_json(tmp_path / "a.json", {"x": np.int64(1).item()})
+    folders.write_json(tmp_path / "a.json", {"x": np.int64(1).item()})
     assert json.loads((tmp_path / "a.json").read_text())["commit"] is None
 
 
@@ -475,7 +476,7 @@ def test_corrupt_scores_are_named(data, tmp_path):
 def test_biases_before_a_batch_norm_in_training_mode_are_left_out_of_the_masks_only_there(data, tmp_path):
     layers = [keras.layers.Conv2D(4, 3, padding="same", name="first"), keras.layers.BatchNormalization()]
     layers += [keras.layers.Conv2D(1, 1, activation="sigmoid", name="last")]
-    step1 = training.Run(keras.Sequential([keras.Input(data.input_shape), *layers]), {}, tmp_path)
+    step1 = run_folder.Run(keras.Sequential([keras.Input(data.input_shape), *layers]), {}, tmp_path)
     recipe = recipes.recipe_for("quick", data.card)
     frozen = training.masks_run(step1, data, recipe, 1.0)
     train = training.masks_run(step1, data, dataclasses.replace(recipe, batch_norm="train"), 1.0)
@@ -515,7 +516,7 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, writes):
     """The process ends after so many epochs were written."""
-    write, count = training.Checkpoint._write, []
+    write, count = fitting.Checkpoint._write, []
 
     def counted(self, epochs):
         write(self, epochs)
@@ -523,7 +524,7 @@ def interrupt_after(monkeypatch, writes):
         if len(count) == writes:
             raise Interrupted
 
-    monkeypatch.setattr(training.Checkpoint, "_write", counted)
+    monkeypatch.setattr(fitting.Checkpoint, "_write", counted)
 
 
 def count_traces(monkeypatch):
@@ -733,9 +734,9 @@ def test_dropout_goes_on_from_step_1_and_is_the_same_when_loaded(tmp_path, noisy
     whole = run("whole")
     rates = [layer.rate for layer in whole.model.layers if isinstance(layer, keras.layers.Dropout)]
     assert rates == [0.3, 0.2] and whole.model.get_layer("head_dropout").rate == 0.2
-    samples = networks.sample_dropout(whole.model, images, 4)
+    samples = dropout.sample_dropout(whole.model, images, 4)
     assert samples.shape == (4, 18, 3) and samples.std(0).min() > 0
-    np.testing.assert_array_equal(samples, networks.sample_dropout(run("whole").model, images, 4))
+    np.testing.assert_array_equal(samples, dropout.sample_dropout(run("whole").model, images, 4))
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 1)
         run("broken")
@@ -752,7 +753,7 @@ def shaken(data, folder, epochs, keep, rates=(1e-3, 1e-3, 0.3, 0.3, 0.3)):
     keras.utils.set_random_seed(0)
     model = linear(data, 1e-3)
     options = {"batch_size": 8, "seed": 0, "folder": folder, "keep": keep, "callbacks": [Rates()], "verbose": False}
-    return model, training.fit(model, data.train, data.val, epochs=epochs, **options)
+    return model, fitting.fit(model, data.train, data.val, epochs=epochs, **options)
 
 
 def test_the_best_epoch_is_kept_also_after_an_interruption(data, tmp_path, monkeypatch):
@@ -781,7 +782,7 @@ def test_of_equal_epochs_the_first_is_kept(data, tmp_path):
 
 def test_an_epoch_that_the_next_batch_shows_to_be_bad_is_not_the_best(data, tmp_path):
     model = linear(data, 1e-3)
-    before = training.Checkpoint(tmp_path / "checkpoint.npz", training.StopAtNaN(), "best")
+    before = fitting.Checkpoint(tmp_path / "checkpoint.npz", fitting.StopAtNaN(), "best")
     before.set_model(model)
     before.guard.stopped = False
     for epoch, loss in enumerate([2.0, 1.0]):
@@ -790,17 +791,17 @@ def test_an_epoch_that_the_next_batch_shows_to_be_bad_is_not_the_best(data, tmp_
         before.on_epoch_end(epoch, {"loss": loss, "val_loss": loss})
     before.guard.stopped, before.guard.nan_in_epoch = True, 1  # told by the third epoch's first batch
     before.on_train_end()
-    again = training.Checkpoint(tmp_path / "checkpoint.npz", keep="best")
+    again = fitting.Checkpoint(tmp_path / "checkpoint.npz", keep="best")
     assert again.resume(model) == 1
     assert again.best[0] == 0 and all((w == 0).all() for w in again.best[1])
 
 
 def test_a_checkpoint_without_a_best_epoch_and_runs_without_validation_keep_none(data, tmp_path):
     shaken(data, tmp_path, 1, "last")
-    with pytest.raises(ValueError, match=r"holds no best epoch.*Delete it"):
+    with pytest.raises(ValueError, match=r"has no best epoch.*Delete it"):
         shaken(data, tmp_path, 2, "best")
     with pytest.raises(ValueError, match='"best" with a validation split'):
-        training.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path, keep="best")
+        fitting.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path, keep="best")
 
 
 def test_every_step_keeps_its_best_epoch_in_a_folder_of_its_own(tmp_path, tiny):
@@ -822,7 +823,7 @@ def test_every_step_keeps_its_best_epoch_in_a_folder_of_its_own(tmp_path, tiny):
         assert a.history["val_loss"] == b.history["val_loss"] and "kept_epoch" not in a.history
         assert b.history["kept_epoch"] == [int(np.argmin(b.history["val_loss"]))]
         settings = [json.loads((run.folder / "config.json").read_text())["settings"] for run in (a, b)]
-        assert "keep" not in settings[0] and settings[1]["keep"] == "best"
+        assert [one["keep"] for one in settings] == ["last", "best"]
     deterministic = all_runs(best)[0]
     found = deterministic.model.evaluate(data.val.batches(20), verbose=0)
     assert found == pytest.approx(min(deterministic.history["val_loss"]), rel=1e-5)
@@ -842,9 +843,9 @@ def test_time_and_memory_of_a_run(tmp_path, tiny):
 
 def test_a_system_that_does_not_tell_its_memory(data, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "_peak_bytes", lambda: None)
-    history = training.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
+    history = fitting.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
     assert set(history) == {"loss", "seconds"}
-    assert training.Run(None, history, tmp_path).peak_bytes is None
+    assert run_folder.Run(None, history, tmp_path).peak_bytes is None
 
 
 def test_bayesian_locs_from_the_standard_normal(tmp_path, tiny):
@@ -914,7 +915,7 @@ def test_settings_of_a_continued_run_that_are_none(tmp_path, tiny, change, messa
     recipe = quick(data, keep=change.pop("keep", "last"))
     with pytest.raises(ValueError, match=message) as error:
         training.continued_run(
-            training.Run(model, {}, tmp_path), data, recipe, **{"method": "longer", "runs": tmp_path, **change}
+            run_folder.Run(model, {}, tmp_path), data, recipe, **{"method": "longer", "runs": tmp_path, **change}
         )
     assert len(str(error.value).splitlines()) <= 2 and not list(tmp_path.iterdir())
 
@@ -929,10 +930,16 @@ def test_numbers_of_members_that_are_none(tmp_path, num_members):
 @pytest.mark.parametrize(("options", "message"), [({"locs": "zero"}, "Expected locs"), ({"method": "a/b"}, "method")])
 def test_settings_of_step_3_that_are_none(tmp_path, tiny, options, message):
     data = in_colours("multi-class")
-    step1 = training.Run(networks.build(tiny, data.input_shape, 3), {}, tmp_path)
+    step1 = run_folder.Run(networks.build(tiny, data.input_shape, 3), {}, tmp_path)
     masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.1)
     with pytest.raises(ValueError, match=message):
         training.partial_run(step1, masks, data, quick(data), runs=tmp_path, **options)
+
+
+def untransformed_scale_of(key):
+    """The key in `named_weights` of the untransformed scales of a weight with Bayesian entries."""
+    layer, name = key.rsplit("/", 1)
+    return f"{layer}/{layer.split('/')[-1]}_posteriors/{name}_posterior/untransformed_scale"
 
 
 def trained_by(tmp_path, **changes):
@@ -971,8 +978,7 @@ def test_scales_start_at_a_multiple_of_the_loc_or_of_laplace_s(tmp_path, tiny, m
     fisher = training.empirical_fisher(scores, "fisher", terms=16 * 16, num_examples=24, batch_size=recipe.batch_size)
     curvature = np.concatenate([fisher[key][mask] for key, mask in masks.items()])
     starts = []
-    monkeypatch.setattr(training, "_fit_and_save", lambda model, *_, **__: starts.append(model))
-    monkeypatch.setattr(training, "_finished", lambda *_, **__: None)
+    monkeypatch.setattr(run_folder.RunFolder, "trained", lambda folder, make, *_: starts.append(make()))
     expected = {
         "relative": 0.3 * np.maximum(np.abs(locs), 1e-3),
         "fisher": 0.3 * (24 * curvature + 1.0) ** -0.5,
@@ -1008,7 +1014,7 @@ def test_a_prior_at_the_trained_weights_charges_scales_and_what_locs_have_moved(
     for key, mask in masks.items():
         if mask.any():
             at, now = (keras.ops.convert_to_numpy(weights[key].variable)[mask] for weights in (start, end))
-            scale = np.logaddexp(0, end[f"{key}_posterior_untransformed_scale"].variable.numpy().astype("float64"))
+            scale = np.logaddexp(0, end[untransformed_scale_of(key)].variable.numpy().astype("float64"))
             expected += float(np.sum(tfd.kl_divergence(tfd.Normal(now, scale.astype("float32")), tfd.Normal(at, 0.1))))
             assert not np.array_equal(at, now)
     assert float(run.model.kl_divergence()) == pytest.approx(expected, rel=1e-4)

@@ -20,7 +20,7 @@ def test_mypy_finds_nothing(monkeypatch):
 
 
 # Tensors of any backend, which have no type of their own, and what only TensorFlow could name.
-UNHINTED = {"sbn_tf.core.draws", "sbn_tf.experiments.networks.sample_dropout"}
+UNHINTED = {"sbn_tf.core.draws", "sbn_tf.experiments.dropout.sample_dropout"}
 FREE = {
     "data",
     "loss",

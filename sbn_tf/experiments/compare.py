@@ -19,9 +19,10 @@ import numpy as np
 
 from sbn_tf import datasets
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
-from sbn_tf.experiments import baselines, recipes, report, results, scoring, training, trivial
+from sbn_tf.experiments import folders, recipes, report, results, scoring, trivial
 from sbn_tf.experiments.experiment import Experiment, experiment
 from sbn_tf.experiments.experiment import recipe_of as recipe_of  # notebooks take it from here
+from sbn_tf.experiments.methods import METHODS, Method, make
 from sbn_tf.experiments.result import Result
 from sbn_tf.experiments.result import read as read_result
 from sbn_tf.experiments.result import write as write_result
@@ -59,7 +60,7 @@ def row(settings: Experiment, method: str) -> Result:
         settings,
         record,
         method=method,
-        title=baselines.METHODS[method].title,
+        title=METHODS[method].title,
         seed=settings.seed,
         r_bayes=settings.r_bayes if made.takes_r_bayes else None,
         num_samples=made.num_samples,
@@ -101,9 +102,9 @@ def _folder(settings, made) -> Path:
     return Path(made.folder, "_".join(parts))
 
 
-def fitted(settings: Experiment, method: str) -> baselines.Method:
+def fitted(settings: Experiment, method: str) -> Method:
     """A method of `baselines`, trained on the experiment's data or loaded."""
-    made = baselines.make(
+    made = make(
         method,
         settings.recipe,
         r_bayes=settings.r_bayes,
@@ -159,7 +160,7 @@ def _trivial_place(settings, name, step1):
     """Seed, folder, and what the score depends on."""
     made = step1 if name == "trivial_level_sets" else None
     seed, shaping = None if made is None else settings.seed, _evaluation_settings(settings, made)
-    return seed, training.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
+    return seed, folders.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
 
 
 def _trivial_records(settings, step1):
@@ -191,9 +192,9 @@ def all_rows(settings: Experiment, methods: Iterable[str] | None = None) -> list
 
     Args:
         settings: the experiment.
-        methods: names of `baselines.METHODS`; None: all, in their order.
+        methods: names of `METHODS`; None: all, in their order.
     """
-    methods = list(baselines.METHODS) if methods is None else list(methods)
+    methods = list(METHODS) if methods is None else list(methods)
     check_methods(methods)
     rows = list(trivial_rows(settings).values())
     return rows + [row(settings, name) for name in methods]
@@ -203,8 +204,8 @@ def check_methods(methods: Collection[str]) -> None:
     """Raise ValueError where a name is unknown or given twice."""
     if len(set(methods)) < len(methods):
         raise ValueError(f"Expected each method once. Received: {', '.join(methods)}")
-    if unknown := [name for name in methods if name not in baselines.METHODS]:
-        raise ValueError(f"Expected methods among {', '.join(baselines.METHODS)}. Received: {unknown}")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"Expected methods among {', '.join(METHODS)}. Received: {unknown}")
 
 
 def _cut(settings, probs_of: Callable[[slice], np.ndarray]) -> float:
@@ -325,7 +326,7 @@ def _result(experiment, record, **given):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf compare`."""
     parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
-    parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(baselines.METHODS))
+    parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(METHODS))
     parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
     parser.add_argument("--seeds", default="0", help="comma-separated, such as 0,1,2")
     parser.add_argument("--recipe", default="quick", help=f"one of {', '.join(recipes.RECIPES)}")
@@ -390,7 +391,7 @@ def parse_seeds(text: str) -> list[int]:
         raise ValueError(f"Expected --seeds, integers >= 0 with commas between, as 0,1,2. Received: {text}") from None
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected each of --seeds once. Received: {text}")
-    return [training._check_seed(seed) for seed in seeds]
+    return [folders.check_seed(seed) for seed in seeds]
 
 
 def _threshold(text):

@@ -1,4 +1,4 @@
-"""Deterministic networks: ResNet-18, U-Net, and the paper's variant of each; dropout for any of them.
+"""Deterministic networks: ResNet-18, U-Net, and the paper's variant of each.
 
 Nothing here is Bayesian: these are the stock Keras models of step 1. Three habits make the later steps easy:
 
@@ -8,24 +8,20 @@ Nothing here is Bayesian: these are the stock Keras models of step 1. Three habi
   the same weights whatever was built before.
 """
 
-import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
 __all__ = [
     "NETWORKS",
     "build",
+    "layer_seed",
     "resnet18",
     "resnet18_paper",
-    "sample_dropout",
     "unet",
     "unet_paper",
-    "with_dropout",
 ]
 
 # PyTorch's batch norm, as in torchvision and the paper's code; Keras's own defaults are 0.99 and 1e-3.
@@ -39,7 +35,8 @@ def _check_sizes(input_shape, num_outputs):
         raise ValueError(f"Expected num_outputs, an integer >= 1. Received: num_outputs={num_outputs}")
 
 
-def _layer_seed(seed: int | None, name: str) -> int | None:
+def layer_seed(seed: int | None, name: str) -> int | None:
+    """The seed of a layer, from the model's and the layer's name."""
     return None if seed is None else zlib.crc32(f"{seed}/{name}".encode())
 
 
@@ -53,7 +50,7 @@ def _conv(x, filters, kernel_size, name, seed, stride=1, use_bias=False):
         strides=stride,
         padding="valid" if stride > 1 else "same",
         use_bias=use_bias,
-        kernel_initializer=keras.initializers.HeNormal(seed=_layer_seed(seed, name)),
+        kernel_initializer=keras.initializers.HeNormal(seed=layer_seed(seed, name)),
         name=name,
     )(x)
 
@@ -67,7 +64,7 @@ def _relu(x, name):
 
 
 def _dense(x, units, name, seed, **options):
-    initializer = keras.initializers.GlorotUniform(seed=_layer_seed(seed, name))
+    initializer = keras.initializers.GlorotUniform(seed=layer_seed(seed, name))
     return keras.layers.Dense(units, kernel_initializer=initializer, name=name, **options)(x)
 
 
@@ -156,7 +153,7 @@ def resnet18_paper(
     Read from the paper's code: three blocks, the widths, 1000 units, and a bias in the stem, in the blocks'
     3x3 convolutions and in the dense layers, but none in the shortcuts. The printed count confirms the
     blocks, the second dense layer (4.83 M without) and the shortcuts without bias (5.36 M with); it can not
-    tell whether the other convolutions have one (5,352,550 without). Also from the code, and invisible in
+    show whether the other convolutions have one (5,352,550 without). Also from the code, and invisible in
     the count: batch norm *and* ReLU on the shortcut, no ReLU after the sum, and no activation between the
     dense layers.
 
@@ -211,7 +208,7 @@ def unet(
 
     Each level is `convs_per_level` times 3x3 convolution, batch norm, ReLU; padding is "same", so the
     output has the input's size. By default the convolutions have no bias: in training mode a bias before a
-    batch norm has no effect (the batch mean is subtracted), so the likelihood holds nothing against its
+    batch norm has no effect (the batch mean is subtracted), so the likelihood does not limit its
     noise, and if it is Bayesian the KL inflates its scale towards the prior's; in inference mode that noise
     reaches the output.
 
@@ -267,11 +264,11 @@ def unet(
         if upsampling == "bilinear":
             x = keras.layers.UpSampling2D(2, interpolation="bilinear", name=up)(x)
         else:
-            initializer = keras.initializers.HeNormal(seed=_layer_seed(seed, up))
+            initializer = keras.initializers.HeNormal(seed=layer_seed(seed, up))
             x = keras.layers.Conv2DTranspose(width, 2, strides=2, kernel_initializer=initializer, name=up)(x)
         x = keras.layers.Concatenate(name=f"decoder{depth}_concat")([x, skips[depth - 1]])
         x = level(x, width, f"decoder{depth}")
-    initializer = keras.initializers.GlorotUniform(seed=_layer_seed(seed, "head"))
+    initializer = keras.initializers.GlorotUniform(seed=layer_seed(seed, "head"))
     outputs = keras.layers.Conv2D(
         num_outputs, 1, activation=activation, kernel_initializer=initializer, dtype="float32", name="head"
     )(x)
@@ -299,7 +296,7 @@ def unet_paper(
     sigmoid output, the default, there are 33 fewer, for the same family of probability maps. Widths, three
     convolutions in each encoder *and* decoder level, biases and two outputs are read from the paper's code.
     The printed counts confirm the three convolutions (1.54 M and 6.03 M with two) and the up-sampling
-    without weights (2.28 M and 8.90 M with transposed convolutions); they can not tell whether the
+    without weights (2.28 M and 8.90 M with transposed convolutions); they can not show whether the
     convolutions have biases (2,262,114 and 8,797,566 without) or whether there are one or two outputs.
 
     Args:
@@ -376,151 +373,3 @@ def build(
         raise ValueError(f"Expected network to be one of {sorted(NETWORKS)}. Received: network={network!r}")
     function, defaults = NETWORKS[network]
     return function(input_shape=tuple(input_shape), num_outputs=num_outputs, seed=seed, **{**defaults, **options})
-
-
-_WEIGHT_LAYERS = (
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
-    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
-    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
-    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
-)
-_DROPOUTS = (keras.layers.Dropout, keras.layers.GaussianDropout, keras.layers.AlphaDropout)
-
-
-def with_dropout(model: keras.Model, rate: float, seed: int | None = None) -> keras.Model:
-    """A copy of a trained network with dropout before every layer of weights but the first.
-
-    With dropout left on, each call is a draw from an approximate posterior: `sample_dropout`.
-
-    Args:
-        model: built Functional or Sequential model without models in it. It is not changed.
-        rate: share of the inputs that is dropped, 0 <= rate < 1; 0: a copy without dropout.
-        seed: fixes the noise; None draws it from Keras's global seed.
-
-    Returns:
-        A Functional `keras.Model`, not compiled: the layers of `model` under their names with their weights, and
-        before each dense or convolution layer NAME, but the first that is called, `keras.layers.Dropout` NAME_dropout.
-        A layer that is called twice has one dropout layer, called twice.
-
-    Raises:
-        ValueError: a rate out of range, or another kind of model.
-
-    Reference: Gal and Ghahramani 2016, "Dropout as a Bayesian Approximation", section 3.
-    """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"Expected a dropout rate, 0 <= rate < 1. Received: rate={rate!r}")
-    model = _plain(model)
-    dropouts, seen = {}, []
-
-    def call(layer, *args, **kwargs):
-        if isinstance(layer, _WEIGHT_LAYERS):
-            seen.append(layer.name)
-            if rate and layer.name != seen[0]:
-                name = f"{layer.name}_dropout"
-                if name not in dropouts:
-                    dropouts[name] = keras.layers.Dropout(rate, seed=_layer_seed(seed, name), name=name)
-                args = (dropouts[name](args[0]), *args[1:])
-        return layer(*args, **kwargs)
-
-    copy = keras.models.clone_model(model, call_function=call)
-    for layer in model.layers:
-        if layer.weights:  # by name: dropout between them changes the order of branches
-            copy.get_layer(layer.name).set_weights(layer.get_weights())
-    return copy
-
-
-def _plain(model):
-    """A Functional or Sequential model as a Functional one of the same layers that is not compiled, so copies are not.
-
-    Raises:
-        ValueError: a model of another kind, or one with models among its layers.
-    """
-    try:
-        inputs, outputs = (t[0] if len(t) == 1 else list(t) for t in (model.inputs, model.outputs))
-    except (AttributeError, TypeError):
-        raise ValueError(
-            f"Expected a built Functional or Sequential model. Received: the {type(model).__name__} {model!r}"
-        ) from None
-    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
-    if nested:
-        raise ValueError(
-            f"Expected a model without models among its layers. Received: '{model.name}', which holds {nested}. "
-            "Build it flat: call the inner model's layers on its input."
-        )
-    return keras.Model(inputs, outputs, name=model.name)
-
-
-class _Noisy(keras.layers.Layer):
-    """A dropout layer that is on in prediction too."""
-
-    def __init__(self, layer):
-        super().__init__(name=layer.name)
-        self.layer = layer
-
-    def call(self, inputs):
-        return self.layer(inputs, training=True)
-
-
-class _DropoutSampler(keras.Model):
-    """`num_samples` passes of a network in inference mode, its dropout on, in one compiled call."""
-
-    def __init__(self, model, num_samples):
-        super().__init__(name=f"dropout_of_{num_samples}")
-        noisy = []
-
-        def twin(layer):
-            if not isinstance(layer, _DROPOUTS):
-                return layer  # the very layer: training it further is seen here
-            noisy.append(type(layer).from_config(layer.get_config()))
-            return _Noisy(noisy[-1])
-
-        self.network = keras.models.clone_model(_plain(model), clone_function=twin)
-        if not noisy:
-            raise ValueError(
-                f"Expected a network with dropout layers. Received: '{model.name}', which has none. See with_dropout."
-            )
-        self.generators = [generator for layer in noisy for generator in layer._seed_generators]
-        self.num_samples, self.built = num_samples, True
-
-    def call(self, inputs):
-        return ops.stack([self.network(inputs, training=False) for _ in range(self.num_samples)], axis=1)
-
-
-_samplers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {num_samples: its sampler}
-
-
-def sample_dropout(
-    model: keras.Model, images, num_samples: int = 5, *, seed: int | None = 0, batch_size: int = 32
-) -> np.ndarray:
-    """Predictions of `num_samples` networks, each with other units dropped.
-
-    Only dropout is as in training: batch norm takes its running statistics, whether it is frozen or not. Traced once
-    for each number of samples, and not again in later calls.
-
-    Args:
-        model: Functional or Sequential model with dropout layers and one output, as from `with_dropout`.
-        images: array or `tf.data.Dataset`, as for `predict`.
-        num_samples: networks.
-        seed: the same seed, images and batch size give the same samples; None: noise goes on from the last call's.
-        batch_size: images at a time, where `images` is an array. Each image has units of its own dropped.
-
-    Returns:
-        (num_samples, batch, ...), the model's outputs.
-
-    Raises:
-        ValueError: no dropout layer, another kind of model, or `num_samples` < 1.
-    """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"Expected num_samples, an integer >= 1. Received: num_samples={num_samples!r}")
-    known = _samplers.setdefault(model, {})
-    if num_samples not in known:
-        known[num_samples] = _DropoutSampler(model, num_samples)
-        known[num_samples].compile(jit_compile=False)
-    sampler = known[num_samples]
-    if seed is not None:
-        for position, generator in enumerate(sampler.generators):
-            generator.state.assign([_layer_seed(seed, str(position)), 0])
-    options = {"batch_size": batch_size} if hasattr(images, "shape") else {}
-    return np.moveaxis(sampler.predict(images, verbose=0, **options), 1, 0)

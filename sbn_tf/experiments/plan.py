@@ -114,7 +114,7 @@ class Variant(_Part):
 
     Args:
         label: what the table calls it.
-        method: a name of `baselines.METHODS`.
+        method: a name of `METHODS`.
         r_bayes: fraction of the eligible weights that is Bayesian, 0..1.
         changes: of the recipe, as `recipes.parse_changes` reads them.
         num_samples: of a prediction; None: the recipe's.

@@ -25,7 +25,6 @@ __all__ = [
     "optimizer_for",
     "parse_changes",
     "recipe_for",
-    "with_defaults",
 ]
 
 
@@ -56,12 +55,12 @@ class Recipe:
         trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
         scope: of `saliency.top_k`: "global", "layer" or "channel"; or "one_per_channel": the most salient entry of
             each output channel of each kernel, whatever `r_bayes` says.
-        fan_out: highest share of the operations that run anew for each sample, 0..1; None: any. See `top_k`.
+        fan_out: highest share of the operations that run again for each sample, 0..1; None: any. See `top_k`.
         eligible: "all" weights but normalisation's, "kernels" without biases, or "biases" alone.
         batch_norm: "frozen", "statistics" or "train" in step 3. The last two need estimator "all" where a batch norm
             comes after a Bayesian weight.
         keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
-            first of equals), which in step 3 holds the KL too.
+            first of equals), which in step 3 includes the KL.
 
     Raises:
         ValueError: a setting that is not of its kind or out of its range.
@@ -140,12 +139,6 @@ _CHOICES = {
     "batch_norm": ("frozen", "statistics", "train"),
     "keep": ("last", "best"),
 }
-
-
-def with_defaults(settings: dict) -> dict:
-    """A recipe's fields as an older version wrote them, with those that came since at their defaults."""
-    new = {one.name: one.default for one in dataclasses.fields(Recipe) if one.default is not dataclasses.MISSING}
-    return {**new, **settings}
 
 
 def _check_number(field, value, *, above=-np.inf, least=-np.inf):

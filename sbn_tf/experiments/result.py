@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
-from sbn_tf.experiments import training
+from sbn_tf.experiments import folders
 from sbn_tf.experiments.scoring import Record
 from sbn_tf.metrics import METRICS
 
@@ -66,7 +66,7 @@ class Result(BaseModel):
 
     Args:
         dataset, task, network, recipe: names.
-        method: of `baselines.METHODS`; "trivial_..." for a predictor that ignores the image or needs only the
+        method: of `METHODS`; "trivial_..." for a predictor that ignores the image or needs only the
             deterministic network; "bound_..." for a bound that no method can expect to beat in nll and Brier.
         title: one line for people.
         seed: of the run; None where nothing is random.
@@ -286,7 +286,7 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
         beside.unlink(missing_ok=True)
     else:
         record.save(beside)
-    training.write_json(path, content)
+    folders.write_json(path, content)
     written = json.loads(path.read_text())
     result.versions, result.commit, result.folder = written["versions"], written["commit"], folder
     return path

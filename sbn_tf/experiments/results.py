@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import TASKS
-from sbn_tf.experiments import training
+from sbn_tf.experiments import folders
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.experiments.result import COSTS, REQUIRED, Result, read
 from sbn_tf.metrics import METRICS
@@ -124,7 +124,7 @@ def collect(
     Raises:
         ValueError: a file that is no result, unless it is skipped.
     """
-    root = training.repository() / "runs" if folder is None else Path(folder)
+    root = folders.repository() / "runs" if folder is None else Path(folder)
     found, skipped = [], []
     for path in sorted(root.glob("**/metrics.json")):
         try:

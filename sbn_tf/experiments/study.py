@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from sbn_tf.core.files import write_atomically
-from sbn_tf.experiments import baselines, compare, networks, plan, recipes, results, training
+from sbn_tf.experiments import compare, folders, networks, plan, recipes, results, training
+from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.plan import Dataset, Plan, Question, Variant
 from sbn_tf.saliency import overlap, saliency, top_k
 
@@ -62,7 +63,7 @@ def check_names(study: Plan) -> None:
     check("a recipe", [study.recipe], recipes.RECIPES)
     check("networks", [one.network for one in parts if one.network], networks.NETWORKS)
     asked = [method for one in parts for method in one.methods] + [variant.method for variant in variants]
-    check("methods", asked, baselines.METHODS)
+    check("methods", asked, METHODS)
     for changes in [one.changes or "" for one in parts] + [variant.changes for variant in variants]:
         recipes.parse_changes(changes)
 
@@ -101,7 +102,7 @@ def run_study(
     """
     if unknown := [name for name in names or () if name not in study.questions]:
         raise ValueError(f"Expected questions among {', '.join(study.questions)}. Received: {unknown}")
-    place = training.repository() / (study.table or f"results/{study.name}.csv") if table is None else Path(table)
+    place = folders.repository() / (study.table or f"results/{study.name}.csv") if table is None else Path(table)
     base = _experiment(study, runs=runs, split=split, num_resamples=200, verbose=verbose)
     if split == "val":
         base = dataclasses.replace(base, shifts={}, swapped=None)  # nothing is chosen by these
@@ -212,7 +213,7 @@ def _is_of(found: pd.DataFrame, variant: Variant, settings: dict, data: dict) ->
     match &= found["r_bayes"].isna() | np.isclose(found["r_bayes"], variant.r_bayes, rtol=0, atol=1e-9)
     for key, value in data.items():
         match &= found[key] == value
-    if baselines.METHODS[variant.method].takes_samples:
+    if METHODS[variant.method].takes_samples:
         match &= found["num_samples"] == (variant.num_samples or settings["num_samples"])
     return match
 
@@ -221,12 +222,12 @@ def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
     """Whether a result's settings are a recipe's, apart from what its method sets for itself.
 
     Args:
-        method: of `baselines.METHODS`; a trivial row fits any recipe.
+        method: of `METHODS`; a trivial row fits any recipe.
         settings, recipe: fields of `recipes.Recipe`.
     """
-    if method not in baselines.METHODS:
+    if method not in METHODS:
         return True
-    own = baselines.METHODS[method].sets
+    own = METHODS[method].sets
     return all(settings.get(key) == value for key, value in recipe.items() if key not in own)
 
 
@@ -248,7 +249,7 @@ def run(given: argparse.Namespace) -> int:
     if given.masks:
         rows, place = stability(study, runs=given.runs, seeds=seeds), f"results/{study.name}_masks.csv"
         text = rows.to_csv(index=False, float_format="%.4f").encode()
-        write_atomically(training.repository() / place, lambda file: file.write(text))
+        write_atomically(folders.repository() / place, lambda file: file.write(text))
         print(f"{len(rows)} rows in {place}")
         return 0
     names = None if given.questions is None else [name.strip() for name in given.questions.split(",")]

@@ -12,7 +12,8 @@ from sklearn.metrics import log_loss
 
 from sbn_tf import cost, datasets
 from sbn_tf.core.graph import Graph
-from sbn_tf.experiments import baselines, networks, recipes, training
+from sbn_tf.experiments import networks, recipes, training
+from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make, plain
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
 
@@ -104,14 +105,14 @@ def recipe_of(data, **changes):
 def made(name, data, runs, recipe=None, **options):
     options = {"r_bayes": 0.05, "runs": runs, "num_members": 2, "verbose": False, **options}
     options.setdefault("network", "tiny_masks" if data.card.task == "segmentation" else "tiny")
-    return baselines.make(name, recipe or recipe_of(data), **options)
+    return make(name, recipe or recipe_of(data), **options)
 
 
 def images_of(data):
     return datasets.Split.normalised(data.test)
 
 
-@pytest.mark.parametrize("name", baselines.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs, monkeypatch):
     masks, images = data["segmentation"], images_of(data["segmentation"])
     share = {"r_bayes": 0.01} if name == "partial_late" else {}  # the head alone is late enough, and has 7 weights
@@ -128,7 +129,7 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
     dataset, folder, seed, settings = method.folder.relative_to(runs).parts
     assert (dataset, seed, len(settings)) == ("colours", "seed0", 10)
     assert folder == (f"partial_r{method.masks.r_bayes:.2g}" if name == "partial" else name)
-    assert method.title == baselines.describe(name) and "\n" not in method.title
+    assert method.title == describe(name) and "\n" not in method.title
     asked, used = dataclasses.asdict(method.recipe), dataclasses.asdict(method.recipe_used)
     assert {key for key in asked if used[key] != asked[key]} <= set(method.sets) <= set(asked)
 
@@ -175,7 +176,7 @@ def test_costs_add_up(data, runs):
     masks = data["segmentation"]
     # As partial, partial_random and last_layer.
     alike = ("partial_magnitude", "partial_channel", "partial_late", "first_layer", "first_last")
-    names = [name for name in baselines.METHODS if name not in alike]
+    names = [name for name in METHODS if name not in alike]
     methods = {name: made(name, masks, runs).fit(masks) for name in names}
     spent = {name: method.cost() for name, method in methods.items()}
     for name, found in spent.items():
@@ -304,7 +305,7 @@ def test_temperature_finds_the_factor_of_calibrated_logits(task):
         cumulative = special.softmax(logits, axis=-1).cumsum(axis=-1)
         targets = np.eye(4)[(random.random((4000, 1)) > cumulative[:, :-1]).sum(axis=-1)]
     for factor in (0.3, 1.0, 4.0):
-        found = baselines.fit_temperature(factor * logits, targets, task)
+        found = plain.fit_temperature(factor * logits, targets, task)
         assert found == pytest.approx(factor, rel=0.08)
 
         def nll(temperature, factor=factor):
@@ -319,8 +320,8 @@ def test_temperature_finds_the_factor_of_calibrated_logits(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_tempered_probabilities(task):
     probs = np.float32([[0.0, 0.2, 0.8], [1.0, 0.0, 0.0]])
-    np.testing.assert_allclose(baselines.tempered(probs, 1.0, task), probs, atol=1e-6)
-    softer, sharper = (baselines.tempered(probs, t, task) for t in (2.0, 0.5))
+    np.testing.assert_allclose(plain.tempered(probs, 1.0, task), probs, atol=1e-6)
+    softer, sharper = (plain.tempered(probs, t, task) for t in (2.0, 0.5))
     assert np.isfinite(softer).all() and np.isfinite(sharper).all()
     if task == "multi-class":
         np.testing.assert_allclose(softer[0], np.sqrt(probs[0]) / np.sqrt(probs[0]).sum(), atol=1e-6)
@@ -332,20 +333,20 @@ def test_tempered_probabilities(task):
 def test_temperature_stays_in_its_bounds(spread, expected):
     logits = np.array([[0.2], [-0.2]] * 20)
     targets = logits > 0 if spread == 0 else logits < 0  # always right; always wrong
-    assert baselines.fit_temperature(logits, targets, "binary") == pytest.approx(expected, rel=1e-3)
+    assert plain.fit_temperature(logits, targets, "binary") == pytest.approx(expected, rel=1e-3)
 
 
 def test_soft_targets_of_masks_weigh_as_their_raters():
     random = np.random.default_rng(1)
     logits, raters = random.normal(0, 3, (6, 4, 4)), random.integers(0, 2, (5, 6, 4, 4))
-    soft = baselines.fit_temperature(logits, raters.mean(0), "segmentation")
-    hard = baselines.fit_temperature(np.tile(logits, (5, 1, 1)), raters.reshape(30, 4, 4), "segmentation")
+    soft = plain.fit_temperature(logits, raters.mean(0), "segmentation")
+    hard = plain.fit_temperature(np.tile(logits, (5, 1, 1)), raters.reshape(30, 4, 4), "segmentation")
     assert soft == pytest.approx(hard, rel=1e-4)
 
 
 def test_temperature_of_logits_that_are_not_finite():
     with pytest.raises(ValueError, match="Expected finite logits"):
-        baselines.fit_temperature(np.array([[np.nan, 1.0]]), np.ones((1, 2)), "multi-label")
+        plain.fit_temperature(np.array([[np.nan, 1.0]]), np.ones((1, 2)), "multi-label")
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +412,7 @@ def test_laplace_has_the_scales_of_its_precision_and_chooses_the_prior_on_valida
 
     truth, val = np.asarray(labels.val.targets), labels.val.normalised()
     found = {}
-    for precision in baselines.PRIOR_PRECISIONS:
+    for precision in laplace.PRIOR_PRECISIONS:
         method._set_scales(precision)
         assert method.model.scales().max() <= precision**-0.5 * 1.001
         found[precision] = log_loss(truth.ravel(), method.predict_samples(val).mean(0).ravel())
@@ -507,12 +508,12 @@ def test_cycles_end_at_different_weights_and_are_read_again(data, runs):
 )
 def test_options_that_are_none(name, options, message, data):
     with pytest.raises(ValueError, match=message):
-        baselines.make(name, recipe_of(data["segmentation"]), **options)
+        make(name, recipe_of(data["segmentation"]), **options)
 
 
 def test_what_is_no_recipe_not_fitted_or_no_image(data, runs):
     with pytest.raises(TypeError, match="Expected a Recipe"):
-        baselines.make("partial", "quick")
+        make("partial", "quick")
     method = made("deterministic", data["segmentation"], runs)
     for call in (method.cost, lambda: method.predict_samples(np.zeros((1, 8, 8, 3)))):
         with pytest.raises(ValueError, match=r"Expected a fitted method: call fit\(data\) first"):
@@ -531,3 +532,32 @@ def test_a_run_is_shared_with_the_three_steps(data, runs):
     step1 = training.deterministic_run(labels, recipe, network="tiny", **options)
     masks = training.masks_run(step1, labels, recipe, 0.05, verbose=False)
     assert training.partial_run(step1, masks, labels, recipe, **options).folder == method.folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs):
+    masks = data["segmentation"]
+    share = {"r_bayes": 0.01} if name == "partial_late" else {}
+    sizes = Sizes(masks.card, masks.input_shape, masks.num_outputs, masks.train.num_examples, masks.val.num_examples)
+    before = made(name, masks, runs, **share).estimate(sizes)
+    assert before == made(name, masks, runs, **share).estimate(masks)
+    method = made(name, masks, runs, **share).fit(masks)
+    found, epochs = method.cost(), [len(run.history["loss"]) for run in method.trained]
+    one_pass = cost.prediction_flops(method.step1.model, 5)
+    validation = one_pass * masks.val.num_examples
+    trained = sum(before.trainings.values()) - sum(epochs) * validation
+    if name in ("deterministic", "ensemble"):  # the same steps; others freeze batch norm or have fewer Bayesian weights
+        assert trained == pytest.approx(found["train_flops"])
+    assert 0.99 * found["train_flops"] <= trained <= 2 * found["train_flops"]
+    assert 0.9 * found["predict_flops"] <= before.predict_flops <= 2.5 * found["predict_flops"]
+    assert before.num_bytes >= 3 * found["weight_bytes"] / method.num_networks / 2
+
+
+def test_methods_name_the_trainings_that_they_share(data):
+    masks = data["segmentation"]
+    found = {name: made(name, masks, None).estimate(masks).trainings for name in METHODS}
+    assert {name for name in METHODS if "step1" not in found[name]} == {"bayes_normal"}
+    assert set(found["deterministic_longer"]) == {"step1", "longer0"} < set(found["ensemble_longer"])
+    assert set(found["ensemble"]) == {"step1", "member1"} < set(found["ensemble_longer"])
+    assert set(found["partial"]) == {"step1", "saliency_fisher", "partial"}
+    assert set(found["partial_random"]) == {"step1", "partial_random"}

@@ -1,0 +1,127 @@
+"""Networks of step 3 before training: which weights are random, and where locs and scales start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import keras
+import numpy as np
+import tensorflow_probability as tfp
+from keras import ops
+
+from sbn_tf.core.losses import loss_terms
+from sbn_tf.datasets.base import Data
+from sbn_tf.experiments.recipes import Recipe, loss_for
+from sbn_tf.layers import masked_layers
+from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
+from sbn_tf.particles import LEAST_LOC, Particles, to_particles
+from sbn_tf.saliency import Masks, named_weights
+
+__all__ = ["Held", "bayesian_network", "draw_locs", "particles_network", "posteriors", "set_scales", "start_scales"]
+
+PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
+
+
+def bayesian_network(step1: keras.Model, masks: Masks, data: Data, recipe: Recipe, seed: int) -> PartialBayes:
+    """The sparse Bayesian network of a recipe, from a trained one."""
+    rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=seed) if recipe.initial_scale is None else None
+    return to_partial_bayes(
+        step1,
+        masks,
+        num_train=data.train.num_examples,
+        num_samples=recipe.num_samples,
+        beta=recipe.beta_start,
+        kl_reduction=recipe.kl_reduction,
+        estimator=recipe.estimator,
+        initial_scale=0.01 if recipe.initial_scale is None else recipe.initial_scale,
+        untransformed_scale_initializer=rho,
+        prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
+        prior_at_loc=recipe.prior_at == "weight",
+        batch_norm=recipe.batch_norm,
+        seed=seed,
+    )
+
+
+def particles_network(
+    step1: keras.Model, masks: Masks, data: Data, recipe: Recipe, seed: int, *, gaussian: bool
+) -> Particles:
+    """The network with `num_samples` members, or a mixture of as many Gaussians."""
+    terms = loss_terms(loss_for(recipe, data), step1.output_shape)  # known of every recipe's losses: no None
+    return to_particles(
+        step1,
+        masks,
+        num_particles=recipe.num_samples,
+        initial_scale=PAPERS_SCALE if recipe.initial_scale is None else recipe.initial_scale,
+        relative=recipe.scale_start == "relative",
+        gaussian=gaussian,
+        kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,  # type: ignore[operator]
+        seed=seed,
+    )
+
+
+def posteriors(network: keras.Model) -> Iterator[tuple]:
+    """(key of a weight, its `Posterior`, its loc) of every weight that has one."""
+    keys = {id(weight.variable): key for key, weight in named_weights(network).items()}
+    for layer in masked_layers(network):
+        for name, posterior in layer.posteriors.items():
+            loc = layer.loc(name)
+            yield keys[id(loc)], posterior, loc
+
+
+def set_scales(model: keras.Model, scales: Mapping[str, np.ndarray]) -> None:
+    """Give the Bayesian entries of a `PartialBayes` these standard deviations: weight's key -> (k,)."""
+    for key, posterior, _ in posteriors(model.network):
+        rho = tfp.math.softplus_inverse(scales[key]).numpy()
+        posterior.untransformed_scale.assign(rho.astype("float32"))
+
+
+def start_scales(
+    model: PartialBayes, masks: Masks, recipe: Recipe, fisher: Mapping[str, np.ndarray] | None, num_train: int
+) -> None:
+    """Start each scale at `initial_scale` times |loc|, or times the width that the curvature gives.
+
+    Args:
+        model, masks, recipe: as of `bayesian_network`.
+        fisher: Fisher information of every weight; None: the scales are relative to the locs.
+        num_train: number of training examples.
+    """
+    scales = {}
+    for key, _, loc in posteriors(model.network):
+        if fisher is None:
+            width = np.maximum(np.abs(ops.convert_to_numpy(loc))[masks[key]], LEAST_LOC)
+        else:
+            width = (num_train * fisher[key][masks[key]] + 1.0) ** -0.5
+        scales[key] = recipe.initial_scale * width
+    set_scales(model, scales)
+
+
+class Held(keras.callbacks.Callback):
+    """Puts back, after each batch, every loc that is not to be trained: exact, as each entry has its own slots.
+
+    Args:
+        model: a `PartialBayes`.
+        masks: which entries of locs are trained; {}: none.
+    """
+
+    def __init__(self, model, masks):
+        super().__init__()
+        scales = {id(posterior.untransformed_scale) for _, posterior, _ in posteriors(model.network)}
+        self.held = [
+            (weight.variable, ops.convert_to_tensor(ops.copy(weight.variable.value)), masks.get(key))
+            for key, weight in named_weights(model.network).items()
+            if weight.variable.trainable and id(weight.variable) not in scales
+        ]
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Put the locs back."""
+        for variable, start, mask in self.held:
+            variable.assign(start if mask is None else ops.where(mask, variable, start))
+
+
+def draw_locs(network: keras.Model, seed: int) -> None:
+    """Start every Bayesian loc at a draw from N(0, 1)."""
+    random = np.random.default_rng(seed)
+    for layer in masked_layers(network):
+        for name in layer.posteriors:
+            loc = layer.loc(name)
+            loc.assign(np.where(layer.mask(name), random.standard_normal(loc.shape), ops.convert_to_numpy(loc)))

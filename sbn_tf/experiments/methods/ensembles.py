@@ -1,0 +1,113 @@
+"""Several networks, each a sample."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sbn_tf.experiments import training
+from sbn_tf.experiments.folders import write_json
+from sbn_tf.experiments.methods.base import Method
+
+__all__ = ["Ensemble", "EnsembleLonger", "Snapshot"]
+
+MAX_CYCLES = 5
+
+
+class Networks(Method):
+    """Several sets of weights of one network, each a sample."""
+
+    def _count_samples(self, num_samples):
+        return self.num_members
+
+    def _samples(self, images):
+        samples = []
+        for weights in self._weights:  # one traced network for all
+            self.model.set_weights(weights)
+            samples.append(super()._samples(images))
+        return np.concatenate(samples)
+
+    @property
+    def num_networks(self):
+        """Sets of weights that are stored."""
+        return self.num_samples
+
+    def _train_members(self, data):
+        """Train the members of step 1, each a run of `deterministic` by itself."""
+        options = {"num_members": self.num_members, "network": self.network, **self._options()}
+        members = training.ensemble_runs(data, self.recipe, **options)
+        self.step1 = members[0]
+        self._hold(members, data)
+        return members
+
+    def _hold(self, members, data):
+        """Take the members' weights, in one network, and name their runs in the method's folder."""
+        self.model = members[0].model
+        self._weights = [run.model.get_weights() for run in members]
+        for run in members[1:]:  # of one architecture
+            run.model = self.model
+        self.folder = self._own_folder(data, members=[run.folder.name for run in members])
+        dataset = self.folder.parents[2]
+        names = [run.folder.relative_to(dataset).as_posix() for run in members]
+        if not (self.folder / "members.json").exists():
+            write_json(self.folder / "members.json", {"members": names})
+
+
+class Ensemble(Networks):
+    """Networks trained alike from other initial weights and orders (Lakshminarayanan et al. 2017).
+
+    Each member is a run of `deterministic` by itself, the first that of this seed. The folder names them all.
+    """
+
+    name, title = "ensemble", "deep ensemble"
+
+    def _train(self, data):
+        self.trained = self._train_members(data)
+
+    def _paper_flops(self):
+        return float(self.num_members)
+
+    def _trainings(self, parts):
+        return {f"member{index}": parts.first for index in range(1, self.num_members)}
+
+
+class EnsembleLonger(Networks):
+    """The ensemble of `deterministic_longer`: each member has the epochs of steps 1 and 3, as the partial model has."""
+
+    name, title = "ensemble_longer", "deep ensemble, each member with the epochs of steps 1 and 3"
+
+    def _train(self, data):
+        members, longer = self._train_members(data), []
+        for index, weights in enumerate(self._weights):
+            members[index].model.set_weights(weights)
+            options = {**self._options(), "seed": training.member_seed(self.seed, index)}
+            run = training.continued_run(members[index], data, self.recipe, method="deterministic_longer", **options)
+            longer.append(run)
+        members[0].model.set_weights(self._weights[0])
+        self._hold(longer, data)
+        self.trained = [*members, *longer]
+
+    def _trainings(self, parts):
+        members = {f"member{index}": parts.first for index in range(1, self.num_members)}
+        return members | {f"longer{index}": parts.longer for index in range(self.num_members)}
+
+
+class Snapshot(Networks):
+    """From step 1's weights on, the learning rate restarts in cycles: the weights at the end of each are a sample.
+
+    Five cycles, or one an epoch if step 3 has fewer epochs (Huang et al. 2017, there from initial weights).
+    """
+
+    name, title = "snapshot", "snapshot ensemble from the trained weights"
+    sets = ("keep",)
+
+    def _count_samples(self, num_samples):
+        return min(MAX_CYCLES, self.recipe.bayes_epochs)
+
+    def _train(self, data):
+        self._train_step1(data)
+        run = self._continue(data, self._use(keep="last"), cycles=self.num_samples)  # each cycle gives its last weights
+        self._weights = run.snapshots
+        self.num_samples = len(run.snapshots)  # fewer if training diverged
+
+    def _trainings(self, parts):
+        return {self.name: parts.longer}
