@@ -295,6 +295,8 @@ class MaskedGaussian:
     """
 
     posterior_weights: tuple[str, ...] = ()
+    name: str
+    variable_dtype: str
     stock_class: type | None = None  # `keras.layers.Dense` of `class Dense(MaskedGaussian, keras.layers.Dense)`
 
     def __init_subclass__(cls, **kwargs):
@@ -324,7 +326,7 @@ class MaskedGaussian:
     def call_with(self, inputs, drawn: dict):
         """The stock layer's `call` with the weights `drawn` (name -> tensor)."""
         with weights_drawn(self, drawn):
-            return super().call(inputs)
+            return super().call(inputs)  # type: ignore[misc]  # the stock layer's
 
     def loc(self, name: str):
         """The variable of weight `name`."""

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.losses import terms_of_outputs
+from sbn_tf.core.optimizers import is_scale
 from sbn_tf.core.sampled import check_choice, check_count
 
 __all__ = ["KLWeight", "watched_scales"]
@@ -98,6 +99,9 @@ class KLWeight(keras.layers.Layer):
 @contextlib.contextmanager
 def watched_scales(model: keras.Model) -> Iterator[None]:
     """Warn if the scales have not moved after 50 steps or more: then their initial value decides the result."""
+    if not any(is_scale(variable) for variable in model.trainable_variables):
+        yield
+        return
 
     def steps():
         return int(ops.convert_to_numpy(model.optimizer.iterations)) if model.optimizer else 0

@@ -24,6 +24,7 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 __all__ = [
+    "LEAST_LOC",
     "OPTION_NAMES",
     "POSTERIORS",
     "KLRegularizer",
@@ -97,8 +98,8 @@ class PosteriorOptions:
 
     posterior: str = "gaussian"
     num_members: int = 5
-    initial_scale: float | None = None
-    relative: bool | None = None
+    initial_scale: Any = None
+    relative: Any = None
     untransformed_scale_initializer: Any = None
     prior: Any = None
     prior_at_loc: bool = False

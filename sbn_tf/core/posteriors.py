@@ -152,7 +152,7 @@ class Posteriors(keras.layers.Layer):
     # ---- saving: how many entries of each weight; the posteriors save the rest themselves ----
 
     def save_own_variables(self, store):
-        """The counts, by which a layer with other entries is told apart."""
+        """The counts, by which loading notices a layer with other entries."""
         for name, posterior in self.items():
             store[name.replace("/", ".")] = np.int64(posterior.count)
 

@@ -46,8 +46,9 @@ def register(cls: type) -> type:
 
 def register_named(cls: type) -> type:
     """`register` a class of the name of its stock layer, here and with Keras, and write its docstring."""
+    names = ", ".join(cls.posterior_weights)  # type: ignore[attr-defined]
     cls.__doc__ = (
-        f"`keras.layers.{cls.__name__}` with masked entries in {', '.join(cls.posterior_weights)}.\n\n"
+        f"`keras.layers.{cls.__name__}` with masked entries in {names}.\n\n"
         f"    Args, input and output shapes as in `keras.layers.{cls.__name__}`; the keyword arguments of\n"
         "    `MaskedGaussian` say which entries are Bayesian, where their scales start, their prior and KL weight.\n"
     )

@@ -9,22 +9,30 @@ import numpy as np
 import tensorflow_probability as tfp
 from keras import ops
 
-from sbn_tf.core.losses import loss_terms
+from sbn_tf.core.posterior import LEAST_LOC
 from sbn_tf.datasets.base import Data
-from sbn_tf.experiments.recipes import Recipe, loss_for
+from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
-from sbn_tf.particles import LEAST_LOC, Particles, to_particles
 from sbn_tf.saliency import Masks, named_weights
 
-__all__ = ["Held", "bayesian_network", "draw_locs", "particles_network", "posteriors", "set_scales", "start_scales"]
+__all__ = ["Held", "bayesian_network", "draw_locs", "posteriors", "set_scales", "start_scales"]
 
 PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
 
 
-def bayesian_network(step1: keras.Model, masks: Masks, data: Data, recipe: Recipe, seed: int) -> PartialBayes:
-    """The sparse Bayesian network of a recipe, from a trained one."""
-    rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=seed) if recipe.initial_scale is None else None
+def bayesian_network(
+    step1: keras.Model, masks: Masks, data: Data, recipe: Recipe, seed: int, posterior: str = "gaussian"
+) -> PartialBayes:
+    """The sparse Bayesian network of a recipe, from a trained one.
+
+    Args:
+        step1, masks, data, recipe, seed: as of `training.partial_run`.
+        posterior: "gaussian", "members" or "mixture". Scales of Gaussians that are not absolute: `start_scales`.
+    """
+    gaussian = posterior == "gaussian"
+    rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=seed) if recipe.initial_scale is None and gaussian else None
+    absolute = 0.01 if gaussian else PAPERS_SCALE
     return to_partial_bayes(
         step1,
         masks,
@@ -33,28 +41,13 @@ def bayesian_network(step1: keras.Model, masks: Masks, data: Data, recipe: Recip
         beta=recipe.beta_start,
         kl_reduction=recipe.kl_reduction,
         estimator=recipe.estimator,
-        initial_scale=0.01 if recipe.initial_scale is None else recipe.initial_scale,
+        posterior=posterior,
+        initial_scale=absolute if recipe.initial_scale is None else recipe.initial_scale,
+        relative=not gaussian and recipe.scale_start == "relative",
         untransformed_scale_initializer=rho,
         prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
         prior_at_loc=recipe.prior_at == "weight",
         batch_norm=recipe.batch_norm,
-        seed=seed,
-    )
-
-
-def particles_network(
-    step1: keras.Model, masks: Masks, data: Data, recipe: Recipe, seed: int, *, gaussian: bool
-) -> Particles:
-    """The network with `num_samples` members, or a mixture of as many Gaussians."""
-    terms = loss_terms(loss_for(recipe, data), step1.output_shape)  # known of every recipe's losses: no None
-    return to_particles(
-        step1,
-        masks,
-        num_particles=recipe.num_samples,
-        initial_scale=PAPERS_SCALE if recipe.initial_scale is None else recipe.initial_scale,
-        relative=recipe.scale_start == "relative",
-        gaussian=gaussian,
-        kl_weight=recipe.beta_start / (data.train.num_examples * terms) if gaussian else 0.0,  # type: ignore[operator]
         seed=seed,
     )
 
@@ -105,11 +98,11 @@ class Held(keras.callbacks.Callback):
 
     def __init__(self, model, masks):
         super().__init__()
-        scales = {id(posterior.untransformed_scale) for _, posterior, _ in posteriors(model.network)}
+        own = {id(v) for _, posterior, _ in posteriors(model.network) for v in posterior.trainable_variables}
         self.held = [
             (weight.variable, ops.convert_to_tensor(ops.copy(weight.variable.value)), masks.get(key))
             for key, weight in named_weights(model.network).items()
-            if weight.variable.trainable and id(weight.variable) not in scales
+            if weight.variable.trainable and id(weight.variable) not in own
         ]
 
     def on_train_batch_end(self, batch, logs=None):

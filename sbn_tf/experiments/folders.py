@@ -17,6 +17,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+import sbn_tf
 from sbn_tf.core.files import write_atomically
 
 __all__ = ["FORMAT", "check_method", "check_seed", "digest", "read_arrays", "repository", "run_folder", "write_json"]
@@ -60,8 +61,6 @@ def check_seed(seed) -> int:
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
     """Write JSON together with the versions and the commit that made it."""
     import tensorflow as tf
-
-    import sbn_tf
 
     versions = {"sbn_tf": sbn_tf.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
     versions["tensorflow_probability"] = version("tensorflow_probability")

@@ -20,7 +20,7 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.core.losses import loss_terms
 from sbn_tf.datasets.base import EXCLUSIVE, Data
 from sbn_tf.experiments import networks
-from sbn_tf.experiments.bayesian import Held, bayesian_network, draw_locs, particles_network, start_scales
+from sbn_tf.experiments.bayesian import Held, bayesian_network, draw_locs, start_scales
 from sbn_tf.experiments.dropout import with_dropout
 from sbn_tf.experiments.fitting import state
 from sbn_tf.experiments.folders import check_seed, digest, read_arrays
@@ -39,7 +39,6 @@ __all__ = [
     "masks_run",
     "member_seed",
     "partial_run",
-    "particles_run",
     "scores_run",
 ]
 
@@ -254,6 +253,7 @@ def partial_run(
     seed: int = 0,
     method: str | None = None,
     locs: str = "trained",
+    posterior: str = "gaussian",
     runs: str | os.PathLike | None = None,
     limit: int | None = None,
     verbose: bool = True,
@@ -270,6 +270,7 @@ def partial_run(
         method: name of the folder; None: `partial_r` and the share of weights that is Bayesian.
         locs: where the Bayesian locs start: "trained", or "normal": drawn from N(0, 1), as the paper's code does for
             its fully Bayesian network. All other weights start at step 1's.
+        posterior: "gaussian"; "members", `recipe.num_samples` values of each entry; or "mixture", as many Gaussians.
 
     Raises:
         ValueError: a seed, method or `locs` that is none, masks of another network, or files of an earlier run that are
@@ -280,17 +281,21 @@ def partial_run(
         raise ValueError(f'Expected locs "trained" or "normal". Received: locs={locs!r}')
     if locs == "normal" and recipe.scale_start == "fisher":
         raise ValueError('Expected scales that do not start by the curvature of other locs. Received: "fisher"')
+    if posterior != "gaussian" and recipe.scale_start == "fisher":
+        raise ValueError(
+            f'Expected scale_start "absolute" or "relative" of {posterior}. Received: scale_start="fisher"'
+        )
     settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f not in _OF_MASKS}
-    settings |= {"step1": step1.folder.name, "masks": masks.digest(), "locs": locs}
+    settings |= {"step1": step1.folder.name, "masks": masks.digest(), "locs": locs, "posterior": posterior}
     method = f"partial_r{masks.r_bayes:.2g}" if method is None else method
     options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose}
     folder = RunFolder(data, recipe, method, seed, settings, masks=masks, **options)
 
     def make():
-        model = bayesian_network(step1.model, masks, data, recipe, seed)
+        model = bayesian_network(step1.model, masks, data, recipe, seed, posterior)
         if locs == "normal":
             draw_locs(model.network, seed)
-        if recipe.scale_start != "absolute":
+        if posterior == "gaussian" and recipe.scale_start != "absolute":
             curved = recipe.scale_start == "fisher"
             fisher = fisher_run(step1, data, recipe, verbose=verbose) if curved else None
             start_scales(model, masks, recipe, fisher, data.train.num_examples)
@@ -311,49 +316,6 @@ def _compiled_with_scales(model, data, recipe):
     scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
     model.compile(LocScaleOptimizer(_optimizer(_gentle(recipe), steps), scales), loss_for(recipe, data))
     return model
-
-
-def particles_run(
-    step1: Run,
-    masks: Masks,
-    data: Data,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    method: str = "particles",
-    gaussian: bool = False,
-    runs: str | os.PathLike | None = None,
-    limit: int | None = None,
-    verbose: bool = True,
-) -> Run:
-    """Step 3 with another posterior on the same masks: `num_samples` particles, or Gaussians about them.
-
-    Each particle sees its part of a batch, as under the estimator "split"; batch norm is frozen, all weights train, the
-    prior is N(0, 1) and the KL that of the ELBO times the recipe's first beta. Offsets start as the recipe's scales do.
-
-    Args:
-        step1, masks, data, recipe, seed, runs, limit, verbose: as in `partial_run`.
-        method: name of the folder.
-        gaussian: whether the particles are Gaussians: a mixture.
-
-    Raises:
-        ValueError: as `partial_run`, or a recipe whose scales start by the Fisher score.
-    """
-    seed = check_seed(seed)
-    if recipe.scale_start == "fisher":
-        raise ValueError('Expected scale_start "absolute" or "relative" of particles. Received: scale_start="fisher"')
-    settings = {f: getattr(_gentle(recipe), f) for f in ("augment", *_OF_TRAINING, *_OF_SCALES)}
-    settings |= {"epochs": recipe.bayes_epochs, "gaussian": gaussian, "step1": step1.folder.name}
-    settings["masks"] = masks.digest()
-    options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose}
-    folder = RunFolder(data, recipe, method, seed, settings, masks=masks, **options)
-
-    def make():
-        return _compiled_with_scales(
-            particles_network(step1.model, masks, data, recipe, seed, gaussian=gaussian), data, recipe
-        )
-
-    return folder.trained(make, recipe.bayes_epochs)
 
 
 def _gentle(recipe):

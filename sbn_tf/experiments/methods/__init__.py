@@ -35,7 +35,7 @@ _CLASSES = (
     partial.PartialMagnitude,
     partial.PartialChannel,
     partial.PartialLate,
-    partial.Particles,
+    partial.Members,
     partial.Mixture,
     partial.FirstLayer,
     partial.LastLayer,

@@ -22,13 +22,13 @@ __all__ = [
     "FirstLast",
     "FirstLayer",
     "LastLayer",
+    "Members",
     "Mixture",
     "Partial",
     "PartialChannel",
     "PartialLate",
     "PartialMagnitude",
     "PartialRandom",
-    "Particles",
 ]
 
 FAN_OUT = 0.5  # of `partial_late`: highest share of the operations that run again for each sample
@@ -58,14 +58,11 @@ class Partial(Method):
         return training.masks_run(self.step1, data, recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
 
     def _train_posterior(self, data):
-        if self.posterior != "gaussian":
-            # What `particles_run` does whatever the recipe says.
-            same = {"estimator": "split", "batch_norm": "frozen", "trains": "all", "prior_scale": 1.0}
-            self._use(**same, prior_at="zero", kl_reduction="sum", beta_stop=self.recipe.beta_start)
-            options = {"method": self.name, "gaussian": self.posterior == "mixture", **self._options()}
-            return training.particles_run(self.step1, self.masks, data, self.recipe, **options)
         method = None if self.name == "partial" else self.name
-        return training.partial_run(self.step1, self.masks, data, self.recipe, method=method, **self._options())
+        options = {"method": method, "posterior": self.posterior, **self._options()}
+        members = self.posterior != "gaussian"
+        recipe = self._use(**_MEMBERS, beta_stop=self.recipe.beta_start) if members else self.recipe
+        return training.partial_run(self.step1, self.masks, data, recipe, **options)
 
     def _take(self, run):
         self.trained = [self.step1, run]
@@ -152,13 +149,22 @@ class PartialLate(Partial):
 # ---------------------------------------------------------------------------
 
 
-SET_BY_MEMBERS = ("estimator", "batch_norm", "trains", "prior_scale", "prior_at", "kl_reduction", "beta_stop")
+# Each member sees its part of a batch; all weights train, batch norm stays, the KL is that of the ELBO.
+_MEMBERS = {
+    "estimator": "split",
+    "batch_norm": "frozen",
+    "trains": "all",
+    "prior_scale": 1.0,
+    "prior_at": "zero",
+    "kl_reduction": "sum",
+}
+SET_BY_MEMBERS = (*_MEMBERS, "beta_stop")
 
 
-class Particles(Partial):
+class Members(Partial):
     """A sparse ensemble: networks that differ in the salient weights alone, each trained on its part of each batch."""
 
-    name, title = "particles", "sparse ensemble: particles on the salient weights"
+    name, title = "particles", "sparse ensemble: members on the salient weights"
     takes_samples = False
     sets = SET_BY_MEMBERS
     posterior = "members"

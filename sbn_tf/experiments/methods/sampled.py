@@ -9,7 +9,6 @@ from keras import ops
 from sbn_tf import cost as costs
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.partial_bayes import PartialBayes
-from sbn_tf.particles import Particles
 
 __all__ = ["Sampled", "score_flops"]
 
@@ -18,10 +17,10 @@ class Sampled:
     """A model whose noise starts in each call as it is now.
 
     Args:
-        model: a `PartialBayes`, or `Particles`.
+        model: a `PartialBayes`.
     """
 
-    def __init__(self, model: PartialBayes | Particles):
+    def __init__(self, model: PartialBayes):
         self.model = model
         self.noise = [(state, ops.convert_to_numpy(state)) for state in noise_states(model)]
 
@@ -29,14 +28,10 @@ class Sampled:
         """Outputs of one batch: (num_samples, batch, ...)."""
         for state, start in self.noise:
             state.assign(start)
-        if isinstance(self.model, Particles):
-            return self.model.predict_samples(images)
         return self.model.predict_samples(images, num_samples=num_samples, batch_size=len(images))
 
     def flops(self, batch: int, num_samples: int) -> float:
         """Operations of a sample of one image: the mean over so many samples."""
-        if isinstance(self.model, Particles):
-            return costs.prediction_flops(self.model, batch) / num_samples
         trained_with, self.model.num_samples = self.model.num_samples, num_samples
         try:
             return costs.prediction_flops(self.model, batch) / num_samples
