@@ -60,35 +60,19 @@ from sbn_tf.core.posterior import (
     PosteriorOptions,
     softplus_inverse,
 )
-from sbn_tf.core.posteriors import Posteriors
+from sbn_tf.core.posteriors import Posteriors, WithPosteriors
 from sbn_tf.core.prior import kl_normal, make_normal
 from sbn_tf.core.registry import partial_class, register, register_named
 
 if keras.backend.backend() == "tensorflow":
     pass
 
+# %%
 __all__ = [
-    "Conv1D",
-    "Conv1DTranspose",
-    "Conv2D",
-    "Conv2DTranspose",
-    "Conv3D",
-    "Conv3DTranspose",
-    "Dense",
-    "DepthwiseConv1D",
-    "DepthwiseConv2D",
-    "EinsumDense",
-    "Embedding",
-    "MaskedGaussian",
-    "SeparableConv1D",
-    "SeparableConv2D",
-    "batch_draws",
-    "masked_layers",
-    "partial_class",
-    "posterior_mean",
-    "posterior_sample",
-    "register",
-]
+    "Conv1D", "Conv1DTranspose", "Conv2D", "Conv2DTranspose", "Conv3D", "Conv3DTranspose", "Dense", "DepthwiseConv1D",
+    "DepthwiseConv2D", "EinsumDense", "Embedding", "MaskedGaussian", "SeparableConv1D", "SeparableConv2D",
+    "batch_draws", "masked_layers", "partial_class", "posterior_mean", "posterior_sample", "register",
+]  # fmt: skip
 
 # %% [markdown]
 # ## 1. What is stored?
@@ -109,6 +93,8 @@ __all__ = [
 # is $[1, 2, 3.693, 4]$.
 
 # %% tags=["active-ipynb"]
+# from sbn_tf.core.posterior import scatter_entries
+#
 # loc = np.array([1.0, 2.0, 3.0, 4.0], "float32")
 # draw = loc + scatter_entries(ops.softplus(ops.zeros(1)) * 1.0, ops.array([2]), (4,))
 # print(np.round(draw, 3))
@@ -246,7 +232,7 @@ def add_seams(cls):
     """Give a masked class its properties, and a signature with the stock layer's arguments beside ours."""
     if not cls.__dict__.get("posterior_weights"):
         return
-    stock = cls.stock_class = cls.__mro__[cls.__mro__.index(MaskedGaussian) + 1]
+    stock = cls.stock_class = next(one for one in cls.__mro__ if not issubclass(one, WithPosteriors))
     for name in cls.posterior_weights:
         setattr(cls, name, _seam(name, getattr(stock, name, None)))
     theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
@@ -270,7 +256,7 @@ def add_seams(cls):
 
 
 # %%
-class MaskedGaussian:
+class MaskedGaussian(WithPosteriors):
     """Mixin: a stock Keras layer of which chosen weight entries are random, the rest points.
 
     `weight = loc + scatter(index, offsets)` in `call`; each call draws new offsets from the weight's posterior.
@@ -280,13 +266,10 @@ class MaskedGaussian:
             or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
         mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
         seed: int; fixes the mask chosen at random, the start and the noise.
-        kl_weight, initial_scale, prior, posterior, ...: the fields of `sbn_tf.core.posterior.PosteriorOptions`.
-            `kl_weight` is required where an entry is Bayesian.
+        kwargs: the fields of `sbn_tf.core.posterior.PosteriorOptions` (`kl_weight`, which is required where an entry
+            is Bayesian, `initial_scale`, `prior`, `posterior`, ...), and the stock layer's arguments.
 
     Regularizers and constraints of the stock layer act on the loc, an `activity_regularizer` on the draw's outputs.
-
-    Attributes:
-        posteriors: mapping of the name of a weight with Bayesian entries to its `Posterior`.
 
     Raises:
         ValueError: a count, mask or option that does not fit, or a missing `kl_weight`.
@@ -295,8 +278,6 @@ class MaskedGaussian:
     """
 
     posterior_weights: tuple[str, ...] = ()
-    name: str
-    variable_dtype: str
     stock_class: type | None = None  # `keras.layers.Dense` of `class Dense(MaskedGaussian, keras.layers.Dense)`
 
     def __init_subclass__(cls, **kwargs):
@@ -339,39 +320,6 @@ class MaskedGaussian:
         """The stock layer's config and the posterior's; the mask itself is saved among the weights."""
         own = {"num_bayesian": self.num_bayesian, "seed": self.seed, **self.posterior_options.get_config()}
         return {**super().get_config(), **own}
-
-    @property
-    def num_bayesian(self) -> dict[str, int]:
-        """Name of a weight -> number of its Bayesian entries."""
-        return dict(self.posteriors.counts)
-
-    def mask(self, name: str) -> np.ndarray:
-        """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
-        return self.posteriors.mask(name)
-
-    def scale(self, name: str) -> np.ndarray:
-        """Dense posterior standard deviation of weight `name`: 0 where it is a point. For reading and plotting."""
-        return self.posteriors.scale(name)
-
-    def set_mask(self, mask) -> None:
-        """Choose again which entries are Bayesian, as `mask` above; scales start again. Compile the model after it."""
-        self.posteriors.choose(mask)
-
-    def kl_divergence(self):
-        """Summed KL of the posteriors from their priors, in nats: a scalar; 0 with no Bayesian entry."""
-        return self.posteriors.kl_divergence()
-
-    def enable_lora(self, *args, **kwargs):
-        """Refused with Bayesian entries: a layer has a posterior or LoRA factors, not both."""
-        if len(self.posteriors):
-            raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
-        super().enable_lora(*args, **kwargs)
-
-    def quantize(self, *args, **kwargs):
-        """Refused with Bayesian entries: a posterior needs its floating-point loc."""
-        if len(self.posteriors):
-            raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
-        super().quantize(*args, **kwargs)
 
 
 # %% [markdown]

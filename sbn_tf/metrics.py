@@ -69,6 +69,7 @@ from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, p
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.core.statistics import area_under_risk_coverage, brier_decomposition, error_auroc, excess_area
 
+# %%
 __all__ = [
     "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
     "average_precision_per_label", "binary_entropy", "brier", "brier_decomposition", "brier_skill", "dice",

@@ -32,10 +32,7 @@
 
 from __future__ import annotations
 
-import functools
-
 import keras
-import numpy as np
 from keras import ops
 
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
@@ -44,8 +41,8 @@ from sbn_tf.core.estimators import ESTIMATORS, check_estimator, refuse_as_a_part
 from sbn_tf.core.keras_internals import call_context, compiled_loss
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
+from sbn_tf.core.options import refuse_idle_biases, sorted_options
 from sbn_tf.core.outputs import is_samples
-from sbn_tf.core.posterior import OPTION_NAMES
 from sbn_tf.core.sampled import SampledModel, check_choice, refuse_posterior_mean, settle_batch_norm
 from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights
 from sbn_tf.layers import masked_layers
@@ -91,6 +88,8 @@ __all__ = [
 # $1 / 1{,}024{,}000$.
 
 # %% tags=["active-ipynb"]
+# from sbn_tf.core.losses import loss_terms
+#
 # terms = loss_terms("binary_crossentropy", (None, 32, 32, 1))
 # print("terms an image:", terms, "| KL weight at 1,000 images: 1 /", 1000 * terms)
 # assert terms == 1024 and loss_terms(keras.losses.CategoricalCrossentropy(), (None, 7)) == 1
@@ -131,15 +130,8 @@ __all__ = [
 class PartialBayes(SampledModel):
     """A network with posteriors of chosen weights, trained on the ELBO, predicting with posterior samples.
 
-    Made by `to_partial_bayes`, which explains the arguments. `compile`, `fit`, `evaluate`, `predict` and saving are
-    Keras's own. `fit` logs `kl`: the KL in nats per training example. In each sample every weight is drawn once, those
-    of shared layers too. What comes out, in float32 (float64 of a float64 network):
-
-    | | network of probabilities | `from_logits=True` |
-    |---|---|---|
-    | `predict`, `evaluate`, `bnn(x)` | mean probability | logit of the mean probability |
-    | `predict_samples` | probability of each sample | probability of each sample |
-    | `predict_uncertainty` | mean probability, nats | mean probability, nats |
+    Made by `to_partial_bayes`. `compile`, `fit`, `evaluate`, `predict` and saving are Keras's own; `SampledModel` says
+    what predictions return. `fit` logs `kl`: the KL in nats per training example.
 
     Args:
         network: with masked layers; num_samples, probabilities, from_logits, batch_norm: as in `SampledModel`.
@@ -147,27 +139,15 @@ class PartialBayes(SampledModel):
         estimator: "all" (each draw sees the batch), "split" (draw s sees part s of it), "turns" (one draw a step sees
             the batch, in turn), "flipout" or "local" (each example sees a draw of its own), see section 6.
 
-    Input shape: the network's. Output shape: the network's; `{"samples": [...]}` in training by the estimator "all".
-
     Raises:
-        ValueError: `num_samples` < 1, `num_train` < 1, an unknown option, a layer of `stateful=True` that would run
-            again for each draw, or a trap of section 5.
+        ValueError: an option out of range, a layer of `stateful=True` that would run again for each draw, or a trap of
+            section 5.
     """
 
     def __init__(
-        self,
-        network,
-        num_train: int,
-        num_samples: int = 5,
-        beta: float = 1.0,
-        kl_reduction: str = "sum",
-        terms_per_example: int | None = None,
-        estimator: str = "all",
-        batch_norm: str = "frozen",
-        probabilities: str | list | None = "auto",
-        from_logits: bool = False,
-        **kwargs,
-    ):
+        self, network, num_train, num_samples=5, beta=1.0, kl_reduction="sum", terms_per_example=None, estimator="all",
+        batch_norm="frozen", probabilities="auto", from_logits=False, **kwargs,
+    ):  # fmt: skip
         super().__init__(network, num_samples, probabilities, from_logits, batch_norm, **kwargs)
         check_choice("estimator", estimator, tuple(ESTIMATORS))
         self.estimator = estimator
@@ -211,14 +191,6 @@ class PartialBayes(SampledModel):
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Metrics of the predictive mean; `compute_loss` has counted the KL."""
-        if is_samples(self.network, y_pred):
-            outputs, samples = self.outputs_of_samples, y_pred["samples"]
-            total = functools.reduce(outputs.plus, (outputs.to_average(sample) for sample in samples))
-            y_pred = outputs.averaged(total, samples[0], len(samples))
-        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """`keras.Model.compile`; the loss says how many terms the KL is divided by, unless that was given."""
@@ -264,6 +236,8 @@ class PartialBayes(SampledModel):
 # the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
 
 # %% tags=["active-ipynb"]
+# from sbn_tf.core.outputs import entropy
+#
 # two = np.array([[0.0, 1.0], [0.5, 0.5]])  # a row: two samples of one pixel
 # total = np.array(entropy(two.mean(axis=1), "sigmoid"))
 # aleatoric = np.array(entropy(two, "sigmoid")).mean(axis=1)
@@ -310,13 +284,13 @@ def to_partial_bayes(
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
     check_convertible(model)
-    of_layers, of_model = _sorted_options(options)
+    of_layers, of_model = sorted_options(options)
     trains_batch_norm = of_model.get("batch_norm", "frozen") != "frozen"
     if (masks is None) == (r_bayes is None):
         raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
     masks = _salient(model, r_bayes, data, loss, trains_batch_norm, verbose) if masks is None else masks
     if trains_batch_norm:
-        _refuse_idle_biases(model, masks)
+        refuse_idle_biases(model, masks)
     if posterior != "gaussian":
         of_layers["num_members"] = num_samples
     network = convert(model, masks, {**of_layers, "posterior": posterior, "kl_weight": 0.0}, seed=seed)
@@ -341,30 +315,6 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     return top_k(saliency(model, data, loss, exclude=exclude or None, verbose=verbose), r_bayes)
 
 
-def _refuse_idle_biases(model, masks):
-    masked = {key for key, mask in dict(masks).items() if np.any(mask)}
-    biases = [key for key in biases_before_batch_norm(model) if key in masked]
-    if biases:
-        raise ValueError(
-            f"Bayesian biases right before a batch norm in training mode have no effect there: {biases[:5]}. "
-            'Leave them out of the saliency pass (exclude=...), or use batch_norm="frozen".'
-        )
-
-
-def _sorted_options(options):
-    """Options of the layers' posteriors, and those of the model."""
-    of_layers = {key: value for key, value in options.items() if key in OPTION_NAMES}
-    of_model = {key: value for key, value in options.items() if key in _MODEL_OPTIONS}
-    if unknown := sorted(set(options) - set(of_layers) - set(of_model)):
-        known = sorted({*OPTION_NAMES, *_MODEL_OPTIONS} - {"kl_weight", "num_members"})
-        raise ValueError(f"Expected options among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
-    if "kl_reduction" in options:  # the layers reduce, the model divides
-        of_model["kl_reduction"] = options["kl_reduction"]
-    return of_layers, of_model
-
-
-_MODEL_OPTIONS = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits")
-
 # %% [markdown]
 # ## 6. What do five draws cost?
 #
@@ -375,6 +325,8 @@ _MODEL_OPTIONS = ("beta", "terms_per_example", "estimator", "batch_norm", "proba
 # $16 \cdot 16 = 256$ and $16$ multiply-adds, the last one Bayesian: $f = 16 / 400 = 0.04$, five draws cost 1.16 passes.
 
 # %% tags=["active-ipynb"]
+# from sbn_tf.core.graph import Graph
+#
 # layers = [keras.layers.Dense(n, "tanh", name=name) for n, name in ((16, "first"), (16, "second"), (1, "last"))]
 # network = keras.Sequential([keras.Input((8,)), *layers])
 # for name in ("last", "second", "first"):

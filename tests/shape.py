@@ -21,6 +21,11 @@ LESSONS = ("layers", "saliency", "partial_bayes", "metrics", "cost")
 INTERNALS = "sbn_tf.core.keras_internals"
 WORDS = ("anew", "told", "of now", "be it")
 
+GOALS = (
+    "lines of sbn_tf/",
+    "public names",
+    "lines of sbn_tf.metrics",
+)  # not reached yet: printed, no test fails for them
 MAX_LINES, MAX_MODULE, MAX_LESSON = 17_000, 450, 600
 MAX_FUNCTION, MAX_LONG_FUNCTIONS, MAX_PUBLIC, MAX_ANCESTORS = 60, 10, 200, 2
 MAX_FIRST_OUTPUT, MAX_CELL, MAX_CLASS_CELL, MAX_MEDIAN_CELL = 5, 40, 90, 10
@@ -248,9 +253,11 @@ def long_functions() -> dict[str, int]:
 
 
 def public_names() -> dict[str, int]:
-    """Module -> how many names its `__all__` has."""
+    """Module -> how many names its `__all__` has; what is in `core` is for the package itself."""
     found = {}
     for name, tree in trees().items():
+        if name.startswith("sbn_tf.core"):
+            continue
         for node in tree.body:
             if isinstance(node, ast.Assign | ast.AnnAssign) and ast.unparse(node).startswith("__all__"):
                 found[name] = sum(isinstance(one, ast.Constant) for one in ast.walk(node.value))

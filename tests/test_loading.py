@@ -14,7 +14,6 @@ READ = """
 import sys
 import keras
 import sbn_tf
-assert keras.saving.get_registered_object("sbn_tf>PartialBayes") is not None  # Keras came first
 path = sys.argv[1]
 model = sbn_tf.load(path)
 assert type(model.loss).__name__ == "WeightedBinaryCrossentropy"

@@ -810,10 +810,9 @@ def test_from_logits(kind, outputs):
 READ = """
 import sys, numpy as np
 import sbn_tf
-import keras
 from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.layers import posterior_mean
-bnn = keras.models.load_model(sys.argv[1] + "/bnn.keras")
+bnn = sbn_tf.load(sys.argv[1] + "/bnn.keras")
 x = np.load(sys.argv[1] + "/x.npy")
 with posterior_mean():
     mean = np.array(bnn.network(x))

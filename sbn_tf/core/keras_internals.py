@@ -73,8 +73,7 @@ def children(layer: keras.layers.Layer) -> list:
 def own_variables(layer: keras.layers.Layer) -> list:
     """A layer's own variables, without those of its sublayers: trainable ones first.
 
-    Why: `Layer.weights` includes the sublayers' variables, and a variable that a layer shares with its sublayer then
-    cannot be told from one that the sublayer alone has.
+    Why: `Layer.weights` includes the sublayers' variables: it does not show whether the layer itself has one.
     """
     return layer._trainable_variables + layer._non_trainable_variables
 

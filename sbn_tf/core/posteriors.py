@@ -13,7 +13,7 @@ from sbn_tf.core.context import current_sample, is_at_mean, kept_draw
 from sbn_tf.core.keras_internals import unlocked
 from sbn_tf.core.posterior import AS_SAVED, POSTERIORS, Posterior, PosteriorOptions, standard_normal
 
-__all__ = ["Posteriors"]
+__all__ = ["Posteriors", "WithPosteriors"]
 
 
 class Posteriors(keras.layers.Layer):
@@ -228,3 +228,48 @@ class Posteriors(keras.layers.Layer):
         if name in self:
             return self[name].dense(values(self[name]), dtype)
         return np.zeros(tuple(self._layer().loc(name).shape), dtype)
+
+
+class WithPosteriors:
+    """What a masked layer answers and allows: its Bayesian entries, read and chosen again.
+
+    Attributes:
+        posteriors: mapping of the name of a weight with Bayesian entries to its `Posterior`.
+    """
+
+    name: str
+    variable_dtype: str
+    posteriors: Posteriors
+
+    @property
+    def num_bayesian(self) -> dict[str, int]:
+        """Name of a weight -> number of its Bayesian entries."""
+        return dict(self.posteriors.counts)
+
+    def mask(self, name: str) -> np.ndarray:
+        """Dense boolean mask of weight `name`: True where it is Bayesian. For reading and plotting."""
+        return self.posteriors.mask(name)
+
+    def scale(self, name: str) -> np.ndarray:
+        """Dense posterior standard deviation of weight `name`: 0 where it is a point. For reading and plotting."""
+        return self.posteriors.scale(name)
+
+    def set_mask(self, mask) -> None:
+        """Choose again which entries are Bayesian, as `mask` above; scales start again. Compile the model after it."""
+        self.posteriors.choose(mask)
+
+    def kl_divergence(self):
+        """Summed KL of the posteriors from their priors, in nats: a scalar; 0 with no Bayesian entry."""
+        return self.posteriors.kl_divergence()
+
+    def enable_lora(self, *args, **kwargs):
+        """Refused with Bayesian entries: a layer has a posterior or LoRA factors, not both."""
+        if len(self.posteriors):
+            raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
+        super().enable_lora(*args, **kwargs)
+
+    def quantize(self, *args, **kwargs):
+        """Refused with Bayesian entries: a posterior needs its floating-point loc."""
+        if len(self.posteriors):
+            raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
+        super().quantize(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import h5py
 import keras
 import numpy as np
@@ -11,7 +13,7 @@ from sbn_tf.core.context import is_at_mean, posterior_sample
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import added_losses, all_layers, call_context
 from sbn_tf.core.losses import set_added_shares
-from sbn_tf.core.outputs import Outputs, input_structure, names_of_outputs, output_kind
+from sbn_tf.core.outputs import Outputs, input_structure, is_samples, names_of_outputs, output_kind
 from sbn_tf.core.replicas import Distributed
 from sbn_tf.core.sharing import one_after_another
 from sbn_tf.core.weights import named_weights
@@ -26,8 +28,17 @@ __all__ = ["SampledModel", "check_choice", "check_count", "refuse_posterior_mean
 class SampledModel(Distributed):
     """A `keras.Model` that calls its network `num_samples` times, each time with another draw of its weights.
 
-    Layers before the first Bayesian weight run once for all samples. Samples of one prediction follow one another, so
-    its memory does not grow with their number.
+    In each sample every weight is drawn once, those of shared layers too. Layers before the first Bayesian weight run
+    once for all samples. Samples of one prediction follow one another, so its memory does not grow with their number.
+    Results are in float32 (float64 of a float64 network):
+
+    | | network of probabilities | `from_logits=True` |
+    |---|---|---|
+    | `predict`, `evaluate`, `model(x)` | mean probability | logit of the mean probability |
+    | `predict_samples` | probability of each sample | probability of each sample |
+    | `predict_uncertainty` | mean probability, nats | mean probability, nats |
+
+    Input shape: the network's. Output shape: the network's; `{"samples": [...]}` in training by the estimator "all".
 
     Args:
         network: built Functional or Sequential model with masked layers.
@@ -138,6 +149,14 @@ class SampledModel(Distributed):
                 state = one_after_another(step, state, 1, num_samples, self.network.non_trainable_variables)
         set_added_shares(self, dict.fromkeys(losses, 1.0), 1 / num_samples)
         return outputs.averaged(state, first, num_samples)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Metrics of the predictive mean, also where training returned one output a draw."""
+        if is_samples(self.network, y_pred):
+            outputs, samples = self.outputs_of_samples, y_pred["samples"]
+            total = functools.reduce(outputs.plus, (outputs.to_average(sample) for sample in samples))
+            y_pred = outputs.averaged(total, samples[0], len(samples))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def predict_samples(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
         """Outputs of `num_samples` posterior draws, as probabilities: (samples, batch, ...) for each output.

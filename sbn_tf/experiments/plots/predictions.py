@@ -209,8 +209,7 @@ def plot_sample_masks(
         (rows, 2 + drawn samples) array of axes of a new figure.
 
     Raises:
-        ValueError: fewer than one row or sample; fewer predictions or truths than rows, or of another size;
-            probabilities outside 0..1 or NaN.
+        ValueError: fewer than one row or sample; arrays that do not fit; probabilities outside 0..1 or NaN.
     """
     images, probs = np.asarray(images), np.asarray(probs)
     truths, valid = _with_raters(truths, rater_valid, len(images))

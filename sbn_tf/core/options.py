@@ -1,0 +1,42 @@
+"""Options of `to_partial_bayes`: whose they are, and masks that they do not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from sbn_tf.core.posterior import OPTION_NAMES
+from sbn_tf.core.weights import biases_before_batch_norm
+
+__all__ = ["refuse_idle_biases", "sorted_options"]
+
+_OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits")
+
+
+def sorted_options(options: Mapping) -> tuple[dict, dict]:
+    """Options of the layers' posteriors, and those of the model.
+
+    Raises:
+        ValueError: an option that is of neither.
+    """
+    of_layers = {key: value for key, value in options.items() if key in OPTION_NAMES}
+    of_model = {key: value for key, value in options.items() if key in _OF_THE_MODEL}
+    if unknown := sorted(set(options) - set(of_layers) - set(of_model)):
+        known = sorted({*OPTION_NAMES, *_OF_THE_MODEL} - {"kl_weight", "num_members"})
+        raise ValueError(f"Expected options among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
+    if "kl_reduction" in options:  # the layers reduce, the model divides
+        of_model["kl_reduction"] = options["kl_reduction"]
+    return of_layers, of_model
+
+
+def refuse_idle_biases(model: keras.Model, masks: Mapping) -> None:
+    """Refuse Bayesian biases before a batch norm in training mode: without effect there, their scales only grow."""
+    masked = {key for key, mask in dict(masks).items() if np.any(mask)}
+    biases = [key for key in biases_before_batch_norm(model) if key in masked]
+    if biases:
+        raise ValueError(
+            f"Bayesian biases right before a batch norm in training mode have no effect there: {biases[:5]}. "
+            'Leave them out of the saliency pass (exclude=...), or use batch_norm="frozen".'
+        )
