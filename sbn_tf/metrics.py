@@ -39,10 +39,8 @@ task            probs                                                targets
 "ordinal"       the same, classes in order                           the same
 "segmentation"  (samples, batch, height, width) or (..., width, 1)   (batch, height, width, raters), 0 or 1
 
-Functions that take `mean_probs` score the mean over samples, the prediction; those that take `probs` need the samples.
-`rater_valid`, (batch, raters) bool, is False where a mask is a filler; None: all are real. Entropies and log scores are
-in nats. Values outside 0..1, NaN, empty arrays and shapes that do not fit are refused; NaN is returned only where a
-docstring says so. `METRICS` has every metric of a table once.
+`mean_probs` is the mean over samples. `rater_valid`, (batch, raters) bool, is False where a mask is a filler; None: all
+are real. Entropies and log scores are in nats. Values outside 0..1, NaN and shapes that do not fit are refused.
 """
 
 from __future__ import annotations
@@ -56,20 +54,12 @@ from scipy.special import entr
 from sbn_tf.core import cases as of
 from sbn_tf.core import paper_metrics, predictions, statistics
 from sbn_tf.core.cases import Case, Metric
-from sbn_tf.core.overlap import (
-    disagreement,
-    distances,
-    hausdorff95,
-    majority_mask,
-    mask_sets,
-    matched_distance,
-    overlap,
-)
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.core.statistics import area_under_risk_coverage, brier_decomposition, error_auroc, excess_area
+from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_mask, mask_sets  # isort: skip
+from sbn_tf.core.overlap import matched_distance, overlap  # isort: skip
 
-# %%
 __all__ = [
     "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
     "average_precision_per_label", "binary_entropy", "brier", "brier_decomposition", "brier_skill", "dice",
