@@ -57,8 +57,8 @@ from sbn_tf.core.cases import Case, Metric
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
 from sbn_tf.core.statistics import area_under_risk_coverage, brier_decomposition, error_auroc, excess_area
-from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_mask, mask_sets  # isort: skip
-from sbn_tf.core.overlap import matched_distance, overlap  # isort: skip
+from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_mask, mask_sets
+from sbn_tf.core.overlap import matched_distance, overlap
 
 __all__ = [
     "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
