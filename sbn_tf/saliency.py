@@ -30,11 +30,6 @@
 #   entries outside normalisation layers. More words: [glossary](../../docs/glossary.md).
 # - *You need*: gradients of a loss. *Runs in*: 30 seconds (CPU).
 
-# %% tags=["active-ipynb"]
-# import os
-#
-# os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow's start-up messages are no part of the lesson
-
 # %%
 """Saliency of weights by gradients, the top-k selection, and masks."""
 
@@ -45,6 +40,8 @@ import hashlib
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+
+import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
 
 import keras
 import numpy as np
