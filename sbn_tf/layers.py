@@ -38,7 +38,6 @@ import inspect
 import zlib
 
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
-
 import keras
 import numpy as np
 from keras import ops

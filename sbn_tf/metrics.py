@@ -48,7 +48,6 @@ from __future__ import annotations
 import math
 
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr

@@ -33,7 +33,6 @@
 from __future__ import annotations
 
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
-
 import keras
 from keras import ops
 

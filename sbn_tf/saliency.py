@@ -42,7 +42,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
-
 import keras
 import numpy as np
 
@@ -56,6 +55,7 @@ from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights, name
 if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
     import tensorflow as tf
 
+# %%
 __all__ = ["Masks", "SaliencyRecorder", "one_per_channel", "saliency", "saliency_against_cost", "top_k"]
 __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_weights", "overlap"]  # of core
 
