@@ -32,6 +32,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
 import keras
 from keras import ops
@@ -259,8 +261,9 @@ class PartialBayes(SampledModel):
 
 # %%
 def to_partial_bayes(
-    model, masks=None, *, num_train, r_bayes=None, data=None, loss=None, num_samples=5, posterior="gaussian", seed=None,
-    verbose=True, **options,
+    model: keras.Model, masks: Mapping | None = None, *, num_train: int, r_bayes: float | None = None, data=None,
+    loss=None, num_samples: int = 5, posterior: str = "gaussian", seed: int | None = None, verbose: bool = True,
+    **options,
 ) -> PartialBayes:  # fmt: skip
     """A sparse Bayesian copy of a trained model; every loc starts at the trained value.
 

@@ -283,7 +283,7 @@ def test_frozen_stays_frozen():
         assert paths == ["half/kernel", "head/bias", "head/kernel"]
     network = network_of(model, full(model, ["cold/lstm_cell/kernel", "head/kernel"]))
     assert sorted(v.path for v in network.trainable_variables if "posterior" in v.path) == [
-        "head/kernel_posterior_untransformed_scale"
+        "head/kernel_posterior/untransformed_scale"
     ]
 
 

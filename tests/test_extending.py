@@ -28,10 +28,14 @@ def run(place):
 
 
 @pytest.fixture
-def registries(monkeypatch):
+def registries():
     """Each test leaves them as they were."""
-    for owner, name in ((datasets.registry, "REGISTRY"), (methods, "METHODS"), (registry, "_PARTIAL")):
-        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    tables = (datasets.registry.REGISTRY, methods.METHODS, registry._PARTIAL)
+    before = [dict(known) for known in tables]
+    yield
+    for known, items in zip(tables, before, strict=True):
+        known.clear()
+        known.update(items)
 
 
 def test_three_examples_of_about_twenty_lines():

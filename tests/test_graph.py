@@ -304,7 +304,7 @@ def test_the_samples_of_one_compiled_call_are_those_of_single_calls():
     x = inputs_of(model)
     bnn, again = bayesian(model, keys), bayesian(model, keys)
     samples = bnn.predict_samples(x, num_samples=6)
-    np.testing.assert_allclose(samples, [again._one_draw(x, False) for _ in range(6)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(samples, [again.one_draw(x, False, None) for _ in range(6)], rtol=1e-5, atol=1e-6)
     assert len(np.unique(samples[:, 0, 0])) == 6
 
 

@@ -104,6 +104,7 @@ sys.path.insert(0, sys.argv[1])
 import json, pathlib, keras, numpy as np
 import sbn_tf.metrics, sbn_tf.experiments.networks
 import test_jax as here
+from sbn_tf.core.prior import make_prior
 from sbn_tf.layers import Dense
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer
 from sbn_tf.saliency import saliency, top_k
@@ -136,7 +137,7 @@ found["entropies"] = bool(np.allclose(
 ))
 for layer in (bnn.network.get_layer("conv"), bnn.network.get_layer("head")):
     for name in layer.posteriors:  # the compiled prediction sees weights assigned after it was traced
-        getattr(layer, name + "_posterior_untransformed_scale").assign(-200.0 * np.ones(layer.num_bayesian[name]))
+        layer.posteriors[name].untransformed_scale.assign(-200.0 * np.ones(layer.num_bayesian[name]))
 found["sees_new_weights"] = float(np.ptp(bnn.predict_samples(x), axis=0).max())
 
 # every estimator, both optimisers, a schedule; at a rate of 0 only the noise differs between epochs
@@ -171,8 +172,8 @@ layer.build((None, 3))
 found["refused"] = {
     "saliency": refused(lambda: saliency(network, (x, y), "binary_crossentropy", verbose=False)),
     "export": refused(lambda: bnn.export(folder / "served")),
-    "posterior": refused(lambda: layer.posterior),
-    "prior_distribution": refused(lambda: layer.prior_distribution),
+    "posterior": refused(lambda: layer.posteriors["kernel"].distribution),
+    "prior_distribution": refused(lambda: make_prior(layer.posterior_options.prior)),
     "prior": refused(lambda: Dense(2, prior={"class_name": "Laplace", "config": {"loc": 0.0, "scale": 1.0}})),
 }
 found["selected"] = int(top_k(saliency(network, score="magnitude"), 0.1).num_bayesian)

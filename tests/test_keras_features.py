@@ -18,7 +18,7 @@ ESTIMATORS = ["all", "split", "flipout", "local"]
 SGD = keras.optimizers.SGD
 BCE = "binary_crossentropy"
 WEIGHTS = np.arange(16.0)
-SCALES = "posterior_untransformed_scale"
+SCALES = "untransformed_scale"
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(16, 3)).astype("float32")
@@ -491,7 +491,9 @@ def test_a_copy_is_equal_and_of_its_own(copied):
     for a, b in zip(before, other.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     other.beta = 0.5
-    assert bnn.beta == 1.0 and float(other.network.get_layer("head").kl_weight) == pytest.approx(0.5 / 16)
+    assert bnn.beta == 1.0 and float(other.network.get_layer("head").posterior_options.kl_weight) == pytest.approx(
+        0.5 / 16
+    )
     other.fit(X, Y, verbose=0)
     for a, b in zip(before, bnn.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sbn_tf.experiments import compare, results, study, training
+from sbn_tf.experiments import compare, results, run_folder, study, training
 from sbn_tf.saliency import top_k
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypat
     assert results.recipe_settings(by_label["scale"].loc["wide", "settings"])["initial_scale"] == 0.5
     assert "fails" in asked["scale"]["label"].cat.categories and "fails" not in by_label["scale"].index
     # Again: everything is read, and nothing is trained or scored.
-    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(run_folder, "fit", None)
     monkeypatch.setattr(compare, "_score", None)
     before = (tmp_path / "t.csv").read_bytes()
     assert study.run_study(plan, **options, names=["rivals"]) == []

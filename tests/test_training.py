@@ -14,7 +14,8 @@ import pytest
 import tensorflow_probability as tfp
 from scipy.stats import kstest
 
-from sbn_tf import cost, datasets
+from sbn_tf import datasets
+from sbn_tf.core import memory
 from sbn_tf.datasets.arrays import DiskArray, row_crc32, row_sums
 from sbn_tf.experiments import dropout, fitting, folders, networks, recipes, run_folder, scoring, training, trivial
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, to_partial_bayes
@@ -842,7 +843,7 @@ def test_time_and_memory_of_a_run(tmp_path, tiny):
 
 
 def test_a_system_that_does_not_tell_its_memory(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "_peak_bytes", lambda: None)
+    monkeypatch.setattr(memory, "_peak_bytes", lambda: None)
     history = fitting.fit(linear(data, 1e-3), data.train, None, epochs=1, batch_size=24, seed=0, folder=tmp_path)
     assert set(history) == {"loss", "seconds"}
     assert run_folder.Run(None, history, tmp_path).peak_bytes is None

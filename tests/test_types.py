@@ -20,7 +20,14 @@ def test_mypy_finds_nothing(monkeypatch):
 
 
 # Tensors of any backend, which have no type of their own, and what only TensorFlow could name.
-UNHINTED = {"sbn_tf.core.draws", "sbn_tf.experiments.dropout.sample_dropout"}
+UNHINTED = {"sbn_tf.experiments.dropout.sample_dropout"}
+UNHINTED |= {
+    f"sbn_tf.core.{name}"
+    for name in (
+        *("batch", "context", "draws", "estimators", "histograms", "linear", "losses", "optimizers", "outputs"),
+        *("overlap", "posterior", "prior", "sampled", "sharing"),
+    )
+}
 FREE = {
     "data",
     "loss",

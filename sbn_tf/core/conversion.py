@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import keras
 import numpy as np
@@ -156,7 +156,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
     return _Copier(stock, means).network(network)
 
 
-def copied(model: keras.Model, make=None) -> keras.Model:
+def copied(model: keras.Model, make: Callable | None = None) -> keras.Model:
     """Copy of a built model with all of its state, as a Functional or Sequential model that is not compiled.
 
     Weights, what `Normalization` has learnt, vocabularies, boundaries and seeds in the configs are those of `model`,

@@ -314,7 +314,7 @@ def _einsum(layer, x):
 # ---- what an operation depends on ----
 
 
-def layers_of(operation) -> list:
+def layers_of(operation: object) -> list:
     """An operation's layers: itself and those in it; none where it is of `keras.ops`."""
     return all_layers(operation) if isinstance(operation, keras.layers.Layer) else []
 

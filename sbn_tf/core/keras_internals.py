@@ -48,6 +48,7 @@ __all__ = [
     "set_own_trainable",
     "spare_weight_decay",
     "strategy_of",
+    "summed_loss",
     "traced",
     "unconnected_copy",
     "unlocked",
@@ -345,6 +346,14 @@ def compiled_loss(model: keras.Model) -> Any:
     Why: `Model.compute_loss` is public and adds all other losses to it; `Model.loss` may be a name, a list or a dict.
     """
     return model._compile_loss
+
+
+def summed_loss(model: keras.Model, loss: Any) -> Any:
+    """A loss that a layer added, or a regularizer, as one number of the total; under replicas each has its share.
+
+    Why: the public `Model.compute_loss` adds all of them itself, each once; here some count by their share of samples.
+    """
+    return model._aggregate_additional_loss(loss)
 
 
 def spare_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -> None:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.keras_internals import summed_loss
 from sbn_tf.core.outputs import output_structure
 
 __all__ = ["loss_terms", "set_added_shares", "terms_of_outputs", "weighted_losses"]
@@ -93,11 +94,6 @@ def weighted_losses(model: keras.Model) -> list:
     first = len(losses) - sum(variable.regularizer is not None for variable in model.trainable_weights)
     found = []
     for i, loss in enumerate(losses):  # first those of activity regularizers and add_loss, then the regularizers
-        loss, factor = _summed(loss), shares.get(id(loss), share) if i < first else 1.0
+        loss, factor = summed_loss(model, loss), shares.get(id(loss), share) if i < first else 1.0
         found.append(loss if i >= first else loss * ops.cast(factor, loss.dtype))
     return found
-
-
-def _summed(loss):
-    loss = loss if keras.backend.is_float_dtype(loss.dtype) else ops.cast(loss, keras.config.floatx())
-    return ops.sum(loss)

@@ -73,7 +73,7 @@ class Posteriors(keras.layers.Layer):
                 )
             if names and self.noise_seed is None:
                 self.noise_seed = keras.random.SeedGenerator(self.seed)
-        self.masks = None
+        self.masks, self.trainable = None, layer.trainable
 
     def choose(self, masks) -> None:
         """Choose again which entries are Bayesian; their posteriors start again."""

@@ -11,7 +11,7 @@ from keras import ops
 
 from sbn_tf.core.context import is_at_mean, posterior_sample
 from sbn_tf.core.graph import Graph
-from sbn_tf.core.keras_internals import added_losses, all_layers, call_context
+from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, own_trained
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.outputs import Outputs, input_structure, is_samples, names_of_outputs, output_kind
 from sbn_tf.core.replicas import Distributed
@@ -266,7 +266,13 @@ class SampledModel(Distributed):
     def _frozen_alone(self):
         """Keys of what does not train although its layer does (`variable.trainable = False`): no config has them."""
         weights = named_weights(self.network).items()
-        return [key for key, weight in weights if weight.layer.trainable and not weight.variable.trainable]
+        return [
+            key
+            for key, weight in weights
+            if weight.layer.trainable
+            and not weight.variable.trainable
+            and any(weight.variable is one for one in own_trained(weight.layer))
+        ]
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

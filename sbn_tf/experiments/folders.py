@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -44,14 +45,14 @@ def digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def check_method(method) -> str:
+def check_method(method: Any) -> str:
     """A name for a folder, or a clear error."""
     if not isinstance(method, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", method):
         raise ValueError(f"Expected method, a name of letters, digits and . _ - for a folder. Received: {method!r}")
     return method
 
 
-def check_seed(seed) -> int:
+def check_seed(seed: Any) -> int:
     """A seed as an integer, or a clear error."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or operator.index(seed) < 0:
         raise ValueError(f"Expected seed, an integer >= 0. Received: seed={seed!r}")
