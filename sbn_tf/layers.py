@@ -454,12 +454,12 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # assert abs(outputs.var() - variance) < 4 * variance * np.sqrt(2 / draws)
 
 # %% [markdown]
-# The same for one entry of the kernel: its draws against its normal density. `_draw` is what `call` uses inside.
+# The same for one entry of the kernel: its draws against its normal density. `call` uses `posteriors.draw`.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
 #
-# entry = np.array([ops.convert_to_numpy(layer._draw("kernel"))[0, 0] for _ in range(draws)])
+# entry = [float(layer.posteriors.draw("kernel")[0, 0]) for _ in range(draws)]
 # loc, scale = float(layer.kernel[0, 0]), float(layer.scale("kernel")[0, 0])
 # grid = np.linspace(loc - 4 * scale, loc + 4 * scale, 200)
 # figure, axes = plt.subplots(figsize=(5, 2.6), layout="constrained")

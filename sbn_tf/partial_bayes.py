@@ -68,6 +68,8 @@ __all__ = [
 # wrapper that draws its weights. The original never changes. `sbn_tf.core.conversion` makes the copy.
 
 # %% tags=["active-ipynb"]
+# import numpy as np
+#
 # layers = [keras.layers.Dense(2, name="first"), keras.layers.Dense(1, name="second")]
 # small = keras.Sequential([keras.Input((3,)), *layers])
 # copy = convert(small, {"second/kernel": np.array([[True], [False]])}, {"kl_weight": 0.0})

@@ -11,8 +11,8 @@ import numpy as np
 from sbn_tf import cost as costs
 from sbn_tf.datasets.base import EXCLUSIVE, Card, Data
 from sbn_tf.experiments import networks
-from sbn_tf.experiments.recipes import Recipe
-from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf.experiments.recipes import Recipe, optimizer_for
+from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import Masks, eligible_weights
 
 __all__ = ["Estimate", "Parts", "Sizes", "parts_of"]
@@ -107,11 +107,12 @@ def _traced(name, input_shape, num_outputs, softmax, recipe):
     """For one image: operations of a step, of a step of step 3, of the saliency pass, of a pass; and sizes."""
     head = {"activation": "softmax"} if softmax else {}
     network = networks.build(name, input_shape, num_outputs, seed=0, **head)
-    network.compile("sgd", "binary_crossentropy")
+    network.compile(_optimizer(recipe), "binary_crossentropy")
     masks = Masks({key: np.ones(one.variable.shape, bool) for key, one in eligible_weights(network).items()})
     options = {"num_samples": recipe.num_samples, "estimator": recipe.estimator}
     model = to_partial_bayes(network, masks, num_train=1, verbose=False, **options)
-    model.compile("sgd", "binary_crossentropy")
+    scales = optimizer_for(recipe.scale_optimizer, 0.01, momentum=recipe.momentum)
+    model.compile(LocScaleOptimizer(_optimizer(recipe), scales), "binary_crossentropy")
     size = recipe.batch_size
     return (
         float(costs.training_flops(network, size)),
@@ -121,3 +122,7 @@ def _traced(name, input_shape, num_outputs, softmax, recipe):
         network.count_params(),
         sum(int(np.prod(layer.output.shape[1:])) for layer in network.layers),
     )
+
+
+def _optimizer(recipe):
+    return optimizer_for(recipe.optimizer, 0.01, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
