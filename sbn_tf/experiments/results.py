@@ -217,7 +217,10 @@ def _order(column):
 def _as_text(value):
     if pd.isna(value):
         return ""
-    return str(int(value)) if float(value).is_integer() else f"{value:.{_DIGITS}g}"
+    if float(value).is_integer():
+        return str(int(value))
+    text = f"{value:.{_DIGITS}g}"
+    return str(int(float(text))) if float(text).is_integer() else text  # as what is read will be written again
 
 
 def read_csv(path: str | os.PathLike) -> pd.DataFrame:
