@@ -13,7 +13,7 @@ from sbn_tf.datasets.base import EXCLUSIVE, Card, Data
 from sbn_tf.experiments import networks
 from sbn_tf.experiments.recipes import Recipe, optimizer_for
 from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
-from sbn_tf.saliency import Masks, eligible_weights
+from sbn_tf.saliency import Masks, biases_before_batch_norm, eligible_weights
 
 __all__ = ["Estimate", "Parts", "Sizes", "parts_of"]
 
@@ -86,14 +86,14 @@ def parts_of(recipe: Recipe, data: Data | Sizes, network: str | None = None) -> 
         train, val = data.num_train, data.num_val
     softmax = data.card.task in EXCLUSIVE
     traced = _traced(network or data.card.network, tuple(data.input_shape), data.num_outputs, softmax, recipe)
-    step, bayesian, saliency, one_pass, num_weights, num_outputs = traced
+    step, bayesian, whole, saliency, one_pass, num_weights, num_outputs = traced
     validated = one_pass * val
     return Parts(
         recipe,
         first=recipe.epochs * (step * train + validated),
         longer=recipe.bayes_epochs * (step * train + validated),
         bayesian=recipe.bayes_epochs * (bayesian * train + validated),
-        from_nothing=(recipe.epochs + recipe.bayes_epochs) * (recipe.num_samples * step * train + validated),
+        from_nothing=(recipe.epochs + recipe.bayes_epochs) * (whole * train + validated),
         saliency=saliency * train,
         validated=validated,
         one_pass=one_pass,
@@ -111,12 +111,20 @@ def _traced(name, input_shape, num_outputs, softmax, recipe):
     masks = Masks({key: np.ones(one.variable.shape, bool) for key, one in eligible_weights(network).items()})
     options = {"num_samples": recipe.num_samples, "estimator": recipe.estimator}
     model = to_partial_bayes(network, masks, num_train=1, verbose=False, **options)
-    scales = optimizer_for(recipe.scale_optimizer, 0.01, momentum=recipe.momentum)
-    model.compile(LocScaleOptimizer(_optimizer(recipe), scales), "binary_crossentropy")
-    size = recipe.batch_size
+
+    def scales_optimizer():
+        return optimizer_for(recipe.scale_optimizer, 0.01, momentum=recipe.momentum)
+
+    model.compile(LocScaleOptimizer(_optimizer(recipe), scales_optimizer()), "binary_crossentropy")
+    size, idle = recipe.batch_size, biases_before_batch_norm(network)
+    busy = Masks({key: mask for key, mask in masks.items() if key not in idle})
+    options |= {"estimator": "all", "batch_norm": "train"}
+    whole = to_partial_bayes(network, busy, num_train=1, verbose=False, **options)
+    whole.compile(LocScaleOptimizer(_optimizer(recipe), scales_optimizer()), "binary_crossentropy")
     return (
         float(costs.training_flops(network, size)),
         float(costs.training_flops(model, size)),
+        float(costs.training_flops(whole, size)),
         float(costs.saliency_flops(network, keras.losses.BinaryCrossentropy(), size)),
         float(costs.prediction_flops(network, size)),
         network.count_params(),
@@ -125,4 +133,5 @@ def _traced(name, input_shape, num_outputs, softmax, recipe):
 
 
 def _optimizer(recipe):
-    return optimizer_for(recipe.optimizer, 0.01, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "decay": recipe.decay}
+    return optimizer_for(recipe.optimizer, 0.01, **options)
