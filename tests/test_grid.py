@@ -187,7 +187,7 @@ def test_estimates_are_those_of_the_steps_by_hand():
     from sbn_tf.experiments import networks
 
     network = networks.build("unet_small", (16, 16, 1), 1, seed=0)
-    network.compile("sgd", "binary_crossentropy")
+    network.compile("adam", "binary_crossentropy")  # the optimiser of quick
     step, one = cost.training_flops(network, 20), cost.prediction_flops(network, 20)
     first = found[f"{unit}/step1.ipynb"]
     assert first["flops"] == pytest.approx(16 * (100 * step + 10 * one) + 20 * one)  # 16 epochs of quick
