@@ -73,18 +73,20 @@ def test_noise_states_of_a_layer_and_its_sublayers():
     assert not inner.noise_states(kl.Dense(2))
 
 
-def test_a_built_layer_takes_variables_while_it_is_unlocked_and_forgets_them():
-    layer = kl.Dense(2)
+def test_a_built_layer_takes_variables_and_parts_while_it_is_unlocked_and_forgets_the_parts():
+    layer, part = kl.Dense(2), kl.Dense(1, use_bias=False)
+    layer.parts = {}
     layer.build((None, 3))
+    part.build((None, 3))
     with pytest.raises(ValueError, match="cannot add new elements"):
         layer.late = layer.add_weight(name="late", shape=(1,))
     with inner.unlocked(layer):
         layer.late = layer.add_weight(name="late", shape=(1,))
-    assert names(layer.weights) == ["kernel", "bias", "late"]
+        layer.parts["one"] = part
+    assert names(layer.weights) == ["kernel", "bias", "late", "kernel"]
     with inner.unlocked(layer):
-        inner.forget_variable(layer, "late")
-        inner.forget_variable(layer, "never_there")
-    assert names(layer.weights) == ["kernel", "bias"] and layer.late is None
+        layer.parts.clear()
+    assert names(layer.weights) == ["kernel", "bias", "late"]
     with pytest.raises(ValueError, match="cannot add new elements"):
         layer.later = layer.add_weight(name="later", shape=(1,))
 

@@ -27,7 +27,6 @@ __all__ = [
     "compiled_loss",
     "copy_call_signature",
     "current_values",
-    "forget_variable",
     "functional_of",
     "in_stateless_scope",
     "is_called_by_another",
@@ -112,17 +111,6 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
         yield
     finally:
         layer._tracker.lock()
-
-
-def forget_variable(layer: keras.layers.Layer, name: str) -> None:
-    """The layer no longer has the variable that its attribute `name` holds; the attribute is None afterwards.
-
-    Why: `del layer.name` is public and does the same, but collects all garbage each time: seconds for a large network.
-    """
-    variable = getattr(layer, name, None)
-    if variable is not None:
-        layer._untrack_variable(variable)
-        setattr(layer, name, None)
 
 
 # ---- calls ----
