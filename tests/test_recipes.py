@@ -7,8 +7,8 @@ import tensorflow as tf
 from sklearn.metrics import log_loss
 
 from sbn_tf import datasets
+from sbn_tf.core.losses import loss_terms
 from sbn_tf.experiments import recipes
-from sbn_tf.partial_bayes import loss_terms
 
 
 def test_the_papers_recipe_is_section_3():

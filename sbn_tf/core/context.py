@@ -80,12 +80,13 @@ def posterior_sample(sample=None) -> Iterator[None]:
         sample: number of the draw, an int or an integer tensor, >= 0: of a posterior of M members, draw s is member
             s modulo M. None: a member at random. Other posteriors ignore it.
     """
-    tokens = _kept.set({}), _batch.set(None), _sample.set(sample)
+    kept, batch, number = _kept.set({}), _batch.set(None), _sample.set(sample)
     try:
         yield
     finally:
-        for variable, token in zip((_kept, _batch, _sample), tokens, strict=True):
-            variable.reset(token)
+        _kept.reset(kept)
+        _batch.reset(batch)
+        _sample.reset(number)
 
 
 @contextlib.contextmanager
