@@ -19,7 +19,8 @@
 # with the question that it answers, a case worked by hand and what it hides; one registry has them all.**
 #
 # Medical labels are rare and lesions are small, so "nothing there" is nearly always right. Raters disagree, so there is
-# no single truth. Both make the usual numbers flattering; the paper's Table 1 is an example (section 8).
+# no single truth. Both make the usual numbers flattering; the paper's Table 1 is an example:
+# [08_reading_table_1](../08_reading_table_1.ipynb).
 #
 # - *You will see*: scores, calibration, ranking, entropies, overlap and sets of masks, risk-coverage; four traps.
 # - *Words*: an *event* is one label of one image, or one pixel; its *target* is 1 where it is so (*positive*), else 0.
@@ -111,9 +112,7 @@ def brier(mean_probs: ArrayLike, targets: ArrayLike) -> float:
 # %% [markdown]
 # Both are *proper*: on average nothing beats saying what you believe (Gneiting and Raftery 2007), so the best
 # constant is the true frequency. Is that better than ignoring the image? *Source*: Murphy (1988):
-#
 # $$\text{Brier skill} = 1 - \frac{\text{Brier}}{\text{Brier of the training prevalence}}$$
-#
 # 0 is what the prevalence scores, 1 is perfect. By hand: $p = .2, .3, .6, .1$, only the third is positive: Brier
 # $(.04 + .09 + .16 + .01) / 4 = .075$; of the prevalence 1/4 it is $.1875$: the skill is $.6$. Accuracy has no zero.
 #
@@ -238,7 +237,6 @@ def average_precision_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.
 # %% tags=["active-ipynb"]
 # p, y = np.array([[0.8], [0.3], [0.5], [0.1]]), np.array([[1], [1], [0], [0]])
 # print(f"AUC {auc_per_label(p, y)[0]:.2f}, average precision {average_precision_per_label(p, y)[0]:.2f}")
-# print("all labels 0:", auc_per_label(p, 0 * y))
 # true_probs = rng.beta(0.7, 3, 20_000)
 # events = (rng.random(20_000) < true_probs).astype(float)
 # odds = (true_probs / (1 - true_probs)) ** 2
@@ -252,20 +250,15 @@ def average_precision_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.
 # pd.DataFrame(rows).T.round(3) + 0.0
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# figure, axes = plt.subplots(2, 2, figsize=(7, 4), sharex=True, height_ratios=(3, 1), layout="constrained")
-# for (name, p), (top, bottom) in zip(list(predictors.items())[:2], axes.T, strict=True):
-#     index = statistics.bin_index(p, 15)
-#     count, sum_p, sum_y = (np.bincount(index, values, 15) for values in (None, p, events))
-#     top.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-#     top.plot(sum_p / np.maximum(count, 1), sum_y / np.maximum(count, 1), "o-", color="tab:blue", markersize=4)
-#     top.set(title=f"{name}: ECE {ece(p, events):.3f}", ylabel="observed frequency")
-#     bottom.bar((np.arange(15) + 0.5) / 15, count, 0.06, color="0.6")
-#     bottom.set(yscale="log", xlabel="predicted probability", ylabel="count")
+# from sbn_tf.experiments.plots.calibration import plot_reliability_curves, plot_risk_coverage
+#
+# figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+# plot_reliability_curves(ax, {name: (predictors[name], events) for name in ("knows", "overconfident")})
 # plt.show()
 
 # %% [markdown]
-# *Reading*: below the diagonal at the right and above it at the left is overconfidence. A point over a low bar
-# is mostly noise.
+# *Reading*: below the diagonal at the right and above it at the left is overconfidence. The steps count the predictions
+# of each bin; a point over a low step is mostly noise.
 #
 # > **Misconception: "well calibrated is good."** The prevalence would be one point on the diagonal: a perfect ECE, and
 # > no resolution, no skill, no ranking. Calibration is the part of a proper score that a constant has at no cost.
@@ -310,11 +303,10 @@ def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarr
 
 # %% [markdown]
 # > **Misconception: "low entropy is good calibration."** Entropy is a statement about the prediction alone: the labels
-# > do not occur in it. In section 8 the answer "no finding" has the lowest entropy of all, 0, and the largest error.
+# > do not occur in it. The certain "nothing" of trap 1 has the lowest entropy of all, 0, and the largest error.
 #
 # ## 5. Do the masks overlap?
 # $$\mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{IoU} = \frac{|A \cap B|}{|A \cup B|}.$$
-#
 # *Source*: Taha and Hanbury (2015). Of the foreground, for each image, then the mean over images. By hand: $A = 1100$,
 # $B = 0111$: one pixel in both, four in either: IoU 1/4, Dice 2/5. Two empty masks agree: 1. Overlap hides *where*
 # masks differ. HD95 is the 95th percentile of the distances, in pixels, from each outline to the other, both
@@ -482,46 +474,20 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
 # pd.DataFrame(rows).T.round(3).assign(risk=[pair[1].mean() for pair in curves.values()])
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
-# figure, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-# for (name, pair), style in zip(curves.items(), ("-", "-", ":"), strict=True):
-#     ax.plot(*risk_coverage(*pair), style, label=name)
-# ax.set(xlabel="coverage: share of images kept", ylabel="error rate of those kept", ylim=(0, 0.25))
+# figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+# plot_risk_coverage(ax, {name: curves[name] for name in ("A", "B")})
 # ax.set_title("B gains by referring its uncertain images, A does not")
-# ax.legend()
 # plt.show()
 
 # %% [markdown]
 # *Reading*: a flat curve is an uncertainty that knows nothing; the right end is the plain error rate. The area mixes
 # how often a method is wrong with how well it knows; the excess and the AUROC show the second alone.
 #
-# ## 8. What did the paper measure?
-# Table 1's columns, as its code defines them; the docstrings in `core/paper_metrics.py` say what each really measures,
-# [08_reading_table_1](../08_reading_table_1.ipynb) takes the table apart with them. Ignoring the image, in these terms,
-# on the counts of section 1 and on a lesion of 1 % of the pixels:
-
-# %% tags=["active-ipynb"]
-# rows = {}
-# for name, p in {"no finding": nothing, "prevalence": np.broadcast_to(findings.mean(0), (10_000, 14))}.items():
-#     rows[name] = {"accuracy": paper_accuracy(p[None], findings), "Brier": paper_brier(p[None], findings)}
-#     rows[name] |= {"entropy": paper_entropy(p[None]), "ECE": paper_ece(p[None], findings)}
-# rows["best row of Table 1"] = {"accuracy": 0.936, "Brier": 0.053, "entropy": 0.367}
-# lesion, empty = np.zeros((1, 20, 20)), np.zeros((1, 1, 20, 20))
-# lesion[0, 9:11, 9:11] = 1
-# print(f"all background: the paper's Dice {paper_dice(empty, lesion)[0]:.3f}, Dice {dice(empty[0], lesion)[0]:.0f}")
-# floor = paper_brier(lesion[None], lesion, softmax_twice=True)
-# print(f"perfect map: Brier {paper_brier(lesion[None], lesion):.0f}, after a second softmax {floor:.4f}")
-# assert rows["prevalence"]["Brier"] < 0.053 and np.isclose(floor, (1 / (1 + np.e)) ** 2)
-# pd.DataFrame(rows).T.round(4)
-
-# %% [markdown]
-# So Table 1's segmentation Brier of .075 (deterministic) against .004 (partial) is mostly the floor of .072, and a
-# "Dice" of .80 lies below that of an empty mask.
-#
-# ## 9. The registry
-# Two kinds of metrics follow: the mean of a value of each image, made by a function of a `Case` (some images:
-# probabilities, truth, decisions), and a statistic that pools labels or pixels. Both take a *weight* for each image: a
-# bootstrap resample is a weighting, and a paired test is two methods under the same weights. The paper's entries are in
-# `core/paper_metrics.py`. To add a metric, define it above and add one entry; scores, intervals, tests, tables follow.
+# ## 8. The registry
+# Two kinds of metrics: the mean of a value of each image, made by a function of a `Case` (some images: probabilities,
+# truth, decisions), and a statistic that pools labels or pixels. Both take a *weight* for each image: a bootstrap
+# resample is a weighting, and a paired test is two methods under the same weights. The paper's are in
+# `core/paper_metrics.py`. To add one, define it above and add an entry; scores, intervals, tests and tables follow.
 
 
 # %%
@@ -560,8 +526,7 @@ _ENTRIES: list[tuple] = [  # name, tasks, (lowest, highest, is higher better), h
     ("quadratic_kappa", (ORDINAL,), -1, 1, True, of.KAPPA, "agreement of the grades beyond chance, quadratic weights"),
     ("num_images", TASKS, 1, _INF, None, of.COUNT, "test images scored"),
     ("entropy", TASKS, *_SIZE, of.part("entropy"), "entropy of the mean prediction, nats: how unsure it is in all"),
-    ("expected_entropy", TASKS, *_SIZE, of.part("expected_entropy"),
-     "mean entropy of the samples, nats: what each is unsure of"),
+    ("expected_entropy", TASKS, *_SIZE, of.part("expected_entropy"), "mean entropy of the samples, nats"),
     ("mutual_information", TASKS, *_SIZE, of.part("mutual_information"),
      "entropy minus expected_entropy, nats: how far samples disagree"),
     ("risk", TASKS, *_DOWN, image_risk, "mean error of an image: share of wrong labels, wrong class, or 1 - Dice"),
@@ -570,18 +535,15 @@ _ENTRIES: list[tuple] = [  # name, tasks, (lowest, highest, is higher better), h
     ("error_auroc", TASKS, *_UP, of.ERRORS, "AUROC of an image's entropy for its prediction being wrong"),
     ("error_auroc_mi", TASKS, *_UP, of.ERRORS_MI, "AUROC of an image's mutual information for its being wrong"),
 ]
-# fmt: on
 
 # %%
-# fmt: off
 _ENTRIES += [
     ("dice", _MASKS, *_UP, of.overlap(dice), "Dice with the majority mask, mean over images"),
     ("iou", _MASKS, *_UP, of.overlap(iou), "intersection over union with the majority mask, mean over images"),
     ("hausdorff95", _MASKS, *_LOSS, of.overlap(hausdorff95),
      "95th percentile of the distance between the outlines, pixels",
      "boundary=False: boundaries were not measured", True),
-    ("ece_region", _MASKS, *_DOWN, of.ECE_REGION,
-     "calibration error of the pixels that a rater or the prediction marks"),
+    ("ece_region", _MASKS, *_DOWN, of.ECE_REGION, "calibration error of pixels marked by a rater or the prediction"),
     ("ged", _MASKS, 0, 2, False, of.of_raters(generalised_energy_distance),
      "generalised energy distance of the sampled masks to the raters' masks", of.ONE_RATER),
     ("hungarian_iou", _MASKS, *_UP, of.of_raters(hungarian_iou),
@@ -596,11 +558,6 @@ _ENTRIES += [
 ]
 # fmt: on
 METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIES, *paper_metrics.ENTRIES]}
-
-# %% tags=["active-ipynb"]
-# shown = [METRICS[name] for name in ("nll", "brier_skill", "ece", "auc", "dice", "ged", "excess_aurc", "paper_dice")]
-# frame = pd.DataFrame([(m.low, m.high, m.higher_is_better, m.meaning) for m in shown], [m.name for m in shown])
-# frame.set_axis(["lowest", "highest", "higher is better", "meaning"], axis=1)
 
 # %% [markdown]
 # | question | number | ignoring the image scores | it hides |

@@ -215,7 +215,9 @@ def test_dropout_stands_before_every_layer_of_weights_but_the_first(tmp_path, mo
     assert set(dropouts) == {f"{name}_dropout" for name in weighted if name != first}
     assert len(dropouts) == num_dropouts and {layer.rate for layer in dropouts.values()} == {0.25}
     for name in dropouts:
-        assert copy.get_layer(name.removesuffix("_dropout")).input is dropouts[name].output
+        calls = copy.get_layer(name.removesuffix("_dropout"))._inbound_nodes
+        dropped = {id(node.output_tensors[0]) for node in dropouts[name]._inbound_nodes}
+        assert {id(node.input_tensors[0]) for node in calls} == dropped and len(calls) == len(dropped)
     expected = model.predict(x, verbose=0)
     np.testing.assert_allclose(copy.predict(x, verbose=0), expected, atol=1e-6)
     copy.save(tmp_path / "model.keras")
@@ -240,6 +242,18 @@ def test_a_rate_of_0_is_a_plain_copy():
     for a, b in zip(model.get_weights(), copy.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not copy.compiled and not {id(w) for w in copy.weights} & {id(w) for w in model.weights}
+
+
+def test_a_copy_with_dropout_has_what_normalisation_has_learnt():
+    x = np.random.default_rng(0).normal(3.0, 2.0, size=(200, 4)).astype("float32")
+    normalise = keras.layers.Normalization()
+    normalise.adapt(x)
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(normalise(inputs))))
+    copy = dropout.with_dropout(model, 0.25, seed=0)
+    np.testing.assert_allclose(copy.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
+    np.testing.assert_allclose(copy.layers[1](x), (x - x.mean(0)) / x.std(0), atol=1e-4)
+    assert len(normalise._inbound_nodes) == 1  # the network itself is not called again
 
 
 def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():

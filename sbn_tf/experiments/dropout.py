@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.conversion import copied
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.experiments.networks import layer_seed
 
@@ -35,7 +36,7 @@ def with_dropout(model: keras.Model, rate: float, seed: int | None = None) -> ke
         seed: fixes the noise; None draws it from Keras's global seed.
 
     Returns:
-        A Functional `keras.Model`, not compiled: the layers of `model` under their names with their weights, and
+        A Functional `keras.Model`, not compiled: the layers of `model` under their names with their state, and
         before each dense or convolution layer NAME, but the first that is called, `keras.layers.Dropout` NAME_dropout.
         A layer that is called twice has one dropout layer, called twice.
 
@@ -59,11 +60,8 @@ def with_dropout(model: keras.Model, rate: float, seed: int | None = None) -> ke
                 args = (dropouts[name](args[0]), *args[1:])
         return layer(*args, **kwargs)
 
-    copy = keras.models.clone_model(model, call_function=call)
-    for layer in model.layers:
-        if layer.weights:  # by name: dropout between them changes the order of branches
-            copy.get_layer(layer.name).set_weights(layer.get_weights())
-    return copy
+    source = copied(model)  # its layers are called once more here, and those of `model` are not
+    return copied(keras.models.clone_model(source, clone_function=lambda layer: layer, call_function=call))
 
 
 def _plain(model):
