@@ -19,7 +19,7 @@
 # `keras.Model` that trains on the ELBO and predicts with several posterior samples.**
 #
 # - *You will see*: the conversion, the ELBO and why its KL must be divided, how five samples become one prediction,
-#   and the five traps that ruin training, each with its guard.
+#   and the six traps that ruin training, each with its guard.
 # - *Words*: a *Bayesian* entry of a weight has a distribution, by default a Gaussian with a mean (*loc*) and a standard
 #   deviation (*scale*); a *point* is one number. All these distributions together are the *posterior*; a *sample* or
 #   *draw* is one network, each Bayesian entry drawn once. A *mask* says which entries are Bayesian. More words:
@@ -47,6 +47,7 @@ from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
 from sbn_tf.core.options import refuse_idle_biases, sorted_options
 from sbn_tf.core.outputs import is_samples
 from sbn_tf.core.sampled import SampledModel, check_choice, refuse_posterior_mean, settle_batch_norm
+from sbn_tf.core.start import Start, WatchedData
 from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import saliency, top_k
@@ -162,17 +163,13 @@ class PartialBayes(SampledModel):
         self.kl = KLWeight(num_train, beta, kl_reduction, terms_per_example)
         for layer in masked_layers(network):
             layer.posterior_options.kl_weight = self.kl.weight
-        self.kl_tracker = keras.metrics.Mean(name="kl")
+        self.kl_tracker, self.nll_tracker = keras.metrics.Mean(name="kl"), keras.metrics.Mean(name="nll")
+        self.start = Start()
         self.built = True
 
-    @property
-    def beta(self) -> float:
-        """Factor of the KL, 1 for the ELBO. Setting it acts at once, also on a compiled model."""
-        return self.kl.beta
-
-    @beta.setter
-    def beta(self, value):
-        self.kl.set_beta(value)
+    beta = property(
+        lambda self: self.kl.beta, lambda self, value: self.kl.set_beta(value), doc="Factor of the KL; it acts at once."
+    )
 
     def call(self, inputs, training=None):
         """In training what the estimator's draws return; else the posterior predictive mean of `num_samples` draws."""
@@ -195,23 +192,29 @@ class PartialBayes(SampledModel):
         self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # JAX hides the weights from metrics
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
+        self.nll_tracker.update_state(data, sample_weight=ops.shape(keras.tree.flatten(samples[0])[0])[0])
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
 
-    def compile(self, optimizer="rmsprop", loss=None, **kwargs):
-        """`keras.Model.compile`; the loss says how many terms the KL is divided by, unless that was given."""
+    def compile(self, optimizer=None, loss=None, **kwargs):
+        """`keras.Model.compile`; the trained network's own loss, metrics and gentler optimiser where none is given."""
+        optimizer, loss, kwargs = self.start.filled(optimizer, loss, kwargs)
         self.kl.settle(loss, self.network)
         self.outputs_of_samples.warn_of_logits(loss)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self.forget_samplers()
         spare_scales(self.optimizer, self.trainable_variables)
 
-    def fit(self, *args, **kwargs):
-        """`keras.Model.fit`; warns when, after 50 steps or more, the posterior scales have not moved."""
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
+        """`keras.Model.fit`; compiles itself if need be; warns of scales that stay, and of a network that gets worse.
+
+        `nll` in the logs is the loss without the KL: monitor `val_nll`.
+        """
         refuse_posterior_mean()
         if not self.compiled:
-            raise ValueError("Expected a compiled model: call compile(optimizer, loss) before fit().")
+            self.compile()
+        callbacks = self.start.guarded(self, x, y, callbacks)
         with watched_scales(self):
-            return super().fit(*args, **kwargs)
+            return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     def get_config(self):
         """Arguments of the model, the network included."""
@@ -250,42 +253,40 @@ class PartialBayes(SampledModel):
 # assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
-# ## 5. How do masks become a model, past five traps?
+# ## 5. How do masks become a model, past six traps?
 #
 # | trap | what happens | guard |
 # |---|---|---|
 # | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; another count warns |
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
 # | batch norm in training mode after a draw, unless by `"all"` | it sees several draws, or 1/S of the batch | refused |
+# | scales of one size for all | .01 is ten times some weights: the network is ruined | relative scales; `fit` warns |
 # | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
 
 # %%
 def to_partial_bayes(
-    model: keras.Model, masks: Mapping | None = None, *, num_train: int, r_bayes: float | None = None, data=None,
-    loss=None, num_samples: int = 5, posterior: str = "gaussian", seed: int | None = None, verbose: bool = True,
-    **options,
+    model: keras.Model, masks: Mapping | None = None, *, num_train: int | None = None, r_bayes: float | None = None,
+    data=None, loss=None, num_samples: int = 5, posterior: str = "gaussian", seed: int | None = None,
+    verbose: bool = True, **options,
 ) -> PartialBayes:  # fmt: skip
     """A sparse Bayesian copy of a trained model; every loc starts at the trained value.
 
     Args:
         model: built `keras.Model`; a subclassed one is wrapped whole. It is not changed.
         masks: `saliency.Masks` of this model: the entries that are Bayesian. None: the salient ones, by `r_bayes`.
-        num_train: int, training examples; the ELBO divides the KL by it.
+        num_train: int, training examples; the ELBO divides the KL by it. None: those of `data`.
         r_bayes: share of the eligible entries that is Bayesian, 0 to 1: those of the highest Fisher score on `data`.
-        data: (x, y), a `tf.data.Dataset` or an iterable of batches, for the scores.
-        loss: for the scores, as in `saliency`; None: the compiled one.
-        num_samples: draws in each training step and prediction; members of "members", Gaussians of "mixture".
-        posterior: "gaussian" (the paper's), "members" (a few trained values an entry) or "mixture" (of Gaussians).
-        seed: int; fixes start and noise.
-        verbose: show the progress of the pass over `data`.
+        data: (x, y), a `tf.data.Dataset` or an iterable of batches of training examples, for the scores.
+        loss, num_samples: for the scores, as in `saliency`, None: the compiled one; draws in a step or a prediction.
+        posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
+        seed, verbose: int, fixes start and noise; whether to show the progress of the pass over `data`.
         options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`, `relative`, `prior`, ...); and
             of the model, the arguments of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
 
     Raises:
-        ValueError: masks of another model, neither masks nor r_bayes with data, an option that is unknown or out of
-            range, or a trap of the table above.
+        ValueError: masks of another model, no masks and no r_bayes with data, a wrong option, or a trap of the table.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
@@ -294,14 +295,17 @@ def to_partial_bayes(
     trains_batch_norm = of_model.get("batch_norm", "frozen") != "frozen"
     if (masks is None) == (r_bayes is None):
         raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
-    masks = _salient(model, r_bayes, data, loss, trains_batch_norm, verbose) if masks is None else masks
+    seen = WatchedData(data)
+    masks = _salient(model, r_bayes, seen.data, loss, trains_batch_norm, verbose) if masks is None else masks
     if trains_batch_norm:
         refuse_idle_biases(model, masks)
     if posterior != "gaussian":
         of_layers["num_members"] = num_samples
     network = convert(model, masks, {**of_layers, "posterior": posterior, "kl_weight": 0.0}, seed=seed)
-    names = {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
-    return PartialBayes(network, num_train, num_samples, **of_model, **names)
+    of_model |= {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
+    bnn = PartialBayes(network, seen.checked_count(num_train), num_samples, **of_model)
+    bnn.start = Start(model, seen.first)
+    return bnn
 
 
 # %% [markdown]
@@ -314,7 +318,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     if data is None or loss is None:
         missing = "data" if data is None else "loss, and the model is not compiled"
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
-    if isinstance(loss, dict | list):
+    if isinstance(loss, dict | list) or (len(model.outputs or []) > 1 and model.compiled and loss is model.loss):
         loss = compiled_loss(model)
     idle = set(biases_before_batch_norm(model)) if trains_batch_norm else set()
     exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias could not be chosen anyway
@@ -392,8 +396,9 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # ## 7. Why two learning rates, and a schedule?
 #
 # Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer(a, b)`
-# gives each its own optimiser (`sbn_tf.core.optimizers`). `BetaSchedule` anneals beta over the epochs, which acts at
-# once, also on a compiled model: the paper's segmentation runs go from 0.2 to 0.01.
+# gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes the network's own loss,
+# metrics and optimiser, at a tenth of its learning rate, and `Adam(0.01)` for the scales. `BetaSchedule` anneals beta
+# over the epochs, which acts at once, also on a compiled model: the paper's segmentation runs go from 0.2 to 0.01.
 
 
 # %%

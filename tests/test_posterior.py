@@ -197,12 +197,13 @@ def test_saved_and_loaded_members_predict_the_same(model, masks, tmp_path, poste
 def test_where_offsets_start(model, masks):
     many = members(model, masks, 20_000, initial_scale=0.3)
     for key, one in posteriors_of(many).items():
-        locs = np.abs(np.array(named_weights(model)[key].variable)[one.dense(True, bool)])
-        np.testing.assert_allclose(np.array(one.member_offsets).std(0), 0.3 * np.maximum(locs, 1e-3), rtol=0.03)
+        whole = np.array(named_weights(model)[key].variable)
+        expected = 0.3 * np.maximum(abs(whole), max(1e-3, np.sqrt((whole**2).mean())))
+        np.testing.assert_allclose(np.array(one.member_offsets).std(0), expected[one.dense(True, bool)], rtol=0.03)
 
 
 def test_gaussians_may_start_relative_to_the_trained_weights(model, masks):
-    bnn = to_partial_bayes(model, masks, num_train=11, initial_scale=0.1, relative=True)
+    bnn = to_partial_bayes(model, masks, num_train=11, initial_scale=0.1, relative="entry")
     for key, one in posteriors_of(bnn).items():
         locs = np.abs(np.array(named_weights(model)[key].variable)[one.dense(True, bool)])
         np.testing.assert_allclose(one.scale_of_entries(), 0.1 * np.maximum(locs, 1e-3), rtol=1e-4)

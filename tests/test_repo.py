@@ -43,10 +43,13 @@ def code_cells(notebook):
 def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, data = {}, {}
-    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-    for example, found in zip(examples, (names, names, data), strict=True):
-        exec(compile(example, "README.md", "exec"), found)
-        if example is examples[0]:
+    pages = ("README.md", "docs/your_model.md", "data/README.md")
+    examples = {
+        page: re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S) for page in pages
+    }
+    for (page, (example,)), found in zip(examples.items(), (names, names, data), strict=True):
+        exec(compile(example, page, "exec"), found)
+        if page == "README.md":
             assert names["bayes"].num_bayesian == round(0.05 * names["model"].count_params())
     assert names["bayes"].num_bayesian == names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
     with posterior_mean():
@@ -81,9 +84,16 @@ def test_no_placeholder_is_left():
     ] == []
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text("utf-8"))
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_links_of_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text("utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count("\n") <= 120 and len(text.split()) <= 1300
 
 
 def test_readme_has_one_test_command_on_one_line():

@@ -18,6 +18,8 @@ _OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probab
 def sorted_options(options: Mapping) -> tuple[dict, dict]:
     """Options of the layers' posteriors, and those of the model.
 
+    Scales start relative to the weights, where nothing is said of them.
+
     Raises:
         ValueError: an option that is of neither.
     """
@@ -26,6 +28,8 @@ def sorted_options(options: Mapping) -> tuple[dict, dict]:
     if unknown := sorted(set(options) - set(of_layers) - set(of_model)):
         known = sorted({*OPTION_NAMES, *_OF_THE_MODEL} - {"kl_weight", "num_members"})
         raise ValueError(f"Expected options among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
+    if not {"initial_scale", "relative", "untransformed_scale_initializer"} & set(options):
+        of_layers["relative"] = True
     if "kl_reduction" in options:  # the layers reduce, the model divides
         of_model["kl_reduction"] = options["kl_reduction"]
     return of_layers, of_model

@@ -94,6 +94,7 @@ def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | 
 def _batches(data, batch_size, max_batches):
     """The batches of any data, and how many there are; None where that is not known."""
     if isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data):
+        data = tuple(tuple(part) if _is_of_arrays(part) else part for part in data)  # else a list becomes one tensor
         data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
     if isinstance(data, keras.utils.PyDataset):
         total = data.num_batches  # None: endless
@@ -109,6 +110,10 @@ def _batches(data, batch_size, max_batches):
     if max_batches is None:
         return data, total
     return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
+
+
+def _is_of_arrays(part):
+    return isinstance(part, list) and any(getattr(one, "ndim", 0) for one in part)
 
 
 def _num_examples(batch):

@@ -38,7 +38,7 @@ __all__ = [
     "standard_normal",
 ]
 
-LEAST_LOC = 1e-3  # a start relative to |loc| takes at least this for |loc|: an entry at 0 gets a spread, too
+LEAST_LOC = 1e-3  # a relative start takes at least this for |loc|: an entry at 0 gets a spread, too
 POSTERIORS: dict[str, type[Posterior]] = {}  # by the name that `to_partial_bayes` and the layers take
 
 
@@ -79,9 +79,11 @@ class PosteriorOptions:
     Attributes:
         posterior: "gaussian", "members" or "mixture": a name of `POSTERIORS`.
         num_members: values of each entry ("members"), or Gaussians in its mixture. >= 1.
-        initial_scale: standard deviation at which each posterior starts, in the weight's unit. > 0. None: .01 for
-            Gaussians; .1 for members and mixtures.
-        relative: `initial_scale` is a multiple of |loc|, of at least 1e-3. None: False for Gaussians, else True.
+        initial_scale: standard deviation at which each posterior starts, in the weight's unit, or relative. > 0. None:
+            .1 where it is relative, else .01.
+        relative: what `initial_scale` is a multiple of. False: of 1. True: of |loc| or of the root mean square of the
+            whole weight, whichever is larger. "entry": of |loc| alone. Both at least of 1e-3. None: False for
+            Gaussians, else True.
         untransformed_scale_initializer: a Keras initializer for the untransformed scales of Gaussians instead; a
             seeded one gives different values to each weight.
         prior: None for N(0, 1), or a scalar `tfd` distribution with a registered KL from a normal: in TFP 0.25 these
@@ -110,15 +112,16 @@ class PosteriorOptions:
         if self.posterior not in POSTERIORS:
             raise ValueError(f"Expected posterior to be one of {sorted(POSTERIORS)}. Received: {self.posterior!r}")
         gaussian = self.posterior == "gaussian"
-        self.initial_scale = (0.01 if gaussian else 0.1) if self.initial_scale is None else self.initial_scale
         self.relative = (not gaussian) if self.relative is None else self.relative
+        self.initial_scale = (0.1 if self.relative else 0.01) if self.initial_scale is None else self.initial_scale
         if isinstance(self.num_members, bool) or not isinstance(self.num_members, int) or self.num_members < 1:
             raise ValueError(f"Expected num_members, an integer >= 1. Received: num_members={self.num_members!r}")
         if self.kl_reduction not in ("sum", "mean"):
             raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={self.kl_reduction!r}')
-        for name in ("prior_at_loc", "relative"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise ValueError(f"Expected {name} True or False. Received: {name}={getattr(self, name)!r}")
+        if not isinstance(self.relative, bool | np.bool_) and self.relative != "entry":
+            raise ValueError(f'Expected relative True, False or "entry". Received: relative={self.relative!r}')
+        if not isinstance(self.prior_at_loc, bool | np.bool_):
+            raise ValueError(f"Expected prior_at_loc True or False. Received: prior_at_loc={self.prior_at_loc!r}")
         self.prior, self.prior_at_loc = prior_config(self.prior), bool(self.prior_at_loc)
         self.untransformed_scale_initializer = keras.initializers.get(self.untransformed_scale_initializer)
 
@@ -330,10 +333,14 @@ class Posterior(keras.layers.Layer):
 
     def _start_scales(self) -> np.ndarray:
         """Standard deviation of each entry at the start: (k,)."""
-        ones = np.ones(self.count, self.variable_dtype)
-        if not self.options.relative:
-            return self.options.initial_scale * ones
-        return self.options.initial_scale * np.maximum(np.abs(ops.convert_to_numpy(self.loc())), LEAST_LOC)
+        options = self.options
+        if not options.relative:
+            return options.initial_scale * np.ones(self.count, self.variable_dtype)
+        least = LEAST_LOC
+        if options.relative != "entry":
+            whole = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(self._read_loc()), self.variable_dtype))
+            least = max(least, float(np.sqrt(np.mean(np.square(whole, dtype="float64")))))
+        return options.initial_scale * np.maximum(np.abs(ops.convert_to_numpy(self.loc())), least)
 
     def _generator(self) -> np.random.Generator:
         """Random numbers for the start: the same for one seed and name."""

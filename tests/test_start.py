@@ -1,0 +1,186 @@
+"""The start of step 3: scales, optimiser, loss and N of the trained network itself, and the guard."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.metrics import log_loss
+
+from sbn_tf.core.start import Start
+from sbn_tf.layers import masked_layers
+from sbn_tf.partial_bayes import to_partial_bayes
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(50, 4)).astype("float32")
+Y = (X[:, :1] + X[:, 1:2] > 0).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(1, "sigmoid")])
+    model.compile(keras.optimizers.Adam(0.05), "binary_crossentropy", metrics=["accuracy"])
+    model.fit(X, Y, epochs=60, batch_size=10, verbose=0)
+    assert model.evaluate(X, Y, verbose=0)[0] < 0.05
+    return model
+
+
+def bayes(model, **options):
+    options = {"r_bayes": 0.5, "data": (X, Y), "seed": 0, "verbose": False} | options
+    return to_partial_bayes(model, **options)
+
+
+def test_scales_start_at_a_tenth_of_each_weight(trained):
+    for layer in masked_layers(bayes(trained).network):
+        stock = trained.get_layer(layer.name)
+        for name, posterior in layer.posteriors.items():
+            whole = np.array(getattr(stock, name), "float64")
+            expected = 0.1 * np.maximum(abs(whole), max(np.sqrt((whole**2).mean()), 1e-3))
+            np.testing.assert_allclose(posterior.scale_of_entries(), expected[layer.mask(name)], rtol=1e-4)
+
+
+def test_a_scale_that_is_given_is_in_the_weights_own_unit(trained):
+    np.testing.assert_allclose(bayes(trained, initial_scale=0.02).scales(), 0.02, rtol=1e-5)
+    relative = bayes(trained, initial_scale=0.2, relative=True).scales()
+    np.testing.assert_allclose(relative, 2 * bayes(trained).scales(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "taken", "rate"),
+    [
+        (keras.optimizers.Adam(0.02, beta_1=0.8), 0, 0.002),
+        (keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), 0, 0.01),
+        (keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.03, 100)), 100, 0.003),  # ends at 0
+        (keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.0, 100, 0.0, "d", 0.04, 50)), 50, 0.004),
+        (keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02)), 0, 0.002),
+    ],
+)
+def test_the_locs_train_at_a_tenth_of_the_networks_own_rate(trained, optimizer, taken, rate):
+    model = keras.models.clone_model(trained)
+    model.compile(optimizer, "binary_crossentropy")
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner.iterations.assign(taken)
+    bnn = bayes(model)
+    bnn.compile()
+    own, scales = bnn.optimizer.loc_optimizer, bnn.optimizer.scale_optimizer
+    assert type(own) is type(inner) and own is not inner
+    assert float(own.learning_rate) == pytest.approx(rate, rel=1e-5)
+    config = {key: value for key, value in inner.get_config().items() if key not in ("learning_rate", "name")}
+    assert config.items() <= own.get_config().items()
+    assert isinstance(scales, keras.optimizers.Adam) and float(scales.learning_rate) == pytest.approx(0.01)
+
+
+def test_fit_compiles_as_the_network_was_trained(trained):
+    bnn = bayes(trained)
+    assert not bnn.compiled
+    history = bnn.fit(X, Y, epochs=2, validation_data=(X, Y), verbose=0).history
+    assert set(history) == {f"{part}{key}" for part in ("", "val_") for key in ("loss", "nll", "kl", "accuracy")}
+    bnn.compile(loss="mse")
+    assert bnn.loss == "mse" and float(bnn.optimizer.loc_optimizer.learning_rate) == pytest.approx(0.005)
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])  # nothing is known of its training
+    with pytest.raises(ValueError, match="Expected a loss: compile"):
+        bayes(plain, loss="binary_crossentropy").fit(X, Y, verbose=0)
+
+
+def test_nll_is_the_loss_without_the_kl(trained):
+    bnn = bayes(trained, posterior="members", num_samples=3)  # the members are the same in each call
+    bnn.compile(keras.optimizers.SGD(0.0))
+    logs = bnn.fit(X, Y, batch_size=20, epochs=1, validation_data=(X, Y), validation_batch_size=20, verbose=0).history
+    each = [log_loss(Y, p.astype("float64")) for p in bnn.predict_samples(X)]
+    assert logs["nll"][0] == pytest.approx(np.mean(each), rel=1e-4)
+    assert logs["val_nll"][0] == pytest.approx(log_loss(Y, bnn.predict(X, verbose=0).astype("float64")), rel=1e-4)
+    gaussian = bayes(trained)
+    logs = gaussian.fit(X, Y, batch_size=50, verbose=0).history
+    assert logs["loss"][0] == pytest.approx(logs["nll"][0] + logs["kl"][0], rel=1e-4)  # beta 1, one term an example
+
+
+def test_early_stopping_can_watch_the_nll(trained):
+    stop = keras.callbacks.EarlyStopping("val_nll", patience=0, mode="min")
+    bnn = bayes(trained)
+    bnn.compile(keras.optimizers.SGD(5.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = bnn.fit(X, Y, epochs=9, validation_data=(X, Y), callbacks=[stop], verbose=0).history
+    assert len(history["val_nll"]) < 9
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (X, Y),
+        ({"a": X}, Y),
+        tf.data.Dataset.from_tensor_slices((X, Y)).batch(20),
+        [(X[:20], Y[:20]), (X[20:], Y[20:])],
+        (batch for batch in [(X[:49], Y[:49]), (X[49:], Y[49:])]),
+    ],
+    ids=["arrays", "dictionary", "dataset", "list", "generator"],
+)
+def test_num_train_is_the_number_of_examples(trained, data):
+    model = trained
+    if isinstance(data, tuple) and isinstance(data[0], dict):
+        inputs = {"a": keras.Input((4,), name="a")}
+        model = keras.Model(inputs, trained(inputs["a"]))
+        model.compile("adam", "binary_crossentropy")
+    assert bayes(model, data=data).kl.num_train == 50
+
+
+def test_another_num_train_warns_and_none_is_an_error(trained):
+    with pytest.warns(UserWarning, match="num_train=5, but data has 50 examples: the KL is 10 times"):
+        assert bayes(trained, num_train=5).kl.num_train == 5
+    masks = {"dense/kernel": np.ones((4, 8), bool)}
+    masks = {f"{trained.layers[0].name}/kernel": masks["dense/kernel"]}
+    assert bayes(trained, masks=masks, r_bayes=None).kl.num_train == 50
+    with pytest.raises(ValueError, match=r"Expected num_train=.*no data"):
+        bayes(trained, masks=masks, r_bayes=None, data=None)
+
+
+def test_the_guard_tells_of_a_ruined_start(trained):
+    bnn = bayes(trained, initial_scale=5.0)
+    with pytest.warns(UserWarning, match="before training; the trained network's is .* smaller initial_scale") as said:
+        bnn.fit(X, Y, epochs=3, verbose=0)
+    assert len([one for one in said if "trained network's" in str(one.message)]) == 1  # once
+
+
+@pytest.mark.parametrize("batches", [True, False], ids=["dataset", "masks and arrays"])
+def test_the_guard_tells_of_a_ruined_epoch(trained, batches):
+    if batches:
+        bnn = bayes(trained, data=tf.data.Dataset.from_tensor_slices((X, Y)).batch(20))
+    else:
+        masks = {f"{trained.layers[0].name}/kernel": np.ones((4, 8), bool)}
+        bnn = bayes(trained, masks=masks, r_bayes=None, data=None, num_train=50)
+    bnn.compile(keras.optimizers.Adam(10.0))
+    with pytest.warns(UserWarning, match="after epoch 1; the trained network's is .* learning rate"):
+        bnn.fit(X, Y, verbose=0)
+
+
+def test_defaults_do_not_ruin_and_the_guard_is_silent(trained):
+    before = log_loss(Y, trained.predict(X, verbose=0).astype("float64"))
+    bnn = bayes(trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The posterior's NLL")
+        history = bnn.fit(X, Y, epochs=2, verbose=0, validation_data=(X, Y)).history
+    assert history["val_nll"][0] < 2 * before + 0.05 and history["val_accuracy"][0] >= 0.98
+
+
+def test_training_is_the_same_without_the_guard(trained):
+    found = []
+    for guarded in (True, False):
+        bnn = bayes(trained, num_samples=2)
+        bnn.compile("sgd", "binary_crossentropy")
+        if not guarded:
+            bnn.start = Start()
+            bnn.start.guarded = lambda model, x, y, callbacks: callbacks
+        found.append(bnn.fit(X, Y, epochs=2, shuffle=False, verbose=0).history)
+    assert found[0] == found[1]
+
+
+def test_labels_of_two_outputs_as_fit_takes_them():
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(6, "relu")(inputs)
+    model = keras.Model(inputs, [keras.layers.Dense(1, "sigmoid", name=name)(hidden) for name in ("p", "q")])
+    for loss in ("binary_crossentropy", ["binary_crossentropy", "mse"]):
+        model.compile("sgd", loss)
+        bnn = bayes(model, data=(X, [Y, 1 - Y]))
+        assert np.isfinite(bnn.fit(X, [Y, 1 - Y], verbose=0).history["nll"]).all()
