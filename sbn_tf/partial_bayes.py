@@ -137,7 +137,7 @@ class PartialBayes(SampledModel):
     """A network with posteriors of chosen weights, trained on the ELBO, predicting with posterior samples.
 
     Made by `to_partial_bayes`. `compile`, `fit`, `evaluate`, `predict` and saving are Keras's own; `SampledModel` says
-    what predictions return. `fit` logs `kl`: the KL in nats per training example.
+    what predictions return. `fit` logs `kl`, in nats per training example, and `nll`, the loss without it.
 
     Args:
         network: with masked layers; num_samples, probabilities, from_logits, batch_norm: as in `SampledModel`.
@@ -205,10 +205,7 @@ class PartialBayes(SampledModel):
         spare_scales(self.optimizer, self.trainable_variables)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
-        """`keras.Model.fit`; compiles itself if need be; warns of scales that stay, and of a network that gets worse.
-
-        `nll` in the logs is the loss without the KL: monitor `val_nll`.
-        """
+        """`keras.Model.fit`; compiles itself if need be; warns of scales that stay, and of a network that gets worse."""
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
