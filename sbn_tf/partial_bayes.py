@@ -205,7 +205,7 @@ class PartialBayes(SampledModel):
         spare_scales(self.optimizer, self.trainable_variables)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
-        """`keras.Model.fit`; compiles itself if need be; warns of scales that stay, and of a network that gets worse."""
+        """`keras.Model.fit`; compiles itself if need be; warns if scales stay, or the network gets far worse."""
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
@@ -454,7 +454,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # network.fit(x, y, epochs=30, verbose=0)
 #
 # masks = top_k(saliency(network, (x, y), "binary_crossentropy", verbose=False), 0.1)
-# bnn = to_partial_bayes(network, masks, num_train=len(x), seed=0)
+# bnn = to_partial_bayes(network, masks, num_train=len(x), initial_scale=0.01, seed=0)
 # bnn.compile(LocScaleOptimizer(keras.optimizers.Adam(0.001), keras.optimizers.Adam(0.05)), "binary_crossentropy")
 # before = np.median(bnn.scales())
 # history = bnn.fit(x, y, epochs=30, verbose=0).history
