@@ -30,7 +30,7 @@ CONTENT = {
             "variants": [
                 {"label": "as it is", "r_bayes": 0.05},
                 {"label": "wide", "r_bayes": 0.05, "changes": "initial_scale=0.5"},
-                {"label": "fails", "method": "particles", "changes": "scale_start=fisher"},
+                {"label": "fails", "method": "members", "changes": "scale_start=fisher"},
             ],
         },
     },

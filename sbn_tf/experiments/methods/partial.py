@@ -164,7 +164,7 @@ SET_BY_MEMBERS = (*_MEMBERS, "beta_stop")
 class Members(Partial):
     """A sparse ensemble: networks that differ in the salient weights alone, each trained on its part of each batch."""
 
-    name, title = "particles", "sparse ensemble: members on the salient weights"
+    name, title = "members", "sparse ensemble: members on the salient weights"
     takes_samples = False
     sets = SET_BY_MEMBERS
     posterior = "members"
