@@ -168,7 +168,7 @@ def _find(root):
     places = [("lidc_patches", PICKLES + NPZ), ("lidc_idri", PICKLES)]
     for folder in files.roots(root):
         for name, suffixes in places:
-            found = sorted(p for p in (folder / name).glob("*") if p.suffix in suffixes and p.is_file())
+            found = [p for p in files.listed(folder / name, "*").values() if p.suffix in suffixes]
             kinds = sorted({p.suffix if p.suffix in NPZ else PICKLES[0] for p in found})
             if len(kinds) > 1:
                 raise ValueError(
