@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import logging
 import math
@@ -11,8 +12,8 @@ import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import filelock
 import numpy as np
@@ -60,27 +61,29 @@ def same_text(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def listed(folder: Path, pattern: str = "**/*") -> dict[str, Path]:
-    """The files of a folder that count: name below it, with slashes and as `same_text`, -> path; sorted.
+def listed(folder: Path, pattern: str = "*", deep: bool = False) -> dict[str, Path]:
+    """The files of a folder that count, of a pattern: name below it, with slashes and as `same_text`, -> path; sorted.
 
     Hidden files do not count: on a disk that is not its own, macOS writes a `._a.png` beside each a.png. Nor do hidden
-    folders, and what Windows leaves.
+    folders, where it looks into folders (`deep`), and what Windows leaves.
 
     Raises:
         ValueError: two files with names that look the same.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(pattern)):
-        parts = path.relative_to(folder).parts
-        if any(part.startswith(".") or part.lower() in IGNORED for part in parts) or path.is_dir():
-            continue
-        name = same_text("/".join(parts))
-        if name in found:
-            raise ValueError(
-                f"Expected one file of each name in {folder}. Received: {name} twice, written in two forms of Unicode."
-                "\nRemove or rename one of them."
-            )
-        found[name] = path
+    for place, folders, names in os.walk(folder):
+        below = Path(place).relative_to(folder).as_posix() + "/"
+        folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
+        for file in sorted(fnmatch.filter(names, pattern)):
+            if file.startswith(".") or file.lower() in IGNORED:
+                continue
+            name = same_text(f"{below}{file}".removeprefix("./"))
+            if name in found:
+                raise ValueError(
+                    f"Expected one file of each name in {folder}. Received: {name} twice, in two forms of Unicode.\n"
+                    "Remove or rename one of them."
+                )
+            found[name] = Path(place, file)
     return found
 
 
@@ -94,7 +97,7 @@ def status(path: str | os.PathLike) -> os.stat_result:
     return found
 
 
-def open_file(path: str | os.PathLike) -> IO[bytes]:
+def open_file(path: str | os.PathLike) -> BufferedReader:
     """A regular file, opened to be read; raises as `status`."""
     status(path)
     return open(path, "rb")

@@ -317,7 +317,7 @@ def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(d
 
 def _found(folder, names, what):
     """The path of each name; refuses a row without its file and a file without its row."""
-    there = listed(folder)
+    there = listed(folder, deep=True)
     missing = [name for name in names if name not in there]
     if missing:
         raise FileNotFoundError(

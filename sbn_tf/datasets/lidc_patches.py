@@ -171,7 +171,7 @@ def _find(root):
     places = [("lidc_patches", PICKLES + NPZ), ("lidc_idri", PICKLES)]
     for folder in files.roots(root):
         for name, suffixes in places:
-            found = [p for p in files.listed(folder / name, "*").values() if p.suffix in suffixes]
+            found = [p for p in files.listed(folder / name).values() if p.suffix in suffixes]
             kinds = sorted({p.suffix if p.suffix in NPZ else PICKLES[0] for p in found})
             if len(kinds) > 1:
                 raise ValueError(
