@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, None, {"Transfer-Encoding": "chunked"})
                 rest = b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest)
             else:
-                self.answer(200, len(rest))
+                self.answer(200, len(rest) if server.length is None else server.length)
             stop = server.stops.pop(0) if server.stops else None
             self.wfile.write(rest[:stop])
             if stop == 0 and server.stalls:
@@ -77,7 +77,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.body, server.ranges, server.statuses, server.stops = BODY, [], [], []
     server.knows_ranges, server.tells_length, server.chunked, server.stalls, server.shift = True, True, False, False, 0
-    server.released = threading.Event()
+    server.length, server.released = None, threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/file.npz?download=1"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -115,6 +115,25 @@ def test_without_a_length(server, place):
     server.chunked = True
     fetch(server.url, place.path, MD5, PAGE)
     assert place.path.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "3e5", ""])
+def test_a_length_that_is_no_number_is_none(server, place, length):
+    server.length = length
+    fetch(server.url, place.path, MD5, PAGE)
+    assert place.path.read_bytes() == BODY and left(place) == ["file.npz"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_more_than_any_official_file_is_not_taken(server, place, monkeypatch, told):
+    monkeypatch.setattr(module, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
+    server.chunked = not told
+    with pytest.raises(
+        ValueError, match=r"at most 100,000 bytes for file.npz. Received: .*deleted.\nThe server"
+    ) as error:
+        fetch(server.url, place.path, MD5, PAGE)
+    assert ("300,000" if told else "110,000") in str(error.value) and left(place) == [] and len(server.ranges) == 1
 
 
 @pytest.mark.parametrize("have", [1, 1000, len(BODY) - 1])
@@ -237,6 +256,25 @@ def test_a_disk_that_is_too_small_is_seen_before(server, place, monkeypatch):
     assert error.value.errno == errno.ENOSPC
     place.part.write_bytes(BODY[:150_000])
     fetch(server.url, place.path, MD5, PAGE)  # for the rest there is room
+    assert place.path.read_bytes() == BODY
+
+
+def test_a_stream_without_a_length_does_not_fill_the_disk(server, place, monkeypatch):
+    """By hand: pieces of 10,000 bytes as long as one of them leaves what is to stay free."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 10_000)
+    server.chunked = True
+    free = module.SPARE_BYTES + 155_000
+
+    def disk_usage(path):
+        return SimpleNamespace(free=free - (place.part.stat().st_size if place.part.exists() else 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", disk_usage)
+        with pytest.raises(OSError, match=r"room for .*GB free\).\nFree some") as error:
+            fetch(server.url, place.path, MD5, PAGE)
+    assert error.value.errno == errno.ENOSPC
+    assert 100_000 < place.part.stat().st_size <= 160_000  # what is not flushed yet is not seen
+    fetch(server.url, place.path, MD5, PAGE)
     assert place.path.read_bytes() == BODY
 
 

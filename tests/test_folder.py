@@ -2,6 +2,8 @@
 
 import csv
 import logging
+import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -152,6 +154,44 @@ def test_files_may_lie_in_folders_and_hidden_ones_are_left_alone(tmp_path):
     assert load(path).val.ids.tolist() == ["site 0/b/i08.png", "site 1/b/i09.png"]
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")], ids="/".join)
+def test_names_in_either_form_of_unicode_are_the_same(tmp_path, forms):
+    """A Mac writes an accent as a letter of its own (NFD) on some disks; a csv from elsewhere has it in NFC."""
+    in_csv, on_disk = ((lambda text, form=form: unicodedata.normalize(form, text)) for form in forms)
+    names, mask_names = ([f"{what}é{k:02}.png" for k in range(12)] for what in "im")
+    path = segmented(tmp_path)
+    for k in range(12):
+        (path / f"images/i{k:02}.png").rename(path / "images" / on_disk(names[k]))
+        (path / f"masks/m{k:02}.png").rename(path / "masks" / on_disk(mask_names[k]))
+        change("image", k + 1, in_csv(names[k]))(path)
+        change("mask", k + 1, in_csv(mask_names[k]))(path)
+    data = load(path)
+    assert data.train.ids.tolist() == names[:8]
+    for k in range(8):
+        np.testing.assert_array_equal(data.train.images[k].squeeze(), pixels(k))
+        np.testing.assert_array_equal(data.train.targets[k, ..., 0], mask(k))
+
+
+def test_classes_and_patients_in_either_form_of_unicode_are_the_same(tmp_path):
+    labels = [unicodedata.normalize(form, name) for name in ("nævus", "mélanome") for form in ("NFC", "NFD")] * 3
+    path = labelled(tmp_path, label=labels, patient=[unicodedata.normalize("NFD", "é")] * 8 + ["b"] * 2 + ["c"] * 2)
+    assert load(path).card.classes == ("nævus",)
+    change("patient", 10, unicodedata.normalize("NFC", "é"))(path)
+    with pytest.raises(ValueError, match="'é' in train and val"):
+        load(path)
+
+
+def test_class_numbers_are_in_the_order_of_numbers(tmp_path):
+    assert load(labelled(tmp_path, label=["10.0", "9.0", "-1"] * 4)).card.classes == ("-1", "9.0", "10.0")
+
+
+@pytest.mark.parametrize("patients", [["1", "1.0"], ["01", "1"]])
+def test_a_patient_spelt_in_two_ways_is_refused(tmp_path, patients):
+    path = labelled(tmp_path, patient=patients[:1] * 8 + ["b", "b"] + patients[1:] * 2)
+    with pytest.raises(ValueError, match=r"one spelling of each patient.*\nWrite all of them one way"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("P", 3), ("RGB", 3), ("RGBA", 3), ("CMYK", 3)]
 )
@@ -291,6 +331,11 @@ def save(name, values, **options):
     return do
 
 
+def replace(path, make_one):
+    path.unlink()
+    make_one(path)
+
+
 def cut(name):
     def do(path):
         content = (path / name).read_bytes()
@@ -303,6 +348,11 @@ def turned():
     exif = Image.Exif()
     exif[0x0112] = 6
     return save("images/i00.png", pixels(0), format="JPEG", exif=exif)
+
+
+def rows_of(rows):
+    """(number, row) of those below the header."""
+    return list(enumerate(rows[1:]))
 
 
 BAD_LABELS = {
@@ -340,6 +390,12 @@ BAD_LABELS = {
     ),
     "empty label": (change("label", 5, ""), "Received: '' in row 5"),
     "NaN label": (change("label", 5, "nan"), "Received: 'nan' in row 5"),
+    "one number, two spellings": (
+        lambda path: rewrite(
+            path, lambda rows: [row.__setitem__(2, ("0", "0.0", "1")[k % 3]) for k, row in rows_of(rows)]
+        ),
+        "Received: '0' and '0.0'",
+    ),
     "two spellings": (change("label", 5, "A"), "Received: 'A' and 'a'"),
     "one class": (
         lambda path: rewrite(path, lambda rows: [row.__setitem__(2, "a") for row in rows[1:]]),
@@ -348,6 +404,14 @@ BAD_LABELS = {
     "nothing to learn": (
         lambda path: rewrite(path, lambda rows: [row.pop() for row in rows]),
         "Expected mask columns, or label",
+    ),
+    "a pipe": (lambda path: replace(path / "images/i05.png", os.mkfifo), "Expected a regular file"),
+    "too large a csv": (lambda path: os.truncate(path / "images.csv", 2**32), "a table of at most 33,554,432 bytes"),
+    "two forms of a name": (
+        lambda path: [
+            save(f"images/{unicodedata.normalize(form, 'é.png')}", pixels(5))(path) for form in ("NFC", "NFD")
+        ],
+        "in two forms of Unicode",
     ),
     "masks without a column": (lambda path: (path / "masks").mkdir(), "Expected a column mask"),
     "corrupt": (cut("images/i05.png"), "truncated or corrupt"),

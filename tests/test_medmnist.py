@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -333,7 +334,11 @@ def test_truncated_corrupt_and_other_files(tmp_path):
             datasets.load("chestmnist", **options)
     path.unlink()
     path.mkdir()
-    with pytest.raises(ValueError, match="truncated, corrupt"):
+    with pytest.raises(ValueError, match="Expected a regular file"):
+        datasets.load("chestmnist", **options)
+    path.rmdir()
+    os.mkfifo(path)  # to open it would wait for ever
+    with pytest.raises(ValueError, match="Expected a regular file"):
         datasets.load("chestmnist", **options)
     assert not folder.exists()
 
@@ -419,6 +424,63 @@ def test_what_keeps_a_file_from_being_read_is_told(tmp_path, monkeypatch):
     ) as error:
         npz.read_npz(tmp_path / "a.npz", {"a": (("N",), "numbers")})
     assert str(error.value).count("\n") == 1 and error.value.errno == 13
+
+
+def test_an_array_twice_is_refused(tmp_path):
+    """zipfile reads the second one."""
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a.npy", archive.read("a.npy"))
+    with pytest.raises(ValueError, match=r"each array once in .*a.npz. Received: a twice or more.\nMake"):
+        npz.read_npz(tmp_path / "a.npz", {"a": (("N",), "numbers")})
+
+
+def peak_of(path, says, read):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=says) as error:
+            read(path)
+        assert str(error.value).count("\n") == 1
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_padded_text_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """One text of 20 million letters: 80 MB in a file of 0.1 MB."""
+    monkeypatch.setattr(npz, "MAX_BYTES", 2**26)
+    path, forms = tmp_path / "a.npz", {"a": (("N",), "text"), "b": (("N",), "numbers")}
+    np.savez_compressed(path, a=np.zeros(1, "<U20000000"), b=np.zeros(1))
+    assert path.stat().st_size < 200_000
+    says = r"at most 67,108,864 bytes .*Received: 80,000,\d+, most of them in a"
+    assert peak_of(path, says, lambda path: npz.read_npz(path, forms)) < 1e6
+
+
+def test_a_row_that_is_no_image_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, a=np.zeros((1, 9000, 9000), "uint8"))
+
+    def read(path):
+        with npz.whole(path) as archive:
+            next(npz.read_rows(archive, "a"))
+
+    assert peak_of(path, "a row of a has 81,000,000 bytes, more than 67,108,864", read) < 1e6
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_a_directory_of_gigabytes_is_not_read(tmp_path, zip64):
+    """A sparse file whose end says that all of it is the directory, in either of the two forms."""
+    path, size = tmp_path / "a.npz", 2**31
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 0, 0)
+    if zip64:
+        far = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size, 0)
+        end = far + struct.pack("<4sLQL", b"PK\6\7", 0, size, 1) + end
+    with open(path, "wb") as file:
+        file.write(b"PK\1\2")
+        file.seek(size)
+        file.write(end)
+    says = r"whole npz file .*\nIt is truncated, corrupt"
+    assert peak_of(path, says, lambda p: npz.read_npz(p, {"a": (("N",), "numbers")})) < 1e8
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import itertools
 import os
 import pickle
 import random
@@ -107,7 +108,7 @@ def plain_values():
         "none and numbers": [None, True, False, 0, -1, 255, 2**40, -(2**70), 10**60, 0.5, float("inf"), 1 + 2j],
         "text and bytes": ["", "a", "é\n\\u0041 \U0001f600", "x" * 5000, b"", b"\x00\xff", bytes(range(256)) * 20],
         "bytearrays": [bytearray(), bytearray(b"\xff\x00"), bytearray(5000)],
-        "containers": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, {"a": 1}, {1: "b", (1, "c"): [{}]}],
+        "containers": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, {"a": 1}, {1: "b", "c": [{}]}],
         "sets": [set(), {1, 2}, frozenset(), frozenset({"a", b"b"})],
         "ordered": collections.OrderedDict([("b", 1), ("a", np.arange(3))]),
         "kinds": [np.arange(3).astype(t) for t in ("b1", "i1", "u2", "i4", "u8", "f2", "f4", "f8", "c8", "c16")],
@@ -557,6 +558,26 @@ def test_a_memo_index_can_be_any_number_and_costs_nothing(tmp_path):
     assert read(tmp_path, b"]p4000000000\n0g4000000000\n.") == []
 
 
+KEYS = {  # of how the container begins, how it ends, and what follows a key
+    "dict": (b"}(", b"u", b"N"),
+    "set": (b"\x8f(", b"\x90", b""),
+    "frozenset": (b"(", b"\x91", b""),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_tuples_of_one_hash_do_not_take_quadratic_time(tmp_path, kind):
+    """-1 and -2 have the same hash, and so have all 2**13 tuples of thirteen of them."""
+    tuples = list(itertools.product((-1, -2), repeat=13))
+    assert len(set(map(hash, tuples))) == 1
+    first, last, value = KEYS[kind]
+    number = {n: b"J" + n.to_bytes(4, "little", signed=True) for n in (-1, -2)}
+    contents = b"".join(b"(" + b"".join(number[n] for n in key) + b"t" + value for key in tuples)
+    start = time.process_time()
+    refused(tmp_path, first + contents + last + b".", "a key that is no number and no short text")
+    assert time.process_time() - start < 5  # 8,192 * 8,192 / 2 comparisons take longer
+
+
 @pytest.mark.parametrize("kind", ["dict", "set", "frozenset", "memo"])
 def test_numbers_of_one_hash_do_not_take_quadratic_time(tmp_path, kind):
     prime = sys.hash_info.modulus
@@ -565,11 +586,7 @@ def test_numbers_of_one_hash_do_not_take_quadratic_time(tmp_path, kind):
     if kind == "memo":
         contents = b"]0" + b"".join(b"g%d\n" % n for n in numbers) + b"."
     else:  # by hand: Python takes that time to make such a set
-        first, last, value = {
-            "dict": (b"}(", b"u", b"N"),
-            "set": (b"\x8f(", b"\x90", b""),
-            "frozenset": (b"(", b"\x91", b""),
-        }[kind]
+        first, last, value = KEYS[kind]
         contents = first + b"".join(b"\x8a\x0a" + n.to_bytes(10, "little") + value for n in numbers) + last + b"."
     start = time.process_time()
     refused(tmp_path, contents, "beyond 64 bits|memo index out of range")
@@ -577,8 +594,79 @@ def test_numbers_of_one_hash_do_not_take_quadratic_time(tmp_path, kind):
 
 
 def test_numbers_of_64_bits_are_keys(tmp_path):
-    value = {-(2**63): 1, 2**64 - 1: 2, (2**63, "a"): {2**62}}
+    value = {-(2**63): 1, 2**64 - 1: 2, "a": {2**62}}
     assert read(tmp_path, pickle.dumps(value)) == value
+
+
+# ---- memory
+
+
+def peak_of(path, says):
+    """Bytes that are held at most until a file is refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=says) as error:
+            load(path)
+        assert str(error.value).count("\n") == 1
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_that_share_their_bytes_are_no_more_than_the_file(tmp_path):
+    """A hundred arrays over the same 100,000 memoised bytes: 10 MB in a file of 0.1 MB."""
+    shared = b"B" + struct.pack("<I", 100_000) + bytes(100_000) + b"q\x000"
+    one = array(b"J" + struct.pack("<i", 100_000) + b"\x85", dtype("u1", order="|"), b"h\x00")
+    path = tmp_path / "a.pickle"
+    path.write_bytes(shared + b"]" + one + b"a.")
+    assert load(path)[0].tolist() == [0] * 100_000
+    path.write_bytes(shared + b"]" + (one + b"a") * 100 + b".")
+    assert peak_of(path, "its arrays have more bytes than it") < 1e6
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        (b"\x8b\xff\xff\xff\x7f", "a whole number of 2147483647 bytes"),  # LONG4
+        (b"I", "within a line"),
+        (b"L1", "within a line"),
+        (b"F", "within a line"),
+        (b"cnumpy\n", "within a line"),
+        (b"g", "within a line"),
+    ],
+)
+def test_what_the_file_says_is_long_is_not_read(tmp_path, start, says):
+    path = tmp_path / "a.pickle"
+    path.write_bytes(start)
+    os.truncate(path, 2**32)  # sparse
+    assert peak_of(path, says) < 1e6
+
+
+@pytest.mark.parametrize("code", [b"S", b"V"])
+def test_a_line_is_sought_piece_by_piece(tmp_path, code):
+    path = tmp_path / "a.pickle"
+    path.write_bytes(code)
+    os.truncate(path, 2**26)
+    assert peak_of(path, "within a line") < 5e6
+
+
+def test_small_values_are_bounded(tmp_path, monkeypatch):
+    """A byte of the file, EMPTY_SET, makes 216 in memory; a call of three copies a list of any length."""
+    monkeypatch.setattr("sbn_tf.datasets.pickle_machine.MAX_BYTES", 2_000_000)
+    path = tmp_path / "a.pickle"
+    path.write_bytes(b"](" + b"\x8f" * 100_000 + b"e.")
+    assert peak_of(path, "more than 2,000,000 bytes of small values") < 4e6
+    monkeypatch.setattr("sbn_tf.datasets.pickle_machine.MAX_CALLS_BYTES", 2_000_000)
+    copied = b"(" + b"".join(b"M" + struct.pack("<H", k) for k in range(1000)) + b"l\x85q\x01"
+    path.write_bytes(b"cbuiltins\nset\nq\x00" + copied + b"](" + b"h\x00h\x01R" * 1000 + b"e.")
+    assert peak_of(path, "calls that make more than 2,000,000 bytes") < 4e6
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_no_regular_file(tmp_path, make):
+    make(tmp_path / "a.pickle")
+    with pytest.raises(ValueError, match=r"Expected a regular file. Received: .*a.pickle, a folder, a pipe or a dev"):
+        SafePickle(tmp_path / "a.pickle")
 
 
 # ---- broken files

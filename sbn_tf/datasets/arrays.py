@@ -178,8 +178,9 @@ def _read_at(file, part, place):
 def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran order, and dtype, from where a `.npy` array begins."""
     version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    return read(file)
+    if version != (1, 0):  # others are for records; their headers may be said to have 4 GB
+        raise ValueError(f"version {version} of the format")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _read_header(path):

@@ -44,10 +44,10 @@ def cache_folder(cache: str | os.PathLike | None = None) -> Path:
 
 
 def fingerprint(paths: Iterable[Path]) -> list:
-    """Name, size and time of change of each file: other contents, another fingerprint."""
+    """Name, size and time of change of each regular file: other contents, another fingerprint."""
     found = []
     for path in paths:
-        status = os.stat(path)
+        status = files.status(path)
         found.append([os.path.realpath(path), status.st_size, status.st_mtime_ns])
     return found
 

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from . import cache as array_cache
+from . import files
 from .arrays import DiskArray
 
 __all__ = ["decoded"]
@@ -21,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs, as an EPS does
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-ORIENTATION = 274  # the EXIF tag
+BITS, ORIENTATION, SAMPLES = 258, 274, 339  # tags of TIFF, the second of EXIF too
 BROKEN = (
     OSError,
     SyntaxError,
@@ -31,10 +31,11 @@ BROKEN = (
     struct.error,
     zlib.error,
     UnidentifiedImageError,
-    Image.DecompressionBombError,
 )
 CHUNK = 16  # images decoded at a time; an interruption costs no more than these
 MODES = {1: "L", 3: "RGB"}
+MAX_BYTES = 1_500_000_000  # that decoding one image may take; half of it for several at a time
+MAX_FILE_BYTES = 2**29
 
 
 def decoded(
@@ -56,7 +57,8 @@ def decoded(
         cache: see `cache.cache_folder`.
 
     Raises:
-        ValueError: a file that is corrupt, a mask that is not of its image's size or not of two values.
+        ValueError: a file that is corrupt, too large or of more than 8 bits a channel; a mask that is not of its
+            image's size or not of two values.
     """
     raters = len(pairs[0]) - 1
     present = [path for pair in pairs for path in pair if path is not None]
@@ -71,13 +73,19 @@ def decoded(
         masks, lost = zip(*found, strict=True) if found else ((), ())
         return image, np.stack(masks, -1) if masks else None, np.array(lost, "float32")
 
+    def together(part):
+        """`one` of each pair, by as many threads as there is memory for."""
+        needed = max(_needed(path) for pair in part for path in pair if path is not None)
+        threads = min(len(part), (os.cpu_count() or 1) + 4, MAX_BYTES // 2 // needed)
+        if threads < 2:  # not in a thread of its own: that would keep some of its memory
+            return map(one, part)
+        with ThreadPoolExecutor(threads) as pool:
+            return pool.map(one, part)
+
     def produce(start):
-        with ThreadPoolExecutor() as pool:
-            for first in range(start, len(pairs), CHUNK):
-                images, masks, lost = zip(*pool.map(one, pairs[first : first + CHUNK]), strict=True)
-                yield {"images": np.stack(images)} | (
-                    {"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {}
-                )
+        for first in range(start, len(pairs), CHUNK):
+            images, masks, lost = zip(*together(pairs[first : first + CHUNK]), strict=True)
+            yield {"images": np.stack(images)} | ({"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {})
 
     arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), "uint8")}
     if raters:
@@ -93,10 +101,12 @@ def decoded(
 
 def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
     """A file as `(size, size, C)` uint8, bilinear and antialiased, and its own (width, height)."""
-    with _opened(path) as image:
+    mode = MODES[channels]
+    with _verified(path) as image:
         whole = image.size
-        image.draft(MODES[channels], (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
-        return _square(image.convert(MODES[channels]), size, fit, Image.Resampling.BILINEAR, channels), whole
+        image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
+        grey_or_rgb = image if image.mode == mode else image.convert(mode)
+        return _square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
 def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
@@ -107,29 +117,19 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
         size, fit: as for its image.
         whole: (width, height) of its image.
     """
-    with _opened(path) as mask:
+    with _verified(path) as mask:
         if mask.size != whole:
             raise ValueError(
                 f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
                 f"Received: {mask.size[0]} x {mask.size[1]} in {path}.\nMake it of its image's size."
             )
-        values = _grey_values(mask, path)
-    high = values.max()
-    strange = values[(values != 0) & (values != high)]
-    if strange.size or high not in (0, 1, 255):
-        value = strange[0] if strange.size else high
-        raise ValueError(
-            f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {value} in {path}.\n"
-            "Cut it at the value that means foreground, and save it as png: jpg blurs it."
-        )
-    marks = (values > 0).astype("uint8")
-    lost = 0.0
-    if fit == "crop" and high:
-        height, width = marks.shape
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        lost = 1 - marks[top : top + side, left : left + side].sum() / marks.sum(dtype="int64")
-    return _square(Image.fromarray(marks), size, fit, Image.Resampling.NEAREST, 1)[..., 0], float(lost)
+        marks = _marks(_grey(mask, path), path)
+    lost, total = 0.0, marks.histogram()[1]
+    if fit == "crop" and total:
+        side = min(whole)
+        left, top = (whole[0] - side) // 2, (whole[1] - side) // 2
+        lost = 1 - marks.crop((left, top, left + side, top + side)).histogram()[1] / total
+    return _square(marks, size, fit, Image.Resampling.NEAREST, 1)[..., 0], lost
 
 
 def _square(image, size, fit, resample, channels):
@@ -147,14 +147,15 @@ def _square(image, size, fit, resample, channels):
     return np.asarray(out).reshape(size, size, channels)
 
 
-def check_header(image: Image.Image, path: str | os.PathLike) -> None:
+def _check_header(image, file, path):
     """Refuses an image that would not be read as it looks: several frames, turned, more than 8 bits a channel."""
     # A camera's JPEG may hold its preview too: Pillow calls that MPO.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded for it
-    if image.mode in DEEP:
+    deep = _too_deep(image, file)
+    if deep:
         raise ValueError(
-            f"Expected an image of 8 bits a channel. Received: mode {image.mode!r} in {path}.\n"
+            f"Expected an image of 8 bits a channel. Received: {deep} in {path}.\n"
             "Window it to 0..255 and save it again."
         )
     if frames > 1:
@@ -164,48 +165,104 @@ def check_header(image: Image.Image, path: str | os.PathLike) -> None:
             f"Expected an image that is stored upright. Received: EXIF orientation {turned} in {path}.\n"
             "Turn it (PIL.ImageOps.exif_transpose) and save it again, and its masks likewise."
         )
+    if _memory(image) > MAX_BYTES:
+        raise _too_large(path, f"{image.width} x {image.height} pixels, decoded {_memory(image):,} bytes")
+
+
+def _too_deep(image, file):
+    """What the file says of its depth, if it is not 8 bits; Pillow's mode may be RGB, without the lower ones of 16."""
+    bits, signs = (8,), (1,)
+    if image.format == "PNG":
+        place = file.tell()
+        file.seek(24)  # in its first chunk, IHDR
+        bits = file.read(1)
+        file.seek(place)
+    elif image.format == "TIFF":
+        bits, signs = image.tag_v2.get(BITS, (1,)), image.tag_v2.get(SAMPLES, (1,))
+    kind = "" if {1, 4} >= set(signs) else " with a sign or a fraction"  # 4: not said
+    return f"{max(bits)} bits{kind}" if max(bits) > 8 or kind else ""
+
+
+def _memory(image):
+    """Bytes that decoding and converting an image take at most: twice four a pixel; a JPEG's coefficients too."""
+    return image.width * image.height * (16 if image.format in ("JPEG", "MPO") else 8)
+
+
+def _too_large(path, received):
+    return ValueError(
+        f"Expected an image that decodes to at most {MAX_BYTES:,} bytes. Received: {received}, in {path}.\n"
+        "Make it smaller: an image is resized to a few hundred pixels in any case."
+    )
 
 
 @contextlib.contextmanager
-def readable(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what a broken image file raises into a ValueError of two lines."""
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file, not decoded yet, whose header has been checked.
+
+    Raises:
+        ValueError: no regular file, or one that is corrupt, too large, or would not be read as it looks.
+    """
     try:
-        yield
+        if files.status(path).st_size > MAX_FILE_BYTES:
+            raise _too_large(path, f"a file of more than {MAX_FILE_BYTES:,}")
+        with files.open_file(path) as file, Image.open(file, formats=FORMATS) as image:
+            _check_header(image, file, path)
+            yield image
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, str(error).split(",")[0]) from error
     except BROKEN as error:
         if "\n" in str(error):  # explained already
             raise
         raise ValueError(
-            f"Expected a png, jpg, tif or bmp image. Received: {path}, which is truncated or corrupt, or another."
-            "\nGet it again or convert it."
+            f"Expected a png, jpg, tif or bmp image of 8 bits a channel. Received: {path}, which is truncated or "
+            f"corrupt, or another.\nGet it again or convert it."
         ) from error
 
 
 @contextlib.contextmanager
-def _opened(path):
-    with readable(path):
-        with Image.open(path, formats=FORMATS) as image:
-            if image.format != "PNG":
-                check_header(image, path)
-                yield image
-                return
-            image.verify()  # its checksums, which decoding ignores; other formats have none
-        with Image.open(path, formats=FORMATS) as image:
-            check_header(image, path)
+def _verified(path):
+    with opened(path) as image:
+        if image.format != "PNG":
             yield image
+            return
+        image.verify()  # its checksums, which decoding ignores; other formats have none
+    with opened(path) as image:
+        yield image
 
 
-def _grey_values(mask, path):
-    """A mask's values; refuses a mask that a viewer would show otherwise: colours, transparency, a palette."""
-    pixels = np.asarray(mask)
-    if mask.mode in ("LA", "RGBA") and (pixels[..., -1] == 255).all():
-        pixels = pixels[..., :-1]
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    plain = mask.mode in ("1", "L") or pixels.shape[-1] in (1, 3)
-    if mask.mode == "P":
-        plain = (np.asarray(mask.convert("L")) == pixels[..., 0]).all()
-    if not plain or (pixels != pixels[..., :1]).any():
+def _needed(path):
+    """Bytes that reading an image file takes at most: a PNG's chunk, joined from pieces, or its pixels."""
+    with opened(path) as image:
+        return max(_memory(image), 2 * os.path.getsize(path))
+
+
+def _grey(mask, path):
+    """A mask in grey; refuses a mask that a viewer would show otherwise: colours, transparency, a palette."""
+    bands = mask.getbands()
+    if bands[-1] == "A" and mask.getchannel("A").getextrema() == (255, 255):
+        bands = bands[:-1]
+    if mask.mode in ("1", "P"):
+        grey = mask.convert("L")
+        plain = mask.mode == "1" or np.array_equal(np.asarray(grey), np.asarray(mask))
+    else:
+        grey, others = mask.getchannel(0), range(1, len(bands))
+        plain = bands in (("L",), ("R", "G", "B"))
+        plain &= not any(ImageChops.difference(grey, mask.getchannel(k)).getbbox() for k in others)
+    if not plain:
         raise ValueError(
             f"Expected a grey mask. Received: colours, transparency or a palette, mode {mask.mode!r}, in {path}.\n"
             "Save it in grey, background 0 and foreground 255."
         )
-    return pixels[..., 0].astype("uint8")
+    return grey
+
+
+def _marks(grey, path):
+    """A grey mask's pixels as 0 and 1; refuses other values than two."""
+    *others, high = np.flatnonzero(grey.histogram()).tolist()
+    strange = [value for value in others if value] or [high] * (high not in (0, 1, 255))
+    if strange:
+        raise ValueError(
+            f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {strange[0]} in {path}.\n"
+            "Cut it at the value that means foreground, and save it as png: jpg blurs it."
+        )
+    return grey.point([0] + [1] * 255)

@@ -18,6 +18,8 @@ TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 4  # after an attempt that brought nothing new, until one does
 BACKOFF = 1.0  # seconds before the first retry; doubled for each further one
 PIECE_BYTES = 2**20
+MAX_BYTES = 32 * 2**30  # of a file; the largest official one has 13 GB
+SPARE_BYTES = 2**28  # that stay free on the disk, where the server does not say how much it sends
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # of HTTP
 
 
@@ -34,7 +36,7 @@ def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
         `path`.
 
     Raises:
-        ValueError: a file, there or downloaded, whose md5 is another.
+        ValueError: a file, there or downloaded, whose md5 is another, or that is too large to be official.
         ConnectionError: no connection, or one that breaks off again and again. What came is kept as `.part`.
         OSError: the folder cannot be written to, or the disk is full. What came is kept.
     """
@@ -44,12 +46,12 @@ def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
             check_official(path, md5)
             return path
         part = path.with_name(path.name + ".part")
-        _receive_all(url, path, part, source)
         advice = f"Download it again; if that does not help, compare the official page: {source}."
         try:
+            _receive_all(url, path, part, source)
             files.check_md5(part, md5, url, f"; what was downloaded is deleted.\n{advice}")
         except ValueError:
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise
         os.replace(part, path)
         return path
@@ -124,8 +126,8 @@ def _receive(url, path, part):
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
             raise _Dropped("the server sent another range; starting again")
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        total = None if response.length is None else start + response.length  # None too where it is no number
+        _check_size(total or 0, path)
         with _writable(path):
             files.check_room(path.parent, 0 if total is None else total - _size(part))
         _write(response, path, part, start, total)
@@ -140,7 +142,10 @@ def _write(response, path, part, start, total):
     try:
         with tqdm(initial=start, total=total, **options) as bar:
             while piece := response.read(PIECE_BYTES):
+                _check_size(file.tell() + len(piece), path)
                 with _writable(path):
+                    if total is None:
+                        files.check_room(path.parent, len(piece) + SPARE_BYTES)
                     file.write(piece)
                 bar.update(len(piece))
     finally:  # also what came before a connection broke
@@ -150,6 +155,14 @@ def _write(response, path, part, start, total):
                 os.fsync(file.fileno())
             finally:
                 file.close()
+
+
+def _check_size(num_bytes, path):
+    if num_bytes > MAX_BYTES:
+        raise ValueError(
+            f"Expected at most {MAX_BYTES:,} bytes for {path.name}. Received: {num_bytes:,} or more; what was "
+            "downloaded is deleted.\nThe server sends another file: try again later."
+        )
 
 
 def _size(path):

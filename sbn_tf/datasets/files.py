@@ -2,13 +2,17 @@
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import logging
 import math
 import os
 import shutil
+import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from io import BufferedReader
 from pathlib import Path
 
 import filelock
@@ -22,6 +26,7 @@ __all__ = ["find", "resize_images"]
 logger = logging.getLogger(__name__)
 
 Folder = str | os.PathLike | None  # None: the default
+IGNORED = ("thumbs.db", "desktop.ini")  # what Windows leaves in a folder of images
 
 
 def roots(root: str | os.PathLike | None = None) -> list[Path]:
@@ -51,9 +56,56 @@ def find(card: Card, root: str | os.PathLike | None, places: Sequence[str | os.P
     )
 
 
+def same_text(text: str) -> str:
+    """`text` in Unicode's composed form (NFC): an e with an accent may be one letter in a csv and two on a disk."""
+    return unicodedata.normalize("NFC", text)
+
+
+def listed(folder: Path, pattern: str = "*", deep: bool = False) -> dict[str, Path]:
+    """The files of a folder that count, of a pattern: name below it, with slashes and as `same_text`, -> path; sorted.
+
+    Hidden files do not count: on a disk that is not its own, macOS writes a `._a.png` beside each a.png. Nor do hidden
+    folders, where it looks into folders (`deep`), and what Windows leaves.
+
+    Raises:
+        ValueError: two files with names that look the same.
+    """
+    found: dict[str, Path] = {}
+    for place, folders, names in os.walk(folder):
+        below = Path(place).relative_to(folder).as_posix() + "/"
+        folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
+        for file in sorted(fnmatch.filter(names, pattern)):
+            if file.startswith(".") or file.lower() in IGNORED:
+                continue
+            name = same_text(f"{below}{file}".removeprefix("./"))
+            if name in found:
+                raise ValueError(
+                    f"Expected one file of each name in {folder}. Received: {name} twice, in two forms of Unicode.\n"
+                    "Remove or rename one of them."
+                )
+            found[name] = Path(place, file)
+    return found
+
+
+def status(path: str | os.PathLike) -> os.stat_result:
+    """Of a regular file. A ValueError for others: a named pipe may make its reader wait for ever, a device not end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(
+            f"Expected a regular file. Received: {path}, a folder, a pipe or a device.\nPut the file itself there."
+        )
+    return found
+
+
+def open_file(path: str | os.PathLike) -> BufferedReader:
+    """A regular file, opened to be read; raises as `status`."""
+    status(path)
+    return open(path, "rb")
+
+
 def check_md5(path: str | os.PathLike, md5: str, what: object, advice: str) -> None:
     """Raises a ValueError about `what`, with `advice` at its end, unless the file at `path` has that md5."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
         raise ValueError(f"Expected md5 {md5} for {what}. Received: {found}{advice}")

@@ -2,7 +2,7 @@
 
     my_data/
       images.csv         one row an image
-      images/            the files: png, jpg, tif or bmp, 8 bits a channel, grey or RGB
+      images/            the files: png, jpg, tif or bmp, 8 bits a channel, grey or RGB; hidden files do not count
       masks/             for segmentation alone
 
 Columns of images.csv, with commas between them, in UTF-8:
@@ -29,10 +29,10 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from .base import (
     BINARY,
@@ -46,8 +46,8 @@ from .base import (
     Parts,
     first_in_seeded_order,
 )
-from .decoding import FITS, FORMATS, check_header, decoded, readable
-from .files import check_option
+from .decoding import FITS, decoded, opened
+from .files import check_option, listed
 from .registry import names
 from .tables import read_table
 
@@ -55,9 +55,9 @@ __all__ = ["folder_dataset"]
 
 logger = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
-IGNORED = ("thumbs.db", "desktop.ini")
 GREY = ("1", "L", "LA")
 
 
@@ -83,11 +83,11 @@ class _Table:
     """What an images.csv says, a row for each image."""
 
     folder: Path
-    images: list[str]
+    images: dict[str, Path]
     task: str
     classes: tuple[str, ...]
     targets: np.ndarray | None
-    masks: list[tuple[str | None, ...]] | None
+    masks: list[tuple[Path | None, ...]] | None
     splits: list[str] | None
     patients: np.ndarray | None
     channels: int
@@ -132,11 +132,8 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
     if limit is not None:
         rows_of = {part: rows[first_in_seeded_order(len(rows), limit, seed)] for part, rows in rows_of.items()}
     every = np.sort(np.concatenate(list(rows_of.values())))
-    pairs = []
-    for row in every:
-        masks = () if table.masks is None else table.masks[row]
-        files = [table.folder / IMAGES / table.images[row]]
-        pairs.append((*files, *(None if mask is None else table.folder / MASKS / mask for mask in masks)))
+    names, paths = np.array(list(table.images)), list(table.images.values())
+    pairs = [(paths[row], *(() if table.masks is None else table.masks[row])) for row in every]
     arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache)
     masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
     return Parts.of(
@@ -145,7 +142,7 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
         images=arrays["images"],
         targets=table.targets[every] if masks is None else arrays["masks"],
         groups=None if table.patients is None else table.patients[every],
-        ids=np.array(table.images)[every],
+        ids=names[every],
         rater_valid=masks,
     )
 
@@ -163,8 +160,8 @@ def _read_table(folder):
         )
     header, rows = _read_csv(path)
     column = {name: [row[k] for row in rows] for k, name in enumerate(header)}
-    images = [_inside(name, "image", path) for name in column["image"]]
-    _check_unique(images, "row for each image", path)
+    names = [_inside(name, "image", path) for name in column["image"]]
+    _check_unique(names, "row for each image", path)
     task, classes, targets, masks, note = _targets(column, path)
     splits, patients = column.get("split"), column.get("patient")
     if splits is not None:
@@ -173,13 +170,14 @@ def _read_table(folder):
         _check_cells(patients, bool, "a patient in every row, or no column patient", path)
         patients = np.array(patients)
         _check_patients(splits, patients, path)
-    _check_files(folder / IMAGES, images, "image")
+    images = _found(folder / IMAGES, names, "image")
     if masks is not None:
-        _check_files(folder / MASKS, [mask for row in masks for mask in row if mask is not None], "mask")
+        there = _found(folder / MASKS, [mask for row in masks for mask in row if mask is not None], "mask")
+        masks = [tuple(there.get(mask) for mask in row) for row in masks]
     elif (folder / MASKS).exists():
         advice = f"Name each image's mask there, or move the folder {MASKS} elsewhere."
         raise _wrong(path, "a column mask", f"columns {', '.join(header)}, and a folder {MASKS}", advice)
-    channels = 1 if all([_is_grey(folder / IMAGES / image) for image in images]) else 3
+    channels = 1 if all([_is_grey(image) for image in images.values()]) else 3
     return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, note)
 
 
@@ -236,14 +234,11 @@ def _masks(column, raters, path):
 def _labels(cells, path):
     _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
     classes = sorted(set(cells))
-    alike = [name for name, count in Counter(map(str.lower, classes)).items() if count > 1]
-    if alike:
-        pair = [name for name in classes if name.lower() == alike[0]]
-        raise _wrong(path, "one spelling of each class", f"{pair[0]!r} and {pair[1]!r}")
+    _check_spelling(classes, str.lower, "class", path)
     if len(classes) < 2:
         raise _wrong(path, "two classes or more in column label", f"{classes[0]!r} alone")
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
+    if all(map(NUMBER.fullmatch, classes)):
+        classes.sort(key=Decimal)
     number = {name: k for k, name in enumerate(classes)}
     numbers = np.array([number[cell] for cell in cells])
     if len(classes) == 2:
@@ -280,6 +275,15 @@ def _check_unique(names, what, path):
         raise _wrong(path, f"one {what}", f"{name} in {count} of them")
 
 
+def _check_spelling(names, other, what, path):
+    """Refuses two names of one thing: equal as numbers (0 and 0.0, where csv files were joined) or by `other`."""
+    first = {}
+    for name in names:
+        same = first.setdefault(Decimal(name) if NUMBER.fullmatch(name) else other(name), name)
+        if same != name:
+            raise _wrong(path, f"one spelling of each {what}", f"{same!r} and {name!r}", "Write all of them one way.")
+
+
 def _check_splits(splits, path):
     _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
     for part in SPLITS:
@@ -288,6 +292,7 @@ def _check_splits(splits, path):
 
 
 def _check_patients(splits, patients, path):
+    _check_spelling(patients.tolist(), str, "patient", path)
     first = {}
     for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
         if first.setdefault(patient, part) != part:
@@ -310,15 +315,9 @@ def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(d
 # ---- the files
 
 
-def _check_files(folder, names, what):
-    """Refuses a row without its file and a file without its row; hidden files are ignored."""
-    there = set()
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(place).relative_to(folder)
-        there |= {
-            (relative / file).as_posix() for file in files if not file.startswith(".") and file.lower() not in IGNORED
-        }
+def _found(folder, names, what):
+    """The path of each name; refuses a row without its file and a file without its row."""
+    there = listed(folder, deep=True)
     missing = [name for name in names if name not in there]
     if missing:
         raise FileNotFoundError(
@@ -326,18 +325,18 @@ def _check_files(folder, names, what):
             f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
             "Put them there, or correct the names: below that folder, with ending; small and capital letters count."
         )
-    strange = sorted(there - set(names))
+    strange = sorted(set(there) - set(names))
     if strange:
         raise ValueError(
             f"Expected a row of {CSV} for every file in {folder}. Received: {len(strange)} without one, as "
             f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
         )
+    return {name: there[name] for name in names}
 
 
 def _is_grey(path):
     """Whether an image file is grey, by its header; refuses a file that would not be read as it looks."""
-    with readable(path), Image.open(path, formats=FORMATS) as image:
-        check_header(image, path)
+    with opened(path) as image:
         return image.mode in GREY
 
 

@@ -129,13 +129,13 @@ def _pairs(folder, part):
             f"Expected the masks in {masks}. Received: no such folder.\n"
             f"Get {masks.name} from {ISIC2018.source} and put it beside {images.name}."
         )
-    pairs = {p.stem: (p, masks / f"{p.stem}_segmentation.png") for p in sorted(images.glob("ISIC_*.jpg"))}
+    pairs = {p.stem: (p, masks / f"{p.stem}_segmentation.png") for p in files.listed(images, "ISIC_*.jpg").values()}
     if not pairs:
         raise FileNotFoundError(
             f"Expected ISIC_*.jpg in {images}. Received: none.\nGet {images.name} from {ISIC2018.source}."
         )
-    there = {p.name for p in masks.glob("*_segmentation.png")}
-    strange = sorted(there - {mask.name for _, mask in pairs.values()})
+    there = files.listed(masks, "*_segmentation.png")
+    strange = sorted(set(there) - {mask.name for _, mask in pairs.values()})
     if strange:
         raise FileNotFoundError(
             f"Expected an image for every mask in {masks}. Received: {len(strange)} mask(s) without one, "

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ FORMS: dict[str, npz.Form] = {
 } | {name: (("N",), "text in C order") for name in WIDTHS}
 CHUNK = 32  # patches at a time; an interruption costs no more than these
 PICKLES, NPZ = (".pickle", ".pkl"), (".npz",)
+ENTRIES = ("image", "masks", "series_uid")  # of a patch in a pickle
+MAX_PIXELS = 2**24  # of a patch
 PATIENTS = "series_patients.csv"
 
 LIDC_PATCHES = Card(
@@ -168,7 +171,7 @@ def _find(root):
     places = [("lidc_patches", PICKLES + NPZ), ("lidc_idri", PICKLES)]
     for folder in files.roots(root):
         for name, suffixes in places:
-            found = sorted(p for p in (folder / name).glob("*") if p.suffix in suffixes and p.is_file())
+            found = [p for p in files.listed(folder / name).values() if p.suffix in suffixes]
             kinds = sorted({p.suffix if p.suffix in NPZ else PICKLES[0] for p in found})
             if len(kinds) > 1:
                 raise ValueError(
@@ -267,7 +270,7 @@ def _open_pickles(paths):
     def patches(start):
         places = ((one, key) for one in pickles for key in one)
         for one, key in itertools.islice(places, start, None):
-            patch = one[key]
+            patch = one.read(key, ENTRIES)  # a patch may have others, of any size
             names = {"key": key, "series_uid": patch["series_uid"], "patient_id": ""}
             yield one.path, names, patch["image"], patch["masks"]
 
@@ -279,13 +282,15 @@ def _check_patch(path, key, patch, shape, seen):
     shown = str(key)[:80]  # of a number of 64 bits at most, see `safe_pickle`
     if not isinstance(patch, dict):
         raise _wrong(path, shown, "a dict of image, masks and series_uid", f"a {type(patch).__name__}")
-    missing = [name for name in ("image", "masks", "series_uid") if name not in patch]
+    missing = [name for name in ENTRIES if name not in patch]
     if missing:
         raise _wrong(path, shown, "image, masks and series_uid", f"no {missing[0]}")
     _check_names(path, {"key": key, "series_uid": patch["series_uid"]}, seen)
     image, masks = patch["image"], patch["masks"]
     if len(getattr(image, "shape", ())) != 2 or image.dtype.kind not in "fiu" or 0 in image.shape:
         raise _wrong(path, key, "an image (H, W) of numbers", _form(image))
+    if math.prod(image.shape) > MAX_PIXELS:
+        raise _wrong(path, key, f"an image of at most {MAX_PIXELS:,} pixels", _form(image))
     if shape is not None and image.shape != shape:
         raise _wrong(path, key, f"an image {shape} like the others", _form(image))
     if not isinstance(masks, list | tuple) or not 1 <= len(masks) <= NUM_RATERS:
@@ -312,7 +317,7 @@ def _open_npz(paths):
             npz.check_keys(archive, FORMS, path)
             lengths.pop("N", None)  # height and width are the same in all files
             npz.check_forms(archive, FORMS, path, lengths)
-            table = {name: npz.read_array(archive, name).tolist() for name in WIDTHS}
+            table = {name: array.tolist() for name, array in npz.read_arrays(archive, WIDTHS).items()}
         for values in zip(*table.values(), strict=True):
             _check_names(path, dict(zip(table, values, strict=True)), seen)
         tables.append(table)

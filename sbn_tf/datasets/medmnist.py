@@ -275,7 +275,7 @@ def _inspect(card, side, path):
             forms = {f"{part}_labels": ((count, columns), "integers")}
             forms |= {f"{part}_{key}": ((count,), "integers or text") for key in EXTRAS if f"{part}_{key}" in found}
             small += npz.check_forms(archive, forms, path)
-        return counts, {key: npz.read_array(archive, key) for key in small}
+        return counts, npz.read_arrays(archive, small)
 
 
 def _pieces(path, start):

@@ -1,22 +1,27 @@
 """Arrays of npz archives, whole or piece by piece; a broken file, or one with other than plain arrays, is refused."""
 
 import contextlib
+import io
 import math
 import os
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
 
 import numpy as np
 
+from . import files
 from .arrays import read_npy_header
 
 __all__ = ["read_npz"]
 
 PIECE_BYTES = 2**20  # decompressed at a time
+MAX_BYTES = 2**28  # of arrays of one archive that are held whole
+MAX_ROW_BYTES = 2**26
 MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
 KINDS = {  # of dtypes; "uint8" is one too
     "numbers": "fiu",
@@ -44,6 +49,13 @@ _BROKEN = (
 )
 
 
+class _InPieces(io.BufferedReader):
+    """Gives a few MB at most: zipfile reads a directory at once, however large the file says that it is."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 4 * PIECE_BYTES) if size >= 0 else 2**17)  # all: from a directory's end on
+
+
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     """The archive at `path`; the errors of a broken one become a ValueError of two lines.
@@ -51,7 +63,8 @@ def whole(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     A FileNotFoundError or PermissionError stays one. zipfile compares an array's CRC-32 when its last byte is read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        files.status(path)  # raises unless it is a regular file
+        with _InPieces(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except (FileNotFoundError, PermissionError) as error:
         raise type(error)(
@@ -106,10 +119,25 @@ def read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         return array
 
 
+def read_arrays(archive: zipfile.ZipFile, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Whole arrays, by key; a ValueError, before one is read, if they are more than `MAX_BYTES` together."""
+    num_bytes = {key: archive.getinfo(f"{key}.npy").file_size for key in keys}
+    if sum(num_bytes.values()) > MAX_BYTES:
+        largest = max(num_bytes, key=lambda key: num_bytes[key])
+        raise ValueError(
+            f"Expected arrays of at most {MAX_BYTES:,} bytes in {archive.filename}. Received: "
+            f"{sum(num_bytes.values()):,}, most of them in {largest}.\nIt is another file, or text in it is padded: "
+            "make it again."
+        )
+    return {key: read_array(archive, key) for key in num_bytes}
+
+
 def read_rows(archive: zipfile.ZipFile, key: str, num_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
     """An array of an archive, in C order: some of its rows at a time, about `num_bytes` of them."""
     with member(archive, key) as (file, (shape, _, dtype)):
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        if row_bytes > MAX_ROW_BYTES:
+            raise ValueError(f"a row of {key} has {row_bytes:,} bytes, more than {MAX_ROW_BYTES:,}")
         step = max(1, num_bytes // row_bytes)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
@@ -118,8 +146,13 @@ def read_rows(archive: zipfile.ZipFile, key: str, num_bytes: int = PIECE_BYTES) 
 
 
 def check_keys(archive: zipfile.ZipFile, keys: Iterable[str], path: str | os.PathLike) -> list[str]:
-    """The names of an archive's arrays; a ValueError if one of `keys` is missing."""
+    """The names of an archive's arrays; a ValueError if one is there twice, or one of `keys` is missing."""
     found = [name.removesuffix(".npy") for name in archive.namelist()]
+    often = [key for key, count in Counter(found).items() if count > 1]
+    if often:
+        raise ValueError(
+            f"Expected each array once in {path}. Received: {often[0]} twice or more.\nMake the file again."
+        )
     missing = [key for key in keys if key not in found]
     if missing:
         raise ValueError(
@@ -182,7 +215,7 @@ def read_npz(
         found = check_keys(archive, forms, path)
         wanted = {**forms, **{key: form for key, form in (optional or {}).items() if key in found}}
         check_forms(archive, wanted, path)
-        arrays = {key: read_array(archive, key) for key in wanted}
+        arrays = read_arrays(archive, wanted)
     for key, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(

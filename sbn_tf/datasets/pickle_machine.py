@@ -1,8 +1,10 @@
 """A small interpreter that follows a pickle's operations on a stack of plain values and stand-ins."""
 
+import io
 import os
 import pickletools
 import struct
+import sys
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -13,6 +15,9 @@ from .pickle_values import ATOMS, Dtype, Name, PickledArray, RefusedError, Store
 __all__ = ["follow"]
 
 LONG = 1024  # bytes from which on a string stays in the file
+MAX_BYTES = 1_500_000_000  # that a pickle may take while it is followed
+OPERATION_BYTES = 160  # what one takes at most, besides its argument
+MAX_CALLS_BYTES = 2**28  # of what calls make: a short one may copy a long value
 
 # Operations with a length in front: (its format, what the bytes are).
 _SIZED = {
@@ -83,6 +88,7 @@ def _check_whole(value):
 
 def _operations(file):
     """(position, name, argument) of each operation of a pickle, up to and with STOP."""
+    left = MAX_BYTES
     while True:
         position = file.tell()
         code = exactly(file, 1)
@@ -95,18 +101,33 @@ def _operations(file):
             (size,) = struct.unpack(form, exactly(file, struct.calcsize(form)))
             argument = _string(file, size, kind)
         elif name in _LINES:
-            start = file.tell()
-            line = file.readline()
-            if not line.endswith(b"\n"):
-                raise EOFError("it ends within a line")
-            argument = (
-                Stored(start, len(line) - 1, _LINES[name]) if len(line) > LONG else decode(line[:-1], _LINES[name])
-            )
+            argument = _line(file, _LINES[name])
+        elif opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
+            lines = [file.readline(LONG) for _ in range(2 if name in ("GLOBAL", "INST") else 1)]
+            if not all(line.endswith(b"\n") for line in lines):
+                raise EOFError(f"it ends within a line, or {name} has one of {LONG} bytes or more")
+            argument = opcode.arg.reader(io.BytesIO(b"".join(lines)))
         else:
             argument = None if opcode.arg is None else opcode.arg.reader(file)
+        left -= OPERATION_BYTES + sys.getsizeof(argument)
+        if left < 0:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes of small values")
         yield position, name, argument
         if name == "STOP":
             return
+
+
+def _line(file, kind):
+    """A string that ends with its line, of any length."""
+    start = file.tell()
+    line = file.readline(LONG)
+    size, piece = len(line), line
+    while not piece.endswith(b"\n"):
+        piece = file.readline(2**20)
+        size += len(piece)
+        if not piece:
+            raise EOFError("it ends within a line")
+    return decode(line[:-1], kind) if size < LONG else Stored(start, size - 1, kind)
 
 
 def _string(file, size, kind):
@@ -115,11 +136,10 @@ def _string(file, size, kind):
     position = file.tell()
     if position + size > os.fstat(file.fileno()).st_size:
         raise EOFError(f"it ends within {size} bytes")
-    stored = Stored(position, size, kind)
     if kind == "integer":
-        return stored.read(file)
+        raise RefusedError(f"a whole number of {size} bytes")
     file.seek(size, os.SEEK_CUR)
-    return stored
+    return Stored(position, size, kind)
 
 
 class _Machine:
@@ -133,6 +153,7 @@ class _Machine:
         self.last_use = last_use
         self.memo, self.memoized = {}, 0
         self.stack, self.below = [], []
+        self.left = MAX_CALLS_BYTES
 
     def result(self):
         if len(self.stack) != 1 or self.below:
@@ -179,6 +200,9 @@ class _Machine:
             fill(self.stack[-1], values)
         elif name == "REDUCE":
             stack.append(_call(*self._popped(2)))
+            self.left -= sys.getsizeof(stack[-1])
+            if self.left < 0:
+                raise ValueError(f"calls that make more than {MAX_CALLS_BYTES:,} bytes")
         elif name == "BUILD":
             (state,) = self._popped(1)
             if type(stack[-1]) not in (Dtype, PickledArray):
@@ -269,16 +293,15 @@ def _pair(value):
 def _key(value):
     """The value, if it may be a key or in a set: plain, so that its hash is Python's own.
 
-    Whole numbers beyond 64 bits and complex numbers are refused: a file can contain any number of them with the same
-    hash, and each would be compared with all before it. Tuples of numbers can be made so too, which costs only time.
+    A file can contain any number of tuples, complex numbers and whole numbers beyond 64 bits with the same hash, and
+    each would be compared with all before it: these are refused.
     """
-    for part in value if type(value) is tuple else (value,):
-        if isinstance(part, complex | np.complexfloating):
-            raise RefusedError(f"a complex number as a key ({shown(value)})")
-        if type(part) is int and not -(2**63) <= part < 2**64:
-            raise RefusedError(f"a whole number beyond 64 bits as a key ({shown(value)})")
-        if type(part) not in ATOMS and not isinstance(part, np.generic):
-            raise RefusedError(f"a key that is no number and no short text ({shown(value)})")
+    if isinstance(value, complex | np.complexfloating):
+        raise RefusedError(f"a complex number as a key ({shown(value)})")
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        raise RefusedError(f"a whole number beyond 64 bits as a key ({shown(value)})")
+    if type(value) not in ATOMS and not isinstance(value, np.generic):
+        raise RefusedError(f"a key that is no number and no short text ({shown(value)})")
     return value
 
 

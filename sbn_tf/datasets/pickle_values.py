@@ -39,6 +39,7 @@ class Stored:
     """
 
     __slots__ = ("kind", "position", "size", "wanted")
+    num_bytes = property(lambda self: self.size)
 
     def __init__(self, position, size, kind, wanted=None):
         self.position, self.size, self.kind, self.wanted = position, size, kind, wanted
@@ -82,6 +83,7 @@ class PickledArray:
     """An array that is still in its file; only `shape` and `dtype` are known."""
 
     __slots__ = ("_axes", "_data", "_order", "_scalar", "_stored_shape", "dtype", "shape")
+    num_bytes = property(lambda self: 0 if self.dtype is None else math.prod(self.shape) * self.dtype.itemsize)
 
     def __init__(self, scalar: bool = False):
         self.shape = self.dtype = self._data = self._axes = None
@@ -128,7 +130,7 @@ class PickledArray:
             raise ValueError("an array without data")
         data = self._data.read(file) if type(self._data) is Stored else self._data
         data = data.encode("latin-1") if type(data) is str else data
-        if len(data) != math.prod(self.shape) * self.dtype.itemsize:
+        if len(data) != self.num_bytes:
             raise ValueError(f"an array of {len(data)} bytes for shape {shown(self.shape)} of {self.dtype}")
         native = self.dtype.newbyteorder("=")
         values = np.frombuffer(data, self.dtype).astype(native)

@@ -17,12 +17,13 @@ time of change or inode has changed by then, that is an error.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .files import open_file
 from .pickle_machine import follow
 from .pickle_values import ATOMS, PickledArray, RefusedError, Stored, shown
 
@@ -55,6 +56,11 @@ class SafePickle(Mapping):
     def __getitem__(self, key):
         return _plain(self.path, self._items[key], self._status)
 
+    def read(self, key: object, names: Sequence[object]) -> dict:
+        """Of an item that is a dict these entries alone."""
+        item = self._items[key]
+        return _plain(self.path, {name: item[name] for name in names}, self._status)
+
     def __contains__(self, key):  # Mapping's would read the item
         return key in self._items
 
@@ -70,7 +76,7 @@ def load(path: str | os.PathLike) -> Any:
 
 def _follow(path):
     """The value of a pickle, with stand-ins for what was not read, and the file's status."""
-    with open(path, "rb") as file, _explained(path):
+    with open_file(path) as file, _explained(path):
         status = _status(file)
         return follow(file), status
 
@@ -82,10 +88,10 @@ def _status(file):
 
 def _plain(path, value, status):
     """The value with its arrays and long strings read from the file, if its status has not changed."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         _check_unchanged(path, file, status)
         with _explained(path):
-            found = _read(value, file, {})
+            found = _Reader(file, status[0]).read(value)
         _check_unchanged(path, file, status)  # written to meanwhile
         return found
 
@@ -100,27 +106,42 @@ def _check_unchanged(path, file, status):
         )
 
 
-def _read(value, file, done):
-    """A value with all that it contains; what is in several places is read once and is one object, as in the pickle."""
-    if type(value) in (*ATOMS, frozenset) or isinstance(value, np.generic):
-        return value
-    if id(value) in done:
+class _Reader:
+    """Reads values with all that they contain from a file.
+
+    What is in several places is read once and is one object, as in the pickle.
+
+    Args:
+        left: bytes that may be read: as many as the file has. Any number of arrays can name the same ones.
+    """
+
+    def __init__(self, file, left):
+        self.file, self.left, self.done = file, left, {}
+
+    def read(self, value):
+        if type(value) in (*ATOMS, frozenset) or isinstance(value, np.generic):
+            return value
+        done = self.done
+        if id(value) in done:
+            return done[id(value)]
+        if type(value) in (PickledArray, Stored):
+            self.left -= value.num_bytes
+            if self.left < 0:
+                raise ValueError("its arrays have more bytes than it")
+            done[id(value)] = value.read(self.file)
+        elif type(value) in (set, bytearray):
+            done[id(value)] = value.copy()
+        elif type(value) is list:
+            out = done[id(value)] = []
+            out.extend(self.read(part) for part in value)
+        elif type(value) is dict:
+            out = done[id(value)] = {}
+            out.update((key, self.read(part)) for key, part in value.items())
+        elif type(value) is tuple:
+            done[id(value)] = tuple(self.read(part) for part in value)
+        else:
+            raise RefusedError(shown(value))
         return done[id(value)]
-    if type(value) in (PickledArray, Stored):
-        done[id(value)] = value.read(file)
-    elif type(value) in (set, bytearray):
-        done[id(value)] = value.copy()
-    elif type(value) is list:
-        out = done[id(value)] = []
-        out.extend(_read(part, file, done) for part in value)
-    elif type(value) is dict:
-        out = done[id(value)] = {}
-        out.update((key, _read(part, file, done)) for key, part in value.items())
-    elif type(value) is tuple:
-        done[id(value)] = tuple(_read(part, file, done) for part in value)
-    else:
-        raise RefusedError(shown(value))
-    return done[id(value)]
 
 
 @contextlib.contextmanager
