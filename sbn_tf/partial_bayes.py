@@ -90,7 +90,8 @@ __all__ = [
 # averages over: 1 for a loss averaged over images, the pixels of an image for one averaged over pixels too, the labels
 # for one over labels. A mean squared error is no NLL: that is the error over $2 s^2$ for noise of deviation $s$, so
 # there give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
-# $1 / 1{,}024{,}000$.
+# $1 / 1{,}024{,}000$. Where the data decide $T$ (masked padding, an `ignore_class`, a mean over sample weights), the
+# terms of the batches trained on are counted, and $T$ is their mean.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -145,8 +146,7 @@ class PartialBayes(SampledModel):
             the batch, in turn), "flipout" or "local" (each example sees a draw of its own), see section 6.
 
     Raises:
-        ValueError: an option out of range, a layer of `stateful=True` that would run again for each draw, or a trap of
-            section 5.
+        ValueError: an option out of range, a `stateful=True` layer that runs for each draw, or a trap of section 5.
     """
 
     def __init__(
@@ -195,6 +195,7 @@ class PartialBayes(SampledModel):
         self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # JAX hides the weights from metrics
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
+        self.kl.follow(y, samples[0], sample_weight, training)
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):

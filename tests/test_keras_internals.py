@@ -330,6 +330,12 @@ def test_the_batch_by_which_a_model_is_built_under_a_strategy():
     assert seen == [False, False, True] and model.optimizer.built
 
 
+def test_arguments_of_a_loss():
+    loss = keras.losses.SparseCategoricalCrossentropy(axis=1, ignore_class=7)
+    assert inner.loss_arguments(loss)["axis"] == 1 and inner.loss_arguments(loss)["ignore_class"] == loss.ignore_class
+    assert inner.loss_arguments(lambda y, p: p) == {}
+
+
 # ---- stateless scopes, saving ----
 
 

@@ -321,8 +321,8 @@ def test_a_batch_of_fewer_examples_than_samples_under_split(size, mixing):
     np.testing.assert_allclose(history["loss"], [each.mean()], rtol=1e-4)
 
 
-def conv(activation, channels):
-    x = keras.Input((4, 4, 1))
+def conv(activation, channels, size=4):
+    x = keras.Input((size, size, 1))
     return keras.Model(x, kl.Conv2D(channels, 3, padding="same", activation=activation, name="c")(x))
 
 
@@ -350,6 +350,8 @@ def test_kl_weight_counts_the_terms_of_the_loss():
         (keras.losses.SparseCategoricalCrossentropy(), (None, 4, 4, 3), 16),
         ("categorical_crossentropy", (None, 4, 4, 3), 16),
         (keras.losses.CategoricalCrossentropy(), (None, 9), 1),
+        (keras.losses.SparseCategoricalCrossentropy(axis=1), (None, 3, 4, 5), 20),
+        (keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight"), (None, 9), 9),
         (lambda y, p: 0.0, (None, 9), None),
     ],
 )
@@ -379,6 +381,80 @@ def test_unknown_loss_demands_terms_and_a_mismatch_warns():
     assert float(known.kl.weight) == pytest.approx(1 / 64)
     with pytest.warns(UserWarning, match="16 times"):
         bayesian(conv("sigmoid", 1), terms_per_example=1).compile("sgd", "binary_crossentropy")
+
+
+def padded(steps=4):
+    x = keras.Input((steps,), dtype="int32")
+    return keras.Model(x, kl.Dense(1, "sigmoid", name="c")(kl.Embedding(5, 3, mask_zero=True)(x)))
+
+
+WORDS, VOID = np.array([[1, 0, 0, 0], [2, 1, 3, 0]]), np.array([[[255, 1], [0, 255]]] * 3)
+PIXELS = np.linspace(-1, 1, 48, dtype="float32").reshape(3, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "x", "y", "weight", "terms"),
+    [
+        (padded, "BinaryCrossentropy", WORDS, np.ones((2, 4, 1)), None, 2.0),
+        (lambda: padded(None), "BinaryCrossentropy", WORDS, np.ones((2, 4, 1)), None, 2.0),
+        (lambda: conv("softmax", 3, size=2), "SparseCategoricalCrossentropy", PIXELS[:, :2, :2], VOID, None, 2.0),
+        (lambda: conv("sigmoid", 1), "BinaryCrossentropy", PIXELS, PIXELS > 0, np.full((3, 4, 4), 0.25), 4.0),
+        (lambda: conv("sigmoid", 1), "BinaryCrossentropy", PIXELS, PIXELS > 0, np.full((3, 1, 1), 2.0), 2.0),
+        (padded, "MeanSquaredError", WORDS, np.ones((2, 4, 1)), np.full((2, 4, 1), 3.0), 6.0),
+    ],
+    ids=["masked", "of open length", "void", "weighted", "weighted by image", "masked and weighted"],
+)
+def test_the_kl_is_divided_by_what_keras_divides_the_batch_by(make, loss, x, y, weight, terms):
+    """Keras's own divisor is its summed loss over its mean."""
+    arguments = {"ignore_class": 255} if loss.startswith("Sparse") else {}
+    arguments["reduction"] = "sum_over_batch_size" if weight is None else "mean_with_sample_weight"
+    mean = getattr(keras.losses, loss)(**arguments)
+    total = getattr(keras.losses, loss)(**{**arguments, "reduction": "sum"})
+    model = make()
+    outputs = model(x)
+    assert float(total(y, outputs, weight) / mean(y, outputs, weight)) == pytest.approx(terms * len(x), rel=1e-5)
+    bnn = bayesian(model, full(model, keys=["c/kernel"]), num_train=10, beta=0.5)
+    bnn.compile("sgd", mean)
+    bnn.train_on_batch(x, y, sample_weight=weight)
+    assert float(bnn.kl.weight) == pytest.approx(0.5 / (10 * terms), rel=1e-6)
+
+
+def test_the_terms_of_all_batches_that_were_trained_on_count(tmp_path):
+    bnn = bayesian(padded(), full(padded(), keys=["c/kernel"]), num_train=10)
+    targets = np.ones((2, 4, 1))
+    bnn.compile("sgd", "binary_crossentropy")
+    assert float(bnn.kl.weight) == pytest.approx(1 / 40)  # before any batch: all steps
+    bnn.evaluate(WORDS[:1], targets[:1], verbose=0)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 10)  # of that batch, and forgotten
+    bnn.fit(WORDS, targets, batch_size=1, verbose=0)
+    bnn.evaluate(WORDS[:1], targets[:1], verbose=0)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20) and bnn.kl.terms == 2
+    bnn.beta = 0.5
+    assert float(bnn.kl.weight) == pytest.approx(0.5 / 20)
+    bnn.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.kl.terms == 2 and float(loaded.kl.weight) == pytest.approx(0.5 / 20)
+    bnn.train_on_batch(np.zeros((1, 4)), targets[:1])
+    assert bnn.kl.terms == pytest.approx(4 / 3)  # a batch of padding alone
+    bnn.compile("sgd", "binary_crossentropy")
+    assert bnn.kl.terms == 4
+
+
+def test_right_terms_of_masked_outputs_do_not_warn_and_stay(recwarn):
+    bnn = bayesian(padded(), full(padded(), keys=["c/kernel"]), num_train=10, terms_per_example=2)
+    bnn.compile("sgd", "binary_crossentropy")
+    bnn.train_on_batch(WORDS[1:], np.ones((1, 4, 1)))
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20) and not [w for w in recwarn if "terms_per" in str(w.message)]
+
+
+def test_terms_of_two_masked_outputs_are_counted():
+    x = keras.Input((4,), dtype="int32")
+    y = kl.Embedding(5, 3, mask_zero=True)(x)
+    model = keras.Model(x, {name: kl.Dense(1, "sigmoid", name=name)(y) for name in ("b", "a")})
+    bnn = bayesian(model, full(model, keys=["a/kernel"]), num_train=10)
+    bnn.compile("sgd", {"a": "mse", "b": "mse"})
+    bnn.train_on_batch(WORDS, {name: np.ones((2, 4, 1)) for name in ("a", "b")})
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20)
 
 
 def test_kl_reduction_mean_by_hand():

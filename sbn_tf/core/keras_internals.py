@@ -32,6 +32,7 @@ __all__ = [
     "is_called_by_another",
     "is_functional",
     "logits_of",
+    "loss_arguments",
     "made_by",
     "mask_of",
     "nodes_in_order",
@@ -334,6 +335,14 @@ def compiled_loss(model: keras.Model) -> Any:
     Why: `Model.compute_loss` is public and adds all other losses to it; `Model.loss` may be a name, a list or a dict.
     """
     return model._compile_loss
+
+
+def loss_arguments(loss: Any) -> dict:
+    """The arguments of a Keras loss beside its reduction, such as `axis` and `ignore_class`; {} of another one.
+
+    Why: `SparseCategoricalCrossentropy` shows its `axis` neither as an attribute nor in its config.
+    """
+    return getattr(loss, "_fn_kwargs", {})
 
 
 def summed_loss(model: keras.Model, loss: Any) -> Any:
