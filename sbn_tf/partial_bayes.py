@@ -201,7 +201,7 @@ class PartialBayes(SampledModel):
     def compile(self, optimizer="rmsprop", loss=None, **kwargs):
         """`keras.Model.compile`; the loss says how many terms the KL is divided by, unless that was given."""
         self.kl.settle(loss, self.network)
-        self.outputs_of_samples.warn_of_logits(loss)
+        self.outputs_of_samples.settle(loss)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self.forget_samplers()
         spare_scales(self.optimizer, self.trainable_variables)

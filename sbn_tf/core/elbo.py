@@ -61,7 +61,7 @@ class KLWeight(keras.layers.Layer):
     @property
     def terms(self) -> float | None:
         """Terms of one example that the KL is divided by: those given, counted, or of the loss; None: not known yet."""
-        terms, examples = map(float, ops.convert_to_numpy(self._seen))
+        terms, examples = map(float, ops.unstack(ops.convert_to_tensor(self._seen), 2))
         return terms / examples if self.terms_per_example is None and examples else self._terms
 
     def apply(self) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "loss_arguments",
     "made_by",
     "mask_of",
+    "moving_averages",
     "nodes_in_order",
     "nodes_of",
     "noise_states",
@@ -52,6 +53,7 @@ __all__ = [
     "traced",
     "unconnected_copy",
     "unlocked",
+    "with_moving_averages",
     "with_symbolic_build",
 ]
 
@@ -365,6 +367,24 @@ def spare_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -
 def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list:
     """The variables that a built optimiser updates. Why: `Optimizer.variables` are the optimiser's own."""
     return list(optimizer._trainable_variables)
+
+
+def moving_averages(optimizer: keras.optimizers.Optimizer) -> list:
+    """The moving averages of a built optimiser of `use_ema=True`. Why: `Optimizer.variables` mixes them with slots."""
+    return optimizer._model_variables_moving_average
+
+
+def with_moving_averages(averages_of: Callable) -> Callable:
+    """Class decorator of optimisers: `averages_of(optimizer)` is what Keras finds as its moving averages.
+
+    Why: `keras.callbacks.SwapEMAWeights` looks for them by this name.
+    """
+
+    def decorate(cls):
+        cls._model_variables_moving_average = property(averages_of)
+        return cls
+
+    return decorate
 
 
 def strategy_of(model: keras.Model) -> Any:
