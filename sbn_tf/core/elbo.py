@@ -43,7 +43,7 @@ class KLWeight(keras.layers.Layer):
         check_choice("kl_reduction", kl_reduction, ("sum", "mean"))
         self.num_train, self.kl_reduction = int(num_train), kl_reduction
         self.terms_per_example = self._terms = terms_per_example
-        self._loss_terms = None
+        self._loss_terms: LossTerms | None = None
         self.weight, self._per_example, self._seen = (
             self.add_weight(name=name, shape=shape, initializer="zeros", trainable=False, aggregation="mean")
             for name, shape in (("kl_weight", ()), ("kl_per_example", ()), ("terms_and_examples", (2,)))
