@@ -91,7 +91,8 @@ __all__ = [
 # averages over: 1 for a loss averaged over images, the pixels of an image for one averaged over pixels too, the labels
 # for one over labels. A mean squared error is no NLL: that is the error over $2 s^2$ for noise of deviation $s$, so
 # there give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
-# $1 / 1{,}024{,}000$.
+# $1 / 1{,}024{,}000$. Where the data decide $T$ (masked padding, an `ignore_class`, a mean over sample weights), the
+# terms of the batches trained on are counted, and $T$ is their mean.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -146,8 +147,7 @@ class PartialBayes(SampledModel):
             the batch, in turn), "flipout" or "local" (each example sees a draw of its own), see section 6.
 
     Raises:
-        ValueError: an option out of range, a layer of `stateful=True` that would run again for each draw, or a trap of
-            section 5.
+        ValueError: an option out of range, a `stateful=True` layer that runs for each draw, or a trap of section 5.
     """
 
     def __init__(
@@ -193,13 +193,14 @@ class PartialBayes(SampledModel):
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
         self.nll_tracker.update_state(data, sample_weight=ops.shape(keras.tree.flatten(samples[0])[0])[0])
+        self.kl.follow(y, samples[0], sample_weight, training)
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
 
     def compile(self, optimizer=None, loss=None, **kwargs):
         """`keras.Model.compile`; the trained network's own loss, metrics and gentler optimiser where none is given."""
         optimizer, loss, kwargs = self.start.filled(optimizer, loss, kwargs)
         self.kl.settle(loss, self.network)
-        self.outputs_of_samples.warn_of_logits(loss)
+        self.outputs_of_samples.settle(loss)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self.forget_samplers()
         spare_scales(self.optimizer, self.trainable_variables)

@@ -9,6 +9,7 @@ from keras import ops
 from sbn_tf import layers
 from sbn_tf.core import batch as parts_of
 from sbn_tf.core import draws
+from sbn_tf.core.optimizers import others_stay
 
 HOW = ("split", "flipout", "local")
 
@@ -152,6 +153,41 @@ def test_noise_apart_from_the_loc_gives_what_whole_draws_give(monkeypatch, kind)
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
         assert np.any(ops.convert_to_numpy(a) != 0)
+
+
+@pytest.fixture
+def double():
+    """Keras's default precision is double."""
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx(before)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["Dense", "Conv2D", "Embedding"])
+def test_in_double_precision_every_way_is_the_stock_layer_without_noise(double, monkeypatch, kind, how, apart):
+    monkeypatch.setattr(draws, "_decomposes", lambda *_: apart)
+    shape, arguments = ((4,), {"input_dim": 6, "output_dim": 3}) if kind == "Embedding" else FEW[kind][:2]
+    stock = getattr(keras.layers, kind)(**arguments)
+    stock.build((None, *shape))
+    name = "embeddings" if kind == "Embedding" else "kernel"
+    mask = np.zeros(getattr(stock, name).shape, bool)
+    mask[..., :2, :2] = True
+    layer = built(kind, shape, {name: mask}, initial_scale=1e-12, **arguments)
+    x = np.random.default_rng(0).integers(0, 6, (7, *shape)).astype("int32" if kind == "Embedding" else "float64")
+    with layers.batch_draws(how, num_samples=3):
+        y = layer(x)
+    stock.set_weights([layer.loc(n) for n in ("kernel", "bias") if kind != "Embedding"] or [layer.loc(name)])
+    assert keras.backend.standardize_dtype(y.dtype) == "float64"
+    np.testing.assert_allclose(y, stock(x), atol=1e-9)
+
+
+def test_members_take_turns_in_double_precision(double):
+    before, after = [ops.zeros((3, 2))], [ops.ones((3, 2))]
+    (kept,) = others_stay(before, after, ["member_offsets"], ops.convert_to_tensor(4, dtype="int32"))
+    np.testing.assert_array_equal(kept, [[0, 0], [1, 1], [0, 0]])
 
 
 @pytest.mark.parametrize(

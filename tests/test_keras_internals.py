@@ -330,6 +330,26 @@ def test_the_batch_by_which_a_model_is_built_under_a_strategy():
     assert seen == [False, False, True] and model.optimizer.built
 
 
+def test_arguments_of_a_loss():
+    loss = keras.losses.SparseCategoricalCrossentropy(axis=1, ignore_class=7)
+    assert inner.loss_arguments(loss)["axis"] == 1 and inner.loss_arguments(loss)["ignore_class"] == loss.ignore_class
+    assert inner.loss_arguments(lambda y, p: p) == {}
+
+
+def test_moving_averages_are_found_where_keras_looks_for_them():
+    variable = keras.Variable([1.0])
+    optimizer = keras.optimizers.SGD(1.0, use_ema=True)
+    optimizer.build([variable])
+    optimizer.apply([ops.ones((1,))], [variable])
+    assert [float(average[0]) for average in inner.moving_averages(optimizer)] == [0.0]
+
+    @inner.with_moving_averages(lambda one: [one.name])
+    class Named(keras.optimizers.SGD):
+        """Its averages are its name."""
+
+    assert inner.moving_averages(Named(name="mine")) == ["mine"]
+
+
 # ---- stateless scopes, saving ----
 
 

@@ -321,8 +321,8 @@ def test_a_batch_of_fewer_examples_than_samples_under_split(size, mixing):
     np.testing.assert_allclose(history["loss"], [each.mean()], rtol=1e-4)
 
 
-def conv(activation, channels):
-    x = keras.Input((4, 4, 1))
+def conv(activation, channels, size=4):
+    x = keras.Input((size, size, 1))
     return keras.Model(x, kl.Conv2D(channels, 3, padding="same", activation=activation, name="c")(x))
 
 
@@ -350,6 +350,8 @@ def test_kl_weight_counts_the_terms_of_the_loss():
         (keras.losses.SparseCategoricalCrossentropy(), (None, 4, 4, 3), 16),
         ("categorical_crossentropy", (None, 4, 4, 3), 16),
         (keras.losses.CategoricalCrossentropy(), (None, 9), 1),
+        (keras.losses.SparseCategoricalCrossentropy(axis=1), (None, 3, 4, 5), 20),
+        (keras.losses.BinaryCrossentropy(reduction="mean_with_sample_weight"), (None, 9), 9),
         (lambda y, p: 0.0, (None, 9), None),
     ],
 )
@@ -379,6 +381,80 @@ def test_unknown_loss_demands_terms_and_a_mismatch_warns():
     assert float(known.kl.weight) == pytest.approx(1 / 64)
     with pytest.warns(UserWarning, match="16 times"):
         bayesian(conv("sigmoid", 1), terms_per_example=1).compile("sgd", "binary_crossentropy")
+
+
+def padded(steps=4):
+    x = keras.Input((steps,), dtype="int32")
+    return keras.Model(x, kl.Dense(1, "sigmoid", name="c")(kl.Embedding(5, 3, mask_zero=True)(x)))
+
+
+WORDS, VOID = np.array([[1, 0, 0, 0], [2, 1, 3, 0]]), np.array([[[255, 1], [0, 255]]] * 3)
+PIXELS = np.linspace(-1, 1, 48, dtype="float32").reshape(3, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "x", "y", "weight", "terms"),
+    [
+        (padded, "BinaryCrossentropy", WORDS, np.ones((2, 4, 1)), None, 2.0),
+        (lambda: padded(None), "BinaryCrossentropy", WORDS, np.ones((2, 4, 1)), None, 2.0),
+        (lambda: conv("softmax", 3, size=2), "SparseCategoricalCrossentropy", PIXELS[:, :2, :2], VOID, None, 2.0),
+        (lambda: conv("sigmoid", 1), "BinaryCrossentropy", PIXELS, PIXELS > 0, np.full((3, 4, 4), 0.25), 4.0),
+        (lambda: conv("sigmoid", 1), "BinaryCrossentropy", PIXELS, PIXELS > 0, np.full((3, 1, 1), 2.0), 2.0),
+        (padded, "MeanSquaredError", WORDS, np.ones((2, 4, 1)), np.full((2, 4, 1), 3.0), 6.0),
+    ],
+    ids=["masked", "of open length", "void", "weighted", "weighted by image", "masked and weighted"],
+)
+def test_the_kl_is_divided_by_what_keras_divides_the_batch_by(make, loss, x, y, weight, terms):
+    """Keras's own divisor is its summed loss over its mean."""
+    arguments = {"ignore_class": 255} if loss.startswith("Sparse") else {}
+    arguments["reduction"] = "sum_over_batch_size" if weight is None else "mean_with_sample_weight"
+    mean = getattr(keras.losses, loss)(**arguments)
+    total = getattr(keras.losses, loss)(**{**arguments, "reduction": "sum"})
+    model = make()
+    outputs = model(x)
+    assert float(total(y, outputs, weight) / mean(y, outputs, weight)) == pytest.approx(terms * len(x), rel=1e-5)
+    bnn = bayesian(model, full(model, keys=["c/kernel"]), num_train=10, beta=0.5)
+    bnn.compile("sgd", mean)
+    bnn.train_on_batch(x, y, sample_weight=weight)
+    assert float(bnn.kl.weight) == pytest.approx(0.5 / (10 * terms), rel=1e-6)
+
+
+def test_the_terms_of_all_batches_that_were_trained_on_count(tmp_path):
+    bnn = bayesian(padded(), full(padded(), keys=["c/kernel"]), num_train=10)
+    targets = np.ones((2, 4, 1))
+    bnn.compile("sgd", "binary_crossentropy")
+    assert float(bnn.kl.weight) == pytest.approx(1 / 40)  # before any batch: all steps
+    bnn.evaluate(WORDS[:1], targets[:1], verbose=0)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 10)  # of that batch, and forgotten
+    bnn.fit(WORDS, targets, batch_size=1, verbose=0)
+    bnn.evaluate(WORDS[:1], targets[:1], verbose=0)
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20) and bnn.kl.terms == 2
+    bnn.beta = 0.5
+    assert float(bnn.kl.weight) == pytest.approx(0.5 / 20)
+    bnn.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.kl.terms == 2 and float(loaded.kl.weight) == pytest.approx(0.5 / 20)
+    bnn.train_on_batch(np.zeros((1, 4)), targets[:1])
+    assert bnn.kl.terms == pytest.approx(4 / 3)  # a batch of padding alone
+    bnn.compile("sgd", "binary_crossentropy")
+    assert bnn.kl.terms == 4
+
+
+def test_right_terms_of_masked_outputs_do_not_warn_and_stay(recwarn):
+    bnn = bayesian(padded(), full(padded(), keys=["c/kernel"]), num_train=10, terms_per_example=2)
+    bnn.compile("sgd", "binary_crossentropy")
+    bnn.train_on_batch(WORDS[1:], np.ones((1, 4, 1)))
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20) and not [w for w in recwarn if "terms_per" in str(w.message)]
+
+
+def test_terms_of_two_masked_outputs_are_counted():
+    x = keras.Input((4,), dtype="int32")
+    y = kl.Embedding(5, 3, mask_zero=True)(x)
+    model = keras.Model(x, {name: kl.Dense(1, "sigmoid", name=name)(y) for name in ("b", "a")})
+    bnn = bayesian(model, full(model, keys=["a/kernel"]), num_train=10)
+    bnn.compile("sgd", {"a": "mse", "b": "mse"})
+    bnn.train_on_batch(WORDS, {name: np.ones((2, 4, 1)) for name in ("a", "b")})
+    assert float(bnn.kl.weight) == pytest.approx(1 / 20)
 
 
 def test_kl_reduction_mean_by_hand():
@@ -539,6 +615,76 @@ def test_moving_averages_become_the_weights_at_the_end_of_fit():
     locs = [v for v in bnn.trainable_variables if "untransformed" not in v.name]
     for average, loc in zip(averages, locs, strict=True):
         np.testing.assert_array_equal(average, loc)
+
+
+class Watch(keras.callbacks.Callback):
+    """Weights after each batch, and when validation begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.tests = [], []
+
+    def now(self):
+        """Trainable weights."""
+        return [np.array(v) for v in self.model.trainable_variables]
+
+    def on_train_batch_end(self, batch, logs=None):
+        """A step is done."""
+        self.batches.append(self.now())
+
+    def on_test_begin(self, logs=None):
+        """The averages are swapped in."""
+        self.tests.append(self.now())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("averaged", ["both", "locs", "scales"])
+def test_swap_ema_weights_validates_the_averages_and_gives_the_weights_back(averaged, scaled):
+    """The averages by hand: Keras starts them at the first step's weights."""
+    (x, y), bnn, watch = data(8), bayesian(network()), Watch()
+    ema = [averaged in ("both", "locs"), averaged in ("both", "scales")]
+    pair = [
+        keras.optimizers.SGD(rate, use_ema=use, ema_momentum=0.5) for rate, use in zip((0.5, 2.0), ema, strict=True)
+    ]
+    optimizer = LocScaleOptimizer(*pair)
+    bnn.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "binary_crossentropy")
+    swap = keras.callbacks.SwapEMAWeights()
+    bnn.fit(x, y, batch_size=4, epochs=1, verbose=0, validation_data=(x, y), callbacks=[swap, watch])
+    (first, second), (seen,) = watch.batches, watch.tests
+    for variable, a, b, one in zip(bnn.trainable_variables, first, second, seen, strict=True):
+        kept = ema[variable.name.endswith("untransformed_scale")]
+        np.testing.assert_allclose(one, (a + b) / 2 if kept else b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(variable, one, rtol=1e-5, atol=1e-6)  # fit ends with the averages
+
+
+def test_swap_ema_weights_says_where_nothing_keeps_averages():
+    x, y = data(8)
+    bnn = bayesian(network())
+    bnn.compile(LocScaleOptimizer("sgd"), "binary_crossentropy")
+    with pytest.raises(ValueError, match="use_ema=True"):
+        bnn.fit(x, y, verbose=0, validation_data=(x, y), callbacks=[keras.callbacks.SwapEMAWeights()])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_keras_s_callbacks_reach_the_locs_rate_and_restore_both_optimisers(scaled, tmp_path):
+    x, y = data(8)
+    models = []
+    for _ in range(2):  # the second finds the backup of two epochs, and has nothing left to do
+        bnn = bayesian(network())
+        optimizer = LocScaleOptimizer(keras.optimizers.Adam(0.4), keras.optimizers.Adam(0.3))
+        bnn.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "binary_crossentropy")
+        halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+        plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", mode="max", min_delta=1e9, factor=0.5, patience=1)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+        bnn.fit(x, y, epochs=2, verbose=0, callbacks=[halve, plateau, backup])
+        models.append((bnn, optimizer))
+    (first, one), (second, two) = models
+    assert float(one.learning_rate) == pytest.approx(0.4 / 8) and float(
+        one.scale_optimizer.learning_rate
+    ) == pytest.approx(0.3)
+    assert int(one.iterations) == int(two.iterations) == 2
+    for a, b in zip([*first.weights, *one.variables], [*second.weights, *two.variables], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_weight_decay_leaves_the_scales_alone():
@@ -713,11 +859,49 @@ def test_the_kind_of_each_head_of_a_nested_model():
     assert bnn.probabilities == ["sigmoid", "softmax"]
 
 
-def test_a_softmax_over_another_axis_has_no_entropy_here():
+@pytest.mark.parametrize("last", ["operation", "layer", "given", "loss"])
+def test_the_entropy_is_over_the_axis_of_the_classes(last, tmp_path):
+    """SciPy's entropy of the mean over three classes on axis 1."""
     x = keras.Input((3,))
     z = kl.Reshape((3, 4))(kl.Dense(12, name="d")(x))
-    bnn = bayesian(keras.Model(x, kl.Softmax(axis=1)(z)), terms_per_example=1)
-    assert bnn.probabilities is None
+    finish = {"operation": lambda t: keras.ops.softmax(t, axis=1), "layer": kl.Softmax(axis=1)}.get(last)
+    logits = {"from_logits": True, "probabilities": "softmax"} if finish is None else {}
+    options = {**logits, "initial_scale": 0.5, **({"class_axis": 1} if last == "given" else {})}
+    bnn = bayesian(keras.Model(x, finish(z) if finish else z), **options)
+    bnn.compile("sgd", keras.losses.CategoricalCrossentropy(axis=-1 if last == "given" else 1, from_logits=not finish))
+    bnn.save(tmp_path / "model.keras")
+    for model in (bnn, keras.models.load_model(tmp_path / "model.keras")):
+        parts = model.predict_uncertainty(data()[0], num_samples=20)
+        np.testing.assert_allclose(parts["mean"].sum(1), 1, rtol=1e-5)
+        np.testing.assert_allclose(parts["total_entropy"], stats.entropy(parts["mean"], axis=1), rtol=1e-4)
+        assert parts["total_entropy"].shape == (16, 4) and parts["mutual_information"].max() > 0.01
+    if not finish:  # the logit of the mean probability is one of a softmax over axis 1
+        np.testing.assert_allclose(special.logsumexp(bnn.predict(data()[0], verbose=0), axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, -3, 3.0, True])
+def test_a_class_axis_that_is_none(axis):
+    x = keras.Input((3, 2))
+    with pytest.raises(ValueError, match="class_axis"):
+        bayesian(keras.Model(x, kl.Dense(3, "softmax", name="d")(x)), class_axis=axis)
+
+
+class Scaled(kl.Dense):
+    """A Dense of its own kind, which is wrapped."""
+
+    def call(self, inputs):
+        """The Dense of twice the inputs."""
+        return super().call(2.0 * inputs)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_kind_of_a_wrapped_last_layer_is_the_original_s(kind):
+    x = keras.Input((3,))
+    bnn = bayesian(keras.Model(x, Scaled(3, kind, name="own")(x)), terms_per_example=1)
+    assert bnn.probabilities == kind
+    assert bnn.predict_uncertainty(data()[0])["total_entropy"].shape == ((16,) if kind == "softmax" else (16, 3))
+    gated = bayesian(keras.Model(*(lambda t: (t, kl.LSTM(2, activation=kind, name="d")(t)))(keras.Input((4, 3)))))
+    assert gated.probabilities is None  # an output gate times the activation is no probability
 
 
 def test_more_samples_after_a_prediction_are_more_samples():

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.losses import terms_of_outputs
+from sbn_tf.core.losses import LossTerms
 from sbn_tf.core.optimizers import is_scale
 from sbn_tf.core.sampled import check_choice, check_count
 
@@ -22,13 +22,14 @@ class KLWeight(keras.layers.Layer):
     """By how much the KL of all Bayesian entries is multiplied in a loss that is a mean.
 
     It is `beta / (num_train * terms)` of the summed KL: the ELBO's share of one term. With `kl_reduction="mean"`, the
-    paper's, it is beta alone.
+    paper's, it is beta alone. Where the data decide how many terms the loss averages over, the terms of all batches
+    that have been trained on are counted, and `terms` is their mean.
 
     Args:
         num_train: training examples, >= 1.
         beta: factor of the KL, >= 0.
         kl_reduction: "sum" or "mean" over the entries of each weight.
-        terms_per_example: terms of one example that the loss averages over; None: read from the loss.
+        terms_per_example: terms of one example that the loss averages over; None: read from the loss and the data.
 
     Attributes:
         weight: variable that all masked layers read.
@@ -41,8 +42,12 @@ class KLWeight(keras.layers.Layer):
             check_count("terms_per_example", terms_per_example)
         check_choice("kl_reduction", kl_reduction, ("sum", "mean"))
         self.num_train, self.kl_reduction = int(num_train), kl_reduction
-        self.terms_per_example = self.terms = terms_per_example
-        self.weight = self.add_weight(name="kl_weight", shape=(), initializer="zeros", trainable=False)
+        self.terms_per_example = self._terms = terms_per_example
+        self._loss_terms: LossTerms | None = None
+        self.weight, self._per_example, self._seen = (
+            self.add_weight(name=name, shape=shape, initializer="zeros", trainable=False, aggregation="mean")
+            for name, shape in (("kl_weight", ()), ("kl_per_example", ()), ("terms_and_examples", (2,)))
+        )
         self.set_beta(beta)
         self.built = True
 
@@ -53,10 +58,36 @@ class KLWeight(keras.layers.Layer):
         self.beta = float(value)
         self.apply()
 
+    @property
+    def terms(self) -> float | None:
+        """Terms of one example that the KL is divided by: those given, counted, or of the loss; None: not known yet."""
+        terms, examples = map(float, ops.unstack(ops.convert_to_tensor(self._seen), 2))
+        return terms / examples if self.terms_per_example is None and examples else self._terms
+
     def apply(self) -> None:
-        """Write the weight into the variable."""
-        divisor = 1.0 if self.kl_reduction == "mean" else self.num_train * (self.terms or 1)
-        self.weight.assign(self.beta / divisor)
+        """Write the weight into the variables."""
+        per_example = self.beta / (1.0 if self.kl_reduction == "mean" else self.num_train)
+        self._per_example.assign(per_example)
+        self.weight.assign(per_example / (1.0 if self.kl_reduction == "mean" else self.terms or 1))
+
+    def follow(self, y, outputs, sample_weight, training: bool) -> None:
+        """Count the terms that the loss of this batch averages over, where the data decide; the weight follows.
+
+        Evaluation counts nothing, and takes its own batch's terms where no batch has been trained on.
+
+        Args:
+            y, outputs, sample_weight: of the batch, as `keras.Model.compute_loss` gets them.
+            training: whether it is a training step.
+        """
+        terms = self._loss_terms and self._loss_terms.of_batch(y, outputs, sample_weight)
+        if terms is None:
+            return
+        examples = ops.shape(keras.tree.flatten(outputs)[0])[0]
+        batch, seen = ops.stack([terms, ops.cast(examples, "float32")]), ops.convert_to_tensor(self._seen)
+        seen = seen + batch if training else ops.where(seen[1] > 0, seen, batch)
+        if training:
+            self._seen.assign(seen)
+        self.weight.assign(self._per_example * seen[1] / ops.maximum(seen[0], 1.0))
 
     def settle(self, loss, network: keras.Model) -> None:
         """Read from the compiled loss how many terms of one example it averages over.
@@ -64,21 +95,24 @@ class KLWeight(keras.layers.Layer):
         Raises:
             ValueError: an unknown loss, and no `terms_per_example`.
         """
+        self._loss_terms = None
         if loss is None or self.kl_reduction == "mean":
             return
-        terms = terms_of_outputs(loss, network)
-        if terms is None and self.terms_per_example is None:
+        terms = LossTerms(loss, network)
+        if terms.known is None and not terms.is_open and self.terms_per_example is None:
             raise ValueError(
                 "How many terms of one example does this loss average over? Pass terms_per_example= to "
                 "to_partial_bayes: 1 for a loss per image, pixels for a mean over pixels, labels for one over labels."
             )
-        if terms is not None and self.terms_per_example not in (None, terms):
+        if terms.known is not None and not terms.by_data and self.terms_per_example not in (None, terms.known):
             warnings.warn(
-                f"terms_per_example={self.terms_per_example}, but this loss averages over {terms} terms an example: "
-                f"the KL is {terms / self.terms_per_example:g} times the ELBO's.",
+                f"terms_per_example={self.terms_per_example}, but this loss averages over {terms.known} terms an "
+                f"example: the KL is {terms.known / self.terms_per_example:g} times the ELBO's.",
                 stacklevel=3,
             )
-        self.terms = self.terms_per_example or terms
+        self._terms = self.terms_per_example or terms.known
+        self._loss_terms = terms if self.terms_per_example is None else None
+        self._seen.assign(ops.zeros((2,)))  # of another loss
         self.apply()
 
     def get_config(self) -> dict:
@@ -86,13 +120,15 @@ class KLWeight(keras.layers.Layer):
         return {name: getattr(self, name) for name in ("num_train", "beta", "kl_reduction", "terms_per_example")}
 
     def save_own_variables(self, store):
-        """The loss's terms; the weight follows from them and from beta."""
-        store["terms"] = np.int64(self.terms or 0)
+        """The loss's terms, and those counted; the weight follows from them and from beta."""
+        store["terms"], store["seen"] = np.int64(self._terms or 0), self._seen
 
     def load_own_variables(self, store):
         """The loss's terms, where they are stored."""
         if "terms" in set(store.keys()):
-            self.terms = int(np.asarray(store["terms"])) or None
+            self._terms = int(np.asarray(store["terms"])) or None
+        if "seen" in set(store.keys()):
+            self._seen.assign(store["seen"])
         self.apply()
 
 

@@ -32,8 +32,10 @@ __all__ = [
     "is_called_by_another",
     "is_functional",
     "logits_of",
+    "loss_arguments",
     "made_by",
     "mask_of",
+    "moving_averages",
     "nodes_in_order",
     "nodes_of",
     "noise_states",
@@ -51,6 +53,7 @@ __all__ = [
     "traced",
     "unconnected_copy",
     "unlocked",
+    "with_moving_averages",
     "with_symbolic_build",
 ]
 
@@ -336,6 +339,14 @@ def compiled_loss(model: keras.Model) -> Any:
     return model._compile_loss
 
 
+def loss_arguments(loss: Any) -> dict:
+    """The arguments of a Keras loss beside its reduction, such as `axis` and `ignore_class`; {} of another one.
+
+    Why: `SparseCategoricalCrossentropy` shows its `axis` neither as an attribute nor in its config.
+    """
+    return getattr(loss, "_fn_kwargs", {})
+
+
 def summed_loss(model: keras.Model, loss: Any) -> Any:
     """A loss that a layer added, or a regularizer, as one number of the total; under replicas each has its share.
 
@@ -356,6 +367,24 @@ def spare_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -
 def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list:
     """The variables that a built optimiser updates. Why: `Optimizer.variables` are the optimiser's own."""
     return list(optimizer._trainable_variables)
+
+
+def moving_averages(optimizer: keras.optimizers.Optimizer) -> list:
+    """The moving averages of a built optimiser of `use_ema=True`. Why: `Optimizer.variables` mixes them with slots."""
+    return optimizer._model_variables_moving_average
+
+
+def with_moving_averages(averages_of: Callable) -> Callable:
+    """Class decorator of optimisers: `averages_of(optimizer)` is what Keras finds as its moving averages.
+
+    Why: `keras.callbacks.SwapEMAWeights` looks for them by this name.
+    """
+
+    def decorate(cls):
+        cls._model_variables_moving_average = property(averages_of)
+        return cls
+
+    return decorate
 
 
 def strategy_of(model: keras.Model) -> Any:

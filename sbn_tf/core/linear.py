@@ -238,7 +238,7 @@ class TouchedChannels:
         if self.counts[i] == self.sizes[i]:
             return None
         ranks, present = self.ranked[i]
-        return ops.one_hot(ranks, self.counts[i]) * ops.cast(present, "float32")[:, None]
+        return ops.one_hot(ranks, self.counts[i], dtype="float32") * ops.cast(present, "float32")[:, None]
 
 
 def _ranks(channels, size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from sbn_tf.core.keras_internals import spare_weight_decay
+from sbn_tf.core.keras_internals import moving_averages, optimized_variables, spare_weight_decay, with_moving_averages
 
 __all__ = ["LocScaleOptimizer", "is_scale", "others_stay", "spare_scales"]
 
@@ -23,6 +23,20 @@ def spare_scales(optimizer: keras.optimizers.Optimizer, variables: list) -> None
         spare_weight_decay(optimizer, [v for v in variables if is_scale(v)])
 
 
+def _averages(optimizer):
+    """The moving averages of both optimisers; of one that keeps none copies of its variables, which swap unchanged."""
+    # Not `optimizers`, as a MultiOptimizer has them: Keras's schedules would set the scales' learning rate, too.
+    found = {}
+    for one, variables in optimizer.shares():
+        if one.use_ema:
+            found.update(zip(map(id, variables), moving_averages(one), strict=True))
+    if not found:
+        raise AttributeError("Expected an optimiser with use_ema=True among the two. Received: none.")
+    variables = optimized_variables(optimizer)
+    return [found[id(v)] if id(v) in found else keras.Variable(v, trainable=False, dtype=v.dtype) for v in variables]
+
+
+@with_moving_averages(_averages)
 @keras.saving.register_keras_serializable(package="sbn_tf")
 class LocScaleOptimizer(keras.optimizers.Optimizer):
     """One optimiser for the locs (and everything else), another for the untransformed scales.
@@ -59,7 +73,7 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        for optimizer, chosen in self._shares(variables):
+        for optimizer, chosen in self.shares():
             optimizer.build(chosen)
 
     def apply(self, grads, trainable_variables=None):
@@ -67,13 +81,13 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         self.build(variables)
         gradients = {id(v): g for v, g in zip(variables, grads, strict=True)}
-        for optimizer, chosen in self._shares(variables):
+        for optimizer, chosen in self.shares(variables):
             optimizer.apply([gradients[id(v)] for v in chosen], chosen)
         self._iterations.assign_add(1)
 
     def finalize_variable_values(self, var_list):
         """At the end of `fit`: moving averages, where an optimiser keeps them, become the weights."""
-        for optimizer, chosen in self._shares(var_list):
+        for optimizer, chosen in self.shares(var_list):
             optimizer.finalize_variable_values(chosen)
 
     def save_own_variables(self, store):
@@ -108,7 +122,9 @@ class LocScaleOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self, value):
         self.loc_optimizer.learning_rate = value
 
-    def _shares(self, variables):
+    def shares(self, variables=None) -> list[tuple]:
+        """(optimiser, its variables) of the two that have any; `variables`: among those, None: all it was built for."""
+        variables = optimized_variables(self) if variables is None else variables
         scales = [v for v in variables if is_scale(v)]
         locs = [v for v in variables if not is_scale(v)]
         return [(o, vs) for o, vs in ((self.loc_optimizer, locs), (self.scale_optimizer, scales)) if vs]
@@ -131,6 +147,6 @@ def others_stay(before: list, after: list, names: list[str], turn) -> list:
             found.append(new)
             continue
         num_members = new.shape[0]
-        trained = ops.arange(num_members)[:, None] == ops.cast(turn, "int32") % num_members
+        trained = ops.arange(num_members, dtype="int32")[:, None] == ops.cast(turn, "int32") % num_members
         found.append(ops.where(trained, new, old))
     return found

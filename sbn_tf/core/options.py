@@ -12,7 +12,7 @@ from sbn_tf.core.weights import biases_before_batch_norm
 
 __all__ = ["refuse_idle_biases", "sorted_options"]
 
-_OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits")
+_OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits", "class_axis")
 
 
 def sorted_options(options: Mapping) -> tuple[dict, dict]:

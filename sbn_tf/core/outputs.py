@@ -9,20 +9,30 @@ from collections import Counter
 import keras
 from keras import ops
 
-from sbn_tf.core.keras_internals import made_by, mask_of, set_mask
+from sbn_tf.core.keras_internals import loss_arguments, made_by, mask_of, set_mask
+from sbn_tf.core.wrapper import MaskedWrapper
 
-__all__ = ["Outputs", "entropy", "input_structure", "is_samples", "names_of_outputs", "output_kind", "output_structure"]
+__all__ = [
+    "Outputs",
+    "class_axes",
+    "entropy",
+    "input_structure",
+    "is_samples",
+    "names_of_outputs",
+    "output_kind",
+    "output_structure",
+]
 
 
-def entropy(probs, kind: str):
-    """Entropy in nats: of each Bernoulli ("sigmoid"), or over the last axis ("softmax")."""
+def entropy(probs, kind: str, axis: int = -1):
+    """Entropy in nats: of each Bernoulli ("sigmoid"), or over the axis of the classes ("softmax")."""
 
     def xlogx(p):
         return p * ops.log(ops.maximum(p, 1e-30))
 
     if kind == "sigmoid":
         return -xlogx(probs) - xlogx(1.0 - probs)
-    return -ops.sum(xlogx(probs), axis=-1)
+    return -ops.sum(xlogx(probs), axis=axis)
 
 
 class Outputs:
@@ -35,13 +45,14 @@ class Outputs:
     Args:
         probabilities: "sigmoid", "softmax", None (no probabilities), or a list of these, one for each output.
         from_logits: the outputs are logits of these probabilities.
+        axes: where the classes of each output lie, see `class_axes`.
 
     Raises:
         ValueError: another kind, or logits of more than one kind.
     """
 
-    def __init__(self, probabilities, from_logits: bool):
-        self.probabilities, self.from_logits = probabilities, from_logits
+    def __init__(self, probabilities, from_logits: bool, axes: list):
+        self.probabilities, self.from_logits, self._axes = probabilities, from_logits, axes
         for kind in probabilities if isinstance(probabilities, list) else [probabilities]:
             if kind not in ("sigmoid", "softmax", None):
                 raise ValueError(
@@ -51,13 +62,20 @@ class Outputs:
         if from_logits and probabilities not in ("sigmoid", "softmax"):
             raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
 
+    @property
+    def axes(self) -> list[int]:
+        """The axis of the classes of each output, counted from the end; -1 where nothing says another."""
+        return [-1 if axis is None else axis for axis in self._axes]
+
     def as_probabilities(self, outputs):
         """Outputs as probabilities, not in half precision: its entropies would be NaN."""
         outputs = keras.tree.map_structure(_at_least_float32, outputs)
         if not self.from_logits:
             return outputs
-        link = ops.sigmoid if self.probabilities == "sigmoid" else ops.softmax
-        return keras.tree.map_structure(link, outputs)
+        if self.probabilities == "sigmoid":
+            return keras.tree.map_structure(ops.sigmoid, outputs)
+        flat = zip(keras.tree.flatten(outputs), self.axes, strict=True)
+        return keras.tree.pack_sequence_as(outputs, [ops.softmax(x, axis) for x, axis in flat])
 
     def to_average(self, outputs) -> list:
         """One sample's probabilities, as what is summed: themselves, or logarithms that are added as exponentials."""
@@ -66,7 +84,7 @@ class Outputs:
             return outputs
         if self.probabilities == "sigmoid":
             return [ops.log_sigmoid(z) for x in outputs for z in (x, -x)]
-        return [ops.log_softmax(x) for x in outputs]
+        return [ops.log_softmax(x, axis) for x, axis in zip(outputs, self.axes, strict=True)]
 
     def plus(self, state: list, more: list) -> list:
         """Add what `to_average` returned for two samples."""
@@ -89,10 +107,20 @@ class Outputs:
         """Entropy in nats of each output."""
         outputs, kinds = keras.tree.flatten(probabilities), self.probabilities
         kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
-        return [entropy(p, kind) for p, kind in zip(outputs, kinds, strict=True)]
+        return [entropy(p, kind, axis) for p, kind, axis in zip(outputs, kinds, self.axes, strict=True)]
 
-    def warn_of_logits(self, loss) -> None:
-        """Warn where the loss takes logits and nothing says of what probabilities."""
+    def settle(self, loss) -> None:
+        """Read the classes' axis from the loss where nothing else says it; warn of logits where nothing says of what.
+
+        Raises:
+            ValueError: several losses of different axes.
+        """
+        losses = [one for one in keras.tree.flatten(loss) if "Categorical" in type(one).__name__]
+        axes = {loss_arguments(one).get("axis", -1) for one in losses}
+        if axes and None in self._axes and "softmax" in (self.probabilities or ()):
+            if len(axes) > 1:
+                raise ValueError(f"Expected one class_axis of all losses. Received: {sorted(axes)}. Pass class_axis=.")
+            self._axes = [axes.copy().pop() if axis is None else axis for axis in self._axes]
         if getattr(loss, "from_logits", False) and self.probabilities is None:
             warnings.warn(
                 "This loss takes logits, and nothing says of what: predictions average logits, and have no entropy. "
@@ -127,18 +155,49 @@ def is_samples(network: keras.Model, outputs) -> bool:
 
 def output_kind(network: keras.Model):
     """The kind of each output ("sigmoid", "softmax" or None), by the activation of the layer that made it."""
-    kinds = [_kind_of(output) for output in keras.tree.flatten(network.outputs)]
+    kinds = [_kind_of(output)[0] for output in keras.tree.flatten(network.outputs)]
     return kinds[0] if len(set(kinds)) == 1 else kinds
 
 
+def class_axes(network: keras.Model, given: int | None) -> list[int | None]:
+    """The axis of the classes of each output, counted from the end: as `given`, or that of the softmax that made it.
+
+    None where no softmax did: its loss may say.
+
+    Raises:
+        ValueError: an axis that is none of an output's, or the batch's.
+    """
+    outputs = keras.tree.flatten(network.outputs)
+    axes = [_kind_of(output)[1] if given is None else given for output in outputs]
+    found = []
+    for axis, output in zip(axes, outputs, strict=True):
+        rank = len(output.shape)
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis % rank == 0):
+            raise ValueError(
+                f"Expected class_axis, an axis of the outputs but the batch's. Received: class_axis={axis!r}"
+            )
+        found.append(None if axis is None else axis % rank - rank)
+    return found
+
+
 def _kind_of(output):
+    """(kind, axis of the classes): the axis of a softmax, else None."""
     operation, position = made_by(output)
-    while isinstance(operation, keras.Model):  # a nested model's output is made inside it
-        operation, position = made_by(keras.tree.flatten(operation.outputs)[position])
-    if isinstance(operation, keras.layers.Softmax) and operation.axis not in (-1, len(output.shape) - 1):
-        return None
-    name = getattr(getattr(operation, "activation", None), "__name__", type(operation).__name__.lower())
-    return name if name in ("sigmoid", "softmax") else None
+    while isinstance(operation, keras.Model | MaskedWrapper):
+        if not isinstance(operation, keras.Model):
+            operation = operation.layer
+        elif not operation.outputs:  # a subclassed one
+            return None, None
+        else:  # a nested model's output is made inside it
+            operation, position = made_by(keras.tree.flatten(operation.outputs)[position])
+    if isinstance(operation, keras.layers.RNN):  # its outputs are gates times the activation
+        return None, None
+    activation = getattr(operation, "activation", None)
+    name = getattr(activation, "__name__", type(operation).__name__.lower())
+    axis = -1 if activation else getattr(operation, "axis", None)  # Keras's activation "softmax" is over the last
+    if name == "softmax" and isinstance(axis, int) and axis % len(output.shape):
+        return name, axis
+    return ("sigmoid" if name == "sigmoid" else None), None
 
 
 def _at_least_float32(x):

@@ -13,7 +13,7 @@ from sbn_tf.core.context import is_at_mean, posterior_sample
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, own_trained
 from sbn_tf.core.losses import set_added_shares
-from sbn_tf.core.outputs import Outputs, input_structure, is_samples, names_of_outputs, output_kind
+from sbn_tf.core.outputs import Outputs, class_axes, input_structure, is_samples, names_of_outputs, output_kind
 from sbn_tf.core.replicas import Distributed
 from sbn_tf.core.sharing import one_after_another
 from sbn_tf.core.weights import named_weights
@@ -47,16 +47,21 @@ class SampledModel(Distributed):
             outputs, or "auto": by the activation of the last layer.
         from_logits: the outputs are logits of these probabilities.
         batch_norm: "frozen", "statistics" or "train", see `settle_batch_norm`.
+        class_axis: axis of the classes in the outputs, the batch included; None: that of the last softmax, or of the
+            compiled loss, or else the last.
     """
 
-    def __init__(self, network, num_samples: int, probabilities, from_logits: bool, batch_norm: str, **kwargs):
+    def __init__(
+        self, network, num_samples: int, probabilities, from_logits: bool, batch_norm: str, class_axis=None, **kwargs
+    ):
         super().__init__(**kwargs)
         check_count("num_samples", num_samples)
         check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
         self.network, self._num_samples, self.batch_norm = network, int(num_samples), batch_norm
         settle_batch_norm(network, batch_norm)
         kinds = output_kind(network) if probabilities == "auto" else probabilities
-        self.outputs_of_samples = Outputs(kinds, from_logits)
+        self.class_axis = class_axis
+        self.outputs_of_samples = Outputs(kinds, from_logits, class_axes(network, class_axis))
         graph, samplers = Graph(network), {}
         self._graph, self._samplers = lambda: graph, lambda: samplers  # hidden from Keras: no parts of this model
 
@@ -260,6 +265,7 @@ class SampledModel(Distributed):
             "probabilities": self.probabilities,
             "from_logits": self.from_logits,
             "batch_norm": self.batch_norm,
+            "class_axis": self.class_axis,
             "frozen_weights": self._frozen_alone(),
         }
 
