@@ -395,6 +395,24 @@ def test_ragged_inputs_stay_ragged():
     assert [t.ragged for t in network_of(model).inputs] == [True]
 
 
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
+def test_sparse_inputs_stay_sparse(kind, tmp_path):
+    import tensorflow as tf
+
+    x, dense = keras.Input((4,), sparse=True, name="words"), kl.Dense(3, name="dense")
+    model = keras.Model(x, dense(x)) if kind == "functional" else keras.Sequential([x, dense])
+    if kind == "nested":
+        model = keras.Sequential([x, model])
+    bayes = network_of(model)
+    bayes.save(tmp_path / "model.keras")
+    data = np.eye(4, dtype="float32")[:2] * 3
+    for one in (bayes, copied(model), to_deterministic(bayes), keras.saving.load_model(tmp_path / "model.keras")):
+        assert one.inputs[0].sparse and one.inputs[0].name == "words"
+        with layers.posterior_mean():
+            np.testing.assert_allclose(one(tf.sparse.from_dense(data)), model(data), rtol=1e-6)
+
+
 def test_optional_inputs_stay_optional():
     x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y", optional=True)
 

@@ -194,9 +194,7 @@ class _Copier:
         return self.copies[id(operation)][1]
 
     def _graph(self, model):
-        if isinstance(model, keras.Sequential):
-            return keras.models.clone_model(model, clone_function=self)
-        return keras.models.clone_model(model, clone_function=self, input_tensors=_inputs_like(model))
+        return keras.models.clone_model(model, clone_function=self, input_tensors=_inputs_like(functional_of(model)))
 
     def _copy_state(self):
         """Every variable's value, and what trains."""
@@ -213,7 +211,7 @@ class _Copier:
                 )
             for a, b in pairs:
                 set_own_trainable(b, a.trainable)
-                for before, after in zip(_own_variables(a), _own_variables(b), strict=True):
+                for before, after in zip(own_variables(a), own_variables(b), strict=True):
                     if new_of.setdefault(id(before), after) is not after:
                         raise ValueError(
                             f"Two layers share the weight '{before.path}', which their configs do not say. "
@@ -435,10 +433,5 @@ def _parts(layer) -> list:
     return list(found.values())
 
 
-def _own_variables(layer) -> list:
-    """A layer's own variables as its stock class has them: without a posterior's."""
-    return own_variables(layer)
-
-
 def _shapes(layer) -> list:
-    return [tuple(variable.shape) for variable in _own_variables(layer)]
+    return [tuple(variable.shape) for variable in own_variables(layer)]
