@@ -52,7 +52,7 @@ from sbn_tf.core.context import (
     weights_drawn,
 )
 from sbn_tf.core.draws import call_in_batch
-from sbn_tf.core.keras_internals import all_layers
+from sbn_tf.core.keras_internals import all_layers, set_part
 from sbn_tf.core.posterior import (
     OPTION_NAMES,
     POSTERIORS,
@@ -290,13 +290,17 @@ class MaskedGaussian(WithPosteriors):
         super().__init__(*args, **kwargs)
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        self.posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
+        posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
+        set_part(self, "posteriors", posteriors, counted=False)  # it is when it has entries
+        if self.built:  # by the stock layer's `__init__`, as `Embedding(weights=...)` is
+            self.posteriors.make()
 
     def build(self, input_shape=None):
         """Build the stock layer, then the posteriors of its masked entries."""
         if not self.built:
             super().build(input_shape)
-            self.posteriors.make()
+            if hasattr(self, "posteriors"):
+                self.posteriors.make()
 
     def call(self, inputs):
         """The stock layer's `call` with one new draw of the masked entries."""

@@ -77,7 +77,7 @@ def convert(
         position[id(layer)] = len(position)
         options = {**layer_options, "mask": chosen, "seed": _layer_seed(seed, position[id(layer)])}
         cls = partial_class(layer)
-        if cls is None or set(chosen) - set(cls.posterior_weights):
+        if cls is None or set(chosen) - set(cls.posterior_weights) or getattr(layer, "lora_enabled", False):
             return _wrapped(layer, options)
         try:
             return cls.from_config({**layer.get_config(), **options})
