@@ -236,6 +236,8 @@ def add_seams(cls):
     stock = cls.stock_class = next(one for one in cls.__mro__ if not issubclass(one, WithPosteriors))
     for name in cls.posterior_weights:
         setattr(cls, name, _seam(name, getattr(stock, name, None)))
+    if cls.call is MaskedGaussian.call and "training" in inspect.signature(stock.call).parameters:
+        cls.call = call_in_training
     theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
     ours = [*inspect.signature(MaskedGaussian.__init__).parameters.values()]
     ours = [*ours, *inspect.signature(PosteriorOptions).parameters.values()]
@@ -251,9 +253,6 @@ def add_seams(cls):
 # `1 / (num_train * pixels)`.
 #
 # The mixin, in the order of a Keras layer: look at `call`, which is the stock layer's own with drawn weights.
-
-
-# %%
 
 
 # %%
@@ -326,6 +325,18 @@ class MaskedGaussian(WithPosteriors):
         own = {"num_bayesian": self.num_bayesian, "seed": self.seed, **self.posterior_options.get_config()}
         return {**super().get_config(), **own}
 
+
+# %% [markdown]
+# Dense and EinsumDense take `training` as well: quantized to eight bits of floating point they learn their scales.
+
+
+# %%
+def call_in_training(self, inputs, training=None):
+    """`MaskedGaussian.call` of a stock layer that takes `training`."""
+    return MaskedGaussian.call(self, inputs)
+
+
+STOCK_CALLS = (MaskedGaussian.call, call_in_training)  # the stock layer's own with drawn weights, and nothing more
 
 # %% [markdown]
 # ## 5. Which layers are there?

@@ -726,6 +726,20 @@ def test_a_model_quantizes_a_layer_of_points_as_the_stock_layer(kind, tmp_path):
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras")(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
+def test_eight_bits_of_floating_point_learn_their_scales_as_in_the_stock_layer(kind):
+    stock, x = build_stock(kind), inputs(kind)
+    layer, y = build(kind, stock), np.array(stock(x)) + 1
+    for one in (stock, layer):
+        one.quantize("float8")
+        model = keras.Sequential([keras.Input(x.shape[1:]), one])
+        model.compile("sgd", "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+    assert np.any(layer.inputs_scale) and float(layer.inputs_scale) != 1
+    for mine, theirs in zip(layer.weights, stock.weights, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=mine.name)
+
+
 def test_a_layer_of_points_that_has_its_own_call_is_not_quantized():
     class Mine(layers.Dense):
         def call(self, inputs):
@@ -742,7 +756,7 @@ def test_a_quantized_kernel_or_one_with_lora_factors_does_not_become_bayesian(ch
     layer, x = dense(), np.ones((2, 4), "float32")
     change(layer)
     before = np.array(layer(x))
-    with pytest.raises(ValueError, match="floating point without LoRA factors.*Received: `kernel` of layer"):
+    with pytest.raises(ValueError, match=r"floating point without LoRA factors.*Received: `kernel` of layer"):
         layer.set_mask(np.ones((4, 3), bool))
     assert not any(layer.num_bayesian.values())
     np.testing.assert_array_equal(layer(x), before)

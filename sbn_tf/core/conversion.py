@@ -33,7 +33,7 @@ from sbn_tf.core.posterior import OPTION_NAMES, Posterior
 from sbn_tf.core.posteriors import Posteriors
 from sbn_tf.core.weights import named_weights
 from sbn_tf.core.wrapper import MaskedWrapper
-from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
+from sbn_tf.layers import STOCK_CALLS, MaskedGaussian, masked_layers, partial_class
 
 __all__ = ["check_convertible", "convert", "copied", "to_deterministic"]
 
@@ -135,7 +135,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
         while isinstance(layer, MaskedWrapper):
             layer = layer.layer
         cls = type(layer).stock_class if isinstance(layer, MaskedGaussian) else type(layer)
-        if isinstance(layer, MaskedGaussian) and type(layer).call is not MaskedGaussian.call:
+        if isinstance(layer, MaskedGaussian) and type(layer).call not in STOCK_CALLS:
             raise ValueError(
                 f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
                 f"class {type(layer).__name__} has its own. Give it to a stock layer of the same call by hand."

@@ -251,8 +251,8 @@ class Posteriors(keras.layers.Layer):
             loc = layer.loc(name)
             if not isinstance(loc, keras.Variable) or not keras.backend.is_float_dtype(loc.dtype):
                 raise ValueError(
-                    f"Expected a weight of floating point without LoRA factors for Bayesian entries. Received: `{name}` "
-                    f"of layer '{layer.name}'. Choose its entries before LoRA and quantization, or convert the model."
+                    "Expected a weight of floating point without LoRA factors for Bayesian entries. Received: "
+                    f"`{name}` of layer '{layer.name}'. Choose its entries before that, or convert a model with LoRA."
                 )
         return names
 

@@ -160,7 +160,7 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
             if len(variables) != len(self._names()):
                 raise ValueError(
                     f"Expected {len(self._names())} weights in the layer that '{self.name}' wraps, as its weight_names "
-                    f"say. Received: {len(variables)}. Let its config describe it in full: LoRA of a sublayer is in none."
+                    f"say. Received: {len(variables)}. Its config must say all (Keras's: no LoRA of sublayers)."
                 )
             named = zip(self._names(), variables, strict=True)
             found = {n: v for n, v in named if keras.backend.is_float_dtype(v.dtype)}
