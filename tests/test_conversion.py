@@ -413,6 +413,21 @@ def test_sparse_inputs_stay_sparse(kind, tmp_path):
             np.testing.assert_allclose(one(tf.sparse.from_dense(data)), model(data), rtol=1e-6)
 
 
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("estimator", ["all", "split", "flipout", "local"])
+def test_sparse_inputs_are_trained_on_by_every_estimator(estimator):
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.Input((4,), sparse=True), kl.Dense(3), kl.Dense(2)])
+    mask = Masks({next(iter(named_weights(model))): np.ones((4, 3), bool)})
+    options = {"num_train": 4, "initial_scale": 1e-6, "beta": 1e-9, "terms_per_example": 1}
+    bnn = to_partial_bayes(model, mask, estimator=estimator, seed=0, **options)
+    bnn.compile("sgd", "mse")
+    x = np.eye(4, dtype="float32")
+    loss = bnn.fit(tf.sparse.from_dense(x), np.zeros((4, 2)), batch_size=4, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(np.mean(np.square(model(x))), rel=1e-3)
+
+
 def test_optional_inputs_stay_optional():
     x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y", optional=True)
 

@@ -35,7 +35,7 @@ from sbn_tf.core.weights import named_weights
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.layers import STOCK_CALLS, MaskedGaussian, masked_layers, partial_class
 
-__all__ = ["check_convertible", "convert", "copied", "to_deterministic"]
+__all__ = ["check_convertible", "convert", "copied", "inputs_like", "to_deterministic"]
 
 
 def convert(
@@ -194,7 +194,7 @@ class _Copier:
         return self.copies[id(operation)][1]
 
     def _graph(self, model):
-        return keras.models.clone_model(model, clone_function=self, input_tensors=_inputs_like(functional_of(model)))
+        return keras.models.clone_model(model, clone_function=self, input_tensors=inputs_like(functional_of(model)))
 
     def _copy_state(self):
         """Every variable's value, and what trains."""
@@ -301,8 +301,8 @@ def _has_graph(layer) -> bool:
     return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
-def _inputs_like(model):
-    """New Inputs in the structure of a Functional model's."""
+def inputs_like(model):
+    """New Inputs in the structure of a Functional model's; `clone_model` itself forgets sparse, ragged and optional."""
 
     def like(x):
         made, _ = made_by(x)
@@ -321,7 +321,7 @@ def _inputs_like(model):
 def _as_graph(new, old):
     """Functional model of one layer: the copy `new` of a model without a graph, on inputs like those of `old`."""
     if is_functional(old):
-        inputs = _inputs_like(old)
+        inputs = inputs_like(old)
         return keras.Model(inputs, new(inputs), name=old.name)
     shapes = getattr(old, "_build_shapes_dict", None) or {}
     if not shapes:
