@@ -282,6 +282,7 @@ class WithPosteriors:
     """
 
     name: str
+    built: bool
     variable_dtype: str
     posteriors: Posteriors
 
