@@ -52,7 +52,7 @@ from sbn_tf.core.context import (
     weights_drawn,
 )
 from sbn_tf.core.draws import call_in_batch
-from sbn_tf.core.keras_internals import all_layers
+from sbn_tf.core.keras_internals import all_layers, set_part
 from sbn_tf.core.posterior import (
     OPTION_NAMES,
     POSTERIORS,
@@ -236,6 +236,8 @@ def add_seams(cls):
     stock = cls.stock_class = next(one for one in cls.__mro__ if not issubclass(one, WithPosteriors))
     for name in cls.posterior_weights:
         setattr(cls, name, _seam(name, getattr(stock, name, None)))
+    if cls.call is MaskedGaussian.call and "training" in inspect.signature(stock.call).parameters:
+        cls.call = call_in_training
     theirs = list(inspect.signature(stock.__init__).parameters.values())[1:]
     ours = [*inspect.signature(MaskedGaussian.__init__).parameters.values()]
     ours = [*ours, *inspect.signature(PosteriorOptions).parameters.values()]
@@ -251,9 +253,6 @@ def add_seams(cls):
 # `1 / (num_train * pixels)`.
 #
 # The mixin, in the order of a Keras layer: look at `call`, which is the stock layer's own with drawn weights.
-
-
-# %%
 
 
 # %%
@@ -290,13 +289,17 @@ class MaskedGaussian(WithPosteriors):
         super().__init__(*args, **kwargs)
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        self.posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
+        posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
+        set_part(self, "posteriors", posteriors, counted=False)  # it is when it has entries
+        if self.built:  # by the stock layer's `__init__`, as `Embedding(weights=...)` is
+            self.posteriors.make()
 
     def build(self, input_shape=None):
         """Build the stock layer, then the posteriors of its masked entries."""
         if not self.built:
             super().build(input_shape)
-            self.posteriors.make()
+            if hasattr(self, "posteriors"):
+                self.posteriors.make()
 
     def call(self, inputs):
         """The stock layer's `call` with one new draw of the masked entries."""
@@ -322,6 +325,18 @@ class MaskedGaussian(WithPosteriors):
         own = {"num_bayesian": self.num_bayesian, "seed": self.seed, **self.posterior_options.get_config()}
         return {**super().get_config(), **own}
 
+
+# %% [markdown]
+# Dense and EinsumDense take `training` as well: quantized to eight bits of floating point they learn their scales.
+
+
+# %%
+def call_in_training(self, inputs, training=None):
+    """`MaskedGaussian.call` of a stock layer that takes `training`."""
+    return MaskedGaussian.call(self, inputs)
+
+
+STOCK_CALLS = (MaskedGaussian.call, call_in_training)  # the stock layer's own with drawn weights, and nothing more
 
 # %% [markdown]
 # ## 5. Which layers are there?

@@ -395,6 +395,39 @@ def test_ragged_inputs_stay_ragged():
     assert [t.ragged for t in network_of(model).inputs] == [True]
 
 
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
+def test_sparse_inputs_stay_sparse(kind, tmp_path):
+    import tensorflow as tf
+
+    x, dense = keras.Input((4,), sparse=True, name="words"), kl.Dense(3, name="dense")
+    model = keras.Model(x, dense(x)) if kind == "functional" else keras.Sequential([x, dense])
+    if kind == "nested":
+        model = keras.Sequential([x, model])
+    bayes = network_of(model)
+    bayes.save(tmp_path / "model.keras")
+    data = np.eye(4, dtype="float32")[:2] * 3
+    for one in (bayes, copied(model), to_deterministic(bayes), keras.saving.load_model(tmp_path / "model.keras")):
+        assert one.inputs[0].sparse and one.inputs[0].name == "words"
+        with layers.posterior_mean():
+            np.testing.assert_allclose(one(tf.sparse.from_dense(data)), model(data), rtol=1e-6)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("estimator", ["all", "split", "flipout", "local"])
+def test_sparse_inputs_are_trained_on_by_every_estimator(estimator):
+    import tensorflow as tf
+
+    model = keras.Sequential([keras.Input((4,), sparse=True), kl.Dense(3), kl.Dense(2)])
+    mask = Masks({next(iter(named_weights(model))): np.ones((4, 3), bool)})
+    options = {"num_train": 4, "initial_scale": 1e-6, "beta": 1e-9, "terms_per_example": 1}
+    bnn = to_partial_bayes(model, mask, estimator=estimator, seed=0, **options)
+    bnn.compile("sgd", "mse")
+    x = np.eye(4, dtype="float32")
+    loss = bnn.fit(tf.sparse.from_dense(x), np.zeros((4, 2)), batch_size=4, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(np.mean(np.square(model(x))), rel=1e-3)
+
+
 def test_optional_inputs_stay_optional():
     x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y", optional=True)
 

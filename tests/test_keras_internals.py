@@ -91,6 +91,38 @@ def test_a_built_layer_takes_variables_and_parts_while_it_is_unlocked_and_forget
         layer.later = layer.add_weight(name="later", shape=(1,))
 
 
+def test_an_unbuilt_layer_is_not_locked():
+    layer = kl.Dense(2)
+    with inner.unlocked(layer):
+        pass
+    layer.build((None, 3))
+    assert names(layer.weights) == ["kernel", "bias"]
+
+
+def test_a_part_is_counted_among_the_layers_or_not():
+    layer, part = kl.Dense(2), kl.Dense(1, use_bias=False)
+    part.build((None, 3))
+    layer.build((None, 3))
+    for counted in (True, False, True):
+        inner.set_part(layer, "part", part, counted)
+        assert layer.part is part
+        assert inner.all_layers(layer) == ([layer, part] if counted else [layer])
+        assert names(layer.weights) == ["kernel", "bias", "kernel"][: 3 if counted else 2]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_part_is_saved_counted_or_not(counted, tmp_path):
+    layer, part = kl.Dense(2), kl.Dense(1, use_bias=False)
+    part.build((None, 3))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    inner.set_part(layer, "part", part, counted)
+    before = np.array(part.kernel)
+    model.save_weights(tmp_path / "model.weights.h5")
+    part.kernel.assign(np.zeros((3, 1)))
+    model.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(part.kernel, before)
+
+
 def test_a_layer_trains_itself_and_its_sublayers_do_not():
     layer = Holder()
     layer.build((None, 3))

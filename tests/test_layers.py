@@ -696,10 +696,91 @@ def test_lora_and_quantization_are_refused():
         layer.quantize("int8")
 
 
-def test_lora_of_a_layer_of_points_is_keras_s():
-    layer = dense()
-    layer.enable_lora(1)
-    assert layer(np.ones((2, 4), "float32")).shape == (2, 3)
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense", "Embedding", "Conv2D"])
+def test_lora_of_a_layer_of_points_is_keras_s(kind):
+    stock, x, saved = build_stock(kind), inputs(kind), ({}, {})
+    layer = build(kind, stock)
+    for one, store in zip((stock, layer), saved, strict=True):
+        one.enable_lora(2)
+        for i, variable in enumerate(one.trainable_variables):
+            variable.assign(np.random.default_rng(i).normal(size=variable.shape))
+        one.save_own_variables(store)
+    np.testing.assert_array_equal(layer(x), stock(x))
+    assert list(saved[1]) == list(saved[0])  # merged
+    for mine, theirs in zip(saved[1].values(), saved[0].values(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense", "Embedding"])
+def test_a_model_quantizes_a_layer_of_points_as_the_stock_layer(kind, tmp_path):
+    stock, x = build_stock(kind), inputs(kind)
+    layer = build(kind, stock, num_bayesian=2, kl_weight=0.1)
+    layer.set_mask({name: np.zeros(layer.loc(name).shape, bool) for name in layer.posterior_weights})
+    for one in (stock, layer):
+        model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype.name), one])
+        model.quantize("int8")
+    assert [v.dtype for v in layer.weights] == [v.dtype for v in stock.weights]
+    assert "int8" in [v.dtype for v in layer.weights]
+    np.testing.assert_array_equal(model(x), stock(x))
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras")(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["Dense", "EinsumDense"])
+def test_eight_bits_of_floating_point_learn_their_scales_as_in_the_stock_layer(kind):
+    stock, x = build_stock(kind), inputs(kind)
+    layer, y = build(kind, stock), np.array(stock(x)) + 1
+    for one in (stock, layer):
+        one.quantize("float8")
+        model = keras.Sequential([keras.Input(x.shape[1:]), one])
+        model.compile("sgd", "mse")
+        model.fit(x, y, epochs=2, verbose=0)
+    assert np.any(layer.inputs_scale) and float(layer.inputs_scale) != 1
+    for mine, theirs in zip(layer.weights, stock.weights, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=mine.name)
+
+
+def test_a_layer_of_points_that_has_its_own_call_is_not_quantized():
+    class Mine(layers.Dense):
+        def call(self, inputs):
+            return 2 * super().call(inputs)
+
+    layer = Mine(3)
+    layer.build((None, 4))
+    with pytest.raises(NotImplementedError):
+        layer.quantize("int8")
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer.enable_lora(2), lambda layer: layer.quantize("int8")])
+def test_a_quantized_kernel_or_one_with_lora_factors_does_not_become_bayesian(change):
+    layer, x = dense(), np.ones((2, 4), "float32")
+    change(layer)
+    before = np.array(layer(x))
+    with pytest.raises(ValueError, match=r"floating point without LoRA factors.*Received: `kernel` of layer"):
+        layer.set_mask(np.ones((4, 3), bool))
+    assert not any(layer.num_bayesian.values())
+    np.testing.assert_array_equal(layer(x), before)
+    with pytest.raises(ValueError, match="without LoRA factors"):
+        dense(num_bayesian=4, lora_rank=2)
+
+
+@pytest.mark.parametrize("ours", [{}, {"num_bayesian": 6, "kl_weight": 0.1, "prior_at_loc": True, "relative": True}])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_embedding_that_starts_at_given_weights(ours, as_list):
+    """The stock layer builds itself in its `__init__`."""
+    given = np.arange(15, dtype="float32").reshape(5, 3)
+    stock = keras.layers.Embedding(5, 3, weights=given)
+    layer = layers.Embedding(5, 3, weights=[given] if as_list else given, **ours)
+    with layers.posterior_mean():
+        np.testing.assert_array_equal(layer(np.arange(5)), stock(np.arange(5)))
+    np.testing.assert_array_equal(layer.loc("embeddings"), given)
+    if ours:
+        mask = layer.mask("embeddings")
+        assert mask.sum() == 6 and layer.num_bayesian == {"embeddings": 6}
+        np.testing.assert_array_equal(layer.posteriors["embeddings"].prior_loc, given[mask])
+        scales = 0.01 * np.maximum(given[mask], 1e-3)
+        np.testing.assert_allclose(layer.scale("embeddings")[mask], scales, rtol=1e-5)
+        assert not np.array_equal(layer(np.arange(5)), given)
 
 
 def test_one_draw_within_posterior_sample():

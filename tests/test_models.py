@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from sbn_tf.experiments import dropout, networks
 
@@ -254,6 +255,30 @@ def test_a_copy_with_dropout_has_what_normalisation_has_learnt():
     np.testing.assert_allclose(copy.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6)
     np.testing.assert_allclose(copy.layers[1](x), (x - x.mean(0)) / x.std(0), atol=1e-4)
     assert len(normalise._inbound_nodes) == 1  # the network itself is not called again
+
+
+@pytest.mark.parametrize("kind", ["StringLookup", "IntegerLookup", "TextVectorization", "Discretization"])
+def test_a_copy_with_dropout_has_the_vocabulary(kind):
+    strings, x = kind in ("StringLookup", "TextVectorization"), [["a"], ["b"], ["c"], ["b"]]
+    x = tf.constant(x if strings else [[1], [5], [9], [5]])
+    table = getattr(keras.layers, kind)(**({"num_bins": 3} if kind == "Discretization" else {}))
+    table.adapt(x)
+    inputs = keras.Input((1,), dtype="string" if strings else "int32")
+    hidden = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, 3)(table(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(hidden)))
+    copy = dropout.with_dropout(model, 0.25, seed=0)
+    np.testing.assert_allclose(copy(x), model(x), atol=1e-6)
+    assert len(np.unique(copy(x), axis=0)) > 1
+
+
+def test_copies_with_dropout_take_sparse_inputs():
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,), sparse=True), dense(3), dense(2)])
+    copy, x = dropout.with_dropout(model, 0.25, seed=0), np.eye(4, dtype="float32")
+    assert copy.inputs[0].sparse
+    np.testing.assert_allclose(copy(tf.sparse.from_dense(x)), model(x), atol=1e-6)
+    samples = dropout.sample_dropout(copy, tf.sparse.from_dense(x), 3)
+    np.testing.assert_array_equal(samples.shape, (3, 4, 2))
 
 
 def test_samples_of_dropout_have_the_closed_form_s_mean_and_variance():

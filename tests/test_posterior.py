@@ -238,6 +238,27 @@ def test_members_with_two_inputs_a_dictionary_of_outputs_and_dropout():
         np.testing.assert_allclose(samples["b"][1], expected["b"], rtol=1e-4, atol=1e-5)
 
 
+def test_members_have_the_vocabulary_the_boundaries_and_the_statistics(tmp_path):
+    words, numbers = np.array(["a b", "b c", "a a"]), RNG.normal(3.0, 2.0, (3, 2)).astype("float32")
+    text, bins, scale = (
+        keras.layers.TextVectorization(output_mode="multi_hot"),
+        keras.layers.Discretization(num_bins=3),
+        keras.layers.Normalization(),
+    )
+    for layer, data in ((text, words), (bins, numbers), (scale, numbers)):
+        layer.adapt(data)
+    one, two = keras.Input((), dtype="string", name="one"), keras.Input((2,), name="two")
+    hidden = keras.layers.Concatenate()([text(one), keras.ops.cast(bins(two), "float32"), scale(two)])
+    model = keras.Model({"one": one, "two": two}, keras.layers.Dense(2, name="head")(hidden))
+    x = {"one": keras.ops.convert_to_tensor(words), "two": keras.ops.convert_to_tensor(numbers)}
+    bnn = members(model, Masks({"head/kernel": np.ones(model.get_layer("head").kernel.shape, bool)}))
+    for variable in posteriors_of(bnn)["head/kernel"].variables:
+        variable.assign(0 * variable)
+    np.testing.assert_allclose(bnn(x), model(x), rtol=1e-5)
+    bnn.save(tmp_path / "model.keras")
+    np.testing.assert_allclose(keras.saving.load_model(tmp_path / "model.keras")(x), model(x), rtol=1e-5)
+
+
 def test_members_in_a_wrapper_draw_their_own_weights():
     inputs = keras.Input((4, 3))
     model = keras.Model(inputs, keras.layers.Dense(1, "sigmoid")(keras.layers.LSTM(3, name="lstm")(inputs)))

@@ -7,6 +7,7 @@ from keras import layers as kl
 
 from sbn_tf import layers
 from sbn_tf.core import posteriors
+from sbn_tf.core.conversion import convert
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.saliency import named_weights
 
@@ -386,6 +387,78 @@ def test_round_trip(tmp_path, kind):
 
 def called_symbolically(kind, layer, x):
     return layer(x, x) if KINDS[kind][2] == "twice" else layer(x)
+
+
+# name: (layer, its inputs)
+WITH_LORA = {
+    "Dense": (lambda: kl.Dense(3), (2, 4)),
+    "EinsumDense": (lambda: kl.EinsumDense("ab,bc->ac", 3, bias_axes="c"), (2, 4)),
+    "Embedding": (lambda: kl.Embedding(5, 3), (2, 4)),
+    "Conv1D": (lambda: kl.Conv1D(3, 2), (2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_LORA)
+@pytest.mark.parametrize("file", ["model.keras", "checkpoint.weights.h5"])
+def test_lora_factors_come_back_from_a_file_as_they_were(kind, file, tmp_path):
+    """Keras itself saves them merged into the kernel and as zeros, by which draws of them would have no effect."""
+    make, shape = WITH_LORA[kind]
+    layer, rng = make(), np.random.default_rng(0)
+    x = rng.integers(0, 5, shape) if kind == "Embedding" else rng.normal(size=shape).astype("float32")
+    y = keras.Input(shape[1:], dtype=x.dtype.name)
+    stock = keras.Model(y, layer(y))
+    layer.enable_lora(2)
+    factors = {key: weight.variable for key, weight in named_weights(stock).items() if "lora" in key}
+    for variable in factors.values():
+        variable.assign(rng.normal(size=variable.shape))
+    model = convert(stock, {key: np.ones(v.shape, bool) for key, v in factors.items()}, {"kl_weight": 0.1}, seed=0)
+    assert sum(model.layers[-1].num_bayesian.values()) == sum(int(np.prod(v.shape)) for v in factors.values())
+    values = [np.array(v) for v in model.weights]
+    (model.save if file.endswith(".keras") else model.save_weights)(tmp_path / file)
+    if file.endswith(".keras"):
+        again = keras.saving.load_model(tmp_path / file)
+    else:
+        again = keras.models.clone_model(model)
+        again.load_weights(tmp_path / file)
+    for name, before, after in zip([v.path for v in model.weights], values, again.weights, strict=True):
+        np.testing.assert_array_equal(after, before, err_msg=name)
+    with layers.posterior_mean():
+        np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_a_file_holds_the_weights_once_where_keras_saves_them_as_they_are():
+    for kind in ("LSTM", "Own"):
+        store = {}
+        _, wrapped = build(kind)
+        wrapped.posteriors.save_own_variables(store)
+        assert set(store) == {name.replace("/", ".") for name in wrapped.num_bayesian}
+
+
+def test_a_wrapped_layer_is_not_quantized_as_long_as_it_is_bayesian(tmp_path):
+    """The other layers are; Keras warns, as of each layer that it leaves as it is."""
+    x, rng = keras.Input((4, 3)), np.random.default_rng(0)
+    attention = MaskedWrapper(kl.MultiHeadAttention(2, 3), num_bayesian={"query/kernel": 5}, kl_weight=0.1, seed=0)
+    model, data = keras.Model(x, kl.Dense(2, name="head")(attention(x, x))), rng.normal(size=(2, 4, 3))
+    with pytest.warns(UserWarning, match="'multi_head_attention.*' is Bayesian: it cannot be quantized"):
+        model.quantize("int8")
+    assert {v.dtype for v in attention.weights} == {"float32", "int64"}
+    assert model.get_layer("head").kernel.dtype == "int8"
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    with layers.posterior_mean():
+        np.testing.assert_array_equal(again(data), model(data))
+    with pytest.raises(NotImplementedError, match="LoRA cannot be enabled"):
+        attention.layer.query_dense.enable_lora(2)
+
+
+def test_a_wrapped_layer_of_points_is_quantized(tmp_path):
+    wrapper = MaskedWrapper(kl.Dense(3), num_bayesian={"kernel": 5}, kl_weight=0.1, seed=0)
+    model, x = keras.Sequential([keras.Input((4,)), wrapper]), np.ones((2, 4), "float32")
+    wrapper.set_mask({"kernel": np.zeros((4, 3), bool)})
+    model.quantize("int8")
+    assert wrapper.layer.kernel.dtype == "int8"
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras")(x), model(x))
 
 
 def test_it_builds_the_layer_at_its_first_call():

@@ -33,9 +33,9 @@ from sbn_tf.core.posterior import OPTION_NAMES, Posterior
 from sbn_tf.core.posteriors import Posteriors
 from sbn_tf.core.weights import named_weights
 from sbn_tf.core.wrapper import MaskedWrapper
-from sbn_tf.layers import MaskedGaussian, masked_layers, partial_class
+from sbn_tf.layers import STOCK_CALLS, MaskedGaussian, masked_layers, partial_class
 
-__all__ = ["check_convertible", "convert", "copied", "to_deterministic"]
+__all__ = ["check_convertible", "convert", "copied", "inputs_like", "to_deterministic"]
 
 
 def convert(
@@ -77,7 +77,7 @@ def convert(
         position[id(layer)] = len(position)
         options = {**layer_options, "mask": chosen, "seed": _layer_seed(seed, position[id(layer)])}
         cls = partial_class(layer)
-        if cls is None or set(chosen) - set(cls.posterior_weights):
+        if cls is None or set(chosen) - set(cls.posterior_weights) or getattr(layer, "lora_enabled", False):
             return _wrapped(layer, options)
         try:
             return cls.from_config({**layer.get_config(), **options})
@@ -135,7 +135,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
         while isinstance(layer, MaskedWrapper):
             layer = layer.layer
         cls = type(layer).stock_class if isinstance(layer, MaskedGaussian) else type(layer)
-        if isinstance(layer, MaskedGaussian) and type(layer).call is not MaskedGaussian.call:
+        if isinstance(layer, MaskedGaussian) and type(layer).call not in STOCK_CALLS:
             raise ValueError(
                 f"Expected a masked layer with the call of `keras.layers.{cls.__name__}`. Received: '{name}', whose "
                 f"class {type(layer).__name__} has its own. Give it to a stock layer of the same call by hand."
@@ -194,9 +194,7 @@ class _Copier:
         return self.copies[id(operation)][1]
 
     def _graph(self, model):
-        if isinstance(model, keras.Sequential):
-            return keras.models.clone_model(model, clone_function=self)
-        return keras.models.clone_model(model, clone_function=self, input_tensors=_inputs_like(model))
+        return keras.models.clone_model(model, clone_function=self, input_tensors=inputs_like(functional_of(model)))
 
     def _copy_state(self):
         """Every variable's value, and what trains."""
@@ -213,7 +211,7 @@ class _Copier:
                 )
             for a, b in pairs:
                 set_own_trainable(b, a.trainable)
-                for before, after in zip(_own_variables(a), _own_variables(b), strict=True):
+                for before, after in zip(own_variables(a), own_variables(b), strict=True):
                     if new_of.setdefault(id(before), after) is not after:
                         raise ValueError(
                             f"Two layers share the weight '{before.path}', which their configs do not say. "
@@ -303,8 +301,8 @@ def _has_graph(layer) -> bool:
     return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
-def _inputs_like(model):
-    """New Inputs in the structure of a Functional model's."""
+def inputs_like(model):
+    """New Inputs in the structure of a Functional model's; `clone_model` itself forgets sparse, ragged and optional."""
 
     def like(x):
         made, _ = made_by(x)
@@ -323,7 +321,7 @@ def _inputs_like(model):
 def _as_graph(new, old):
     """Functional model of one layer: the copy `new` of a model without a graph, on inputs like those of `old`."""
     if is_functional(old):
-        inputs = _inputs_like(old)
+        inputs = inputs_like(old)
         return keras.Model(inputs, new(inputs), name=old.name)
     shapes = getattr(old, "_build_shapes_dict", None) or {}
     if not shapes:
@@ -435,10 +433,5 @@ def _parts(layer) -> list:
     return list(found.values())
 
 
-def _own_variables(layer) -> list:
-    """A layer's own variables as its stock class has them: without a posterior's."""
-    return own_variables(layer)
-
-
 def _shapes(layer) -> list:
-    return [tuple(variable.shape) for variable in _own_variables(layer)]
+    return [tuple(variable.shape) for variable in own_variables(layer)]

@@ -28,6 +28,7 @@ def call_in_batch(layer: keras.layers.Layer, inputs, batch: BatchDraws, stock_ca
         batch: the `BatchDraws` of the context.
         stock_call: `stock_call(inputs, draws)`, the layer's call with given weights; for layers with no linear form.
     """
+    inputs = ops.convert_to_tensor(inputs, sparse=False)  # a sparse one has neither parts nor squares
     form = linear_form(layer)
     if form is None:
         draws = offsets_of_samples(layer, batch, batch.num_samples)

@@ -47,6 +47,7 @@ __all__ = [
     "set_logits",
     "set_mask",
     "set_own_trainable",
+    "set_part",
     "spare_weight_decay",
     "strategy_of",
     "summed_loss",
@@ -109,11 +110,27 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
     Why: a mask may be chosen after `build`, and Keras then refuses new variables. Keras's `enable_lora` does the same.
     """
+    was_locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
         yield
     finally:
-        layer._tracker.lock()
+        if was_locked:
+            layer._tracker.lock()
+
+
+def set_part(layer: keras.layers.Layer, name: str, part: keras.layers.Layer, counted: bool) -> None:
+    """Set the attribute `name` of a layer to a sublayer, which Keras saves, and counts among the layers or does not.
+
+    Why: a layer with a sublayer that does nothing is not treated as the same layer without it: `Model.quantize` visits
+    layers without sublayers alone.
+    """
+    with unlocked(layer):
+        if counted:
+            setattr(layer, name, part)
+        else:
+            layer._tracker.untrack(part)
+            object.__setattr__(layer, name, part)
 
 
 # ---- calls ----

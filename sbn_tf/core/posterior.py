@@ -298,6 +298,10 @@ class Posterior(keras.layers.Layer):
                 self._touched = _touched_channels(self.weight_shape, ops.convert_to_numpy(self.index))
         return self._touched
 
+    def quantize(self, *args, **kwargs):
+        """Refused: `Model.quantize` warns of it, and leaves the layer as it is."""
+        raise NotImplementedError(f"'{self.key}' has Bayesian entries: its layer is not quantized.")
+
     def save_own_variables(self, store):
         """Each variable under its name."""
         for variable in self.variables:

@@ -10,10 +10,16 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.context import current_sample, is_at_mean, kept_draw
-from sbn_tf.core.keras_internals import unlocked
+from sbn_tf.core.keras_internals import all_layers, own_variables, set_part, unlocked
 from sbn_tf.core.posterior import AS_SAVED, POSTERIORS, Posterior, PosteriorOptions, standard_normal
+from sbn_tf.core.registry import partial_class
 
-__all__ = ["Posteriors", "WithPosteriors"]
+__all__ = ["NO_LORA", "NO_QUANTIZATION", "Posteriors", "WithPosteriors"]
+
+NO_LORA = "LoRA cannot be enabled on it. Enable it before the conversion"
+NO_QUANTIZATION = "it cannot be quantized. Quantize to_deterministic(model)"
+
+_EXACT = "exact:"  # in a file, before what is no count
 
 
 class Posteriors(keras.layers.Layer):
@@ -59,7 +65,7 @@ class Posteriors(keras.layers.Layer):
         if self.masks:
             self._check_masks(self.masks)
         random = np.random.default_rng(self.seed)
-        names = [name for name in layer.posterior_weights if self.counts.get(name, 0) > 0]
+        names = self._bayesian(self.counts)
         with unlocked(self):
             self.by_weight.clear()
             for name in names:
@@ -74,6 +80,7 @@ class Posteriors(keras.layers.Layer):
             if names and self.noise_seed is None:
                 self.noise_seed = keras.random.SeedGenerator(self.seed)
         self.masks, self.trainable = None, layer.trainable
+        set_part(layer, "posteriors", self, counted=bool(names))
 
     def choose(self, masks) -> None:
         """Choose again which entries are Bayesian; their posteriors start again."""
@@ -82,6 +89,7 @@ class Posteriors(keras.layers.Layer):
             raise ValueError(f"Build layer '{layer.name}' before set_mask (call it once, or pass mask= to it).")
         self._check_masks(masks)
         counts = {name: int(np.sum(mask)) for name, mask in masks.items()}
+        self._bayesian(counts)
         if any(counts.values()) and not any(self.counts.values()):
             has_kl = POSTERIORS[self.options.posterior].has_kl
             if has_kl and float(ops.convert_to_numpy(self.options.kl_weight)) == 0.0:
@@ -152,14 +160,20 @@ class Posteriors(keras.layers.Layer):
     # ---- saving: how many entries of each weight; the posteriors save the rest themselves ----
 
     def save_own_variables(self, store):
-        """The counts, by which loading notices a layer with other entries."""
+        """The counts, by which loading notices a layer with other entries; what the layer saves in another form."""
         for name, posterior in self.items():
             store[name.replace("/", ".")] = np.int64(posterior.count)
+        for key, variable in self._saved_otherwise().items():
+            store[key] = variable
 
     def load_own_variables(self, store):
-        """Refuse a file with other Bayesian entries. In a stock layer's file there is nothing: priors are centred."""
+        """Refuse a file with other Bayesian entries. In a stock layer's file there is nothing: priors are centred.
+
+        Keras has loaded the layer itself before this part of it.
+        """
         own = {name.replace("/", "."): posterior.count for name, posterior in self.items()}
-        found = {name: int(np.asarray(store[name])) for name in store.keys()}  # noqa: SIM118  (a file's group)
+        stored = set(store.keys())
+        found = {name: int(np.asarray(store[name])) for name in stored if not name.startswith(_EXACT)}
         if not found:
             for posterior in self.by_weight.values():
                 posterior.centre_prior()
@@ -167,6 +181,23 @@ class Posteriors(keras.layers.Layer):
             raise ValueError(
                 f"Layer '{self._layer().name}' expected Bayesian entries {own}. Received: {found}. {AS_SAVED}"
             )
+        for key, variable in self._saved_otherwise().items():
+            if key in stored:
+                variable.assign(store[key])
+
+    def _saved_otherwise(self) -> dict:
+        """Variables that are saved in another form by the layers that have Bayesian weights, by a key for the file.
+
+        Keras saves a kernel merged with its LoRA factors, and zeros as the factors: the draws would be other ones.
+        """
+        found, bayesian = {}, {id(self._layer().loc(name)) for name in self}
+        for i, part in enumerate(all_layers(self._layer()) if bayesian else ()):
+            own, saved = own_variables(part), {}
+            if bayesian & {id(variable) for variable in own}:
+                part.save_own_variables(saved)
+                unchanged = {id(value) for value in saved.values()}
+                found |= {f"{_EXACT}{i}.{k}": v for k, v in enumerate(own) if id(v) not in unchanged}
+        return found
 
     # ---- below: checks ----
 
@@ -212,6 +243,19 @@ class Posteriors(keras.layers.Layer):
                     f"Received: {mask.dtype} of shape {mask.shape}"
                 )
 
+    def _bayesian(self, counts) -> list[str]:
+        """Names of the weights with Bayesian entries."""
+        layer = self._layer()
+        names = [name for name in layer.posterior_weights if counts.get(name, 0) > 0]
+        for name in names:
+            loc = layer.loc(name)
+            if not isinstance(loc, keras.Variable) or not keras.backend.is_float_dtype(loc.dtype):
+                raise ValueError(
+                    "Expected a weight of floating point without LoRA factors for Bayesian entries. Received: "
+                    f"`{name}` of layer '{layer.name}'. Choose its entries before that, or convert a model with LoRA."
+                )
+        return names
+
     def _positions(self, name, random):
         """Flat positions of the Bayesian entries of a weight, (k,): of its mask, or at random. None: all of them."""
         layer, count = self._layer(), self.counts[name]
@@ -238,6 +282,7 @@ class WithPosteriors:
     """
 
     name: str
+    built: bool
     variable_dtype: str
     posteriors: Posteriors
 
@@ -264,12 +309,16 @@ class WithPosteriors:
 
     def enable_lora(self, *args, **kwargs):
         """Refused with Bayesian entries: a layer has a posterior or LoRA factors, not both."""
-        if len(self.posteriors):
-            raise ValueError(f"Layer '{self.name}' is Bayesian: LoRA cannot be enabled on it.")
+        self.refuse_bayesian(NO_LORA)
         super().enable_lora(*args, **kwargs)
 
-    def quantize(self, *args, **kwargs):
+    def quantize(self, mode=None, type_check=True, **kwargs):
         """Refused with Bayesian entries: a posterior needs its floating-point loc."""
+        self.refuse_bayesian(NO_QUANTIZATION)
+        # The stock layer refuses all other classes, since these may have a call of their own.
+        super().quantize(mode, type_check=type_check and partial_class(self) is not type(self), **kwargs)
+
+    def refuse_bayesian(self, reason: str, error: type[Exception] = ValueError) -> None:
+        """Raise an error with this reason where an entry is Bayesian."""
         if len(self.posteriors):
-            raise ValueError(f"Layer '{self.name}' is Bayesian: it cannot be quantized. Quantize the trained network.")
-        super().quantize(*args, **kwargs)
+            raise error(f"Layer '{self.name}' is Bayesian: {reason}.")

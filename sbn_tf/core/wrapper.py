@@ -6,6 +6,8 @@ whole subclassed models go through this one.
 
 from __future__ import annotations
 
+import functools
+
 import keras
 from keras import ops
 
@@ -13,6 +15,7 @@ from sbn_tf.core.batch import first_rows, join_outputs, part_bounds, with_attach
 from sbn_tf.core.context import current_batch, is_at_mean
 from sbn_tf.core.draws import drawn_weights, offsets_of_samples
 from sbn_tf.core.keras_internals import all_layers, copy_call_signature, nodes_of
+from sbn_tf.core.posteriors import NO_LORA, NO_QUANTIZATION
 from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import MaskedGaussian
 
@@ -82,6 +85,10 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
         self._by_name = None
         self.posterior_weights = tuple(self._floats())
         self.posteriors.make()
+        for part in all_layers(self.layer):
+            for method, reason in (("quantize", NO_QUANTIZATION), ("enable_lora", NO_LORA)):
+                if hasattr(part, method):
+                    object.__setattr__(part, method, self._guarded(getattr(part, method), reason))
 
     def call(self, *args, **kwargs):
         """The wrapped layer's call with one new draw of the masked entries."""
@@ -124,6 +131,22 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
 
     # ---- below: how it is done ----
 
+    def _guarded(self, method, reason):
+        """A method of the wrapped layer that changes its weights: refused as long as some are Bayesian.
+
+        By the error that `Model.quantize` takes for "leave this layer as it is".
+        """
+
+        @functools.wraps(method)
+        def guarded(*args, **kwargs):
+            self.refuse_bayesian(reason, NotImplementedError)
+            results = method(*args, **kwargs)
+            self._weight_names, self._by_name, self.posteriors.counts = None, None, {}
+            self.posterior_weights = tuple(self._floats())
+            return results
+
+        return guarded
+
     def _names(self):
         """Names of the wrapped layer's weights, in their order; None as long as it has none and none were given."""
         if self._weight_names is None and self.layer.built:
@@ -137,7 +160,7 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
             if len(variables) != len(self._names()):
                 raise ValueError(
                     f"Expected {len(self._names())} weights in the layer that '{self.name}' wraps, as its weight_names "
-                    f"say. Received: {len(variables)}"
+                    f"say. Received: {len(variables)}. Its config must say all (Keras's: no LoRA of sublayers)."
                 )
             named = zip(self._names(), variables, strict=True)
             found = {n: v for n, v in named if keras.backend.is_float_dtype(v.dtype)}

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.conversion import copied
+from sbn_tf.core.conversion import copied, inputs_like
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.experiments.networks import layer_seed
 
@@ -61,7 +61,8 @@ def with_dropout(model: keras.Model, rate: float, seed: int | None = None) -> ke
         return layer(*args, **kwargs)
 
     source = copied(model)  # its layers are called once more here, and those of `model` are not
-    return copied(keras.models.clone_model(source, clone_function=lambda layer: layer, call_function=call))
+    new = inputs_like(source)
+    return copied(keras.models.clone_model(source, new, clone_function=lambda layer: layer, call_function=call))
 
 
 def _plain(model):
@@ -109,7 +110,8 @@ class _DropoutSampler(keras.Model):
             noisy.append(type(layer).from_config(layer.get_config()))
             return _Noisy(noisy[-1])
 
-        self.network = keras.models.clone_model(_plain(model), clone_function=twin)
+        plain = _plain(model)
+        self.network = keras.models.clone_model(plain, inputs_like(plain), clone_function=twin)
         if not noisy:
             raise ValueError(
                 f"Expected a network with dropout layers. Received: '{model.name}', which has none. See with_dropout."
