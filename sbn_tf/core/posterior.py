@@ -24,19 +24,9 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 __all__ = [
-    "LEAST_LOC",
-    "OPTION_NAMES",
-    "POSTERIORS",
-    "KLRegularizer",
-    "MembersPosterior",
-    "MixturePosterior",
-    "Posterior",
-    "PosteriorOptions",
-    "checked_kl_weight",
-    "scatter_entries",
-    "softplus_inverse",
-    "standard_normal",
-]
+    "LEAST_LOC", "OPTION_NAMES", "POSTERIORS", "KLRegularizer", "MembersPosterior", "MixturePosterior", "Posterior",
+    "PosteriorOptions", "checked_kl_weight", "scatter_entries", "softplus_inverse", "standard_normal",
+]  # fmt: skip
 
 LEAST_LOC = 1e-3  # a relative start takes at least this for |loc|: an entry at 0 gets a spread, too
 POSTERIORS: dict[str, type[Posterior]] = {}  # by the name that `to_partial_bayes` and the layers take
