@@ -13,7 +13,7 @@ import importlib
 from sbn_tf.core.quiet import quiet_tensorflow
 
 __all__ = ["LocScaleOptimizer", "Masks", "__version__", "load", "to_partial_bayes", "top_k"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "LocScaleOptimizer": "partial_bayes",
