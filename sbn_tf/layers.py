@@ -15,8 +15,8 @@
 # %% [markdown]
 # # Layers: a weight of which only some entries are random
 #
-# **A masked weight keeps its trained value as `loc` and gives a distribution to `k` of its entries only; parameters,
-# optimiser slots, noise and KL then grow with `k`, not with the size `n` of the weight.**
+# **A masked weight keeps its trained value as `loc` and gives a distribution to `k` of its entries only; new
+# parameters, optimiser slots, noise and KL grow with `k`, not with the size `n` of the weight.**
 #
 # - *You will see*: the sparse posterior of one weight, the reparameterization trick, the KL term and its scale, and
 #   Dense, Conv, Embedding and other stock Keras layers with such weights.
@@ -65,9 +65,6 @@ from sbn_tf.core.posteriors import Posteriors, WithPosteriors
 from sbn_tf.core.prior import kl_normal, make_normal
 from sbn_tf.core.registry import partial_class, register, register_named
 
-if keras.backend.backend() == "tensorflow":
-    pass
-
 # %%
 __all__ = [
     "Conv1D", "Conv1DTranspose", "Conv2D", "Conv2DTranspose", "Conv3D", "Conv3DTranspose", "Dense", "DepthwiseConv1D",
@@ -113,14 +110,14 @@ __all__ = [
 # $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big] : $$
 #
 # how far, in nats, the *posterior* $q$ (our belief after training) has moved from the *prior* $p$ (our belief before
-# any data). A scale shrinks only where the data pay for it, and grows where they do not care. The penalty covers the
+# any data). Scales shrink where the fit gains more than the penalty, and grow elsewhere. The penalty covers the
 # masked entries alone: a point has no KL here (the paper, section 2.3). For $q = \mathcal{N}(\mu, \sigma^2)$ and the
 # default prior $p = \mathcal{N}(0, 1)$ it is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
-# A trained network has reasons to be where it is, and N(0, 1) does not know them: it charges $\mu^2 / 2$ for every
-# trained weight, and pulls it to 0. With `prior_at_loc` the prior lies around the value $m$ that the weight had at the
+# The prior N(0, 1) ignores the values that training found: it charges $\mu^2 / 2$ for every Bayesian entry, and pulls
+# it to 0. With `prior_at_loc` the prior lies around the value $m$ that the weight had at the
 # start: the KL is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same prior. By hand: with $m = \mu$ the term
 # $\mu^2 / 2 = 0.125$ is gone, 1.808 nats are left.
 
@@ -290,7 +287,7 @@ class MaskedGaussian(WithPosteriors):
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
         posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
-        set_part(self, "posteriors", posteriors, counted=False)  # it is when it has entries
+        set_part(self, "posteriors", posteriors, counted=False)  # counted once it has entries
         if self.built:  # by the stock layer's `__init__`, as `Embedding(weights=...)` is
             self.posteriors.make()
 
@@ -327,7 +324,7 @@ class MaskedGaussian(WithPosteriors):
 
 
 # %% [markdown]
-# Dense and EinsumDense take `training` as well: quantized to eight bits of floating point they learn their scales.
+# Dense and EinsumDense take `training` as well: in float8 they learn their quantization scales.
 
 
 # %%
@@ -503,7 +500,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
 # `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold?
-# The bias is among the Bayesian entries, so every input sees noise, even one for which all eight hidden units are off.
+# The bias is among the Bayesian entries, so every input sees noise, even if all eight Bayesian kernel entries see 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)
@@ -518,7 +515,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # print("the loss fell:", history.history["loss"][-1] < history.history["loss"][0])
 
 # %% [markdown]
-# Each call is one draw of the network, and so is `model.predict`: call it a few times, and the mean of the
+# Each call, and each batch of `model.predict`, is one draw: call it a few times, and the mean of the
 # probabilities is the prediction, their spread says how sure it is. (The lesson on partial Bayes has a model that does
 # this for you.) `posterior_mean()` gives the answer of the trained weights themselves.
 
@@ -535,7 +532,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## Summary
 #
 # - A masked weight is its stock variable (the loc) with `k` positions and `k` scales beside it; the rest stays a point.
-# - Each call draws once, each *network* once within `posterior_sample()`; outside `call`, and in every saved file, the
+# - Each call draws; within `posterior_sample()` each weight draws once; outside `call`, and in every saved file, the
 #   weight is its loc.
 # - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
 # - With no Bayesian entry each layer is its stock Keras layer, bit for bit; with all of them it needs no index.
@@ -549,8 +546,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 #
 #    $1 / (1000 \cdot 4096) \approx 2.4 \cdot 10^{-7}$.
 #    </details>
-# 2. A kernel of a million weights has ten Bayesian entries. How many numbers does the layer hold more than its stock
-#    layer, and how many of them are trained?
+# 2. A kernel of a million weights has ten Bayesian entries. How many more numbers does it store than its stock layer,
+#    and how many of them are trained?
 #
 #    <details><summary>Answer</summary>
 #

@@ -41,7 +41,7 @@ from keras import ops
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
 from sbn_tf.core.estimators import ESTIMATORS, check_estimator, refuse_as_a_part, train_in_turns
-from sbn_tf.core.keras_internals import call_context, compiled_loss
+from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
 from sbn_tf.core.options import refuse_idle_biases, sorted_options
@@ -88,9 +88,9 @@ __all__ = [
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
-# averages over: 1 for a loss averaged over images, the pixels of an image for one averaged over pixels too, the labels
-# for one over labels. A mean squared error is no NLL: that is the error over $2 s^2$ for noise of deviation $s$, so
-# there give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
+# averages over: 1 for a loss averaged over images, the number of pixels for one averaged over pixels too, of labels for
+# one over labels. A mean squared error is no NLL: the NLL is that error over $2 s^2$ ($s$: the noise's sd), so give
+# `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
 # $1 / 1{,}024{,}000$. Where the data decide $T$ (masked padding, an `ignore_class`, a mean over sample weights), the
 # terms of the batches trained on are counted, and $T$ is their mean.
 
@@ -128,8 +128,8 @@ __all__ = [
 # The *posterior predictive* is the mean of the network's probabilities over the posterior of its weights; a few draws
 # estimate it. A `PartialBayes` holds the converted `network` and calls it `num_samples` times. In training its call
 # returns every sample's output, since the ELBO averages *losses*; elsewhere it returns the posterior predictive mean,
-# which averages *probabilities*. What predicts is the parent, `SampledModel` (`sbn_tf.core.sampled`); what training
-# adds is here: look at `call` and at `compute_loss`, the loss of section 2.
+# which averages *probabilities*. The parent, `SampledModel` (`sbn_tf.core.sampled`), predicts; this class adds
+# training: see `call` and `compute_loss`, the loss of section 2.
 
 
 # %%
@@ -138,7 +138,7 @@ class PartialBayes(SampledModel):
     """A network with posteriors of chosen weights, trained on the ELBO, predicting with posterior samples.
 
     Made by `to_partial_bayes`. `compile`, `fit`, `evaluate`, `predict` and saving are Keras's own; `SampledModel` says
-    what predictions return. `fit` logs `kl`, in nats per training example, and `nll`, the loss without it.
+    what predictions return. `fit` logs `kl`, in nats per training example, and `nll`, the compiled loss alone.
 
     Args:
         network: with masked layers; num_samples, probabilities, from_logits, batch_norm: as in `SampledModel`.
@@ -180,7 +180,7 @@ class PartialBayes(SampledModel):
             return ESTIMATORS[self.estimator](self, inputs)
 
     def train_step(self, *args):
-        """`keras.Model.train_step`; by the estimator "turns" of one member, the others stay."""
+        """`keras.Model.train_step`; with "turns" it trains one member and keeps the others."""
         step = super().train_step
         return train_in_turns(self, step, *args) if self.estimator == "turns" else step(*args)
 
@@ -192,12 +192,12 @@ class PartialBayes(SampledModel):
         self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # JAX hides the weights from metrics
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
-        self.nll_tracker.update_state(data, sample_weight=ops.shape(keras.tree.flatten(samples[0])[0])[0])
+        update_mean(self.nll_tracker, data, samples[0])
         self.kl.follow(y, samples[0], sample_weight, training)
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
 
     def compile(self, optimizer=None, loss=None, **kwargs):
-        """`keras.Model.compile`; the trained network's own loss, metrics and gentler optimiser where none is given."""
+        """`keras.Model.compile`; without optimiser or loss by the trained network's own, the optimiser gentler."""
         optimizer, loss, kwargs = self.start.filled(optimizer, loss, kwargs)
         self.kl.settle(loss, self.network)
         self.outputs_of_samples.settle(loss)
@@ -210,7 +210,7 @@ class PartialBayes(SampledModel):
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
-        callbacks = self.start.guarded(self, x, y, callbacks)
+        callbacks = self.start.guarded(self, x, y, batch_size, callbacks)
         with watched_scales(self):
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
@@ -235,8 +235,8 @@ class PartialBayes(SampledModel):
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
-# samples are an array (samples, batch, height, width, 1); each of the four results has lost the axis of samples, and
-# is one picture an image. Over classes the three entropies have lost the axis of classes, too; the mean keeps it.
+# samples are an array (samples, batch, height, width, 1); the four results have no axis of samples: each is one picture
+# an image. Over classes the three entropies have no axis of classes either; the mean keeps it.
 #
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
 # the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
@@ -255,7 +255,7 @@ class PartialBayes(SampledModel):
 #
 # | trap | what happens | guard |
 # |---|---|---|
-# | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; another count warns |
+# | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; wrong counts warn |
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
 # | batch norm in training mode after a draw, unless by `"all"` | it sees several draws, or 1/S of the batch | refused |
 # | scales of one size for all | .01 is ten times some weights: the network is ruined | relative scales; `fit` warns |
@@ -277,9 +277,9 @@ def to_partial_bayes(
         num_train: int, training examples; the ELBO divides the KL by it. None: those of `data`.
         r_bayes: share of the eligible entries that is Bayesian, 0 to 1: those of the highest Fisher score on `data`.
         data: (x, y), a `tf.data.Dataset` or an iterable of batches of training examples, for the scores.
-        loss, num_samples: for the scores, as in `saliency`, None: the compiled one; draws in a step or a prediction.
+        loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
-        seed, verbose: int, fixes start and noise; whether to show the progress of the pass over `data`.
+        seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
         options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`, `relative`, `prior`, ...); and
             of the model, the arguments of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
 
@@ -346,13 +346,13 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 
 # %% [markdown]
 # In training, dropout and everything after it also runs S times. The results equal those of running everything S
-# times, to float rounding. A network that is not Functional is one operation: it runs S times.
+# times, to float rounding. A subclassed network is one operation: it runs S times.
 #
 # ### How do several draws share one pass?
 #
 # The loss is an expectation over the posterior. All estimators are unbiased; they differ in cost and in variance.
-# After a Bayesian weight, batch norm in training mode would normalise over all draws of one pass together, and no draw
-# has that output: there only `"all"` and `"turns"` are accepted.
+# After a Bayesian weight, batch norm in training mode would normalise over all draws of one pass together, which
+# matches no single draw: only `"all"` and `"turns"` are accepted there.
 #
 # | `estimator` | who sees which draw | passes | where |
 # |---|---|---|---|
@@ -494,8 +494,8 @@ class BetaSchedule(keras.callbacks.Callback):
 # plt.show()
 
 # %% [markdown]
-# The check, within this picture: in the mean the samples disagree more off the points, where the border fans out, than
-# among them.
+# A check on this picture: on average the samples disagree more away from the points, where the border fans out, than
+# near them.
 
 # %% tags=["active-ipynb"]
 # distance = np.min(np.linalg.norm(plane[:, None] - x[None], axis=-1), axis=1)
@@ -548,8 +548,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #
 #    <details><summary>Answer</summary>
 #
-#    The ELBO holds the *expected* log-likelihood, $\mathbb{E}_q[\log p(y \mid x, w)]$. By Jensen's inequality the log
-#    of the mean probability is larger: its loss is no bound of this kind, and lets samples disagree for free.
+#    The ELBO has the *expected* log-likelihood, $\mathbb{E}_q[\log p(y \mid x, w)]$. By Jensen's inequality the log
+#    of the mean probability is larger: its loss gives no such bound, and samples may disagree at no cost.
 #    </details>
 # 4. Set `beta=20` in section 8 and fit again. What becomes of the scales and of the accuracy?
 #

@@ -89,7 +89,7 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # | `random` | uniform numbers | the control |
 #
 # The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model; the
-# *empirical* one takes the labels of the data. (Sung et al. 2021 choose by it which weights to train at all.) Near an
+# *empirical* one takes the labels of the data. (Sung et al. 2021 use it to choose the weights to train.) Near an
 # optimum, where the gradients of independent examples average out, `fisher` ranks nearly as `per_example` does, at the
 # price of one pass. Why $n_b$? Without it a last batch of one example, whose squared noise is 32 times that of a batch
 # of 32, would make up more than half of the score of an epoch of 20 batches.
@@ -139,7 +139,7 @@ def _without_data(weights, score, seed):
 #
 # By TensorFlow's `GradientTape`, one batch at a time. The layers run inside `keras.StatelessScope`: what they assign
 # (running statistics, the next seed of a dropout) stays in the scope, so the model cannot change. Only the seeds are
-# carried from batch to batch, in copies; otherwise every batch would be dropped out by the same mask.
+# carried from batch to batch, in copies; otherwise every batch would get the same dropout mask.
 
 
 # %%
@@ -196,7 +196,7 @@ def saliency(
         loss: Keras loss, its name, or a callable (y, y_pred) -> losses; None: the compiled loss, without regularisers.
         score: "fisher", "paper", "per_example" (as slow as batches of one), "magnitude", "taylor" or "random".
         batch_statistics: run in training mode (batch norm by the batch, dropout on). None: for "paper" only.
-        max_batches, batch_size, seed: None: all batches; of a tuple of arrays; of "random".
+        max_batches: None: all. batch_size: for a tuple of arrays. seed: for "random".
         include, exclude: patterns on keys, see `eligible_weights`.
 
     Raises:
@@ -213,7 +213,7 @@ def saliency(
 
 
 # %% [markdown]
-# The check: a network whose output is its loss has its inputs as gradients. With the inputs of section 1 the scores are
+# To check: if the loss is the output, the gradients are the inputs. With the inputs of section 1 the scores are
 # those worked by hand. A weight's key is the path of layer names that leads to it; `eligible_weights` lists the keys,
 # and `include="decoder*"` or `exclude=["*/bias"]` leave only some of them to be chosen.
 
@@ -391,7 +391,7 @@ def top_k(
     model: keras.Model | None = None,
     cost_aware: float | None = None,
 ) -> Masks:
-    """Masks of the `k = round(r_bayes * n)` largest scores, of whole channels, or of weights late in the network.
+    """Masks of the `k = round(r_bayes * n)` largest scores; optionally whole channels or late, cheap weights.
 
     Args:
         scores: key -> array, from `saliency`.
@@ -402,7 +402,7 @@ def top_k(
         cost_aware: highest share of the network's operations that may run again for each sample, 0..1; None: any.
 
     Raises:
-        ValueError: a wrong argument, no channel that fits, or no k entries in weights that are late enough.
+        ValueError: a wrong argument, no channel that fits, or fewer than k entries in late enough weights.
     """
     check_r_bayes(r_bayes)
     selection.check_selection(scores, scope, model, cost_aware)
@@ -449,8 +449,8 @@ def top_k(
 # %% [markdown]
 # Why are late weights cheaper? Layers before the first Bayesian weight give the same for every sample and run once.
 # The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come after
-# one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: of all choices of $k$ entries in weights
-# with $f(W) \le$ `cost_aware` it takes the one with the most saliency. In a chain of layers that is exact, since the
+# one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries of most saliency
+# whose weights have $f(W) \le$ `cost_aware`. In a chain of layers that is exact, since the
 # best set is the whole tail that the bound admits. Where the graph branches, it takes the best of two or three sets.
 
 
@@ -463,7 +463,7 @@ def one_per_channel(scores: Mapping, model: keras.Model) -> Masks:
 def saliency_against_cost(
     scores: Mapping, r_bayes: float, model: keras.Model, *, num_samples: int = 5, scope: str = "global"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `top_k(..., cost_aware=...)` keeps of all saliency, against what its samples cost.
+    """Share of saliency that `top_k(..., cost_aware=...)` keeps, against its samples' cost.
 
     Returns `(costs, kept)`, each of shape (points,), both rising: passes of the network, `1 + (num_samples - 1) *
     fan_out`, and the share of all saliency. The other arguments are those of `top_k`.
@@ -545,8 +545,8 @@ def saliency_against_cost(
 #
 # ## 7. Where do the chosen weights lie?
 #
-# The last of the three networks: the share of each weight's entries that `fisher` chose (left), and what cheaper
-# samples would leave behind (right; 4 % of the entries, since the last layer has no more than that).
+# The last of the three networks: the share of each weight's entries that `fisher` chose (left), and the saliency that
+# cheaper samples lose (right; 4 % of the entries, since the last layer has no more than that).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt

@@ -32,7 +32,7 @@ def bayes(model, **options):
     return to_partial_bayes(model, **options)
 
 
-def test_scales_start_at_a_tenth_of_each_weight(trained):
+def test_scales_start_at_a_tenth_of_each_weight_or_of_all_together(trained):
     for layer in masked_layers(bayes(trained).network):
         stock = trained.get_layer(layer.name)
         for name, posterior in layer.posteriors.items():
@@ -78,6 +78,7 @@ def test_fit_compiles_as_the_network_was_trained(trained):
     history = bnn.fit(X, Y, epochs=2, validation_data=(X, Y), verbose=0).history
     assert set(history) == {f"{part}{key}" for part in ("", "val_") for key in ("loss", "nll", "kl", "accuracy")}
     bnn.compile(loss="mse")
+    assert "accuracy" not in bnn.evaluate(X, Y, verbose=0, return_dict=True)  # metrics come with their own loss
     assert bnn.loss == "mse" and float(bnn.optimizer.loc_optimizer.learning_rate) == pytest.approx(0.005)
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])  # nothing is known of its training
     with pytest.raises(ValueError, match="Expected a loss: compile"):
@@ -136,7 +137,7 @@ def test_another_num_train_warns_and_none_is_an_error(trained):
         bayes(trained, masks=masks, r_bayes=None, data=None)
 
 
-def test_the_guard_tells_of_a_ruined_start(trained):
+def test_the_guard_warns_of_a_ruined_start(trained):
     bnn = bayes(trained, initial_scale=5.0)
     with pytest.warns(UserWarning, match="before training; the trained network's is .* smaller initial_scale") as said:
         bnn.fit(X, Y, epochs=3, verbose=0)
@@ -144,7 +145,7 @@ def test_the_guard_tells_of_a_ruined_start(trained):
 
 
 @pytest.mark.parametrize("batches", [True, False], ids=["dataset", "masks and arrays"])
-def test_the_guard_tells_of_a_ruined_epoch(trained, batches):
+def test_the_guard_warns_of_a_ruined_epoch(trained, batches):
     if batches:
         bnn = bayes(trained, data=tf.data.Dataset.from_tensor_slices((X, Y)).batch(20))
     else:
@@ -171,7 +172,7 @@ def test_training_is_the_same_without_the_guard(trained):
         bnn.compile("sgd", "binary_crossentropy")
         if not guarded:
             bnn.start = Start()
-            bnn.start.guarded = lambda model, x, y, callbacks: callbacks
+            bnn.start.guarded = lambda *arguments: arguments[-1]
         found.append(bnn.fit(X, Y, epochs=2, shuffle=False, verbose=0).history)
     assert found[0] == found[1]
 
@@ -180,7 +181,76 @@ def test_labels_of_two_outputs_as_fit_takes_them():
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(6, "relu")(inputs)
     model = keras.Model(inputs, [keras.layers.Dense(1, "sigmoid", name=name)(hidden) for name in ("p", "q")])
-    for loss in ("binary_crossentropy", ["binary_crossentropy", "mse"]):
-        model.compile("sgd", loss)
-        bnn = bayes(model, data=(X, [Y, 1 - Y]))
-        assert np.isfinite(bnn.fit(X, [Y, 1 - Y], verbose=0).history["nll"]).all()
+    for loss, weights in (("binary_crossentropy", None), (["binary_crossentropy", "mse"], [1.0, 0.1])):
+        model.compile("sgd", loss, loss_weights=weights)
+        bnn = bayes(model, data=(X, [Y, 1 - Y]), posterior="members", num_samples=2)
+        bnn.compile(keras.optimizers.SGD(0.0))
+        found = bnn.fit(X, [Y, 1 - Y], batch_size=50, verbose=0).history["nll"][0]
+        draws = bnn.predict_samples(X)
+        first = np.mean([log_loss(Y, p.astype("float64")) for p in draws[0]])
+        second = np.mean([log_loss(1 - Y, p.astype("float64")) for p in draws[1]])
+        second = second if weights is None else 0.1 * np.mean((draws[1] - (1 - Y)) ** 2)
+        assert found == pytest.approx(first + second, rel=1e-4)
+
+
+def test_own_loss_weights_stay_where_a_metric_cannot_be_copied():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [keras.layers.Dense(1, "sigmoid")(inputs) for _ in range(2)])
+
+    class Own(keras.metrics.Mean):  # not registered
+        pass
+
+    model.compile("sgd", "binary_crossentropy", loss_weights=[1.0, 0.25], metrics=[[Own()], [Own()]])
+    with pytest.warns(UserWarning, match="The network's metrics cannot be copied"):
+        bnn = bayes(model, data=(X, [Y, Y]))
+    assert bnn.start.filled(None, None, {})[2] == {"loss_weights": [1.0, 0.25]}
+
+
+def test_an_optimiser_whose_rate_cannot_be_read_is_asked_for(trained):
+    class Own(keras.optimizers.schedules.LearningRateSchedule):  # no get_config
+        def __call__(self, step):
+            return 0.01
+
+    model = keras.models.clone_model(trained)
+    model.compile(keras.optimizers.Adam(Own()), "binary_crossentropy", metrics=["accuracy"])
+    bnn = bayes(model)
+    with pytest.raises(ValueError, match=r"Expected compile\(optimizer\). Received: none.*Adam, whose learning rate"):
+        bnn.compile()
+    bnn.compile("adam")
+    assert np.isfinite(bnn.fit(X, Y, verbose=0).history["nll"]).all()
+
+
+def test_a_guard_takes_losses_below_zero_and_a_new_loss(trained):
+    bnn = bayes(trained, terms_per_example=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The posterior's NLL")
+        bnn.compile(keras.optimizers.SGD(1e-4), lambda y, p: keras.losses.binary_crossentropy(y, p) - 5.0)
+        bnn.fit(X, Y, verbose=0)
+        bnn.compile(keras.optimizers.SGD(1e-4), "mse")
+        bnn.fit(X, Y, verbose=0)
+    own = np.mean((trained.predict(X[:32], verbose=0) - Y[:32]) ** 2)
+    assert bnn.start.guard.own == pytest.approx(own, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "labels of another form"])
+def test_data_that_the_guard_cannot_compare_train_all_the_same(trained, kind):
+    if kind == "sparse":
+        bnn = bayes(trained)
+        bnn.fit(tf.sparse.from_dense(X), Y, batch_size=10, verbose=0)
+        assert bnn.start.guard is not None  # by the examples of `data`
+    else:
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, keras.layers.Dense(2, "softmax")(inputs))
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        bnn = bayes(model, data=(X, Y[:, 0].astype("int32")))
+        bnn.compile("sgd", "categorical_crossentropy")
+        hot = tf.data.Dataset.from_tensor_slices((X, np.eye(2)[Y[:, 0].astype(int)])).batch(10)
+        assert np.isfinite(bnn.fit(hot, verbose=0).history["nll"]).all()
+
+
+def test_the_guard_keeps_few_examples_of_its_own(trained):
+    bnn = bayes(trained)
+    bnn.fit(X, Y, batch_size=5, verbose=0)
+    x, y = bnn.start.guard.examples
+    np.testing.assert_array_equal(x, X[:5])
+    assert x.base is None and len(y) == 5

@@ -99,7 +99,8 @@ class KLWeight(keras.layers.Layer):
         if loss is None or self.kl_reduction == "mean":
             return
         terms = LossTerms(loss, network)
-        if terms.known is None and not terms.is_open and self.terms_per_example is None:
+        counted = terms.is_open and keras.backend.backend() == "tensorflow"  # JAX reads the KL before the batch's terms
+        if terms.known is None and not counted and self.terms_per_example is None:
             raise ValueError(
                 "How many terms of one example does this loss average over? Pass terms_per_example= to "
                 "to_partial_bayes: 1 for a loss per image, pixels for a mean over pixels, labels for one over labels."

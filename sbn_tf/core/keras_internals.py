@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.models.functional import Functional
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "loss_arguments", "made_by", "mask_of", "moving_averages", "nodes_in_order", "nodes_of", "noise_states",
     "optimized_variables", "own_trained", "own_variables", "replaced", "run_operations_by", "set_logits",
     "set_mask", "set_own_trainable", "set_part", "spare_weight_decay", "strategy_of", "summed_loss", "traced",
-    "unconnected_copy", "unlocked", "with_moving_averages", "with_symbolic_build",
+    "unconnected_copy", "unlocked", "update_mean", "with_moving_averages", "with_symbolic_build",
 ]  # fmt: skip
 
 # ---- layers and their variables ----
@@ -339,6 +340,15 @@ def summed_loss(model: keras.Model, loss: Any) -> Any:
     Why: the public `Model.compute_loss` adds all of them itself, each once; here some count by their share of samples.
     """
     return model._aggregate_additional_loss(loss)
+
+
+def update_mean(tracker: keras.metrics.Mean, loss: Any, outputs: Any) -> None:
+    """Add the loss of a batch with these outputs to a mean over examples, as Keras tracks `loss`.
+
+    Why: under a strategy a loss is divided by the number of replicas, and Keras multiplies it before it is logged.
+    """
+    size = keras.ops.shape(keras.tree.flatten(outputs)[0])[0]
+    tracker.update_state(unscale_loss_for_distribution(loss), sample_weight=size)
 
 
 def spare_weight_decay(optimizer: keras.optimizers.Optimizer, variables: list) -> None:

@@ -52,7 +52,7 @@ class Outputs:
     """
 
     def __init__(self, probabilities, from_logits: bool, axes: list):
-        self.probabilities, self.from_logits, self._axes = probabilities, from_logits, axes
+        self.probabilities, self.from_logits, self._axes, self._of_loss = probabilities, from_logits, axes, -1
         for kind in probabilities if isinstance(probabilities, list) else [probabilities]:
             if kind not in ("sigmoid", "softmax", None):
                 raise ValueError(
@@ -65,7 +65,7 @@ class Outputs:
     @property
     def axes(self) -> list[int]:
         """The axis of the classes of each output, counted from the end; -1 where nothing says another."""
-        return [-1 if axis is None else axis for axis in self._axes]
+        return [self._of_loss if axis is None else axis for axis in self._axes]
 
     def as_probabilities(self, outputs):
         """Outputs as probabilities, not in half precision: its entropies would be NaN."""
@@ -117,10 +117,11 @@ class Outputs:
         """
         losses = [one for one in keras.tree.flatten(loss) if "Categorical" in type(one).__name__]
         axes = {loss_arguments(one).get("axis", -1) for one in losses}
+        self._of_loss = -1
         if axes and None in self._axes and "softmax" in (self.probabilities or ()):
             if len(axes) > 1:
                 raise ValueError(f"Expected one class_axis of all losses. Received: {sorted(axes)}. Pass class_axis=.")
-            self._axes = [axes.copy().pop() if axis is None else axis for axis in self._axes]
+            (self._of_loss,) = axes
         if getattr(loss, "from_logits", False) and self.probabilities is None:
             warnings.warn(
                 "This loss takes logits, and nothing says of what: predictions average logits, and have no entropy. "

@@ -12,7 +12,7 @@ from tqdm import tqdm
 if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
     import tensorflow as tf
 
-__all__ = ["add_scaled", "add_up", "check_backend", "check_options", "mean_loss"]
+__all__ = ["add_scaled", "add_up", "check_backend", "check_options", "is_endless", "is_of_arrays", "mean_loss"]
 
 SCORES = ("fisher", "paper", "per_example", "magnitude", "taylor", "random")
 
@@ -91,10 +91,22 @@ def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | 
     return num_examples
 
 
+def is_of_arrays(data: Any) -> bool:
+    """Whether data is a tuple of arrays, such as (x, y), not a tuple of batches."""
+    return isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data)
+
+
+def is_endless(data: Any) -> bool:
+    """Whether data is a `tf.data.Dataset` without end."""
+    return hasattr(data, "cardinality") and int(data.cardinality()) == -1  # `tf.data.INFINITE_CARDINALITY`
+
+
 def _batches(data, batch_size, max_batches):
     """The batches of any data, and how many there are; None where that is not known."""
-    if isinstance(data, tuple) and not all(isinstance(part, tuple) for part in data):
-        data = tuple(tuple(part) if _is_of_arrays(part) else part for part in data)  # else a list becomes one tensor
+    if is_of_arrays(data):
+        data = tuple(
+            tuple(part) if _is_list_of_arrays(part) else part for part in data
+        )  # else a list becomes one tensor
         data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
     if isinstance(data, keras.utils.PyDataset):
         total = data.num_batches  # None: endless
@@ -104,15 +116,14 @@ def _batches(data, batch_size, max_batches):
         total = len(data)
     except TypeError:  # a generator, an endless dataset, or one that does not know its length
         total = None
-        endless = isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY
-        if endless and max_batches is None:
+        if is_endless(data) and max_batches is None:
             raise ValueError("Expected data that ends, or max_batches. Received: an endless dataset.") from None
     if max_batches is None:
         return data, total
     return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
 
 
-def _is_of_arrays(part):
+def _is_list_of_arrays(part):
     return isinstance(part, list) and any(getattr(one, "ndim", 0) for one in part)
 
 

@@ -223,6 +223,11 @@ class SampledModel(Distributed):
             self.outputs_of_samples.check_entropies()
             self._sampler("served", None).export(filepath, format, verbose, input_signature, **kwargs)
 
+    def quantize(self, *args, **kwargs):
+        """`keras.Model.quantize`, of layers without Bayesian entries; the others stay as they are, with a warning."""
+        super().quantize(*args, **kwargs)
+        self.forget_samplers()
+
     def forget_samplers(self) -> None:
         """Trace predictions again: they were traced with the masks of before."""
         self._samplers().clear()

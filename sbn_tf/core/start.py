@@ -12,23 +12,15 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.context import posterior_mean
-from sbn_tf.core.keras_internals import compiled_loss
+from sbn_tf.core.keras_internals import compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
+from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.core.sampled import check_count
-from sbn_tf.layers import masked_layers
 
-__all__ = ["Guard", "Start", "WatchedData", "num_examples"]
+__all__ = ["Guard", "Start", "WatchedData"]
 
-NUM_PROBED = 64  # examples on which the guard compares
-LOC_RATE = 0.1  # of the trained network's learning rate: its weights are at their optimum, and shall stay near it
-
-
-def num_examples(data: Any) -> int | None:
-    """Number of examples of a tuple of arrays; None of other data."""
-    if not isinstance(data, tuple) or not data or all(isinstance(part, tuple) for part in data):
-        return None
-    shape = getattr(keras.tree.flatten(data[0])[0], "shape", ())
-    return int(shape[0]) if shape else None
+NUM_PROBED = 32  # examples on which the guard compares, at most
+LOC_RATE = 0.1  # of the trained network's learning rate: its weights are near their optimum
 
 
 class WatchedData:
@@ -40,15 +32,19 @@ class WatchedData:
     Attributes:
         data: what to pass on instead of the data.
         count: examples seen; None if not known.
-        first: (x, y) of at most 64 examples; None if not known.
+        first: (x, y) of a few examples as NumPy arrays; None if not known.
     """
 
-    def __init__(self, data: Any):
-        self.data, self.count, self.first = data, num_examples(data), None
-        if self.count is not None:
-            self._keep(data)
-        elif data is not None and not isinstance(data, keras.utils.PyDataset) and not _is_endless(data):
-            self.inner, self.data = data, self
+    def __init__(self, data):
+        self.data: Any = data
+        self.count: int | None = None
+        self.first: tuple | None = None
+        self._inner: Any = None
+        if is_of_arrays(data):
+            self.first = first_examples(data[0], data[1]) if len(data) > 1 else None
+            self.count = len(keras.tree.flatten(data[0])[0]) if self.first is not None else None
+        elif data is not None and not isinstance(data, keras.utils.PyDataset) and not is_endless(data):
+            self._inner, self.data = data, self
 
     def checked_count(self, num_train: int | None) -> int:
         """The number of training examples: what is given, else what was counted; warns where these differ.
@@ -58,7 +54,10 @@ class WatchedData:
         """
         if num_train is None:
             if self.count is None:
-                raise ValueError("Expected num_train=, the number of training examples. Received: none, and no data.")
+                raise ValueError(
+                    "Expected num_train=, the number of training examples. Received: none, and no data in which they "
+                    "were counted (arrays, or what the saliency pass went over)."
+                )
             return self.count
         check_count("num_train", num_train)
         if self.count and num_train != self.count:
@@ -71,24 +70,26 @@ class WatchedData:
 
     def __iter__(self) -> Iterator:
         self.count = 0
-        for batch in self.inner:
+        for batch in self._inner:
             if isinstance(batch, tuple | list) and len(batch) > 1:
                 if self.first is None:
-                    self._keep(batch)
-                leaf = keras.tree.flatten(batch[0])[0]
-                self.count += int(np.shape(leaf)[0]) if np.ndim(leaf) else 0
+                    self.first = first_examples(*batch[:2])
+                shape: Any = getattr(keras.tree.flatten(batch[0])[0], "shape", ())
+                self.count += int(shape[0]) if len(shape) else 0
             yield batch
 
     def __len__(self) -> int:
-        return len(self.inner)
-
-    def _keep(self, batch):
-        if len(batch) > 1:
-            self.first = _first(tuple(batch[:2]))
+        return len(self._inner)
 
 
-def _is_endless(data):
-    return hasattr(data, "cardinality") and int(data.cardinality()) == -1  # `tf.data.INFINITE_CARDINALITY`
+def first_examples(x: Any, y: Any, most: int = NUM_PROBED) -> tuple | None:
+    """The first examples of (x, y) as NumPy arrays of their own; None of what is not dense arrays."""
+    try:
+        parts = keras.tree.map_structure(lambda a: np.array(a[:most]), (x, y))
+    except (TypeError, ValueError, IndexError, KeyError, NotImplementedError):  # sparse, ragged, lists of numbers
+        return None
+    dense = all(part.ndim and part.dtype != object for part in keras.tree.flatten(parts))
+    return parts if dense and y is not None else None
 
 
 class Guard(keras.callbacks.Callback):
@@ -104,47 +105,48 @@ class Guard(keras.callbacks.Callback):
 
     def __init__(self, examples: tuple, num_draws: int = 3):
         super().__init__()
-        self.examples, self.num_draws, self.own = examples, num_draws, None
+        self.examples, self.num_draws = examples, num_draws
+        self.own: float | None = None
 
     def on_train_begin(self, logs=None):
         """Measure the trained network's own loss, at its first training, and that of the first draws."""
-        if self.own is None:
+        if self.own is not None:
+            return
+        try:
             self.own = self._loss(mean=True)
-            self._compare(
-                "before training", "initial scale", "initial_scale, or none: it is then a tenth of each weight"
-            )
+        except Exception:  # these examples are not what this loss takes: there is nothing to compare, and `fit` decides
+            self.own = math.nan
+        self._compare("before training", "Its scales may start too wide: give a smaller initial_scale.")
 
     def on_epoch_end(self, epoch, logs=None):
         """Compare again after each of the first epochs."""
         if epoch < 3:
-            self._compare(
-                f"after epoch {epoch + 1}", "learning rate", "one, or none: compile() takes a tenth of its own"
-            )
+            self._compare(f"after epoch {epoch + 1}", "Its learning rate may be too high: compile with a lower one.")
 
-    def _compare(self, when, what, remedy):
+    def _compare(self, when, remedy):
         if self.own is None or not np.isfinite(self.own):
             return
         drawn = self._loss(mean=False)
-        if not drawn <= 2 * self.own + 0.05:
+        if not drawn <= self.own + abs(self.own) + 0.05:
             warnings.warn(
                 f"The posterior's NLL on a few training examples is {drawn:.3g} {when}; the trained network's is "
-                f"{self.own:.3g}. The {what} may be too large: give a smaller {remedy}.",
+                f"{self.own:.3g}. {remedy}",
                 stacklevel=2,
             )
-            self.own = math.nan  # it has said so
+            self.own = math.nan  # it warns once
 
     def _loss(self, mean):
         model, (x, y) = self.model, self.examples
-        loss, network = compiled_loss(model), model.network
+        loss, network, seeds = compiled_loss(model), model.network, noise_states(model.network)
+        before = [np.array(ops.convert_to_numpy(seed)) for seed in seeds]
         if mean:
             with posterior_mean():
-                return float(ops.convert_to_numpy(loss(y, network(x, training=False))))
-        seeds = [layer.posteriors.noise_seed for layer in masked_layers(network)]
-        states = [ops.convert_to_numpy(seed.state) for seed in seeds if seed is not None]
-        found = [float(loss(y, model.one_draw(x, False, sample))) for sample in range(self.num_draws)]
-        for seed, state in zip([seed for seed in seeds if seed is not None], states, strict=True):
-            seed.state.assign(state)
-        return sum(found) / self.num_draws
+                found = [loss(y, network(x, training=False))]
+        else:
+            found = [loss(y, model.one_draw(x, False, sample)) for sample in range(self.num_draws)]
+        for seed, state in zip(seeds, before, strict=True):
+            seed.assign(state)
+        return float(np.mean([ops.convert_to_numpy(one) for one in found]))
 
 
 class Start:
@@ -156,52 +158,66 @@ class Start:
     """
 
     def __init__(self, model: keras.Model | None = None, examples: tuple | None = None):
-        self.optimizer, self.settings = None, {}
-        self.guard = None if examples is None else Guard(examples)
+        self.optimizer: Any = None
+        self.settings: dict = {}
+        self.examples = examples
+        self.guard: Guard | None = None
         if model is None or not model.compiled:
             return
         self.optimizer, self.settings = _gentle(model.optimizer), {"loss": model.loss}
-        try:
-            config = keras.saving.deserialize_keras_object(model.get_compile_config() or {})
-        except (TypeError, ValueError):  # a loss or metric that no file can hold
-            return
-        self.settings |= {key: config.get(key) for key in ("loss_weights", "metrics", "weighted_metrics")}
+        config = model.get_compile_config() or {}
+        for key in ("loss_weights", "metrics", "weighted_metrics"):
+            try:
+                self.settings[key] = keras.saving.deserialize_keras_object(config.get(key))
+            except (TypeError, ValueError):  # made by hand and not registered: no file could hold it, either
+                warnings.warn(f"The network's {key} cannot be copied: give them to compile().", stacklevel=3)
 
     def filled(self, optimizer: Any, loss: Any, others: dict) -> tuple:
-        """Arguments of `compile`: what is given; else the network's own optimiser, and its own loss and metrics."""
+        """Arguments of `compile`: what is given; else the network's own optimiser, and its own loss with its metrics.
+
+        Raises:
+            ValueError: no optimiser is given, and the network's own has no learning rate that can be read.
+        """
+        self.guard = None  # it measures by the compiled loss
         if loss is None:
             own = {key: value for key, value in self.settings.items() if value is not None}
             loss, others = own.pop("loss", None), {**own, **others}
+        if optimizer is None and isinstance(self.optimizer, str):
+            raise ValueError(f"Expected compile(optimizer). Received: none, and the network's own is {self.optimizer}.")
         if optimizer is None:
             optimizer = "rmsprop" if self.optimizer is None else LocScaleOptimizer(_made(self.optimizer))
         return optimizer, loss, others
 
-    def guarded(self, model: keras.Model, x: Any, y: Any, callbacks: Any) -> Any:
-        """The callbacks of `fit` with the guard, if there are examples: those known, or the first of some arrays."""
-        if self.guard is None and y is not None and num_examples((x, y)) is not None:
-            self.guard = Guard(_first((x, y)))
-        if self.guard is None or compiled_loss(model) is None or isinstance(callbacks, keras.callbacks.CallbackList):
+    def guarded(self, model: keras.Model, x: Any, y: Any, batch_size: int | None, callbacks: Any) -> Any:
+        """The callbacks of `fit` with the guard, if there are examples: of the arrays, else of those known before."""
+        if self.guard is None and compiled_loss(model) is not None:
+            examples = first_examples(x, y, min(batch_size or NUM_PROBED, NUM_PROBED)) if y is not None else None
+            examples = self.examples if examples is None else examples
+            self.guard = None if examples is None else Guard(examples)
+        if self.guard is None or isinstance(callbacks, keras.callbacks.CallbackList):
             return callbacks
         return [*keras.tree.flatten(callbacks or []), self.guard]
 
 
 def _gentle(optimizer):
-    """Class and config of a network's optimiser at a tenth of its rate: of a schedule, of the largest it has had."""
+    """Class and config of a network's optimiser at a tenth of its rate: of a schedule, of the largest it has had.
+
+    None of no optimiser; the name of its class where no rate can be read.
+    """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
     if optimizer is None:
         return None
-    config = optimizer.get_config()
-    rate = config["learning_rate"]
-    if isinstance(rate, dict):
-        schedule, taken = keras.saving.deserialize_keras_object(rate), int(ops.convert_to_numpy(optimizer.iterations))
-        rate = max(float(ops.convert_to_numpy(schedule(step))) for step in np.linspace(0, taken, 11).astype(int))
-    return type(optimizer), {**config, "learning_rate": LOC_RATE * float(rate), "loss_scale_factor": None}
+    try:
+        config = optimizer.get_config()
+        rate = config["learning_rate"]
+        if isinstance(rate, dict):
+            schedule, taken = keras.saving.deserialize_keras_object(rate), int(optimizer.iterations)
+            rate = max(float(schedule(int(step))) for step in np.linspace(0, taken, 11))
+        return type(optimizer), {**config, "learning_rate": LOC_RATE * float(rate), "loss_scale_factor": None}
+    except (KeyError, TypeError, ValueError, NotImplementedError):  # several rates, a function, a schedule of no config
+        return f"{type(optimizer).__name__}, whose learning rate cannot be read"
 
 
 def _made(optimizer):
     cls, config = optimizer
     return cls.from_config(dict(config))
-
-
-def _first(data):
-    return keras.tree.map_structure(lambda a: a[:NUM_PROBED], data)

@@ -234,7 +234,7 @@ def _masks(column, raters, path):
 def _labels(cells, path):
     _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
     classes = sorted(set(cells))
-    _check_spelling(classes, str.lower, "class", path)
+    _check_spelling(classes, lambda name: Decimal(name) if NUMBER.fullmatch(name) else name.lower(), "class", path)
     if len(classes) < 2:
         raise _wrong(path, "two classes or more in column label", f"{classes[0]!r} alone")
     if all(map(NUMBER.fullmatch, classes)):
@@ -275,11 +275,11 @@ def _check_unique(names, what, path):
         raise _wrong(path, f"one {what}", f"{name} in {count} of them")
 
 
-def _check_spelling(names, other, what, path):
-    """Refuses two names of one thing: equal as numbers (0 and 0.0, where csv files were joined) or by `other`."""
+def _check_spelling(names, plain, what, path):
+    """Refuses two names of one thing, of the same `plain` name, such as 0 and 0.0 where csv files were joined."""
     first = {}
     for name in names:
-        same = first.setdefault(Decimal(name) if NUMBER.fullmatch(name) else other(name), name)
+        same = first.setdefault(plain(name), name)
         if same != name:
             raise _wrong(path, f"one spelling of each {what}", f"{same!r} and {name!r}", "Write all of them one way.")
 
@@ -292,7 +292,7 @@ def _check_splits(splits, path):
 
 
 def _check_patients(splits, patients, path):
-    _check_spelling(patients.tolist(), str, "patient", path)
+    _check_spelling(patients.tolist(), lambda name: re.sub(r"\.0+$", "", name), "patient", path)
     first = {}
     for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
         if first.setdefault(patient, part) != part:
