@@ -19,14 +19,15 @@ if "plan" not in config:
     sys.exit("Expected a profile with a key `plan`. Received: none. Run snakemake --profile profiles/smoke.")
 try:
     PLAN = plan.plan_of(config["plan"], Path(workflow.configfiles[0]).as_posix())
+    DRY = workflow.is_main_process and parse_args(sys.argv[1:])[1].dryrun  # Snakemake knows it later
     if workflow.is_main_process:  # a cluster's jobs read this file again, while others write
         study.check_names(PLAN)
         grid_results.check_folder(PLAN)
         for path in grid_results.damaged(PLAN):
             print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
-            if not parse_args(sys.argv[1:])[1].dryrun:  # Snakemake knows it only after this file is read
+            if not DRY:
                 (PLAN.folder / path).unlink()
-    ESTIMATES = estimates.kept_estimates(PLAN)
+    ESTIMATES = estimates.kept_estimates(PLAN, new=not DRY)  # counting takes minutes for large networks
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 

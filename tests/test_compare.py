@@ -167,7 +167,7 @@ def test_of_one_seed_the_paired_test_is_over_images(rows):
 @pytest.mark.parametrize("dataset", ["phantom_chest", "phantom_lesion"])
 def test_the_command_prints_every_table(dataset, tmp_path, capsys):
     arguments = ["--methods", "deterministic,partial", "--epochs", "1", "--bayes-epochs", "1"]
-    arguments += ["--limit", "12", "--num-resamples", "20"]
+    arguments += ["--limit", "12", "--num-resamples", "20", "--num-samples", "2"]
     arguments += ["--size", "16" if dataset == "phantom_lesion" else "32"]
     assert main(["compare", dataset, *arguments, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out

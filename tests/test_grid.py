@@ -265,9 +265,8 @@ def test_a_config_of_no_grid_and_one_with_an_unknown_key_are_refused(tmp_path):
     workplace = clone_of(tmp_path)
     done = snakemake("-n", "--cores", "1", cwd=workplace)
     assert done.returncode != 0 and "Expected a profile with a key `plan`" in done.stderr
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": {**SMALL, "methosd": []}}))
-    done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
-    assert done.returncode != 0 and "Received: 'methosd'" in done.stderr
+    with pytest.raises(ValueError, match="Received: 'methosd'"):
+        plan.plan_of({**SMALL, "methosd": []}, "own.yaml")
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": {**SMALL, "methods": ["no_such_method"]}}))
     done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", cwd=workplace)
     assert done.returncode != 0 and "Received: no_such_method" in done.stderr

@@ -61,8 +61,8 @@ def _sizes(plan: Plan, name: str):
     return recipe, network, sizes, (images[2], 1 + SHIFTED_COPIES + (data.swapped is not None))
 
 
-def kept_estimates(plan: Plan) -> dict:
-    """The estimates that a grid's folder has of the same plan, else new ones; {} where the plan has no `tflops`.
+def kept_estimates(plan: Plan, new: bool = True) -> dict:
+    """The estimates that a grid's folder has of the same plan, else new ones; {} without `tflops`, or if not `new`.
 
     Nothing is written: `grid_results.claim` keeps them, so that the jobs of a cluster need not count again.
     """
@@ -73,7 +73,9 @@ def kept_estimates(plan: Plan) -> dict:
         kept = json.loads((plan.folder / "estimates.json").read_text())
     except (OSError, ValueError):
         kept = {}
-    return kept if kept.get("plan") == settings else {"plan": settings, "jobs": estimates(plan)}
+    if kept.get("plan") == settings:
+        return kept
+    return {"plan": settings, "jobs": estimates(plan)} if new else {}
 
 
 def needs(plan: Plan, kept: dict) -> dict[tuple[str, str], dict[str, int]]:
