@@ -463,7 +463,7 @@ def paper_flops(r_bayes: float) -> float:
 # needs no index; a prior around the weights (`prior_at_loc`) keeps where each entry began, 4 bytes more.
 #
 # By hand, for the network above at `r_bayes` 0.01: 142 of its 14,180 weights. The weights take $4 \cdot 14{,}180 =
-# 56{,}720$ bytes, the scales $4 \cdot 142$ and the indices $8 \cdot 142$ more, and the KL's weight and the terms that it
+# 56{,}720$ bytes, the scales $4 \cdot 142$ and the indices $8 \cdot 142$ more, and the KL's weight with the terms it
 # counts 16: 58,440.
 
 

@@ -316,7 +316,9 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     if data is None or loss is None:
         missing = "data" if data is None else "loss, and the model is not compiled"
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
-    if isinstance(loss, dict | list) or (len(getattr(model, "outputs", None) or []) > 1 and model.compiled and loss is model.loss):
+    if isinstance(loss, dict | list) or (
+        len(getattr(model, "outputs", None) or []) > 1 and model.compiled and loss is model.loss
+    ):
         loss = compiled_loss(model)
     idle = set(biases_before_batch_norm(model)) if trains_batch_norm else set()
     exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias could not be chosen anyway

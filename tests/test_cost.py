@@ -497,7 +497,9 @@ def test_parameters_and_bytes_against_keras(r_bayes):
     assert parameters(bnn) == {"num_weights": trainable, "num_trainable": eligible + k, "num_bayesian": k}
     index = 0 if r_bayes == 1 else 8 * k
     assert bytes_of(bnn)["weight_bytes"] == sum(w.nbytes for w in bnn.get_weights())
-    assert bytes_of(bnn)["weight_bytes"] == 4 * network.count_params() + 4 * k + index + 16  # and the KL's weight and its terms
+    assert (
+        bytes_of(bnn)["weight_bytes"] == 4 * network.count_params() + 4 * k + index + 16
+    )  # and the KL's weight and its terms
     assert bytes_of(bnn)["optimizer_bytes"] == 2 * 4 * (eligible + k) + 8 + 4
 
 

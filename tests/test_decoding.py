@@ -142,7 +142,8 @@ def test_no_more_threads_decode_than_there_is_memory_for(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(decoding, "read_image", watched)
     images = np.asarray(decoding.decoded("a", pairs, 60, "stretch", 3, tmp_path / "cache")["images"])
-    assert len(threads) == fit and (threading.main_thread() in threads) == (fit == 1)
+    assert (len(threads) == 1) == (fit == 1) and len(threads) <= fit  # an idle one may take several images
+    assert (threading.main_thread() in threads) == (fit == 1)
     assert (images == images[0]).all()
 
 

@@ -322,6 +322,21 @@ def test_the_compiled_loss_is_called_on_the_models_structure():
     assert inner.compiled_loss(two_layers()) is None
 
 
+def test_what_compile_was_called_with():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert inner.compile_arguments(model) == {}
+    model.compile("sgd", "mse", loss_weights=[2.0], metrics=["mae"])
+    found = inner.compile_arguments(model)
+    assert (found["loss"], found["loss_weights"], found["metrics"]) == ("mse", [2.0], ["mae"])
+
+
+def test_a_mean_over_examples():
+    tracker = keras.metrics.Mean()
+    for loss, size in ((1.0, 3), (5.0, 1)):
+        inner.update_mean(tracker, keras.ops.convert_to_tensor(loss), [np.zeros((size, 2))])
+    assert float(tracker.result()) == 2.0  # (3 * 1 + 5) / 4
+
+
 def test_weight_decay_spares_these_variables_and_those_of_before():
     optimizer = keras.optimizers.AdamW(1.0, weight_decay=0.5)
     a, b, c = (keras.Variable(np.ones(1, "float32"), name=name) for name in "abc")

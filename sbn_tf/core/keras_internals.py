@@ -20,12 +20,13 @@ from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.models.functional import Functional
 
 __all__ = [
-    "added_losses", "all_layers", "as_trusted", "call_context", "children", "compiled_loss", "copy_call_signature",
-    "current_values", "functional_of", "in_stateless_scope", "is_called_by_another", "is_functional", "logits_of",
-    "loss_arguments", "made_by", "mask_of", "moving_averages", "nodes_in_order", "nodes_of", "noise_states",
-    "optimized_variables", "own_trained", "own_variables", "replaced", "run_operations_by", "set_logits",
-    "set_mask", "set_own_trainable", "set_part", "spare_weight_decay", "strategy_of", "summed_loss", "traced",
-    "unconnected_copy", "unlocked", "update_mean", "with_moving_averages", "with_symbolic_build",
+    "added_losses", "all_layers", "as_trusted", "call_context", "children", "compile_arguments", "compiled_loss",
+    "copy_call_signature", "current_values", "functional_of", "in_stateless_scope", "is_called_by_another",
+    "is_functional", "logits_of", "loss_arguments", "made_by", "mask_of", "moving_averages", "nodes_in_order",
+    "nodes_of", "noise_states", "optimized_variables", "own_trained", "own_variables", "replaced",
+    "run_operations_by", "set_logits", "set_mask", "set_own_trainable", "set_part", "spare_weight_decay",
+    "strategy_of", "summed_loss", "traced", "unconnected_copy", "unlocked", "update_mean", "with_moving_averages",
+    "with_symbolic_build",
 ]  # fmt: skip
 
 # ---- layers and their variables ----
@@ -332,6 +333,14 @@ def loss_arguments(loss: Any) -> dict:
     Why: `SparseCategoricalCrossentropy` shows its `axis` neither as an attribute nor in its config.
     """
     return getattr(loss, "_fn_kwargs", {})
+
+
+def compile_arguments(model: keras.Model) -> dict:
+    """What `compile` was called with, by name; {} of a model that is not compiled.
+
+    Why: the public `Model.get_compile_config` serializes all of it or raises, and an optimiser may have no config.
+    """
+    return dict(getattr(getattr(model, "_compile_config", None), "config", {}))
 
 
 def summed_loss(model: keras.Model, loss: Any) -> Any:

@@ -187,7 +187,7 @@ def _kind_of(output):
     while isinstance(operation, keras.Model | MaskedWrapper):
         if not isinstance(operation, keras.Model):
             operation = operation.layer
-        elif not operation.outputs:  # a subclassed one
+        elif not getattr(operation, "outputs", None):  # a subclassed one
             return None, None
         else:  # a nested model's output is made inside it
             operation, position = made_by(keras.tree.flatten(operation.outputs)[position])

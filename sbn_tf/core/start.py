@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.context import posterior_mean
-from sbn_tf.core.keras_internals import compiled_loss, noise_states
+from sbn_tf.core.keras_internals import compile_arguments, compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.core.sampled import check_count
@@ -165,11 +165,12 @@ class Start:
         if model is None or not model.compiled:
             return
         self.optimizer, self.settings = _gentle(model.optimizer), {"loss": model.loss}
-        config = model.get_compile_config() or {}
+        given = compile_arguments(model)
         for key in ("loss_weights", "metrics", "weighted_metrics"):
             try:
-                self.settings[key] = keras.saving.deserialize_keras_object(config.get(key))
-            except (TypeError, ValueError):  # made by hand and not registered: no file could hold it, either
+                config = keras.saving.serialize_keras_object(given.get(key))
+                self.settings[key] = keras.saving.deserialize_keras_object(config)
+            except (TypeError, ValueError, NotImplementedError):  # not registered: no file could hold it, either
                 warnings.warn(f"The network's {key} cannot be copied: give them to compile().", stacklevel=3)
 
     def filled(self, optimizer: Any, loss: Any, others: dict) -> tuple:
