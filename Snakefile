@@ -12,21 +12,22 @@ import shlex
 import sys
 from pathlib import Path
 
-from sbn_tf.experiments import estimates, grid, grid_results, plan, study
 from snakemake.cli import parse_args
+
+from sbn_tf.experiments import estimates, grid, grid_results, plan, study
 
 if "plan" not in config:
     sys.exit("Expected a profile with a key `plan`. Received: none. Run snakemake --profile profiles/smoke.")
 try:
     PLAN = plan.plan_of(config["plan"], Path(workflow.configfiles[0]).as_posix())
+    AGAIN = []
     DRY = workflow.is_main_process and parse_args(sys.argv[1:])[1].dryrun  # Snakemake knows it later
     if workflow.is_main_process:  # a cluster's jobs read this file again, while others write
         study.check_names(PLAN)
         grid_results.check_folder(PLAN)
-        for path in grid_results.damaged(PLAN):
+        AGAIN = grid.damaged(PLAN)
+        for path in AGAIN:
             print(f"The result of {path} is gone or damaged: that job is run again.", file=sys.stderr)
-            if not DRY:
-                (PLAN.folder / path).unlink()
     ESTIMATES = estimates.kept_estimates(PLAN, new=not DRY)  # counting takes minutes for large networks
 except (ValueError, OSError) as error:
     sys.exit(str(error))
@@ -64,7 +65,10 @@ def job_of(wildcards):
 
 def before(wildcards):
     """Notebooks that must be there first."""
-    return [path for one in grid.before(job_of(wildcards)) if (path := f"{FOLDER}/{one}") in JOBS]
+    job = job_of(wildcards)
+    if job.path in AGAIN:  # as by --forcerun: a dry run lists it too, and nothing is deleted before the job starts
+        workflow.dag.forcefiles.add(f"{FOLDER}/{job.path}")
+    return [path for one in grid.before(job) if (path := f"{FOLDER}/{one}") in JOBS]
 
 
 def need(what):

@@ -1,17 +1,17 @@
 """The grid: which jobs a profile asks for, what became of them, and what it refuses."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
+from helpers import mask_result, record_of
 
 from sbn_tf.experiments import estimates, grid, grid_results, plan, recipes, result, results
 from sbn_tf.experiments.methods import METHODS
@@ -33,6 +33,14 @@ SMALL = {
 
 def made(**changes):
     return plan.plan_of({**SMALL, **changes})
+
+
+def written(mine, method, r_bayes=None, seed=0, name="a", number=0):
+    """The path of a result that a job of phantom_chest wrote."""
+    folder = mine.folder / f"models/phantom_chest/{method}/seed{seed}/{name}"
+    cost = {"num_bayesian": float(number)}
+    one = mask_result(method, seed, dataset="phantom_chest", r_bayes=r_bayes, cost=cost)
+    return result.write(one, folder, record_of(np.full((1, 4, 2), 0.3), np.eye(4, 2) > 0))
 
 
 def test_jobs_are_the_product_of_everything_and_step_1_is_shared():
@@ -104,6 +112,8 @@ def test_status_tells_done_failed_and_missing_and_what_remains(tmp_path, monkeyp
     mine = made(datasets={"phantom_chest": {"methods": ["deterministic", "temperature"], "r_bayes": [0.01]}}, seeds=[0])
     unit = mine.folder / "phantom_chest/fold-1/seed0"
     unit.mkdir(parents=True)
+    for method, r_bayes in (("deterministic", None), ("partial", 0.01)):
+        written(mine, method, r_bayes)
     for name, seconds in (("step1", 100.0), ("deterministic", 30.0)):
         (unit / f"{name}.ipynb").write_text("{}")
         (unit / f"{name}.tsv").write_text(f"s\th:m:s\n{seconds}\t0:00:01\n")
@@ -138,26 +148,37 @@ def test_a_job_whose_result_is_gone_or_damaged_is_found_by_the_results_path(tmp_
         notebook.write_text("{}")
 
     def write(method, name, r_bayes=None, number=0):
-        path = mine.folder / f"models/phantom_chest/{method}/seed3/{name}/metrics.json"
-        path.parent.mkdir(parents=True)
-        content = {"dataset": "phantom_chest", "options": {}, "seed": 3, "method": method, "r_bayes": r_bayes}
-        path.write_text(json.dumps({**content, "cost": {"num_bayesian": number}}))
-        return path
+        return written(mine, method, r_bayes, seed=3, name=name, number=number)
 
-    def read(path):
-        return SimpleNamespace(**json.loads(path.read_text()))
-
-    monkeypatch.setattr(result, "read", read)
     unit = "phantom_chest/fold-1/seed3"
     write("deterministic", "a")
     damaged = write("ensemble", "b")
     write("partial", "c", 0.01, 100)
     write("partial", "d", 1.0, 10_000)
-    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb"]
-    damaged.write_text('{"format":')
-    assert grid_results.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb", f"{unit}/ensemble.ipynb"]
+    assert grid.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb"]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    assert grid.damaged(mine) == [f"{unit}/partial_r0.0001.ipynb", f"{unit}/ensemble.ipynb"]
     write("partial", "e", 0.00012, 1)  # of a share that chooses the same weights
-    assert grid_results.damaged(mine) == [f"{unit}/ensemble.ipynb"]
+    assert grid.damaged(mine) == [f"{unit}/ensemble.ipynb"]
+
+    found = grid.status(mine)  # which will run that job again
+    assert found.damaged == found.missing == [f"{unit}/ensemble.ipynb"] and not found.failed
+    assert "1 to do" in found.line and f"gone or damaged: {unit}/ensemble.ipynb" in str(found)
+    assert f"gone or damaged: {unit}/ensemble.ipynb" in grid.report(mine)
+
+    damaged.write_bytes(whole.replace(b'"nll": 0.1', b'"nll": 0.2'))
+    assert grid.damaged(mine) == [f"{unit}/ensemble.ipynb"]
+    damaged.write_bytes(whole)
+    assert grid.damaged(mine) == []
+    beside = damaged.with_name("record.npz")
+    content = bytearray(beside.read_bytes())
+    content[len(content) // 2] ^= 1
+    beside.write_bytes(content)
+    assert grid.damaged(mine) == grid.status(mine).damaged == [f"{unit}/ensemble.ipynb"]
+    assert grid.damaged(mine, records=False) == []  # it is there
+    beside.unlink()
+    assert grid.damaged(mine, records=False) == grid.damaged(mine) == [f"{unit}/ensemble.ipynb"]
 
 
 def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monkeypatch):
@@ -165,7 +186,7 @@ def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monk
     folder = made().folder / "models/phantom_nodule/partial/seed0/0123456789"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"format":')
-    with pytest.warns(UserWarning, match="Left out 1 .*Expected JSON"):
+    with pytest.warns(UserWarning, match="Left out 1 .*metrics.json is not JSON"):
         assert grid_results.gather(made()).empty
 
 
@@ -251,6 +272,31 @@ def test_a_dry_run_counts_every_job(name, jobs, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert not (workplace / "runs").exists()  # a dry run changes nothing
     assert f"total {jobs + 1}" in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
+def test_a_dry_run_lists_the_job_of_a_damaged_result_and_deletes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workplace = clone_of(tmp_path)
+    content = {**SMALL, "seeds": [0], "datasets": {"phantom_chest": {"methods": ["deterministic"], "r_bayes": [0.01]}}}
+    mine = plan.plan_of(content)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": content}))
+    grid_results.claim(mine)
+    for method, r_bayes in (("deterministic", None), ("partial", 0.01)):
+        path = written(mine, method, r_bayes)
+    path.write_text(path.read_text()[:100])
+    for age, job in enumerate(grid.jobs(mine)):
+        notebook = mine.folder / job.path
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+        notebook.write_text("{}")
+        os.utime(notebook, (1e9 + age, 1e9 + age))
+    before = {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()}
+    done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", "--rerun-triggers", "mtime", cwd=workplace)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    told = " ".join((done.stdout + done.stderr).split())
+    assert "partial_r0.01.ipynb is gone or damaged: that job is run again" in told
+    assert "partial 1" in told and "total 2" in told  # that job, and the rule that asks for all
+    assert {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()} == before
 
 
 def clone_of(tmp_path):

@@ -1,5 +1,6 @@
 """The result of one run: what is written is read, and what is wrong is refused."""
 
+import hashlib
 import json
 import math
 
@@ -9,7 +10,7 @@ from helpers import METRICS_OF_MASKS, of_task, record_of, whole_result
 from helpers import mask_result as result
 
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION
-from sbn_tf.experiments import scoring
+from sbn_tf.experiments import folders, scoring
 from sbn_tf.experiments.result import KEYS, read, write
 from sbn_tf.metrics import METRICS
 
@@ -23,7 +24,7 @@ def test_what_is_written_is_read(tmp_path):
     for place in (path, path.parent, str(path)):
         found = read(place)
         assert found == written and found.folder == path.parent
-    assert set(found.versions) >= {"sbn_tf", "keras", "tensorflow"}
+    assert set(found.versions) >= {"sbn_tf", "keras", "tensorflow"} and found.threads == folders.threads()
     assert [one.name for one in path.parent.iterdir()] == ["metrics.json"]
     assert found.record() is None
 
@@ -99,6 +100,7 @@ def test_refused_on_write_and_on_read(name, tmp_path):
     path = write(result(), tmp_path)
     content = json.loads(path.read_text())
     metrics = content["metrics"] | changes.get("metrics", {})
+    del content["sha256"]  # as of a file that was made by hand
     path.write_text(json.dumps({**content, **changes, "metrics": metrics}))
     with pytest.raises(ValueError, match=message) as raised:
         read(path)
@@ -126,9 +128,9 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "Expected JSON"),
-        ('{"format": 1', "Expected JSON"),
-        ("[1]", "Expected the fields of a result .* Received: list"),
+        ("", "Received: metrics.json is not JSON"),
+        ('{"format": 1', "Received: metrics.json is not JSON"),
+        ("[1]", "Received: metrics.json has a list instead of fields"),
         ("{}", "Expected format 3 .* Received: 'none'"),
         ('{"format": 99}', "Expected format 3 .* Received: 99"),
         ('{"format": 3, "task": "binary"}', "Received: without .*'dataset'"),
@@ -144,15 +146,35 @@ def test_files_that_are_no_results(text, message, tmp_path):
 
 def test_a_file_that_is_not_text_or_not_there(tmp_path):
     (tmp_path / "metrics.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="Expected JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not JSON"):
         read(tmp_path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "nowhere.json")
 
 
+def test_a_number_that_was_changed_is_refused(tmp_path):
+    path = write(whole_result(), tmp_path)
+    whole = path.read_text()
+    fields = json.loads(whole)
+    plain = json.dumps({key: value for key, value in fields.items() if key != "sha256"}, sort_keys=True)
+    assert fields["sha256"] == hashlib.sha256(plain.encode()).hexdigest()  # by its definition
+    name = whole.index('"sha256"')
+    digits = [place for place, letter in enumerate(whole) if letter.isdigit() and not name < place < name + 8]
+    for place in digits[:: len(digits) // 40]:
+        path.write_text(whole[:place] + str((int(whole[place]) + 1) % 10) + whole[place + 1 :])
+        with pytest.raises(
+            ValueError, match=r"Expected a whole result in .*metrics\.json (was changed|is not JSON).*Delete it"
+        ):
+            read(path)
+    path.write_text(json.dumps(fields))  # other spaces are no other numbers
+    assert read(path).metrics == fields["metrics"]
+
+
 def test_an_unknown_field_is_refused(tmp_path):
     path = write(result(), tmp_path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "colour": "red"}))
     with pytest.raises(ValueError, match=r"with unknown \['colour'\]"):
         read(path)
 

@@ -80,7 +80,7 @@ def test_collect_refuses_damaged_files_or_skips_them_with_one_warning(tmp_path):
     with pytest.raises(ValueError, match="Expected format 3"):
         collect(tmp_path)
     (folder / "seed0" / "abc" / "metrics.json").unlink()
-    with pytest.raises(ValueError, match="Expected JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not JSON"):
         collect(tmp_path)
 
 

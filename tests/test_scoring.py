@@ -120,6 +120,27 @@ def test_classes_agree_with_scikit_learn_and_scipy(task):
     assert grades & set(row) == (grades if task == "ordinal" else set())
 
 
+@pytest.mark.parametrize("task", ["multi-class", "ordinal"])
+def test_ties_of_classes_stay_ties(task):
+    # Of the second class 1e-9 beats 0 by nothing that a division of [1, 1e-9, 0] by its sum may take away or add.
+    probs = np.array([[1, 1e-9, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    targets = np.eye(3, dtype="uint8")[[1, 0, 1, 2]]
+    areas = [sk.roc_auc_score(targets[:, i], probs[:, i]) for i in range(3)]
+    assert np.mean(areas) == pytest.approx(17 / 18)
+    assert scoring.evaluate(probs[None], targets, task)["auc"] == pytest.approx(17 / 18)
+    for seed in range(20):  # saturated float32 softmaxes: many are 1, and sum to 1 but for rounding
+        random = np.random.default_rng(seed)
+        odds = np.exp(random.normal(size=(50, 4), scale=30).clip(-80, 80).astype("float32"))
+        probs = odds / odds.sum(1, keepdims=True)
+        targets = np.eye(4, dtype="uint8")[random.integers(0, 4, 50)]
+        row = scoring.evaluate(probs[None], targets, task)
+        for key, score in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
+            assert row[key] == pytest.approx(np.mean([score(targets[:, i], probs[:, i]) for i in range(4)]), abs=1e-12)
+        each = [metrics.ece(probs[:, i], targets[:, i], binning="mass") for i in range(4)]
+        assert row["ece_label_mass"] == pytest.approx(np.mean(each), abs=1e-12)
+        assert row["entropy"] == pytest.approx(stats.entropy(probs.astype("float64"), axis=1).mean(), abs=1e-12)
+
+
 def test_grades_agree_with_scikit_learn():
     row = scoring.evaluate(CLASS_PROBS, ONE_HOT, "ordinal")
     predicted = CLASS_PROBS.mean(0).argmax(1)

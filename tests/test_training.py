@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -232,6 +233,18 @@ def tiny(monkeypatch):
     return "tiny"
 
 
+@pytest.fixture
+def straight(monkeypatch):
+    """A network of masks with one convolution."""
+
+    def build(input_shape, num_outputs, activation="sigmoid", seed=None):
+        last = keras.layers.Conv2D(num_outputs, 1, activation=activation, name="head")
+        return keras.Sequential([keras.Input(input_shape), last])
+
+    monkeypatch.setitem(networks.NETWORKS, "straight", (build, {}))
+    return "straight"
+
+
 def in_colours(task, classes=3, train=48, test=18):
     """Noisy 8 x 8 images whose strongest colour is their class; the label of "binary" is class 1 of 2."""
     random = np.random.default_rng(0)
@@ -449,6 +462,49 @@ def test_a_finished_run_that_is_corrupt_is_named(data, tmp_path, name):
         training.deterministic_run(data, recipe, network="unet_small", runs=tmp_path)
 
 
+def test_a_changed_bit_of_a_finished_run_is_named_in_one_line_and_nothing_else_changes(data, tmp_path, straight):
+    recipe, options = recipes.recipe_for("quick", data.card, epochs=1), {"network": straight, "runs": tmp_path}
+    run = training.deterministic_run(data, recipe, **options)
+    for name in ("model.keras", "history.json"):
+        path = run.folder / name
+        whole, random = path.read_bytes(), np.random.default_rng(0)
+        for place in [*random.integers(0, len(whole), 25), len(whole) - 1]:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            try:
+                again = training.deterministic_run(data, recipe, **options)
+            except ValueError as error:
+                assert str(error).startswith(f"Expected a whole run in {run.folder}. Received: {name} ")
+                assert "Delete it" in str(error) and "\n" not in str(error)
+            else:  # a date in the archive, say
+                assert again.history == run.history
+                assert_equal_weights(again.model.weights, run.model.weights)
+        path.write_bytes(whole)
+    number = repr(run.history["loss"][0])
+    path.write_text(path.read_text().replace(number, number[:-1] + str((int(number[-1]) + 1) % 10)))
+    with pytest.raises(ValueError, match=r"Received: history\.json was changed: its checksum is another\. Delete it"):
+        training.deterministic_run(data, recipe, **options)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_run(data, tmp_path, straight, monkeypatch):
+    recipe, options = recipes.recipe_for("quick", data.card, epochs=1), {"network": straight, "runs": tmp_path}
+    save, unlink = keras.Model.save, Path.unlink
+    with monkeypatch.context() as patch:  # the process ends as the model is half written, and removes nothing
+        patch.setattr(keras.Model, "save", lambda self, path: (save(self, path), (_ for _ in ()).throw(Interrupted)))
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        with pytest.raises(Interrupted):
+            training.deterministic_run(data, recipe, **options)
+    (folder,) = tmp_path.glob("*/*/*/*")
+    (left,) = folder.glob("model.*.tmp.keras")
+    assert (folder / "checkpoint.npz").exists() and not (folder / "model.keras").exists()
+    with monkeypatch.context() as patch:  # and as the checkpoint has still to go
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None if "check" in self.name else unlink(self))
+        training.deterministic_run(data, recipe, **options)
+    assert not left.exists() and (folder / "checkpoint.npz").exists()
+    (folder / "savingdeadbeef.keras").write_bytes(b"half")
+    training.deterministic_run(data, recipe, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "history.json", "model.keras"]
+
+
 @pytest.mark.parametrize("seed", ["1", 1.0, -1, True])
 def test_seeds_that_are_none(data, tmp_path, seed):
     with pytest.raises(ValueError, match="Expected seed, an integer >= 0"):
@@ -459,6 +515,13 @@ def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     folders.write_json(tmp_path / "a.json", {"x": np.int64(1).item()})
     assert json.loads((tmp_path / "a.json").read_text())["commit"] is None
+
+
+def test_a_file_of_a_run_names_the_number_of_threads(tmp_path, monkeypatch):
+    assert folders.threads() == len(os.sched_getaffinity(0))  # TensorFlow's default
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    folders.write_json(tmp_path / "a.json", {})
+    assert folders.read_json(tmp_path / "a.json")["threads"] == 3
 
 
 def test_corrupt_scores_are_named(data, tmp_path):

@@ -27,12 +27,14 @@ class Case:
 
     def __init__(self, probs, targets, task, valid, uncertainty, threshold=0.5, prevalence=None):
         probs, masks = float64(probs), task == SEGMENTATION
-        self.probs = probs / probs.sum(-1, keepdims=True) if task in EXCLUSIVE else np.minimum(probs, 1)
+        self.probs = np.minimum(probs, 1)
         self.targets, self.task, self.valid, self.prevalence = targets, task, valid, prevalence
         self.axes = (1, 2) if masks else () if task in EXCLUSIVE else (1,)  # of the events of an image
         self.truth = rater_mean(targets, valid) if masks else float64(targets)
-        self.parts = uncertainty(self.probs, task)
-        self.mean_probs = self.parts["mean_probs"]
+        # Entropies need classes that sum to 1. Rankings and bins do not: dividing by a sum that is 1 but for rounding
+        # would part probabilities that are equal, and join others.
+        self.parts = uncertainty(probs / probs.sum(-1, keepdims=True) if task in EXCLUSIVE else self.probs, task)
+        self.mean_probs = self.probs.mean(0) if task in EXCLUSIVE else self.parts["mean_probs"]
         decided, actual = self.mean_probs > threshold, self.truth >= 0.5
         if task in EXCLUSIVE:
             decided, actual = (values.argmax(-1)[:, None] for values in (self.mean_probs, self.truth))

@@ -336,10 +336,7 @@ def loss_arguments(loss: Any) -> dict:
 
 
 def compile_arguments(model: keras.Model) -> dict:
-    """What `compile` was called with, by name; {} of a model that is not compiled.
-
-    Why: the public `Model.get_compile_config` serializes all of it or raises, and an optimiser may have no config.
-    """
+    """What `compile` was called with; {} before. Why: the public `get_compile_config` serializes all or raises."""
     return dict(getattr(getattr(model, "_compile_config", None), "config", {}))
 
 
@@ -380,10 +377,7 @@ def moving_averages(optimizer: keras.optimizers.Optimizer) -> list:
 
 
 def with_moving_averages(averages_of: Callable) -> Callable:
-    """Class decorator of optimisers: `averages_of(optimizer)` is what Keras finds as its moving averages.
-
-    Why: `keras.callbacks.SwapEMAWeights` looks for them by this name.
-    """
+    """Class decorator: Keras finds `averages_of(optimizer)`. Why: `SwapEMAWeights` looks for them by this name."""
 
     def decorate(cls):
         cls._model_variables_moving_average = property(averages_of)

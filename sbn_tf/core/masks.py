@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from sbn_tf.core.files import write_atomically
+from sbn_tf.core.files import check_archive, write_atomically
 from sbn_tf.core.weights import named_weights
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def load_masks(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: a file of something else.
     """
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as file:
             return checked_masks({key: file[key] for key in file.files})
     except FileNotFoundError:

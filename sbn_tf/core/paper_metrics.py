@@ -157,7 +157,7 @@ def image_entropy(case) -> np.ndarray:
     """`paper_entropy` of each image."""
     from scipy.special import entr
 
-    return case.mean(case.parts["entropy"]) if case.task == SEGMENTATION else entr(case.mean_probs).sum(1)
+    return case.mean(case.parts["entropy"]) if case.task == SEGMENTATION else entr(case.parts["mean_probs"]).sum(1)
 
 
 def image_dice(case) -> np.ndarray:

@@ -8,20 +8,29 @@ import operator
 import os
 import re
 import subprocess
-import zipfile
-import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 import sbn_tf
-from sbn_tf.core.files import write_atomically
+from sbn_tf.core.files import check_archive, write_atomically
 
-__all__ = ["FORMAT", "check_method", "check_seed", "digest", "read_arrays", "repository", "run_folder", "write_json"]
+__all__ = [
+    "FORMAT",
+    "check_method",
+    "check_seed",
+    "digest",
+    "read_arrays",
+    "read_json",
+    "repository",
+    "run_folder",
+    "threads",
+    "write_checked",
+    "write_json",
+]
 
 FORMAT = 3  # of a run's files: raise it when their meaning changes, so that old runs are not taken for new ones
 
@@ -41,6 +50,8 @@ def run_folder(runs: str | os.PathLike | None, dataset: str, method: str, seed: 
 
 def digest(settings: dict) -> str:
     """A short hash of settings, of the files' format and of Keras's dtype policy."""
+    import keras
+
     settings = {**settings, "format": FORMAT, "dtype": keras.config.dtype_policy().name}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -59,14 +70,57 @@ def check_seed(seed: Any) -> int:
     return operator.index(seed)
 
 
+def write_checked(path: str | os.PathLike, content: Mapping) -> None:
+    """Write JSON with a checksum of its content; `read_json` compares it."""
+    text = json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """What `write_checked` or `write_json` wrote. A file of an older version has no checksum, and passes.
+
+    Raises:
+        ValueError: not JSON, no dict, or a content that was changed. The message is for the `Received:` of another.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # of JSON, and of text that is not UTF-8
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} has a {type(content).__name__} instead of fields")
+    written = content.pop(_CHECKSUM, None)
+    if written not in (None, _checksum(content)):
+        raise ValueError(f"{path.name} was changed: its checksum is another")
+    return content
+
+
+_CHECKSUM = "sha256"  # the field's name
+
+
+def _checksum(content):
+    plain = json.loads(json.dumps(content))  # lists for tuples and texts for keys, as they are read
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def threads() -> int:
+    """Threads of one TensorFlow operation: another number adds in another order, and rounds otherwise."""
+    import tensorflow as tf
+
+    asked = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get("TF_NUM_INTRAOP_THREADS")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(asked or 0) or cores or 1
+
+
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
-    """Write JSON together with the versions and the commit that made it."""
+    """Write JSON together with the versions, the commit and the number of threads that made it, and a checksum."""
+    import keras
     import tensorflow as tf
 
     versions = {"sbn_tf": sbn_tf.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
     versions["tensorflow_probability"] = version("tensorflow_probability")
-    text = json.dumps({**content, "versions": versions, "commit": _commit()}, indent=1)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_checked(path, {**content, "versions": versions, "commit": _commit(), "threads": threads()})
 
 
 def _commit() -> str | None:
@@ -93,9 +147,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         ValueError: the file is missing or damaged.
     """
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected a whole npz file. Received: {path} ({error}). Delete it: it will be made again."
         ) from None

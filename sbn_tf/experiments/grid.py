@@ -11,12 +11,13 @@ import csv
 import json
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sbn_tf.core.files import write_atomically
+from sbn_tf.experiments import result
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["NOTEBOOKS", "Job", "before", "jobs", "papermill_options", "report", "status"]
+__all__ = ["NOTEBOOKS", "Job", "before", "damaged", "jobs", "papermill_options", "report", "status"]
 
 # Kind of job -> its notebook.
 NOTEBOOKS = {
@@ -92,6 +93,35 @@ def papermill_options(plan: Plan, job: Job) -> str:
     return " ".join(f"{flags[key]} {key} {shlex.quote(str(value))}" for key, value in given.items())
 
 
+def damaged(plan: Plan, *, records: bool = True) -> list[str]:
+    """Paths, below the plan's folder, of jobs that were done and whose result is gone or cannot be read.
+
+    Args:
+        plan: the grid.
+        records: read each `record.npz` too; without it is enough that it is there, which is faster.
+    """
+    found = {}
+    for path in sorted(plan.folder.glob("models/*/*/seed*/*/metrics.json")):
+        try:
+            one = result.read(path)
+            whole = one.record() is not None if records else path.with_name("record.npz").exists()
+        except (ValueError, OSError):
+            continue
+        if whole:
+            found.setdefault((one.dataset, one.options.get("fold", -1), one.seed, one.method), []).append(one)
+    done = [job for job in jobs(plan) if job.method and (plan.folder / job.path).exists()]
+    unit = {job.path: found.get((job.dataset, job.fold, job.seed, job.method), ()) for job in done}
+    return [job.path for job in done if not any(_is_of(one, job) for one in unit[job.path])]
+
+
+def _is_of(one, job):
+    """Whether a result is of the job's share. Two shares that choose the same weights have one result between them."""
+    if one.r_bayes is None:
+        return True
+    number = max(one.cost.get("num_bayesian") or 0, 0.5)  # of the weights that the result's share chooses
+    return abs(one.r_bayes - job.r_bayes) * number < max(one.r_bayes, 1e-12)
+
+
 @dataclass(frozen=True)
 class Status:
     """What became of the jobs. Keys are paths below the plan's folder.
@@ -101,12 +131,14 @@ class Status:
         failed: path -> its error.
         missing: paths of the others.
         remaining_seconds: how long the missing jobs will take; None where nothing like them has run.
+        damaged: which of the missing were done, but their result is gone or cannot be read.
     """
 
     done: dict[str, float | None]
     failed: dict[str, str]
     missing: list[str]
     remaining_seconds: float | None
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def line(self) -> str:
@@ -116,20 +148,28 @@ class Status:
         return f"{len(self.done)} of {number} jobs done, {len(self.failed)} failed, {len(self.missing)} to do{left}"
 
     def __str__(self):
-        return "\n".join([self.line, *(f"  failed: {path}: {reason}" for path, reason in self.failed.items())])
+        return "\n".join([self.line, *self.faults("  ")])
+
+    def faults(self, bullet: str) -> list[str]:
+        """A line for each job that failed, or whose result is gone or damaged."""
+        failed = [f"{bullet}failed: {path}: {reason}" for path, reason in self.failed.items()]
+        return failed + [f"{bullet}to do again, its result is gone or damaged: {path}" for path in self.damaged]
 
 
-def status(plan: Plan, cores: int = 1) -> Status:
+def status(plan: Plan, cores: int = 1, *, records: bool = True) -> Status:
     """What is done, what failed, what remains, and how long that will take on so many cores.
 
     A missing job is expected to take as long as done jobs of its dataset and name did, else of its dataset and kind,
-    else of its kind.
+    else of its kind. A job whose result is `damaged` will be run again: it is missing.
     """
     done, failed, missing, taken = {}, {}, [], {}
+    again = damaged(plan, records=records)
     for job in jobs(plan):
         path = plan.folder / job.path
         broken = path.with_suffix(".failed.ipynb")
-        if path.exists():
+        if job.path in again:
+            missing.append(job)
+        elif path.exists():
             done[job.path] = seconds = _seconds(path)
             for key in _alike(job) if seconds is not None else ():
                 taken.setdefault(key, []).append(seconds)
@@ -140,7 +180,7 @@ def status(plan: Plan, cores: int = 1) -> Status:
     times = [next((taken[key] for key in _alike(job) if key in taken), None) for job in missing]
     known = [sum(one) / len(one) for one in times if one is not None]
     remaining = sum(known) / max(1, cores // plan.threads) if len(known) == len(missing) else None
-    return Status(done, failed, [job.path for job in missing], remaining)
+    return Status(done, failed, [job.path for job in missing], remaining, again)
 
 
 def _alike(job):
@@ -189,7 +229,7 @@ def report(plan: Plan) -> str:
     lines += ["| dataset | jobs | done | failed | missing | core time |", "|---|---|---|---|---|---|"]
     for key, (*counts, seconds) in rows.items():
         lines.append(f"| {' | '.join(map(str, (*key, *counts, _time(seconds))))} |")
-    lines += ["", *(f"- failed: {path}: {reason}" for path, reason in found.failed.items())]
+    lines += ["", *found.faults("- ")]
     text = "\n".join(lines).rstrip() + "\n"
     write_atomically(plan.folder / "report.md", lambda file: file.write(text.encode()))
     return text
@@ -208,5 +248,5 @@ def run(given: argparse.Namespace) -> None:
     if given.command == "grid report":
         print(report(plan))
     else:
-        found = status(plan, given.cores)
+        found = status(plan, given.cores, records=not given.brief)
         print(found.line if given.brief else found)

@@ -13,7 +13,7 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import compare, folders, grid, result, results, scoring, study
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["check_folder", "claim", "damaged", "gather", "write_table"]
+__all__ = ["check_folder", "claim", "gather", "write_table"]
 
 FORMAT = 2  # of a folder of jobs: raised when notebooks of older ones would not fit
 
@@ -71,28 +71,6 @@ def claim(plan: Plan, estimates: dict | None = None) -> None:
 
 def _write(path, content):
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def damaged(plan: Plan) -> list[str]:
-    """Paths, below the plan's folder, of jobs that were done and whose result is gone or cannot be read."""
-    found = {}
-    for path in sorted(plan.folder.glob("models/*/*/seed*/*/metrics.json")):
-        try:
-            one = result.read(path)
-        except (ValueError, OSError):
-            continue
-        found.setdefault((one.dataset, one.options.get("fold", -1), one.seed, one.method), []).append(one)
-    done = [job for job in grid.jobs(plan) if job.method and (plan.folder / job.path).exists()]
-    unit = {job.path: found.get((job.dataset, job.fold, job.seed, job.method), ()) for job in done}
-    return [job.path for job in done if not any(_is_of(one, job) for one in unit[job.path])]
-
-
-def _is_of(one, job):
-    """Whether a result is of the job's share. Two shares that choose the same weights have one result between them."""
-    if one.r_bayes is None:
-        return True
-    number = max(one.cost.get("num_bayesian") or 0, 0.5)  # of the weights that the result's share chooses
-    return abs(one.r_bayes - job.r_bayes) * number < max(one.r_bayes, 1e-12)
 
 
 def gather(plan: Plan) -> pd.DataFrame:

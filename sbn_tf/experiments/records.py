@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sbn_tf.core.files import write_atomically
+from sbn_tf.core.files import check_archive, write_atomically
 from sbn_tf.core.histograms import COLUMNS
 from sbn_tf.core.predictions import TASKS, float64
 from sbn_tf.core.statistics import DECIMALS, means, plain, ranking
@@ -232,6 +232,7 @@ class Record:
             FileNotFoundError: no such file.
         """
         try:
+            check_archive(path)
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 arrays = {name.removeprefix("image_"): file[name] for name in file.files if name != "about"}

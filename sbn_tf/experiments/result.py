@@ -57,6 +57,7 @@ COSTS = {
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_OF_WRITE = ("versions", "commit", "threads")  # fields that `write` sets
 _TO_READ = "Delete it, and it is made again."
 _TO_WRITE = "Leave out a value that is not known and give its reason in undefined."
 
@@ -86,7 +87,7 @@ class Result(BaseModel):
         shift: kind of shift -> its severity and AUROCs.
         cost: key of `COSTS` -> number, or None where unknown; {} for trivial rows.
         evaluation: other settings of the score: digest of the data, resamples, severities.
-        versions, commit: set by `write`.
+        versions, commit, threads: set by `write`; see `folders.threads`.
         format: of the file.
         folder: where it lies; set by `write` and `read`, not part of the file.
 
@@ -126,6 +127,7 @@ class Result(BaseModel):
     evaluation: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     commit: str | None = None
+    threads: _Count | None = None
     format: _Count = FORMAT
     folder: Path | None = Field(default=None, exclude=True)
 
@@ -278,7 +280,8 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
             "Use float(...) or .tolist()."
         ) from None
     Result(**content)
-    del content["versions"], content["commit"]
+    for key in _OF_WRITE:
+        del content[key]
     path, beside = folder / "metrics.json", folder / "record.npz"
     folder.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # if the write is interrupted, no metrics.json lies beside another result's record
@@ -287,8 +290,10 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
     else:
         record.save(beside)
     folders.write_json(path, content)
-    written = json.loads(path.read_text())
-    result.versions, result.commit, result.folder = written["versions"], written["commit"], folder
+    written = folders.read_json(path)
+    for key in _OF_WRITE:
+        setattr(result, key, written[key])
+    result.folder = folder
     return path
 
 
@@ -299,18 +304,16 @@ def read(path: str | os.PathLike) -> Result:
         path: of `metrics.json`, or its folder.
 
     Raises:
-        ValueError: no result, one of another format, a field that is missing, unknown or of another type, or a number
-            that is not finite or out of its range. The message names the file and the field.
+        ValueError: no result, one of another format or that was changed, a field that is missing, unknown or of another
+            type, or a number that is not finite or out of its range. The message names the file and the field.
         FileNotFoundError: no such file.
     """
     path = Path(path)
     path = path / "metrics.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, and of text that is not UTF-8
-        raise ValueError(f"Expected JSON in {path}. Received: {error}. {_TO_READ}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected the fields of a result in {path}. Received: {type(content).__name__}. {_TO_READ}")
+        content = folders.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"Expected a whole result in {path}. Received: {error}. {_TO_READ}") from None
     if content.get("format") != FORMAT:
         received = content.get("format", "none")
         raise ValueError(f"Expected format {FORMAT} in {path}. Received: {received!r}. {_TO_READ}")

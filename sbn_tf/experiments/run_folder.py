@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import uuid
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,18 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from sbn_tf.core.files import write_atomically
+from sbn_tf.core.files import check_archive, remove_leftovers, replacing, write_atomically
 from sbn_tf.datasets.base import Data
 from sbn_tf.experiments.fitting import fit
-from sbn_tf.experiments.folders import check_method, check_seed, read_arrays, run_folder, write_json
+from sbn_tf.experiments.folders import (
+    check_method,
+    check_seed,
+    read_arrays,
+    read_json,
+    run_folder,
+    write_checked,
+    write_json,
+)
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.saliency import Masks
 
@@ -109,6 +114,8 @@ class RunFolder:
             callbacks: gives Keras callbacks for the model.
         """
         if (self.path / "model.keras").exists():
+            remove_leftovers(self.path)
+            (self.path / "checkpoint.npz").unlink(missing_ok=True)  # of a process that was killed as it finished
             return self.read(warn=True)
         keras.utils.set_random_seed(self.seed)
         model = make()
@@ -135,13 +142,9 @@ class RunFolder:
     def _write(self, model, history):
         recipe = dataclasses.asdict(self.recipe)
         write_json(self.path / "config.json", {"settings": self.settings, "recipe": recipe})
-        write_atomically(self.path / "history.json", lambda file: file.write(json.dumps(history).encode()))
-        temporary = self.path / f"saving{uuid.uuid4().hex[:8]}.keras"  # Keras writes to a path of this ending only
-        try:
+        write_checked(self.path / "history.json", history)
+        with replacing(self.path / "model.keras") as temporary:
             model.save(temporary)
-            os.replace(temporary, self.path / "model.keras")
-        finally:
-            temporary.unlink(missing_ok=True)
         (self.path / "checkpoint.npz").unlink(missing_ok=True)
 
     def read(self, *, warn: bool = False) -> Run:
@@ -154,9 +157,8 @@ class RunFolder:
             ValueError: a file is missing or damaged.
         """
         try:
-            if not zipfile.is_zipfile(self.path / "model.keras"):
-                raise ValueError("model.keras is cut short")
-            history = json.loads((self.path / "history.json").read_text())
+            check_archive(self.path / "model.keras")
+            history = read_json(self.path / "history.json")
             model = keras.models.load_model(self.path / "model.keras", compile=self.ready is None)
             if self.ready is not None:
                 self.ready(model)

@@ -90,7 +90,7 @@ class Evaluator:
 
         Args:
             probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1): probabilities
-                of 1; of classes they sum to 1, but for rounding, and are scaled to do so exactly.
+                of 1; of classes they sum to 1, but for rounding (see `evaluate`).
             targets: (batch, labels), or (batch, height, width, raters), 0 or 1; one-hot for classes. Masks may be
                 a `DiskArray`.
             rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all are.
@@ -266,7 +266,8 @@ def evaluate(
 
     Args:
         probs: (samples, batch, labels), or (samples, batch, height, width) or (..., width, 1):
-            probabilities of 1; of classes they sum to 1, but for rounding, and are scaled to do so exactly.
+            probabilities of 1; of classes they sum to 1, but for rounding. For entropies alone they are scaled to do
+            so exactly: that would break ties.
         targets: (batch, labels), or (batch, height, width, raters): 0 or 1; one-hot for classes.
         task: "binary", "multi-class", "multi-label", "ordinal" or "segmentation".
         rater_valid: (batch, raters) bool, False where that mask is a filler; segmentation only, None if all

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike
 from sbn_tf import cost as costs
 from sbn_tf.datasets.base import SEGMENTATION, Data
 from sbn_tf.experiments import training
-from sbn_tf.experiments.folders import run_folder, write_json
+from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
 from sbn_tf.saliency import check_r_bayes
@@ -268,7 +267,7 @@ def chosen(folder: Path, key: str, choose: Callable[[], float]) -> dict[str, flo
     if not path.exists():
         write_json(path, {key: float(choose())})
     try:
-        value = float(json.loads(path.read_text())[key])
+        value = float(read_json(path)[key])
         if not 0 < value < math.inf:
             raise ValueError(f"{key} is {value}")
     except (OSError, ValueError, KeyError, TypeError) as error:
