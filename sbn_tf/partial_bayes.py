@@ -312,15 +312,13 @@ def to_partial_bayes(
 
 # %%
 def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
-    loss = getattr(model, "loss", None) if loss is None else loss
-    if data is None or loss is None:
+    own = getattr(model, "loss", None) if loss is None else loss
+    if data is None or own is None:
         missing = "data" if data is None else "loss, and the model is not compiled"
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
-    if isinstance(loss, dict | list) or (
-        len(getattr(model, "outputs", None) or []) > 1 and model.compiled and loss is model.loss
-    ):
-        loss = compiled_loss(model)
-    idle = set(biases_before_batch_norm(model)) if trains_batch_norm else set()
+    several = isinstance(own, dict | list) or (loss is None and len(getattr(model, "outputs", ())) > 1)
+    loss = compiled_loss(model) if several else own
+    idle = biases_before_batch_norm(model) if trains_batch_norm else ()
     exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias could not be chosen anyway
     return top_k(saliency(model, data, loss, exclude=exclude or None, verbose=verbose), r_bayes)
 
