@@ -157,11 +157,13 @@ def test_noise_apart_from_the_loc_gives_what_whole_draws_give(monkeypatch, kind)
 
 @pytest.fixture
 def double():
-    """Keras's default precision is double."""
-    before = keras.config.floatx()
+    """Keras's default precision is double. Its policy follows floatx only until it has been set once."""
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield
     keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)
 
 
 @pytest.mark.parametrize("apart", [False, True])
