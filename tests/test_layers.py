@@ -778,7 +778,7 @@ def test_an_embedding_that_starts_at_given_weights(ours, as_list):
         mask = layer.mask("embeddings")
         assert mask.sum() == 6 and layer.num_bayesian == {"embeddings": 6}
         np.testing.assert_array_equal(layer.posteriors["embeddings"].prior_loc, given[mask])
-        scales = 0.01 * np.maximum(given[mask], 1e-3)
+        scales = 0.1 * np.maximum(given[mask], np.sqrt(np.mean(given**2)))
         np.testing.assert_allclose(layer.scale("embeddings")[mask], scales, rtol=1e-5)
         assert not np.array_equal(layer(np.arange(5)), given)
 
