@@ -301,7 +301,7 @@ def _has_graph(layer) -> bool:
     return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
-def inputs_like(model):
+def inputs_like(model: keras.Model):
     """New Inputs in the structure of a Functional model's; `clone_model` itself forgets sparse, ragged and optional."""
 
     def like(x):
