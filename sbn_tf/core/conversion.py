@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -156,7 +157,7 @@ def to_deterministic(model: keras.Model) -> keras.Model:
     return _Copier(stock, means).network(network)
 
 
-def copied(model: keras.Model, make: Callable | None = None) -> keras.Model:
+def copied(model: keras.Model, make: Callable | None = None, call: Callable | None = None) -> keras.Model:
     """Copy of a built model with all of its state, as a Functional or Sequential model that is not compiled.
 
     Weights, what `Normalization` has learnt, vocabularies, boundaries and seeds in the configs are those of `model`,
@@ -165,18 +166,20 @@ def copied(model: keras.Model, make: Callable | None = None) -> keras.Model:
     Args:
         model: built `keras.Model`. One without a graph of layers becomes one layer of a Functional model.
         make: called with each layer that is no such graph, gives its copy; default: a layer made again from its config.
+        call: called with a copied layer and its inputs instead of the layer, of a Functional model.
 
     Raises:
         ValueError: a layer that cannot be made again from its config.
     """
-    return _Copier(make or copied_layer).network(model)
+    return _Copier(make or copied_layer, call=call).network(model)
 
 
 class _Copier:
     """Copies models graph by graph, each layer once; `make(layer)` copies what is no graph."""
 
-    def __init__(self, make, values=None):
+    def __init__(self, make, values=None, call=None):
         self.make, self.copies, self.values = make, {}, values or {}  # by variable's id: a value instead of its own
+        self.options = {} if call is None else {"call_function": call}
 
     def network(self, model):
         """Copy of a whole model with its variables' values, as a Functional or Sequential model."""
@@ -194,7 +197,8 @@ class _Copier:
         return self.copies[id(operation)][1]
 
     def _graph(self, model):
-        return keras.models.clone_model(model, clone_function=self, input_tensors=inputs_like(functional_of(model)))
+        inputs = inputs_like(functional_of(model))
+        return keras.models.clone_model(model, clone_function=self, input_tensors=inputs, **self.options)
 
     def _copy_state(self):
         """Every variable's value, and what trains."""
@@ -301,7 +305,7 @@ def _has_graph(layer) -> bool:
     return plain or all(_has_graph(x) or _can_be_made_again(x) for x in layer.layers)
 
 
-def inputs_like(model: keras.Model):
+def inputs_like(model: keras.Model) -> Any:
     """New Inputs in the structure of a Functional model's; `clone_model` itself forgets sparse, ragged and optional."""
 
     def like(x):

@@ -60,9 +60,7 @@ def with_dropout(model: keras.Model, rate: float, seed: int | None = None) -> ke
                 args = (dropouts[name](args[0]), *args[1:])
         return layer(*args, **kwargs)
 
-    source = copied(model)  # its layers are called once more here, and those of `model` are not
-    new = inputs_like(source)
-    return copied(keras.models.clone_model(source, new, clone_function=lambda layer: layer, call_function=call))
+    return copied(model, call=call)
 
 
 def _plain(model):
