@@ -205,9 +205,9 @@ class Bench:
             return {"note": f"no such masks: {error}"}
         call = getattr(self, kind)
         row = self.ratio(call(self.converted(masks)), call(self.one()))
-        anew = Graph(self.base).fan_out([key for key, mask in masks.items() if mask.any()])
-        floor = 1 + (NUM_SAMPLES - 1) * anew
-        return {**row, "note": f"{anew:.3f} run anew: floor {floor:.2f}; {self.kept_by(masks, r_bayes)}"}
+        fan_out = Graph(self.base).fan_out([key for key, mask in masks.items() if mask.any()])
+        floor = 1 + (NUM_SAMPLES - 1) * fan_out
+        return {**row, "note": f"{fan_out:.3f} run again: floor {floor:.2f}; {self.kept_by(masks, r_bayes)}"}
 
     def kept_by(self, masks, r_bayes):
         """How much saliency masks hold, in words."""

@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--estimator", default="split", choices=["all", "split", "flipout", "local"])
     parser.add_argument("--r-bayes", type=float, default=0.01)
     parser.add_argument("--score", default="random", choices=["random", "magnitude", "fisher"])
-    parser.add_argument("--cost-aware", type=float, help="share of the operations that may run anew for each sample")
+    parser.add_argument("--cost-aware", type=float, help="share of the operations that may run again for each sample")
     parser.add_argument("--prediction", action="store_true", help="of a prediction instead of a training step")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=50)

@@ -186,7 +186,8 @@ class Start:
         if optimizer is None and isinstance(self.optimizer, str):
             raise ValueError(f"Expected compile(optimizer). Received: none, and the network's own is {self.optimizer}.")
         if optimizer is None:
-            optimizer = "rmsprop" if self.optimizer is None else LocScaleOptimizer(_made(self.optimizer))
+            cls, config = self.optimizer or (None, {})
+            optimizer = "rmsprop" if cls is None else LocScaleOptimizer(cls.from_config(dict(config)))
         return optimizer, loss, others
 
     def guarded(self, model: keras.Model, x: Any, y: Any, batch_size: int | None, callbacks: Any) -> Any:
@@ -217,8 +218,3 @@ def _gentle(optimizer):
         return type(optimizer), {**config, "learning_rate": LOC_RATE * float(rate), "loss_scale_factor": None}
     except (KeyError, TypeError, ValueError, NotImplementedError):  # several rates, a function, a schedule of no config
         return f"{type(optimizer).__name__}, whose learning rate cannot be read"
-
-
-def _made(optimizer):
-    cls, config = optimizer
-    return cls.from_config(dict(config))
