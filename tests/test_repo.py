@@ -99,7 +99,7 @@ def test_readme_is_short():
 def test_readme_has_one_test_command_on_one_line():
     (block,) = re.findall(r"<!-- test-command -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert block.count("\n") == 1
-    assert block.rstrip().endswith("&& .venv/bin/pytest --nbval -n 3 --dist loadfile")
+    assert block.rstrip().endswith("&& .venv/bin/pytest --nbval -n 2 --dist loadfile")
 
 
 def test_requirements_are_names_and_versions_only():
