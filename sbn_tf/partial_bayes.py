@@ -44,10 +44,10 @@ from sbn_tf.core.estimators import ESTIMATORS, check_estimator, refuse_as_a_part
 from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
-from sbn_tf.core.options import refuse_idle_biases, sorted_options
+from sbn_tf.core.options import START_OPTIONS, refuse_idle_biases, sorted_options
 from sbn_tf.core.outputs import is_samples
 from sbn_tf.core.sampled import SampledModel, check_choice, refuse_posterior_mean, settle_batch_norm
-from sbn_tf.core.start import Start, WatchedData
+from sbn_tf.core.start import Start, WatchedData, narrow_scales
 from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import saliency, top_k
@@ -258,7 +258,7 @@ class PartialBayes(SampledModel):
 # | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; wrong counts warn |
 # | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
 # | batch norm in training mode after a draw, unless by `"all"` | it sees several draws, or 1/S of the batch | refused |
-# | scales of one size for all | .01 is ten times some weights: the network is ruined | relative scales; `fit` warns |
+# | scales of one size for all | .01 is ten times some weights: the network is ruined | relative, by `data` narrower |
 # | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -280,7 +280,8 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
         seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
-        options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`, `relative`, `prior`, ...); and
+        options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`, `relative`, `prior`, ...; Gaussians
+            start a tenth of the weights' size wide, halved until draws fit the first examples of `data`); and
             of the model, the arguments of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
 
     Raises:
@@ -300,6 +301,8 @@ def to_partial_bayes(
     if posterior != "gaussian":
         of_layers["num_members"] = num_samples
     network = convert(model, masks, {**of_layers, "posterior": posterior, "kl_weight": 0.0}, seed=seed)
+    if posterior == "gaussian" and not START_OPTIONS & set(options):
+        narrow_scales(network, compiled_loss(model) if loss is None else keras.losses.get(loss), seen.first)
     of_model |= {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
     bnn = PartialBayes(network, seen.checked_count(num_train), num_samples, **of_model)
     bnn.start = Start(model, seen.first)

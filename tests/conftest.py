@@ -4,10 +4,11 @@ import gc
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # read when TensorFlow is first imported, hence above the imports
-gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects: the default spends 8 % of the suite here
 
 import keras
 import pytest
+
+gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects: the default spends 8 % of the suite here
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,34 @@ def test_a_scale_that_is_given_is_in_the_weights_own_unit(trained):
     np.testing.assert_allclose(relative, 2 * bayes(trained).scales(), rtol=1e-4)
 
 
+def test_scales_that_would_ruin_a_network_start_narrower(trained):
+    """Inputs 30 from 0, so that noise in the first kernel is 30 times as strong in the same function."""
+    moved = keras.models.clone_model(trained)
+    kernel, bias, *others = trained.get_weights()
+    moved.set_weights([kernel, bias - 30 * kernel.sum(axis=0), *others])
+    moved.compile("adam", "binary_crossentropy")
+    x = X + 30.0
+    own = log_loss(Y, moved.predict(x, verbose=0).astype("float64"))
+
+    def loss_of_draws(**options):
+        bnn = bayes(moved, data=(x, Y), r_bayes=1.0, num_samples=50, **options)
+        return np.mean([log_loss(Y, p.astype("float64")) for p in bnn.predict_samples(x)]), bnn
+
+    wide, _ = loss_of_draws(initial_scale=0.1, relative=True)
+    gentle, bnn = loss_of_draws()
+    assert wide > own + 0.5 and gentle < own + 0.1  # of 12
+    first = masked_layers(bnn.network)[0]
+    chosen = first.posterior_options.initial_scale
+    assert np.log2(0.1 / chosen) == pytest.approx(round(np.log2(0.1 / chosen))) and chosen > 1e-4
+    rms = np.sqrt((kernel.astype("float64") ** 2).mean())
+    scales = np.reshape(first.posteriors["kernel"].scale_of_entries(), kernel.shape)
+    np.testing.assert_allclose(scales, chosen * np.maximum(abs(kernel), rms), rtol=1e-3)
+    assert first.get_config()["initial_scale"] == chosen  # what a file says of it
+    masks = {f"{layer.name}/kernel": np.ones(layer.kernel.shape, bool) for layer in moved.layers}
+    unknown = to_partial_bayes(moved, masks, num_train=50)  # no data: nothing to compare with
+    assert masked_layers(unknown.network)[0].posterior_options.initial_scale == 0.1
+
+
 @pytest.mark.parametrize(
     ("optimizer", "taken", "rate"),
     [

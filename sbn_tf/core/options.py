@@ -10,8 +10,9 @@ import numpy as np
 from sbn_tf.core.posterior import OPTION_NAMES
 from sbn_tf.core.weights import biases_before_batch_norm
 
-__all__ = ["refuse_idle_biases", "sorted_options"]
+__all__ = ["START_OPTIONS", "refuse_idle_biases", "sorted_options"]
 
+START_OPTIONS = {"initial_scale", "relative", "untransformed_scale_initializer"}
 _OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits", "class_axis")
 
 
@@ -28,7 +29,7 @@ def sorted_options(options: Mapping) -> tuple[dict, dict]:
     if unknown := sorted(set(options) - set(of_layers) - set(of_model)):
         known = sorted({*OPTION_NAMES, *_OF_THE_MODEL} - {"kl_weight", "num_members"})
         raise ValueError(f"Expected options among {known}. Received: {unknown[0]}={options[unknown[0]]!r}")
-    if not {"initial_scale", "relative", "untransformed_scale_initializer"} & set(options):
+    if not START_OPTIONS & set(options):
         of_layers["relative"] = True
     if "kl_reduction" in options:  # the layers reduce, the model divides
         of_model["kl_reduction"] = options["kl_reduction"]

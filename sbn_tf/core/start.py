@@ -11,15 +11,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.context import posterior_mean
+from sbn_tf.core.context import posterior_mean, posterior_sample
 from sbn_tf.core.keras_internals import compile_arguments, compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.core.sampled import check_count
+from sbn_tf.layers import masked_layers
 
-__all__ = ["Guard", "Start", "WatchedData"]
+__all__ = ["Guard", "Start", "WatchedData", "narrow_scales"]
 
-NUM_PROBED = 32  # examples on which the guard compares, at most
+NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
+NUM_DRAWS = 3  # draws of the posterior that are averaged there
+MOST_HALVINGS = 10  # of the scales at the start
 LOC_RATE = 0.1  # of the trained network's learning rate: its weights are near their optimum
 
 
@@ -92,6 +95,53 @@ def first_examples(x: Any, y: Any, most: int = NUM_PROBED) -> tuple | None:
     return parts if dense and y is not None else None
 
 
+def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> float:
+    """Halve the start of relative scales until draws fit a few examples about as the trained weights do.
+
+    A tenth of a weight's size changes little in a U-Net and ruins a MobileNet (`benchmarks/first_epoch.py`), so the
+    width is measured: the loss of one draw, a mean over three, may exceed that at the locs by 10 % and .03.
+
+    Args:
+        network: with Gaussian masked layers of relative scales; they change.
+        loss: as called on (y, outputs), or None; examples: (x, y), or None. Without them the scales stay.
+
+    Returns:
+        What the scales were multiplied by.
+    """
+    own = math.nan if loss is None or examples is None else _own_loss(network, loss, examples)
+    if not math.isfinite(own):
+        return 1.0
+    halvings = 0
+    while halvings < MOST_HALVINGS and not _loss(network, loss, examples, NUM_DRAWS) <= own + 0.1 * abs(own) + 0.03:
+        halvings += 1
+        for layer in masked_layers(network):
+            layer.posterior_options.initial_scale /= 2
+            layer.posteriors.centre()
+    return 0.5**halvings
+
+
+def _own_loss(network, loss, examples):
+    """At the locs; nan where these examples are not what this loss takes: there is nothing to compare."""
+    try:
+        return _loss(network, loss, examples, num_draws=0)
+    except Exception:  # whatever a loss of the user's raises; `fit` says it
+        return math.nan
+
+
+def _loss(network, loss, examples, num_draws):
+    """Mean loss of draws on the examples in inference mode, 0: at the locs. Noise later is the same with it."""
+    x, y = examples
+    seeds = noise_states(network)
+    before = [np.array(ops.convert_to_numpy(seed)) for seed in seeds]
+    found = []
+    for sample in range(num_draws or 1):
+        with posterior_sample(sample) if num_draws else posterior_mean():
+            found.append(float(np.mean(ops.convert_to_numpy(loss(y, network(x, training=False))))))
+    for seed, state in zip(seeds, before, strict=True):
+        seed.assign(state)
+    return float(np.mean(found))
+
+
 class Guard(keras.callbacks.Callback):
     """Warns, once, if draws of the posterior fit training examples far worse than the trained network does.
 
@@ -100,22 +150,18 @@ class Guard(keras.callbacks.Callback):
 
     Args:
         examples: (x, y), some training examples.
-        num_draws: draws of the posterior that are averaged.
     """
 
-    def __init__(self, examples: tuple, num_draws: int = 3):
+    def __init__(self, examples: tuple):
         super().__init__()
-        self.examples, self.num_draws = examples, num_draws
+        self.examples = examples
         self.own: float | None = None
 
     def on_train_begin(self, logs=None):
         """Measure the trained network's own loss, at its first training, and that of the first draws."""
         if self.own is not None:
             return
-        try:
-            self.own = self._loss(mean=True)
-        except Exception:  # these examples are not what this loss takes: there is nothing to compare, and `fit` decides
-            self.own = math.nan
+        self.own = _own_loss(self.model.network, compiled_loss(self.model), self.examples)
         self._compare("before training", "Its scales may start too wide: give a smaller initial_scale.")
 
     def on_epoch_end(self, epoch, logs=None):
@@ -124,9 +170,9 @@ class Guard(keras.callbacks.Callback):
             self._compare(f"after epoch {epoch + 1}", "Its learning rate may be too high: compile with a lower one.")
 
     def _compare(self, when, remedy):
-        if self.own is None or not np.isfinite(self.own):
+        if self.own is None or not math.isfinite(self.own):
             return
-        drawn = self._loss(mean=False)
+        drawn = _loss(self.model.network, compiled_loss(self.model), self.examples, NUM_DRAWS)
         if not drawn <= self.own + abs(self.own) + 0.05:
             warnings.warn(
                 f"The posterior's NLL on a few training examples is {drawn:.3g} {when}; the trained network's is "
@@ -134,19 +180,6 @@ class Guard(keras.callbacks.Callback):
                 stacklevel=2,
             )
             self.own = math.nan  # it warns once
-
-    def _loss(self, mean):
-        model, (x, y) = self.model, self.examples
-        loss, network, seeds = compiled_loss(model), model.network, noise_states(model.network)
-        before = [np.array(ops.convert_to_numpy(seed)) for seed in seeds]
-        if mean:
-            with posterior_mean():
-                found = [loss(y, network(x, training=False))]
-        else:
-            found = [loss(y, model.one_draw(x, False, sample)) for sample in range(self.num_draws)]
-        for seed, state in zip(seeds, before, strict=True):
-            seed.assign(state)
-        return float(np.mean([ops.convert_to_numpy(one) for one in found]))
 
 
 class Start:
