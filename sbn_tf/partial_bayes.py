@@ -280,9 +280,9 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
         seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
-        options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`, `relative`, `prior`, ...; Gaussians
-            start a tenth of the weights' size wide, halved until draws fit the first examples of `data`); and
-            of the model, the arguments of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
+        options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`: None starts at a tenth of each
+            weight's size, halved until draws fit the first examples of `data`; `prior`, ...); and of the model,
+            those of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
 
     Raises:
         ValueError: masks of another model, no masks and no r_bayes with data, a wrong option, or a trap of the table.
@@ -302,7 +302,7 @@ def to_partial_bayes(
         of_layers["num_members"] = num_samples
     network = convert(model, masks, {**of_layers, "posterior": posterior, "kl_weight": 0.0}, seed=seed)
     if posterior == "gaussian" and not START_OPTIONS & set(options):
-        narrow_scales(network, compiled_loss(model) if loss is None else keras.losses.get(loss), seen.first)
+        narrow_scales(network, compiled_loss(model) or keras.losses.get(loss), seen.first)
     of_model |= {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
     bnn = PartialBayes(network, seen.checked_count(num_train), num_samples, **of_model)
     bnn.start = Start(model, seen.first)
