@@ -4,8 +4,10 @@
 
     bayes = sbn_tf.to_partial_bayes(model, num_train=len(x), r_bayes=0.05, data=(x, y))
     bayes = sbn_tf.load("bayes.keras")
+    layer = sbn_tf.layers.Dense(8, num_bayesian=3, kl_weight=1 / len(x))
 
-The names here are loaded when they are first used: `import sbn_tf` alone loads neither Keras nor TensorFlow.
+The names here, and the modules, are loaded when they are first used: `import sbn_tf` alone loads neither Keras nor
+TensorFlow.
 """
 
 import importlib
@@ -22,9 +24,12 @@ _HOMES = {
     "to_partial_bayes": "partial_bayes",
     "top_k": "saliency",
 }
+_MODULES = ("cost", "datasets", "layers", "metrics", "partial_bayes", "saliency")
 
 
 def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -32,7 +37,7 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 quiet_tensorflow()

@@ -37,10 +37,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from sbn_tf.core import operations
+from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.keras_internals import all_layers, own_trained
 from sbn_tf.core.memory import measured
 from sbn_tf.core.posterior import Posterior
@@ -397,8 +397,7 @@ def paper_flops(r_bayes: float) -> float:
 
     # Differs from the paper: five samples have five backward passes; `training_flops` counts them, and gives about 6.
     """
-    if isinstance(r_bayes, bool) or not isinstance(r_bayes, int | float | np.number) or not 0 <= r_bayes <= 1:
-        raise ValueError(f"Expected r_bayes to be a share from 0 to 1. Received: r_bayes={r_bayes!r}")
+    check_fraction("r_bayes", r_bayes)
     return float(1 + 7 / 3 * (1 + r_bayes))
 
 

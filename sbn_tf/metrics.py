@@ -285,9 +285,7 @@ def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarr
     Gives "mean_probs", (...), and `entropy = expected_entropy + mutual_information` in nats, of that shape; of classes
     ("multi-class", "ordinal") without the last axis. With one sample the mutual information is 0.
     """
-    probs = predictions.check_range(predictions.float64(probs))
-    if probs.ndim == 0 or len(probs) == 0:
-        raise ValueError(f"Expected probs of shape (samples, ...), one sample or more. Received: shape {probs.shape}")
+    probs = predictions.check_samples(probs, task)
     entropy = (lambda p: entr(p).sum(-1)) if task in EXCLUSIVE else binary_entropy
     mean_probs = probs.mean(0)
     total, expected = entropy(mean_probs), entropy(probs).mean(0)

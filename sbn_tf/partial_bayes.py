@@ -38,15 +38,17 @@ import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
 import keras
 from keras import ops
 
+from sbn_tf.core.checks import check_choice
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
 from sbn_tf.core.estimators import ESTIMATORS, check_estimator, refuse_as_a_part, train_in_turns
+from sbn_tf.core.examples import check_targets
 from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
 from sbn_tf.core.options import START_OPTIONS, refuse_idle_biases, sorted_options
 from sbn_tf.core.outputs import is_samples
-from sbn_tf.core.sampled import SampledModel, check_choice, refuse_posterior_mean, settle_batch_norm
+from sbn_tf.core.sampled import SampledModel, refuse_posterior_mean, settle_batch_norm
 from sbn_tf.core.start import Start, WatchedData, narrow_scales
 from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights
 from sbn_tf.layers import masked_layers
@@ -210,6 +212,7 @@ class PartialBayes(SampledModel):
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
+        check_targets(self.network, self.loss, x, y)
         callbacks = self.start.guarded(self, x, y, batch_size, callbacks)
         with watched_scales(self):
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
@@ -280,9 +283,8 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
         seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
-        options: of the posteriors, the fields of `PosteriorOptions` (`initial_scale`: None starts at a tenth of each
-            weight's size, halved until draws fit the first examples of `data`; `prior`, ...); and of the model,
-            those of `PartialBayes` (`estimator`, `beta`, `batch_norm`, `from_logits`, ...).
+        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of each weight's size, halved until draws
+            fit the first examples of `data`; `prior`, ...) and arguments of `PartialBayes` (`estimator`, ...).
 
     Raises:
         ValueError: masks of another model, no masks and no r_bayes with data, a wrong option, or a trap of the table.
@@ -290,20 +292,18 @@ def to_partial_bayes(
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
     check_convertible(model)
-    of_layers, of_model = sorted_options(options)
+    of_layers, of_model = sorted_options(options, model)
     trains_batch_norm = of_model.get("batch_norm", "frozen") != "frozen"
     if (masks is None) == (r_bayes is None):
         raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
-    seen = WatchedData(data)
+    seen = WatchedData(data, model, loss)
     masks = _salient(model, r_bayes, seen.data, loss, trains_batch_norm, verbose) if masks is None else masks
-    if trains_batch_norm:
-        refuse_idle_biases(model, masks)
+    refuse_idle_biases(model, masks, trains_batch_norm)
     if posterior != "gaussian":
         of_layers["num_members"] = num_samples
     network = convert(model, masks, {**of_layers, "posterior": posterior, "kl_weight": 0.0}, seed=seed)
     if posterior == "gaussian" and not START_OPTIONS & set(options):
         narrow_scales(network, compiled_loss(model) or keras.losses.get(loss), seen.first)
-    of_model |= {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
     bnn = PartialBayes(network, seen.checked_count(num_train), num_samples, **of_model)
     bnn.start = Start(model, seen.first)
     return bnn

@@ -522,7 +522,7 @@ def test_the_papers_formula_is_five_forwards_and_one_backward():
 
 @pytest.mark.parametrize("r_bayes", [-0.1, 1.1, math.nan, True, "1"])
 def test_the_papers_formula_takes_shares(r_bayes):
-    with pytest.raises(ValueError, match=r"share from 0 to 1\. Received: r_bayes="):
+    with pytest.raises(ValueError, match=r"a fraction in \[0, 1\]. Received: r_bayes="):
         paper_flops(r_bayes)
 
 

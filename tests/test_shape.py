@@ -94,3 +94,7 @@ def test_the_face_offers_its_names_lazily():
     names = in_a_fresh_process(code)
     assert names[:5] == ["LocScaleOptimizer", "Masks", "load", "to_partial_bayes", "top_k"]
     assert {"LocScaleOptimizer", "Masks", "load", "to_partial_bayes", "top_k", "__version__"} < set(names[5:])
+    modules = ("layers", "saliency", "partial_bayes", "cost", "metrics", "datasets")
+    code = f"import sbn_tf\nprint(*dir(sbn_tf), *(getattr(sbn_tf, n).__name__ for n in {modules}))"
+    names = in_a_fresh_process(code)
+    assert names[-6:] == [f"sbn_tf.{name}" for name in modules] and set(modules) < set(names[:-6])

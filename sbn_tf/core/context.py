@@ -12,6 +12,8 @@ from typing import Any
 
 import keras
 
+from sbn_tf.core.checks import check_count
+
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
@@ -49,8 +51,7 @@ class BatchDraws:
     def __init__(self, how: str, num_samples: int, shared: Iterable[keras.layers.Layer] = ()):
         if how not in KINDS:
             raise ValueError(f"Expected how to be one of {KINDS}. Received: how={how!r}")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"Expected a whole num_samples >= 1. Received: num_samples={num_samples!r}")
+        check_count("num_samples", num_samples)
         self.how, self.num_samples = how, num_samples
         self.shared = {id(layer) for layer in shared}
         self._kept: dict[Hashable, Any] = {}

@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
+from sbn_tf.core.checks import check_seed
 from sbn_tf.core.keras_internals import (
     all_layers,
     as_trusted,
@@ -417,7 +418,7 @@ def _uncompiled(model):
 
 
 def _layer_seed(seed, position):
-    return None if seed is None else int(np.random.default_rng([seed, position]).integers(2**31))
+    return None if seed is None else int(np.random.default_rng([check_seed(seed), position]).integers(2**31))
 
 
 def _parts(layer) -> list:

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_choice, check_count, check_number
 from sbn_tf.core.losses import LossTerms
 from sbn_tf.core.optimizers import is_scale
-from sbn_tf.core.sampled import check_choice, check_count
 
 __all__ = ["KLWeight", "watched_scales"]
 
@@ -53,8 +53,7 @@ class KLWeight(keras.layers.Layer):
 
     def set_beta(self, value: float) -> None:
         """Set beta; it acts at once, also on a compiled model."""
-        if not (np.isfinite(value) and value >= 0):
-            raise ValueError(f"Expected a finite beta >= 0. Received: beta={value}")
+        check_number("beta", value, least=0)
         self.beta = float(value)
         self.apply()
 

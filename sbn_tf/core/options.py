@@ -16,8 +16,8 @@ START_OPTIONS = {"initial_scale", "relative", "untransformed_scale_initializer"}
 _OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits", "class_axis")
 
 
-def sorted_options(options: Mapping) -> tuple[dict, dict]:
-    """Options of the layers' posteriors, and those of the model.
+def sorted_options(options: Mapping, model: keras.Model) -> tuple[dict, dict]:
+    """Options of the layers' posteriors, and those of the Bayesian copy of `model`, with its name and dtype.
 
     Scales start relative to the weights, where nothing is said of them.
 
@@ -33,11 +33,13 @@ def sorted_options(options: Mapping) -> tuple[dict, dict]:
         of_layers["relative"] = True
     if "kl_reduction" in options:  # the layers reduce, the model divides
         of_model["kl_reduction"] = options["kl_reduction"]
-    return of_layers, of_model
+    return of_layers, of_model | {"name": f"partial_{model.name}", "dtype": model.dtype_policy}
 
 
-def refuse_idle_biases(model: keras.Model, masks: Mapping) -> None:
+def refuse_idle_biases(model: keras.Model, masks: Mapping, trains_batch_norm: bool) -> None:
     """Refuse Bayesian biases before a batch norm in training mode: without effect there, their scales only grow."""
+    if not trains_batch_norm:
+        return
     masked = {key for key, mask in dict(masks).items() if np.any(mask)}
     biases = [key for key in biases_before_batch_norm(model) if key in masked]
     if biases:

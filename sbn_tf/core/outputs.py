@@ -9,6 +9,7 @@ from collections import Counter
 import keras
 from keras import ops
 
+from sbn_tf.core.checks import check_flag
 from sbn_tf.core.keras_internals import loss_arguments, made_by, mask_of, set_mask
 from sbn_tf.core.wrapper import MaskedWrapper
 
@@ -59,6 +60,7 @@ class Outputs:
                     'Expected probabilities to be one of ("sigmoid", "softmax", None). '
                     f"Received: probabilities={kind!r}"
                 )
+        check_flag("from_logits", from_logits)
         if from_logits and probabilities not in ("sigmoid", "softmax"):
             raise ValueError('With from_logits=True pass probabilities="sigmoid" or "softmax".')
 
@@ -103,11 +105,29 @@ class Outputs:
                 set_mask(mean, mask_of(output))
         return keras.tree.pack_sequence_as(like, state)
 
-    def entropies(self, probabilities) -> list:
-        """Entropy in nats of each output."""
-        outputs, kinds = keras.tree.flatten(probabilities), self.probabilities
-        kinds = kinds if isinstance(kinds, list) else [kinds] * len(outputs)
-        return [entropy(p, kind, axis) for p, kind, axis in zip(outputs, kinds, self.axes, strict=True)]
+    def kinds(self) -> list:
+        """The kind of each output."""
+        return self.probabilities if isinstance(self.probabilities, list) else [self.probabilities] * len(self.axes)
+
+    def spreads(self, outputs, first: list) -> list:
+        """What is averaged over draws beside each output: its entropy in nats; of a regression's its squared distance.
+
+        Args:
+            outputs: of one draw, or the mean; first: those of the first draw, flat, from which distances are taken.
+        """
+        flat = zip(keras.tree.flatten(outputs), first, self.kinds(), self.axes, strict=True)
+        return [ops.square(x - x0) if kind is None else entropy(x, kind, axis) for x, x0, kind, axis in flat]
+
+    def uncertainties(self, means: list, averaged: list, first: list) -> list[dict]:
+        """The parts of `predict_uncertainty` of each output, from its mean and the mean of its `spreads`."""
+        found = []
+        for p, h, e, kind in zip(means, self.spreads(means, first), averaged, self.kinds(), strict=True):
+            if kind is None:
+                found.append({"mean": p, "variance": ops.maximum(e - h, 0.0)})
+            else:
+                parts = {"total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
+                found.append({"mean": p, **parts})
+        return found
 
     def settle(self, loss) -> None:
         """Read the classes' axis from the loss where nothing else says it; warn of logits where nothing says of what.
@@ -130,9 +150,8 @@ class Outputs:
             )
 
     def check_entropies(self) -> None:
-        """Refuse outputs that are not probabilities: they have no entropy."""
-        kinds = self.probabilities if isinstance(self.probabilities, list) else [self.probabilities]
-        if not all(kind in ("sigmoid", "softmax") for kind in kinds):
+        """Refuse a network of which no output is a probability: it has no entropy."""
+        if not any(self.kinds()):
             raise ValueError(
                 f"Expected outputs that are probabilities. Received: probabilities={self.probabilities!r}. Pass "
                 'probabilities="sigmoid" or "softmax" to to_partial_bayes (with from_logits=True for logits); of a '

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 from tqdm import tqdm
 
+from sbn_tf.core.checks import check_count
+
 if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
     import tensorflow as tf
 
@@ -30,8 +32,8 @@ def check_options(score: str, max_batches: int | None, data, loss) -> None:
     """Raise a ValueError for wrong options of `saliency`, before any work is done."""
     if score not in SCORES:
         raise ValueError(f"Expected score to be one of {SCORES}. Received: score={score!r}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"Expected max_batches to be 1 or more, or None. Received: max_batches={max_batches!r}")
+    if max_batches is not None:
+        check_count("max_batches", max_batches)
     if score in ("magnitude", "random"):
         return
     if data is None or loss is None:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_count, check_number, is_number
 from sbn_tf.core.context import current_graph
 from sbn_tf.core.keras_internals import in_stateless_scope
 from sbn_tf.core.prior import kl_normal, prior_config
@@ -104,8 +105,8 @@ class PosteriorOptions:
         gaussian = self.posterior == "gaussian"
         self.relative = (not gaussian) if self.relative is None else self.relative
         self.initial_scale = (0.1 if self.relative else 0.01) if self.initial_scale is None else self.initial_scale
-        if isinstance(self.num_members, bool) or not isinstance(self.num_members, int) or self.num_members < 1:
-            raise ValueError(f"Expected num_members, an integer >= 1. Received: num_members={self.num_members!r}")
+        check_number("initial_scale", self.initial_scale)
+        check_count("num_members", self.num_members)
         if self.kl_reduction not in ("sum", "mean"):
             raise ValueError(f'Expected kl_reduction "sum" or "mean". Received: kl_reduction={self.kl_reduction!r}')
         if not isinstance(self.relative, bool | np.bool_) and self.relative != "entry":
@@ -117,10 +118,10 @@ class PosteriorOptions:
 
     def settle(self, dtype: str, is_bayesian: bool, name: str) -> None:
         """Refuse a scale that `dtype` cannot store, and a missing weight of the KL, for the layer `name`."""
-        tiny = float(np.finfo(dtype).tiny)
-        if not (np.isfinite(self.initial_scale) and self.initial_scale > tiny):
+        tiny, most = float(np.finfo(dtype).tiny), float(np.sqrt(np.finfo(dtype).max))  # the KL takes its square
+        if not tiny < self.initial_scale < most:
             raise ValueError(
-                f"Expected a finite initial_scale > {tiny:.1e}. Received: initial_scale={self.initial_scale}"
+                f"Expected initial_scale > {tiny:.1e} and < {most:.1e}. Received: initial_scale={self.initial_scale}"
             )
         self.initial_scale = float(self.initial_scale)
         if self.kl_weight is None and is_bayesian and POSTERIORS[self.posterior].has_kl:
@@ -148,7 +149,7 @@ def checked_kl_weight(value):
     """`value` if it may be the weight of a KL: a finite number >= 0, or a `keras.Variable`."""
     if isinstance(value, keras.Variable):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value < np.inf:
+    if not is_number(value) or value < 0:
         raise ValueError(f"Expected a finite number kl_weight >= 0, or a keras.Variable. Received: kl_weight={value!r}")
     return value
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_seed, is_number
 from sbn_tf.core.context import current_sample, is_at_mean, kept_draw
 from sbn_tf.core.keras_internals import all_layers, own_variables, set_part, unlocked
 from sbn_tf.core.posterior import AS_SAVED, POSTERIORS, Posterior, PosteriorOptions, standard_normal
@@ -45,7 +46,7 @@ class Posteriors(keras.layers.Layer):
 
     def __init__(self, layer, num_bayesian, masks, options: PosteriorOptions, *, seed, dtype: str):
         super().__init__(name=f"{layer.name}_posteriors", dtype=dtype, autocast=False)
-        self.options, self.seed, self.noise_seed = options, seed, None
+        self.options, self.seed, self.noise_seed = options, None if seed is None else check_seed(seed), None
         self._layer = lambda: layer  # hidden from Keras, which would take the layer for a part of this part
         self.by_weight: dict[str, Posterior] = {}
         self.masks = self._named(masks, "mask")
@@ -53,7 +54,7 @@ class Posteriors(keras.layers.Layer):
         if self.masks:
             if any(self.counts.values()):
                 raise ValueError(f"Expected num_bayesian or mask. Received: both, num_bayesian={num_bayesian}")
-            self.counts = {name: int(np.sum(mask)) for name, mask in self.masks.items()}
+            self.counts = {name: int(np.count_nonzero(mask)) for name, mask in self.masks.items()}
         options.settle(dtype, any(self.counts.values()), layer.name)
         self.built = True
 
@@ -226,7 +227,7 @@ class Posteriors(keras.layers.Layer):
 
     def _checked_counts(self, num_bayesian):
         counts = self._named(num_bayesian, "num_bayesian") or {}
-        if any(not np.isfinite(v) or v != int(v) or v < 0 for v in counts.values()):
+        if any(not is_number(v) or v != int(v) or v < 0 for v in counts.values()):
             raise ValueError(
                 "Expected whole counts num_bayesian >= 0 (for a share of n entries: round(share * n)). "
                 f"Received: num_bayesian={num_bayesian}"

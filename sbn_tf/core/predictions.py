@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sbn_tf.core.checks import check_choice
+
 __all__ = ["BINARY", "EXCLUSIVE", "LABELS", "MULTI_CLASS", "MULTI_LABEL", "ORDINAL", "SEGMENTATION", "TASKS"]
 
 BINARY = "binary"
@@ -23,8 +25,15 @@ _TARGETS |= dict.fromkeys(EXCLUSIVE, "(batch, classes), one-hot")
 
 
 def float64(values) -> np.ndarray:
-    """The values as a float64 array, copied only where they are of another type."""
-    return np.asarray(values).astype("float64", copy=False)
+    """The values as a float64 array, copied only where they are of another type.
+
+    Raises:
+        ValueError: texts or complex numbers.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind in "cSU":
+        raise ValueError(f"Expected real numbers. Received: an array of {values.dtype}")
+    return values.astype("float64", copy=False)
 
 
 def check_range(values, name="probabilities", hint="") -> np.ndarray:
@@ -102,8 +111,7 @@ def broadcast(values, shape, name) -> np.ndarray:
 
 def check_targets(targets, task) -> np.ndarray:
     """Refuse targets that do not fit the task; masks that lie on a disk stay there."""
-    if task not in TASKS:
-        raise ValueError(f"Expected task to be one of {TASKS}. Received: task={task!r}")
+    check_choice("task", task, TASKS)
     if task != SEGMENTATION or not isinstance(getattr(targets, "size", None), int):
         targets = np.asarray(targets)
     shape = _TARGETS.get(task, "(batch, labels)")
@@ -154,14 +162,30 @@ def check(probs, targets, task, rater_valid) -> tuple[np.ndarray, np.ndarray, np
         )
     probs = check_range(probs, hint=" (not logits)")
     if task in EXCLUSIVE:
-        sums = probs.sum(-1, dtype="float64")
-        tolerance = max(SUM_TOLERANCE, 5 * float(np.finfo(np.result_type(probs, np.float16)).eps))
-        if np.abs(sums - 1).max() > tolerance:
-            raise ValueError(
-                f"Expected probabilities that sum to 1 over the classes ({task}; a softmax's, not sigmoids). "
-                f"Received: sums from {sums.min():.6g} to {sums.max():.6g}"
-            )
+        check_sums(probs, task)
     return probs, targets, check_valid(rater_valid, targets) if task == SEGMENTATION else None
+
+
+def check_samples(probs, task) -> np.ndarray:
+    """Samples (samples, ...) of a task as float64 in 0..1; of classes they sum to 1 over the last axis."""
+    check_choice("task", task, TASKS)
+    given, probs = np.asarray(probs), check_range(float64(probs))
+    if probs.ndim == 0 or len(probs) == 0:
+        raise ValueError(f"Expected probs of shape (samples, ...), one sample or more. Received: shape {probs.shape}")
+    if task in EXCLUSIVE:
+        check_sums(given, task)
+    return probs
+
+
+def check_sums(probs, task) -> None:
+    """Refuse probabilities of classes, on the last axis, that do not sum to 1 but for rounding in their precision."""
+    sums = probs.sum(-1, dtype="float64")
+    tolerance = max(SUM_TOLERANCE, 5 * float(np.finfo(np.result_type(probs, np.float16)).eps))
+    if np.abs(sums - 1).max(initial=0) > tolerance:
+        raise ValueError(
+            f"Expected probabilities that sum to 1 over the classes ({task}; a softmax's, not sigmoids). "
+            f"Received: sums from {sums.min():.6g} to {sums.max():.6g}"
+        )
 
 
 def rater_mean(masks, valid) -> np.ndarray:

@@ -9,7 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_choice, check_count
 from sbn_tf.core.context import is_at_mean, posterior_sample
+from sbn_tf.core.examples import check_inputs
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, own_trained
 from sbn_tf.core.losses import set_added_shares
@@ -22,7 +24,9 @@ from sbn_tf.layers import masked_layers
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-__all__ = ["SampledModel", "check_choice", "check_count", "refuse_posterior_mean", "settle_batch_norm"]
+__all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
+
+MOST_SAMPLES = 10_000  # each is a pass, and its outputs are kept
 
 
 class SampledModel(Distributed):
@@ -55,11 +59,14 @@ class SampledModel(Distributed):
         self, network, num_samples: int, probabilities, from_logits: bool, batch_norm: str, class_axis=None, **kwargs
     ):
         super().__init__(**kwargs)
-        check_count("num_samples", num_samples)
+        check_count("num_samples", num_samples, MOST_SAMPLES)
         check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
         self.network, self._num_samples, self.batch_norm = network, int(num_samples), batch_norm
         settle_batch_norm(network, batch_norm)
-        kinds = output_kind(network) if probabilities == "auto" else probabilities
+        own = output_kind(network)
+        kinds = own if probabilities == "auto" else probabilities
+        if from_logits is True and any(own if isinstance(own, list) else [own]):
+            raise ValueError(f"Expected from_logits=False: the network's {own} gives probabilities. Received: True")
         self.class_axis = class_axis
         self.outputs_of_samples = Outputs(kinds, from_logits, class_axes(network, class_axis))
         graph, samplers = Graph(network), {}
@@ -87,7 +94,7 @@ class SampledModel(Distributed):
 
     @num_samples.setter
     def num_samples(self, value):
-        check_count("num_samples", value)
+        check_count("num_samples", value, MOST_SAMPLES)
         self._num_samples = int(value)
         self.train_function = self.test_function = self.predict_function = None
 
@@ -170,6 +177,7 @@ class SampledModel(Distributed):
         posterior of M members draw s is member s modulo M, in every batch.
         """
         refuse_posterior_mean()
+        check_inputs(self.network, x)
         outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
         return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
 
@@ -180,12 +188,14 @@ class SampledModel(Distributed):
             dict of arrays: `mean` (batch, ...) predictive probability; in nats `total_entropy` of the mean,
             `expected_entropy` of the samples (aleatoric) and `mutual_information`, their difference (epistemic).
             Sigmoid outputs: one value an output. Softmax: summed over classes, (batch, ...) without the class axis.
-            Several outputs: such a dict for each, in the network's structure.
+            Several outputs: such a dict for each, in the network's structure; of one that is no probability beside them
+            `mean` and `variance`, the variance over draws.
 
         Raises:
-            ValueError: outputs that are not probabilities.
+            ValueError: no output is a probability, or `x` does not fit the network.
         """
         refuse_posterior_mean()
+        check_inputs(self.network, x)
         self.outputs_of_samples.check_entropies()
         return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
 
@@ -234,7 +244,7 @@ class SampledModel(Distributed):
 
     def _sampler(self, kind, num_samples):
         num_samples = self.num_samples if num_samples is None else num_samples
-        check_count("num_samples", num_samples)
+        check_count("num_samples", num_samples, MOST_SAMPLES)
         key = (kind, num_samples)
         if key not in self._samplers():
             sampler = _Sampler(self, kind, num_samples)
@@ -334,21 +344,18 @@ class _Sampler(Distributed):
 
     def _sums(self, inputs):
         """Mean and entropies by running sums: no (samples, batch, ...) array."""
-        first, entropies = self._draw(inputs, 0), self.model.outputs_of_samples.entropies
+        outputs, first = self.model.outputs_of_samples, self._draw(inputs, 0)
+        start = keras.tree.flatten(first)
 
-        def terms(outputs):
-            return [*keras.tree.flatten(outputs), *entropies(outputs)]
+        def terms(drawn):
+            return [*keras.tree.flatten(drawn), *outputs.spreads(drawn, start)]
 
         def add(i, state):
             return [total + x for total, x in zip(state, terms(self._draw(inputs, i)), strict=True)]
 
         sums = one_after_another(add, terms(first), 1, self.num_samples, self.model.network.non_trainable_variables)
         means = [total / self.num_samples for total in sums]
-        mean, expected = means[: len(means) // 2], means[len(means) // 2 :]
-        results = [
-            {"mean": p, "total_entropy": h, "expected_entropy": e, "mutual_information": ops.maximum(h - e, 0.0)}
-            for p, h, e in zip(mean, entropies(mean), expected, strict=True)
-        ]
+        results = outputs.uncertainties(means[: len(start)], means[len(start) :], start)
         if len(results) == 1:
             return results[0]
         if self.kind == "served":  # a signature has no structure: "name_mean", ...
@@ -397,18 +404,6 @@ def refuse_posterior_mean() -> None:
             "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
             "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
         )
-
-
-def check_count(name: str, value) -> None:
-    """Refuse what is not an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"Expected {name} to be an integer >= 1. Received: {name}={value!r}")
-
-
-def check_choice(name: str, value, known: tuple) -> None:
-    """Refuse what is not among `known`."""
-    if value not in known:
-        raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
 
 
 def _is_of_network(path, network):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import keras
 import numpy as np
 
+from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.weights import Weight
 
@@ -25,17 +26,20 @@ __all__ = [
 
 def check_r_bayes(r_bayes: float, name: str = "r_bayes") -> None:
     """Raise a ValueError unless `r_bayes` is a fraction in [0, 1]; to be called before long work."""
-    if isinstance(r_bayes, bool) or not isinstance(r_bayes, int | float | np.number) or not 0 <= r_bayes <= 1:
-        raise ValueError(f"Expected {name} to be a fraction in [0, 1]. Received: {name}={r_bayes!r}")
+    check_fraction(name, r_bayes)
 
 
 def check_selection(scores: Mapping, scope: str, model: keras.Model | None, cost_aware: float | None) -> None:
     """Raise a ValueError for scores or options that `top_k` cannot use."""
     if scope not in ("global", "layer", "channel"):
         raise ValueError(f'Expected scope "global", "layer" or "channel". Received: scope={scope!r}')
-    if not scores or not all(np.size(s) for s in scores.values()):
-        raise ValueError("Expected scores of at least one weight, from saliency(...). Received: empty scores.")
+    received = "empty scores" if isinstance(scores, Mapping) else f"scores={scores!r}"
+    if not isinstance(scores, Mapping) or not scores or not all(np.size(s) for s in scores.values()):
+        raise ValueError(f"Expected scores of at least one weight, from saliency(...). Received: {received}.")
     for key, values in scores.items():
+        values = np.asarray(values)
+        if values.dtype.kind in "cmMOSU":
+            raise ValueError(f"Expected scores that are real numbers. Received: {values.dtype} in {key!r}.")
         if not np.isfinite(values).all():
             raise ValueError(f"Expected finite scores. Received: NaN or infinity in {key!r}.")
     if model is None and (scope == "channel" or cost_aware is not None):

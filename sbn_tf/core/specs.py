@@ -3,8 +3,9 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
+
+from sbn_tf.core.checks import check_count
 
 __all__ = ["input_specs", "target_specs"]
 
@@ -15,8 +16,7 @@ def input_specs(model: keras.Model, batch_size: int) -> Any:
     Raises:
         ValueError: a batch size below 1, a model that is not built from inputs, or an open size.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"Expected batch_size to be an integer >= 1. Received: batch_size={batch_size!r}")
+    check_count("batch_size", batch_size)
     network = _network(model)
     if not getattr(network, "inputs", None):
         raise ValueError(

@@ -11,11 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
+from sbn_tf.core.examples import check_inputs, check_targets
 from sbn_tf.core.keras_internals import compile_arguments, compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
-from sbn_tf.core.sampled import check_count
 from sbn_tf.layers import masked_layers
 
 __all__ = ["Guard", "Start", "WatchedData", "narrow_scales"]
@@ -31,6 +32,10 @@ class WatchedData:
 
     Args:
         data: a tuple of arrays, a finite `tf.data.Dataset` or an iterable of batches; of other data nothing is known.
+        model, loss: which the arrays have to fit; a loss of None is the model's own.
+
+    Raises:
+        ValueError: arrays that do not fit, or a function instead of what it returns.
 
     Attributes:
         data: what to pass on instead of the data.
@@ -38,12 +43,17 @@ class WatchedData:
         first: (x, y) of a few examples as NumPy arrays; None if not known.
     """
 
-    def __init__(self, data):
+    def __init__(self, data, model: keras.Model, loss: Any = None):
+        if data is not None and (callable(data) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))):
+            called = "; call it" if callable(data) else ""
+            raise ValueError(f"Expected data as (x, y) or as batches of it. Received: {type(data).__name__}{called}")
         self.data: Any = data
         self.count: int | None = None
         self.first: tuple | None = None
         self._inner: Any = None
         if is_of_arrays(data):
+            check_inputs(model, data[0])
+            check_targets(model, getattr(model, "loss", None) if loss is None else loss, *data[:2])
             self.first = first_examples(data[0], data[1]) if len(data) > 1 else None
             self.count = len(keras.tree.flatten(data[0])[0]) if self.first is not None else None
         elif data is not None and not isinstance(data, keras.utils.PyDataset) and not is_endless(data):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sbn_tf.core.checks import check_count
 from sbn_tf.core.predictions import float64, pair, risk_pair
 
 __all__ = ["Statistic"]
@@ -113,8 +114,7 @@ def column_rankings(mean_probs, targets) -> Statistic:
 
 def check_bins(num_bins) -> int:
     """The number of bins, if it is a whole number of 1 or more."""
-    if isinstance(num_bins, bool) or num_bins != int(num_bins) or num_bins < 1:
-        raise ValueError(f"Expected num_bins to be a whole number, 1 or more. Received: num_bins={num_bins!r}")
+    check_count("num_bins", num_bins)
     return int(num_bins)
 
 

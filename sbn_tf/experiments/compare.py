@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sbn_tf import datasets
+from sbn_tf.core.checks import check_seed
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments import folders, recipes, report, results, scoring, trivial
 from sbn_tf.experiments.experiment import Experiment, experiment
@@ -391,7 +392,7 @@ def parse_seeds(text: str) -> list[int]:
         raise ValueError(f"Expected --seeds, integers >= 0 with commas between, as 0,1,2. Received: {text}") from None
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"Expected each of --seeds once. Received: {text}")
-    return [folders.check_seed(seed) for seed in seeds]
+    return [check_seed(seed) for seed in seeds]
 
 
 def _threshold(text):

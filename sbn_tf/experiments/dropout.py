@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_count
 from sbn_tf.core.conversion import copied, inputs_like
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.experiments.networks import layer_seed
@@ -145,8 +146,7 @@ def sample_dropout(
     Raises:
         ValueError: no dropout layer, another kind of model, or `num_samples` < 1.
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"Expected num_samples, an integer >= 1. Received: num_samples={num_samples!r}")
+    check_count("num_samples", num_samples)
     known = _samplers.setdefault(model, {})
     if num_samples not in known:
         known[num_samples] = _DropoutSampler(model, num_samples)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 import re
 import subprocess
@@ -21,7 +20,6 @@ from sbn_tf.core.files import check_archive, write_atomically
 __all__ = [
     "FORMAT",
     "check_method",
-    "check_seed",
     "digest",
     "read_arrays",
     "read_json",
@@ -61,13 +59,6 @@ def check_method(method: Any) -> str:
     if not isinstance(method, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", method):
         raise ValueError(f"Expected method, a name of letters, digits and . _ - for a folder. Received: {method!r}")
     return method
-
-
-def check_seed(seed: Any) -> int:
-    """A seed as an integer, or a clear error."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or operator.index(seed) < 0:
-        raise ValueError(f"Expected seed, an integer >= 0. Received: seed={seed!r}")
-    return operator.index(seed)
 
 
 def write_checked(path: str | os.PathLike, content: Mapping) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
+from sbn_tf.core.checks import check_count, check_fraction, check_number
 from sbn_tf.datasets.base import Card, Data
 
 __all__ = [
@@ -99,22 +100,18 @@ class Recipe:
 
     def __post_init__(self):
         for field in ("epochs", "bayes_epochs", "batch_size", "num_samples"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Expected {field}, an integer >= 1. Received: {field}={value!r}")
+            check_count(field, getattr(self, field))
         for field in ("learning_rate", "scale_learning_rate", "prior_scale"):
-            _check_number(field, getattr(self, field), above=0.0)
+            check_number(field, getattr(self, field), above=0.0)
         for field in ("bayes_learning_rate", "initial_scale"):
             if getattr(self, field) is not None:
-                _check_number(field, getattr(self, field), above=0.0)
+                check_number(field, getattr(self, field), above=0.0)
         for field in ("momentum", "beta_start", "beta_stop"):
-            _check_number(field, getattr(self, field), least=0.0)
+            check_number(field, getattr(self, field), least=0.0)
         if self.weight_decay is not None:
-            _check_number("weight_decay", self.weight_decay, least=0.0)
+            check_number("weight_decay", self.weight_decay, least=0.0)
         if self.fan_out is not None:
-            _check_number("fan_out", self.fan_out, least=0.0)
-            if self.fan_out > 1:
-                raise ValueError(f"Expected fan_out in 0..1. Received: fan_out={self.fan_out!r}")
+            check_fraction("fan_out", self.fan_out)
         if self.scale_start != "absolute" and self.initial_scale is None:
             raise ValueError(f"Expected initial_scale, a factor of {self.scale_start!r} scales. Received: None")
         for field, known in _CHOICES.items():
@@ -139,13 +136,6 @@ _CHOICES = {
     "batch_norm": ("frozen", "statistics", "train"),
     "keep": ("last", "best"),
 }
-
-
-def _check_number(field, value, *, above=-np.inf, least=-np.inf):
-    number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-    if not number or value <= above or value < least:
-        bound = f"> {above:g}" if np.isfinite(above) else f">= {least:g}"
-        raise ValueError(f"Expected a finite number {field} {bound}. Received: {field}={value!r}")
 
 
 # The paper's section 3 as stated. Where it is silent the submitted code decides.
@@ -206,11 +196,13 @@ def parse_changes(text: str) -> dict:
     Raises:
         ValueError: a part that is no `field=value`, an unknown field, one that is given twice, or `name`.
     """
+    if not isinstance(text, str):
+        raise ValueError(f'Expected changes as a text, "field=value, field=value". Received: {text!r}')
     known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     changes = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         field, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not value or field not in known or field in changes:
+        if not equals or not value or "=" in value or field not in known or field in changes:
             raise ValueError(
                 f"Expected changes of a recipe as field=value, each field once, with commas between; fields: "
                 f"{', '.join(sorted(known))}.\nReceived: {part!r} in {text!r}"

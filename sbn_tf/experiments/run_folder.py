@@ -12,12 +12,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from sbn_tf.core.checks import check_seed
 from sbn_tf.core.files import check_archive, remove_leftovers, replacing, write_atomically
 from sbn_tf.datasets.base import Data
 from sbn_tf.experiments.fitting import fit
 from sbn_tf.experiments.folders import (
     check_method,
-    check_seed,
     read_arrays,
     read_json,
     run_folder,

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.checks import check_count, check_seed
 from sbn_tf.core.files import write_atomically
 from sbn_tf.core.losses import loss_terms
 from sbn_tf.datasets.base import EXCLUSIVE, Data
@@ -23,7 +24,7 @@ from sbn_tf.experiments import networks
 from sbn_tf.experiments.bayesian import Held, bayesian_network, draw_locs, start_scales
 from sbn_tf.experiments.dropout import with_dropout
 from sbn_tf.experiments.fitting import state
-from sbn_tf.experiments.folders import check_seed, digest, read_arrays
+from sbn_tf.experiments.folders import digest, read_arrays
 from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.experiments.run_folder import Run, RunFolder, data_settings
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, settle_batch_norm
@@ -102,8 +103,7 @@ def ensemble_runs(
     Reference: Lakshminarayanan, Pritzel and Blundell 2017, "Simple and Scalable Predictive Uncertainty Estimation using
     Deep Ensembles", Algorithm 1 (without adversarial training).
     """
-    if isinstance(num_members, bool) or not isinstance(num_members, int) or not 1 <= num_members <= 1000:
-        raise ValueError(f"Expected num_members, an integer from 1 to 1000. Received: num_members={num_members!r}")
+    check_count("num_members", num_members, 1000)
     seeds = [member_seed(check_seed(seed), member) for member in range(num_members)]
     members = _Members(data, recipe, network, runs=runs, limit=limit, verbose=verbose)
     return [members.run(one) for one in seeds]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sbn_tf import cost as costs
+from sbn_tf.core.checks import check_count
 from sbn_tf.datasets.base import SEGMENTATION, Data
 from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import read_json, run_folder, write_json
@@ -65,8 +66,8 @@ class Method:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Expected a Recipe, from recipes.recipe_for(name, card). Received: recipe={recipe!r}")
         for key, value in (("num_samples", num_samples), ("num_members", num_members)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"Expected {key}, an integer >= 1. Received: {key}={value!r}")
+            if value is not None:
+                check_count(key, value)
         self.recipe, self.r_bayes, self.seed, self.network = recipe, float(r_bayes), seed, network
         self.runs, self.limit, self.verbose, self.num_members = runs, limit, verbose, num_members
         self.num_samples = self._count_samples(num_samples)
