@@ -283,7 +283,7 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
         seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
-        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of each weight's size, halved until draws
+        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's size, halved until draws
             fit the first examples of `data`; `prior`, ...) and arguments of `PartialBayes` (`estimator`, ...).
 
     Raises:

@@ -24,6 +24,8 @@ def check_inputs(network: keras.Model, x: Any) -> None:
     """
     if x is None:
         raise ValueError("Expected inputs x. Received: None")
+    if not getattr(network, "inputs", None):  # a subclassed model
+        return
     wanted = input_structure(network)
     try:
         keras.tree.assert_same_structure(wanted, x)
@@ -57,7 +59,10 @@ def check_targets(network: keras.Model, loss: Any, x: Any, y: Any) -> None:
             "Expected targets as numbers; of texts give np.unique(y, return_inverse=True)[1]. "
             f"Received: texts such as {str(y.flat[0])!r}"
         )
-    outputs, name = keras.tree.flatten(network.outputs), loss if isinstance(loss, str) else type(loss).__name__
+    outputs, name = (
+        keras.tree.flatten(getattr(network, "outputs", None) or []),
+        loss if isinstance(loss, str) else type(loss).__name__,
+    )
     if len(outputs) != 1 or y.size == 0 or y.dtype.kind not in "biuf":
         return
     low, high = y.min(), y.max()
