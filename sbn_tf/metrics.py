@@ -40,8 +40,8 @@ task            probs                                                targets
 "ordinal"       the same, classes in order                           the same
 "segmentation"  (samples, batch, height, width) or (..., width, 1)   (batch, height, width, raters), 0 or 1
 
-`mean_probs` is the mean over samples. `rater_valid`, (batch, raters) bool, is False where a mask is a filler; None: all
-are real. Entropies and log scores are in nats. Values outside 0..1, NaN and shapes that do not fit are refused.
+Metrics take (targets, predictions), as Keras and scikit-learn do. `mean_probs` is the mean over samples. `rater_valid`,
+(batch, raters) bool, is False where a mask is a filler; None: all are real. Entropies and log scores are in nats.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from scipy.special import entr
 
 from sbn_tf.core import cases as of
 from sbn_tf.core import paper_metrics, predictions, statistics
+from sbn_tf.core.calibration import CalibrationError
 from sbn_tf.core.cases import Case, Metric
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
@@ -63,7 +64,7 @@ from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_m
 from sbn_tf.core.overlap import matched_distance, overlap
 
 __all__ = [
-    "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
+    "METRICS", "TASKS", "CalibrationError", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
     "average_precision_per_label", "binary_entropy", "brier", "brier_decomposition", "brier_skill", "dice",
     "dice_raters", "disagreement", "ece", "error_auroc", "excess_area", "generalised_energy_distance", "hausdorff95",
     "hungarian_iou", "iou", "majority_mask", "nll", "paper_accuracy", "paper_brier", "paper_dice", "paper_ece",
@@ -84,29 +85,29 @@ __all__ = [
 LOG_CLIP = 1e-7  # a log score is infinite for one certain and wrong prediction; clipped here, that costs 16.1 nats
 
 
-def log_score(probs, targets):
+def log_score(targets, probs):
     """`-y ln p - (1 - y) ln(1 - p)` of each event, p clipped to [1e-7, 1 - 1e-7]."""
     probs = np.clip(probs, LOG_CLIP, 1 - LOG_CLIP)
     return -(targets * np.log(probs) + (1 - targets) * np.log1p(-probs))
 
 
-def nll(mean_probs: ArrayLike, targets: ArrayLike) -> float:
+def nll(targets: ArrayLike, mean_probs: ArrayLike) -> float:
     """Negative log likelihood in nats, mean over labels or pixels; soft targets give the mean over raters."""
-    return float(log_score(*predictions.pair(mean_probs, targets)).mean())
+    return float(log_score(*predictions.pair(targets, mean_probs)).mean())
 
 
-def brier(mean_probs: ArrayLike, targets: ArrayLike) -> float:
+def brier(targets: ArrayLike, mean_probs: ArrayLike) -> float:
     """Brier score, `(p - y)^2`, mean over labels or pixels; a soft target counts without the raters' variance."""
-    return float(np.square(np.subtract(*predictions.pair(mean_probs, targets))).mean())
+    return float(np.square(np.subtract(*predictions.pair(targets, mean_probs))).mean())
 
 
 # %% tags=["active-ipynb"]
 # for outcome in (1, 0):
-#     print(f"p = 0.8, y = {outcome}: NLL {nll([0.8], [outcome]):.3f}, Brier {brier([0.8], [outcome]):.2f}")
-# certain = np.zeros(1000), np.r_[np.zeros(999), 1.0]  # 1,000 certain predictions, one of them wrong
+#     print(f"p = 0.8, y = {outcome}: NLL {nll([outcome], [0.8]):.3f}, Brier {brier([outcome], [0.8]):.2f}")
+# certain = np.r_[np.zeros(999), 1.0], np.zeros(1000)  # 1,000 certain predictions, one of them wrong
 # print(f"one certain mistake in 1,000: NLL {nll(*certain):.4f}, Brier {brier(*certain):.4f}")
 # truth, constants = (np.arange(100) < 30).astype(float), np.linspace(0.01, 0.99, 99)  # 30 % positive
-# best = [constants[np.argmin([score(np.full(100, c), truth) for c in constants])] for score in (nll, brier)]
+# best = [constants[np.argmin([score(truth, np.full(100, c)) for c in constants])] for score in (nll, brier)]
 # print(f"best constants: {best[0]:.2f} and {best[1]:.2f}")
 
 # %% [markdown]
@@ -121,15 +122,15 @@ def brier(mean_probs: ArrayLike, targets: ArrayLike) -> float:
 
 
 # %%
-def brier_skill(mean_probs: ArrayLike, targets: ArrayLike, train_prevalence: ArrayLike) -> float:
+def brier_skill(targets: ArrayLike, mean_probs: ArrayLike, train_prevalence: ArrayLike) -> float:
     """`1 - brier / brier of the training prevalence`, a number, (labels,) or (height, width); NaN if that is 0."""
-    reference = brier(predictions.broadcast(train_prevalence, np.shape(targets), "train_prevalence"), targets)
-    return 1 - brier(mean_probs, targets) / reference if reference > 0 else float("nan")
+    reference = brier(targets, predictions.broadcast(train_prevalence, np.shape(targets), "train_prevalence"))
+    return 1 - brier(targets, mean_probs) / reference if reference > 0 else float("nan")
 
 
-def accuracy(mean_probs: ArrayLike, labels: ArrayLike) -> float:
+def accuracy(labels: ArrayLike, mean_probs: ArrayLike) -> float:
     """Fraction of labels for which `p > 0.5` equals the label; with rare labels, 1 - prevalence is free."""
-    mean_probs, labels = predictions.pair(mean_probs, labels)
+    labels, mean_probs = predictions.pair(labels, mean_probs)
     return float(((mean_probs > 0.5) == (labels > 0.5)).mean())
 
 
@@ -145,10 +146,10 @@ def accuracy(mean_probs: ArrayLike, labels: ArrayLike) -> float:
 # frequency = np.array(list(FINDINGS.values())) / 112_120
 # findings = (np.arange(10_000)[:, None] < np.round(1e4 * frequency)).astype(float)  # 10,000 images of that prevalence
 # nothing = np.zeros_like(findings)
-# skill = brier_skill(nothing, findings, findings.mean(0))
-# print(f"by hand {brier_skill([0.2, 0.3, 0.6, 0.1], [0, 0, 1, 0], 0.25):.2f}; nothing: accuracy", end=" ")
-# print(f"{accuracy(nothing, findings):.3f}, Brier skill {skill:.3f}")
-# assert accuracy(nothing, findings) > 0.936  # the best row of the paper's Table 1, an ensemble
+# skill = brier_skill(findings, nothing, findings.mean(0))
+# print(f"by hand {brier_skill([0, 0, 1, 0], [0.2, 0.3, 0.6, 0.1], 0.25):.2f}; nothing: accuracy", end=" ")
+# print(f"{accuracy(findings, nothing):.3f}, Brier skill {skill:.3f}")
+# assert accuracy(findings, nothing) > 0.936  # the best row of the paper's Table 1, an ensemble
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -182,32 +183,33 @@ def accuracy(mean_probs: ArrayLike, labels: ArrayLike) -> float:
 # + \underbrace{\bar y (1 - \bar y)}_{\text{uncertainty}}
 # + \underbrace{\sum_k \tfrac{n_k}{n} \left( \mathrm{var}_k(p) - 2\, \mathrm{cov}_k(p, y) \right)}_{\text{within}}$$
 #
-# The last term (Stephenson et al. 2008) makes it exact where a bin has several values of $p$.
+# The last term (Stephenson et al. 2008) makes it exact where a bin has several values of $p$. Batch by batch, in
+# `compile(metrics=[...])`, `CalibrationError` is this ECE; Brier and NLL are Keras's "mse" and `BinaryCrossentropy`.
 
 
 # %%
 def ece(
-    mean_probs: ArrayLike, targets: ArrayLike, num_bins: int = 15, per_label: bool = False, binning: str = "width"
+    targets: ArrayLike, mean_probs: ArrayLike, num_bins: int = 15, per_label: bool = False, binning: str = "width"
 ) -> float | np.ndarray:
     """Expected calibration error of the probability of 1, pooled, or of each index of the last axis (`per_label`).
 
     `binning` is "width" (bins of equal width over [0, 1]) or "mass" (of equally many values; equal values share one).
     """
-    mean_probs, targets = predictions.pair(mean_probs, targets)
+    targets, mean_probs = predictions.pair(targets, mean_probs)
     if not per_label:
         return statistics.calibration_error(mean_probs.ravel(), targets.ravel(), num_bins, binning)
     if mean_probs.ndim < 2:
         raise ValueError(f"Expected (..., labels) with per_label=True. Received: shape {mean_probs.shape}")
     columns = range(mean_probs.shape[-1])
-    return np.array([ece(mean_probs[..., i], targets[..., i], num_bins, False, binning) for i in columns])
+    return np.array([ece(targets[..., i], mean_probs[..., i], num_bins, False, binning) for i in columns])
 
 
 # %% tags=["active-ipynb"]
 # p, y = [0.1, 0.2, 0.7, 0.8], [0, 0, 1, 0]
-# print(f"ECE {ece(p, y, num_bins=2):.2f}; one bin: {ece(p, y, num_bins=1):.2f}, the difference of the means")
+# print(f"ECE {ece(y, p, num_bins=2):.2f}; one bin: {ece(y, p, num_bins=1):.2f}, the difference of the means")
 # p, y = [0.25] * 4 + [0.75] * 4, [0, 0, 1, 0, 1, 1, 1, 1]  # frequencies 1/4 and 1, of all 5/8
-# parts = brier_decomposition(p, y)
-# print({key: round(value, 4) for key, value in parts.items()}, "Brier", round(brier(p, y), 4))
+# parts = brier_decomposition(y, p)
+# print({key: round(value, 4) for key, value in parts.items()}, "Brier", round(brier(y, p), 4))
 # assert np.isclose(parts["reliability"], 0.5 * 0.25**2) and np.isclose(parts["resolution"], (3 / 8) ** 2)
 
 # %% [markdown]
@@ -224,28 +226,28 @@ def ece(
 
 
 # %%
-def auc_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def auc_per_label(labels: ArrayLike, mean_probs: ArrayLike) -> np.ndarray:
     """Area under the ROC curve of each label, (labels,), from (batch, labels); NaN where all are 0 or all are 1."""
-    return np.array([area for area, _ in statistics.rankings(*predictions.label_pair(mean_probs, labels))])
+    return np.array([area for area, _ in statistics.rankings(*predictions.label_pair(labels, mean_probs))])
 
 
-def average_precision_per_label(mean_probs: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def average_precision_per_label(labels: ArrayLike, mean_probs: ArrayLike) -> np.ndarray:
     """Average precision of each label, (labels,), from (batch, labels); NaN where all are 0 or all are 1."""
-    return np.array([precision for _, precision in statistics.rankings(*predictions.label_pair(mean_probs, labels))])
+    return np.array([precision for _, precision in statistics.rankings(*predictions.label_pair(labels, mean_probs))])
 
 
 # %% tags=["active-ipynb"]
 # p, y = np.array([[0.8], [0.3], [0.5], [0.1]]), np.array([[1], [1], [0], [0]])
-# print(f"AUC {auc_per_label(p, y)[0]:.2f}, average precision {average_precision_per_label(p, y)[0]:.2f}")
+# print(f"AUC {auc_per_label(y, p)[0]:.2f}, average precision {average_precision_per_label(y, p)[0]:.2f}")
 # true_probs = rng.beta(0.7, 3, 20_000)
 # events = (rng.random(20_000) < true_probs).astype(float)
 # odds = (true_probs / (1 - true_probs)) ** 2
 # predictors = {"knows": true_probs, "overconfident": odds / (1 + odds), "prevalence": np.full(20_000, events.mean())}
 # rows = {}
 # for name, p in predictors.items():
-#     rows[name] = {"ECE": ece(p, events), "Brier": brier(p, events), "skill": brier_skill(p, events, events.mean())}
-#     rows[name] |= {key: brier_decomposition(p, events)[key] for key in ("reliability", "resolution")}
-#     rows[name] |= {"AUC": auc_per_label(p[:, None], events[:, None])[0]}
+#     rows[name] = {"ECE": ece(events, p), "Brier": brier(events, p), "skill": brier_skill(events, p, events.mean())}
+#     rows[name] |= {key: brier_decomposition(events, p)[key] for key in ("reliability", "resolution")}
+#     rows[name] |= {"AUC": auc_per_label(events[:, None], p[:, None])[0]}
 # assert rows["prevalence"]["ECE"] < 1e-9 < rows["knows"]["ECE"]
 # pd.DataFrame(rows).T.round(3) + 0.0
 
@@ -314,26 +316,26 @@ def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarr
 
 
 # %%
-def dice(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def dice(truth: ArrayLike, predicted: ArrayLike) -> np.ndarray:
     """Dice of the foreground for each image, (batch,), of masks (batch, height, width); 1 if both are empty."""
-    both, total = overlap(predicted, truth)
+    both, total = overlap(truth, predicted)
     return np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
 
 
-def iou(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def iou(truth: ArrayLike, predicted: ArrayLike) -> np.ndarray:
     """Intersection over union of the foreground for each image, (batch,); 1 if both masks are empty."""
-    both, total = overlap(predicted, truth)
+    both, total = overlap(truth, predicted)
     return np.where(total > 0, both / np.maximum(total - both, 1), 1.0)
 
 
 # %% tags=["active-ipynb"]
 # a, b = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]]]), np.array([[[0, 1, 1, 1]], [[0, 0, 0, 0]]])
-# print("Dice", dice(a, b), "IoU", iou(a, b))
+# print("Dice", dice(b, a), "IoU", iou(b, a))
 # square, moved, speck = np.zeros((3, 1, 40, 40), bool)
 # square[0, 2:5, 2:5], moved[0, 2:5, 5:8], speck[0, 39, 39] = True, True, True
-# print("moved by 3:", hausdorff95(square, moved), " against nothing:", hausdorff95(square, speck & False).round(2))
+# print("moved by 3:", hausdorff95(moved, square), " against nothing:", hausdorff95(speck & False, square).round(2))
 # square[0, 10:30, 10:30] = True  # a large lesion, and one wrong pixel far away
-# print("one stray pixel:", hausdorff95(square | speck, square), " Dice:", dice(square | speck, square).round(3))
+# print("one stray pixel:", hausdorff95(square, square | speck), " Dice:", dice(square, square | speck).round(3))
 
 # %% [markdown]
 # ## 6. Which rater is right?
@@ -343,18 +345,18 @@ def iou(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
 
 
 # %%
-def dice_raters(predicted: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
+def dice_raters(masks: ArrayLike, predicted: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Dice against each valid rater, their mean, for each image: what a random rater thinks of one mask."""
     masks = predictions.check_targets(np.asarray(masks), SEGMENTATION)
     valid = predictions.check_valid(rater_valid, masks)
-    scores = np.stack([dice(predicted, masks[..., rater]) for rater in range(masks.shape[-1])], 1)
+    scores = np.stack([dice(masks[..., rater], predicted) for rater in range(masks.shape[-1])], 1)
     return (scores * valid).sum(1) / valid.sum(1)
 
 
 # %% tags=["active-ipynb"]
 # raters = np.array([[[[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]]])  # four pixels, four raters
 # print("majority", majority_mask(raters)[0, 0].astype(int), " variance", disagreement(raters)[0, 0])
-# print("Dice of the majority against each rater:", dice_raters(majority_mask(raters), raters).round(3))
+# print("Dice of the majority against each rater:", dice_raters(raters, majority_mask(raters)).round(3))
 # print("the last mask a filler: majority", majority_mask(raters, [[1, 1, 1, 0]])[0, 0].astype(int))
 
 # %% [markdown]
@@ -367,7 +369,7 @@ def dice_raters(predicted: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike |
 
 
 # %%
-def generalised_energy_distance(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
+def generalised_energy_distance(masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Squared distance between the sampled masks, `p > 0.5`, and the raters', for each image; 0 if they are identical.
 
     Every expectation runs over all pairs, a mask with itself included, as is customary: few samples then bias it
@@ -380,7 +382,7 @@ def generalised_energy_distance(probs: ArrayLike, masks: ArrayLike, rater_valid:
     return np.array(found)
 
 
-def hungarian_iou(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
+def hungarian_iou(masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
     """Mean IoU of sampled and raters' masks, each paired with one of the other so that the mean is largest.
 
     Both sets are repeated to their least common multiple first, so a rater's mask finds as many samples as its share.
@@ -397,7 +399,7 @@ def hungarian_iou(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | N
 
 # %% tags=["active-ipynb"]
 # samples, raters = np.array([[[[1, 0]]], [[[1, 1]]]]), np.array([[[[1, 0], [0, 0]]]])
-# print("by hand: GED", generalised_energy_distance(samples, raters), " matched IoU", hungarian_iou(samples, raters))
+# print("by hand: GED", generalised_energy_distance(raters, samples), " matched IoU", hungarian_iou(raters, samples))
 # row, column = np.mgrid[:48, :48]
 # disc = lambda centre, radius: np.hypot(row - 24, column - centre) < radius
 # toys = {  # name: the raters' masks, five sampled masks
@@ -493,12 +495,12 @@ def image_nll(case: Case) -> np.ndarray:
     """Log score of each image; of classes that of the true one."""
     if case.task in EXCLUSIVE:
         return -np.log(np.maximum(case.mean_probs[case.targets == 1], LOG_CLIP))
-    return case.mean(log_score(case.mean_probs, case.truth))
+    return case.mean(log_score(case.truth, case.mean_probs))
 
 
 def image_risk(case: Case) -> np.ndarray:
     """What a mistake costs, for each image: the share of wrong labels, a wrong class, or 1 - Dice."""
-    return 1 - dice(case.decision, case.actual) if case.task == SEGMENTATION else case.wrong.mean(1)
+    return 1 - dice(case.actual, case.decision) if case.task == SEGMENTATION else case.wrong.mean(1)
 
 
 # %%
@@ -585,7 +587,7 @@ METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIE
 # 1. All 14 probabilities are 0.5. What are `accuracy`, `ece` and `paper_entropy` if 5 % of the labels are 1?
 #    <details><summary>Answer</summary>0.95 (`p > 0.5` is false everywhere), 0.45, and 14 * 0.5 ln 2 = 4.85. Lower
 #    entropy would not be better calibrated: the all-0 prediction has 0.</details>
-# 2. Why is `brier(mean_probs, soft)` lower than the mean over raters of `brier(mean_probs, mask)`, and by how much?
+# 2. Why is `brier(soft, mean_probs)` lower than the mean over raters of `brier(mask, mean_probs)`, and by how much?
 #    <details><summary>Answer</summary>By the raters' variance, `disagreement(masks).mean()`.</details>
 # 3. A method repeats its one mask ten times. What becomes of its GED and its matched IoU?
 #    <details><summary>Answer</summary>Nothing: both depend on the distribution of the masks only.</details>

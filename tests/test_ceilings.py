@@ -54,7 +54,7 @@ def test_level_sets_are_masks_at_thresholds():
     p = np.array([[0.95, 0.6, 0.2, 0.0]], "float32").reshape(1, 2, 2, 1)
     raters = masks_of([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0])
     samples = [[float(level < value) for value in p.ravel()] for level in LEVELS]
-    expected = metrics.generalised_energy_distance(np.array(samples).reshape(5, 1, 2, 2), raters)
+    expected = metrics.generalised_energy_distance(raters, np.array(samples).reshape(5, 1, 2, 2))
     assert ceilings(split(raters, truth_probs=p))["level sets"]["ged"] == pytest.approx(expected[0])
 
 

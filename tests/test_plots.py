@@ -219,7 +219,7 @@ def test_reliability_agrees_with_the_metric():
     probs, targets = RNG.random(500), RNG.random(500) > 0.5
     ax = plots.plot_reliability(plt.figure().add_subplot(), probs, targets)
     line = ax.get_lines()[1]
-    assert f"{metrics.ece(probs, targets):.4f}" in line.get_label()
+    assert f"{metrics.ece(targets, probs):.4f}" in line.get_label()
     counts = ax.figure.axes[1].patches
     assert sum(bar.get_height() for bar in counts) == 500
 
@@ -229,7 +229,7 @@ def test_reliability_of_several_methods_agrees_with_the_metric(binning):
     ax = plots.plot_reliability_curves(plt.figure().add_subplot(), CURVES, 10, binning)
     lines = ax.get_lines()[1:]
     assert [line.get_label() for line in lines] == [
-        f"{name}: ECE {metrics.ece(probs, targets, 10, binning=binning):.4f}"
+        f"{name}: ECE {metrics.ece(targets, probs, 10, binning=binning):.4f}"
         for name, (probs, targets) in CURVES.items()
     ]
     np.testing.assert_allclose(lines[2].get_xydata(), [[0.3, (SCORES > 0.5).mean()]])  # one bin, of all

@@ -136,7 +136,7 @@ def test_ties_of_classes_stay_ties(task):
         row = scoring.evaluate(probs[None], targets, task)
         for key, score in (("auc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
             assert row[key] == pytest.approx(np.mean([score(targets[:, i], probs[:, i]) for i in range(4)]), abs=1e-12)
-        each = [metrics.ece(probs[:, i], targets[:, i], binning="mass") for i in range(4)]
+        each = [metrics.ece(targets[:, i], probs[:, i], binning="mass") for i in range(4)]
         assert row["ece_label_mass"] == pytest.approx(np.mean(each), abs=1e-12)
         assert row["entropy"] == pytest.approx(stats.entropy(probs.astype("float64"), axis=1).mean(), abs=1e-12)
 
@@ -209,10 +209,10 @@ def test_segmentation_scores_are_means_over_valid_raters():
         truths = [MASKS[image, ..., rater] for rater in raters]
         nll.append(np.mean([sk.log_loss(y.ravel(), mean[image].ravel(), labels=[0, 1]) for y in truths]))
         brier.append(np.mean([((mean[image] - y) ** 2).mean() for y in truths]))
-        paper_brier.append(np.mean([metrics.paper_brier(MASK_PROBS[:, image], y) for y in truths]))
+        paper_brier.append(np.mean([metrics.paper_brier(y, MASK_PROBS[:, image]) for y in truths]))
         one = MASK_PROBS[:, [image]]
-        paper_dice.append(np.mean([metrics.paper_dice(one, y[None]) for y in truths]))
-        paper_iou.append(np.mean([metrics.paper_iou(one, y[None]) for y in truths]))
+        paper_dice.append(np.mean([metrics.paper_dice(y[None], one) for y in truths]))
+        paper_iou.append(np.mean([metrics.paper_iou(y[None], one) for y in truths]))
     for key, values in {
         "nll": nll,
         "brier": brier,
@@ -222,10 +222,10 @@ def test_segmentation_scores_are_means_over_valid_raters():
     }.items():
         assert row[key] == pytest.approx(np.mean(values)), key
     majority = metrics.majority_mask(MASKS, VALID)
-    assert row["dice"] == pytest.approx(metrics.dice(mean > 0.5, majority).mean())
+    assert row["dice"] == pytest.approx(metrics.dice(majority, mean > 0.5).mean())
     several = VALID.sum(1) > 1
     expected = [
-        np.mean([metrics.dice(mean[[i]] > 0.5, MASKS[[i], ..., r])[0] for r in np.flatnonzero(VALID[i])])
+        np.mean([metrics.dice(MASKS[[i], ..., r], mean[[i]] > 0.5)[0] for r in np.flatnonzero(VALID[i])])
         for i in np.flatnonzero(several)
     ]
     assert row["dice_raters"] == pytest.approx(np.mean(expected))
@@ -240,9 +240,9 @@ def test_fillers_of_invalid_raters_do_not_matter():
 def test_pixel_ece_and_correlation_pool_all_images(monkeypatch):
     row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation")
     mean, soft = MASK_PROBS.astype("float64").mean(0), MASKS.mean(-1)
-    assert row["ece"] == pytest.approx(metrics.ece(mean, soft))
+    assert row["ece"] == pytest.approx(metrics.ece(soft, mean))
     region = (soft > 0) | (mean > 0.5)
-    assert row["ece_region"] == pytest.approx(metrics.ece(mean[region], soft[region]), abs=1e-6)
+    assert row["ece_region"] == pytest.approx(metrics.ece(soft[region], mean[region]), abs=1e-6)
     assert row["ece_region"] != pytest.approx(row["ece"])
     entropy = metrics.binary_entropy(mean).ravel()
     expected = np.corrcoef(entropy, (soft * (1 - soft)).ravel())[0, 1]
@@ -367,7 +367,7 @@ def test_bad_input_is_refused_in_two_lines(probs, targets, task, options, messag
 
 def test_papers_softmax_applied_twice_has_a_floor():
     masks = MASKS[None, ..., 0].astype(float)
-    assert metrics.paper_brier(masks, MASKS[..., 0], softmax_twice=True) == pytest.approx(0.0723, abs=5e-5)
+    assert metrics.paper_brier(MASKS[..., 0], masks, softmax_twice=True) == pytest.approx(0.0723, abs=5e-5)
     row = scoring.evaluate(masks, MASKS[..., :1], "segmentation")
     assert row["paper_brier_softmax_twice"] == pytest.approx(0.0723, abs=5e-5)
     assert row["paper_brier"] == row["brier"] == 0
@@ -510,21 +510,21 @@ def test_use_of_uncertainty_of_classes_agrees_with_scikit_learn():
     assert row["error_auroc"] == pytest.approx(sk.roc_auc_score(wrong, parts["entropy"]))
     assert row["error_auroc_mi"] == pytest.approx(sk.roc_auc_score(wrong, parts["mutual_information"]))
     assert row["aurc"] == pytest.approx(metrics.area_under_risk_coverage(parts["entropy"], wrong))
-    assert row["ece_label"] == pytest.approx(metrics.ece(parts["mean_probs"], ONE_HOT, per_label=True).mean())
-    mass = metrics.ece(parts["mean_probs"], ONE_HOT, per_label=True, binning="mass")
+    assert row["ece_label"] == pytest.approx(metrics.ece(ONE_HOT, parts["mean_probs"], per_label=True).mean())
+    mass = metrics.ece(ONE_HOT, parts["mean_probs"], per_label=True, binning="mass")
     assert row["ece_label_mass"] == pytest.approx(mass.mean())
-    assert row["ece_mass"] == pytest.approx(metrics.ece(parts["mean_probs"].max(1), ~wrong, binning="mass"))
+    assert row["ece_mass"] == pytest.approx(metrics.ece(~wrong, parts["mean_probs"].max(1), binning="mass"))
 
 
 @pytest.mark.parametrize("decimals", [16, 1])  # of the probabilities: without ties, and with many
 def test_calibration_of_labels_is_that_of_its_definition(decimals):
     mean = LABEL_PROBS.astype("float64").mean(0).round(decimals)
     row = scoring.evaluate(mean[None], LABELS, "multi-label")
-    assert row["ece"] == pytest.approx(metrics.ece(mean, LABELS))
-    assert row["ece_mass"] == pytest.approx(metrics.ece(mean, LABELS, binning="mass"))
-    assert row["ece_label"] == pytest.approx(metrics.ece(mean, LABELS, per_label=True).mean())
-    assert row["ece_label_mass"] == pytest.approx(metrics.ece(mean, LABELS, per_label=True, binning="mass").mean())
-    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(mean[None], LABELS))
+    assert row["ece"] == pytest.approx(metrics.ece(LABELS, mean))
+    assert row["ece_mass"] == pytest.approx(metrics.ece(LABELS, mean, binning="mass"))
+    assert row["ece_label"] == pytest.approx(metrics.ece(LABELS, mean, per_label=True).mean())
+    assert row["ece_label_mass"] == pytest.approx(metrics.ece(LABELS, mean, per_label=True, binning="mass").mean())
+    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(LABELS, mean[None]))
     assert row["auc"] == pytest.approx(sk.roc_auc_score(LABELS, mean))
     assert row["average_precision"] == pytest.approx(sk.average_precision_score(LABELS, mean))
 
@@ -554,9 +554,9 @@ def test_pixels_in_fine_bins_score_nearly_as_pixels_themselves():
         exact = sk.roc_auc_score(wrong, parts[name].ravel())
         assert 0.55 < exact < 0.99
         assert row[key] == pytest.approx(exact, abs=0.005), key
-    exact = metrics.ece(parts["mean_probs"], soft, binning="mass")
+    exact = metrics.ece(soft, parts["mean_probs"], binning="mass")
     assert exact > 0.01 and row["ece_mass"] == pytest.approx(exact, abs=0.005)
-    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(probs, soft))
+    assert row["paper_ece"] == pytest.approx(metrics.paper_ece(soft, probs))
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_pixels_of_flat_maps_score_nearly_as_pixels_themselves(low, high, tolera
     assert abs(exact - 0.5) > 0.05 and row["pixel_error_auroc"] == pytest.approx(exact, abs=tolerance)
     exact = sk.roc_auc_score(wrong, parts["mutual_information"].ravel())
     assert row["pixel_error_auroc_mi"] == pytest.approx(exact, abs=tolerance)
-    exact = metrics.ece(parts["mean_probs"], soft, binning="mass")
+    exact = metrics.ece(soft, parts["mean_probs"], binning="mass")
     assert exact > 0.05 and row["ece_mass"] == pytest.approx(exact, abs=tolerance)
 
 
@@ -586,15 +586,15 @@ def test_images_of_masks_score_as_their_definitions():
     valid[:3, 1:] = False  # one rater
     row = scoring.evaluate(probs, masks, "segmentation", rater_valid=valid, threshold=0.3, boundary=True)
     mean, majority = probs.mean(0, dtype="float64"), metrics.majority_mask(masks, valid)
-    assert row["dice"] == pytest.approx(metrics.dice(mean > 0.3, majority).mean())
-    assert row["iou"] == pytest.approx(metrics.iou(mean > 0.3, majority).mean())
-    assert row["hausdorff95"] == pytest.approx(metrics.hausdorff95(mean > 0.3, majority).mean())
+    assert row["dice"] == pytest.approx(metrics.dice(majority, mean > 0.3).mean())
+    assert row["iou"] == pytest.approx(metrics.iou(majority, mean > 0.3).mean())
+    assert row["hausdorff95"] == pytest.approx(metrics.hausdorff95(majority, mean > 0.3).mean())
     assert row["risk"] == pytest.approx(1 - row["dice"])
     rated = masks[3:], valid[3:]
-    assert row["dice_raters"] == pytest.approx(metrics.dice_raters(mean[3:] > 0.3, *rated).mean())
-    assert row["ged"] == pytest.approx(metrics.generalised_energy_distance(probs[:, 3:], *rated).mean())
-    assert row["hungarian_iou"] == pytest.approx(metrics.hungarian_iou(probs[:, 3:], *rated).mean())
-    entropy, dice = metrics.binary_entropy(mean).mean((1, 2)), metrics.dice(mean > 0.3, majority)
+    assert row["dice_raters"] == pytest.approx(metrics.dice_raters(rated[0], mean[3:] > 0.3, rated[1]).mean())
+    assert row["ged"] == pytest.approx(metrics.generalised_energy_distance(rated[0], probs[:, 3:], rated[1]).mean())
+    assert row["hungarian_iou"] == pytest.approx(metrics.hungarian_iou(rated[0], probs[:, 3:], rated[1]).mean())
+    entropy, dice = metrics.binary_entropy(mean).mean((1, 2)), metrics.dice(majority, mean > 0.3)
     assert row["aurc"] == pytest.approx(metrics.area_under_risk_coverage(entropy, 1 - dice))
     assert row["excess_aurc"] == pytest.approx(metrics.excess_area(entropy, 1 - dice))
     low = dice < np.median(dice)
@@ -690,7 +690,7 @@ def test_intervals_of_calibration_errors_are_scipys_basic_ones(scale):
     record = record_of(mean[None, :, None], labels[:, None].astype("uint8"), "binary")
     found, value = record.bootstrap(num_resamples=2000), record.metrics()["ece"]
     options = {"n_resamples": 2000, "method": "basic", "paired": True, "vectorized": False}
-    expected = stats.bootstrap((mean, labels), metrics.ece, rng=np.random.default_rng(1), **options).confidence_interval
+    expected = stats.bootstrap((labels, mean), metrics.ece, rng=np.random.default_rng(1), **options).confidence_interval
     np.testing.assert_allclose(found["ece"], np.clip(expected, 0, 1), atol=0.1 * (expected.high - expected.low))
     assert found["ece_label"] == pytest.approx(found["ece"])  # one label
     if scale > 1:
@@ -1104,7 +1104,7 @@ def test_threshold_of_masks_has_the_best_dice(tmp_path):
     probs = probs.mean(0) ** 3  # too sure of background
     cuts = np.arange(5, 100, 5) / 100
     truth = metrics.majority_mask(masks)
-    scores = [metrics.dice(probs > cut, truth).mean() for cut in cuts]
+    scores = [metrics.dice(truth, probs > cut).mean() for cut in cuts]
     found = scoring.select_threshold(probs, masks, "segmentation")
     assert found == pytest.approx(cuts[np.argmax(scores)]) and found < 0.5
     np.save(tmp_path / "masks.npy", masks)
@@ -1163,7 +1163,7 @@ def test_level_sets_are_masks_alone():
         == ("not measured: these predictions are masks, not probabilities")
     )
     masks = trivial.level_sets(predict_samples(data.test.normalised())[0])
-    expected = metrics.generalised_energy_distance(masks, np.asarray(data.test.targets), data.test.rater_valid)
+    expected = metrics.generalised_energy_distance(np.asarray(data.test.targets), masks, data.test.rater_valid)
     assert row["ged"] == pytest.approx(expected[data.test.rater_valid.sum(1) > 1].mean())
     assert set(record.bootstrap(num_resamples=20)) == {"ged", "hungarian_iou", "undefined"}
 

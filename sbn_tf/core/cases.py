@@ -123,7 +123,7 @@ def part(name):
 
 def overlap(score):
     """A score of the decided mask against the majority mask, for each image."""
-    return lambda case: score(case.decision, case.actual)
+    return lambda case: score(case.actual, case.decision)
 
 
 # The statistics of a record: it has arrays by name, `task`, `threshold`, and `alike`, why its samples do not differ.
@@ -272,7 +272,7 @@ def of_raters(score, decided=False):
         values, two = np.full(len(case.truth), np.nan), case.several
         if two.any():
             predicted = case.decision[two] if decided else case.probs[:, two]
-            values[two] = score(predicted, case.targets[two], case.valid[two])
+            values[two] = score(case.targets[two], predicted, case.valid[two])
         return values
 
     return image

@@ -12,9 +12,9 @@ from sbn_tf.core.predictions import SEGMENTATION, check, check_targets, check_va
 __all__ = ["overlap"]
 
 
-def overlap(predicted, truth) -> tuple[np.ndarray, np.ndarray]:
+def overlap(truth, predicted) -> tuple[np.ndarray, np.ndarray]:
     """Pixels in both masks, and those of one plus those of the other, for each image."""
-    predicted, truth = mask_pair(predicted, truth)
+    truth, predicted = mask_pair(truth, predicted)
     return (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
 
 
@@ -29,13 +29,13 @@ def outline_distances(one, other) -> np.ndarray:
     return np.concatenate([ndimage.distance_transform_edt(~b)[a] for a, b in ((one, other), (other, one))])
 
 
-def hausdorff95(predicted: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def hausdorff95(truth: ArrayLike, predicted: ArrayLike) -> np.ndarray:
     """95th percentile of the distances between the outlines, in pixels, for each image, (batch,).
 
     An outline is the foreground's pixels with a background pixel, or the image's edge, above, below, left or right.
     0 if both masks are empty; the image's diagonal, more than any distance within it, if one of them is.
     """
-    pairs = zip(*mask_pair(predicted, truth), strict=True)
+    pairs = zip(*mask_pair(truth, predicted), strict=True)
     return np.array([np.percentile(outline_distances(*pair), 95) for pair in pairs])
 
 

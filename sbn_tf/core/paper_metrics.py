@@ -18,7 +18,7 @@ def vote(probs: np.ndarray) -> np.ndarray:
     return (probs > 0.5).mean(0) > 0.5
 
 
-def paper_accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
+def paper_accuracy(labels: ArrayLike, probs: ArrayLike) -> float:
     """Accuracy of the samples' majority vote: it measures mostly that most labels are 0.
 
     Predicting no finding for everyone scores 1 - prevalence, on ChestMNIST above every row of the paper's Table 1.
@@ -27,7 +27,7 @@ def paper_accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
         probs: (samples, batch, labels).
         labels: (batch, labels), 0 or 1.
     """
-    probs, labels = samples_pair(probs, labels)
+    labels, probs = samples_pair(labels, probs)
     return float((vote(probs) == (labels > 0.5)).mean())
 
 
@@ -36,7 +36,7 @@ def second_softmax(probs: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(1 - 2 * probs))
 
 
-def paper_brier(probs: ArrayLike, targets: ArrayLike, softmax_twice: bool = False) -> float:
+def paper_brier(targets: ArrayLike, probs: ArrayLike, softmax_twice: bool = False) -> float:
     """Mean of the samples' Brier scores: the Brier score of one random sample, not of the prediction.
 
     It exceeds `brier` of the mean by the samples' variance. With two classes, background and foreground, the mean over
@@ -48,7 +48,7 @@ def paper_brier(probs: ArrayLike, targets: ArrayLike, softmax_twice: bool = Fals
         softmax_twice: apply a softmax over (background, foreground) to the probabilities once more, as the paper's
             code does for its deterministic and ensemble segmentation rows: even a perfect map then scores 0.0723.
     """
-    probs, targets = samples_pair(probs, targets)
+    targets, probs = samples_pair(targets, probs)
     return float(np.square((second_softmax(probs) if softmax_twice else probs) - targets).mean())
 
 
@@ -73,7 +73,7 @@ def paper_entropy(probs: ArrayLike, task: str = MULTI_LABEL) -> float:
     return float(event_entropy(mean).mean() if task == SEGMENTATION else entr(mean).sum(-1).mean())
 
 
-def paper_dice(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def paper_dice(truth: ArrayLike, probs: ArrayLike) -> np.ndarray:
     """Elementwise `(2 p y + eps) / (p + y + eps)`, mean over pixels, both classes and samples, eps = 1e-5.
 
     It measures mostly how near to exactly 0 the probabilities of the background are: an all-background prediction
@@ -86,7 +86,7 @@ def paper_dice(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
     Returns:
         (batch,) float64.
     """
-    (probs, truth), eps = samples_pair(probs, truth, 3), 1e-5
+    (truth, probs), eps = samples_pair(truth, probs, 3), 1e-5
 
     def score(p):  # of a pixel whose true class has probability p; the second ratio is the other class's
         return ((2 * p + eps) / (p + 1 + eps) + eps / (1 - p + eps)) / 2
@@ -94,7 +94,7 @@ def paper_dice(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
     return (truth * score(probs) + (1 - truth) * score(1 - probs)).mean((0, 2, 3))
 
 
-def paper_iou(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def paper_iou(truth: ArrayLike, probs: ArrayLike) -> np.ndarray:
     """IoU of all samples' masks together, the sum of intersections over the sum of unions, for each image.
 
     It measures the overlap of a typical sample, not of the mean prediction. 1 if truth and all samples are empty. One
@@ -107,14 +107,14 @@ def paper_iou(probs: ArrayLike, truth: ArrayLike) -> np.ndarray:
     Returns:
         (batch,) float64.
     """
-    predicted, truth = (values > 0.5 for values in samples_pair(probs, truth, 3))
+    truth, predicted = (values > 0.5 for values in samples_pair(truth, probs, 3))
     votes = predicted.sum(0)
     both = (votes * truth).sum((1, 2))
     either = votes.sum((1, 2)) + len(predicted) * truth.sum((1, 2)) - both
     return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
-def paper_ece(probs: ArrayLike, targets: ArrayLike, num_bins: int = NUM_BINS) -> float:
+def paper_ece(targets: ArrayLike, probs: ArrayLike, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error of the predicted class, as Guo et al. define it, of the mean prediction.
 
     It measures mostly whether a confident "no" is right: the confidence is `max(p, 1 - p)`, and with rare labels or few
@@ -130,7 +130,7 @@ def paper_ece(probs: ArrayLike, targets: ArrayLike, num_bins: int = NUM_BINS) ->
 
     Reference: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
-    probs, targets = samples_pair(probs, targets)
+    targets, probs = samples_pair(targets, probs)
     confidence, right = (values.reshape(-1, 1) for values in confidence_of(probs.mean(0), targets))
     return float(plain(width_calibration(confidence, right, check_bins(num_bins)), len(right))[0])
 
@@ -162,13 +162,13 @@ def image_entropy(case) -> np.ndarray:
 
 def image_dice(case) -> np.ndarray:
     """`paper_dice` of each image."""
-    return paper_dice(case.probs, case.truth)
+    return paper_dice(case.truth, case.probs)
 
 
 def image_iou(case) -> np.ndarray:
     """`paper_iou` of each image."""
     weights = case.valid / case.valid.sum(1, keepdims=True)  # (batch, raters)
-    return sum(weights[:, r] * paper_iou(case.probs, case.targets[..., r]) for r in range(case.targets.shape[-1]))
+    return sum(weights[:, r] * paper_iou(case.targets[..., r], case.probs) for r in range(case.targets.shape[-1]))
 
 
 _MASKS, _BOTH = (SEGMENTATION,), (MULTI_LABEL, SEGMENTATION)

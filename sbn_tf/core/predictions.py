@@ -46,44 +46,44 @@ def check_range(values, name="probabilities", hint="") -> np.ndarray:
     return np.minimum(values, 1) if high > 1 else values
 
 
-def pair(predicted, targets) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and targets as float64 arrays in 0..1, of one shape and not empty."""
-    predicted, targets = float64(predicted), float64(targets)
+def pair(targets, predicted) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and predictions as float64 arrays in 0..1, of one shape and not empty."""
+    targets, predicted = float64(targets), float64(predicted)
     if predicted.shape != targets.shape or predicted.size == 0:
         raise ValueError(
             f"Expected predictions and targets of one shape, not empty. Received: {predicted.shape} and {targets.shape}"
         )
-    return check_range(predicted), check_range(targets, "targets")
+    return check_range(targets, "targets"), check_range(predicted)
 
 
-def label_pair(mean_probs, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities in 0..1 and labels 0 or 1, both (batch, labels)."""
-    mean_probs, labels = pair(mean_probs, labels)
+def label_pair(labels, mean_probs) -> tuple[np.ndarray, np.ndarray]:
+    """Labels 0 or 1 and probabilities in 0..1, both (batch, labels)."""
+    labels, mean_probs = pair(labels, mean_probs)
     if labels.ndim != 2:
         raise ValueError(f"Expected mean_probs and labels (batch, labels). Received: shape {labels.shape}")
     if (soft := labels[(labels != 0) & (labels != 1)]).size:
         raise ValueError(f"Expected labels to be 0 or 1. Received: {soft[0]:g}; cut soft labels first.")
-    return mean_probs, labels
+    return labels, mean_probs
 
 
-def mask_pair(predicted, truth) -> tuple[np.ndarray, np.ndarray]:
+def mask_pair(truth, predicted) -> tuple[np.ndarray, np.ndarray]:
     """Two masks of each image, (batch, height, width) bool: where the values exceed one half."""
-    predicted, truth = pair(predicted, truth)
+    truth, predicted = pair(truth, predicted)
     if predicted.ndim != 3:
         raise ValueError(f"Expected masks of shape (batch, height, width). Received: shape {predicted.shape}")
-    return predicted > 0.5, truth > 0.5
+    return truth > 0.5, predicted > 0.5
 
 
-def samples_pair(probs, targets, target_axes=None) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (samples, ...) and targets (...), both float64 in 0..1."""
-    probs, targets = float64(probs), float64(targets)
+def samples_pair(targets, probs, target_axes=None) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (...) and samples (samples, ...), both float64 in 0..1."""
+    targets, probs = float64(targets), float64(probs)
     axes = targets.ndim if target_axes is None else target_axes
     if probs.shape[1:] != targets.shape or targets.ndim != axes or probs.ndim == 0 or probs.size == 0:
         raise ValueError(
             "Expected probs of shape (samples, ...) over targets of shape (...), not empty. "
             f"Received: {probs.shape} and {targets.shape}"
         )
-    return check_range(probs), check_range(targets, "targets")
+    return check_range(targets, "targets"), check_range(probs)
 
 
 def risk_pair(uncertainty, risk) -> tuple[np.ndarray, np.ndarray]:

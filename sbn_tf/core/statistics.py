@@ -92,7 +92,7 @@ def ranking(scores, positive, images=None) -> Statistic:
     return statistic
 
 
-def rankings(mean_probs, labels) -> list[np.ndarray]:
+def rankings(labels, mean_probs) -> list[np.ndarray]:
     """AUC and average precision of each label, of (batch, labels)."""
     pairs = zip(mean_probs.T, labels.T, strict=True)
     return [plain(ranking(probs, truth > 0.5), len(truth)) for probs, truth in pairs]
@@ -227,14 +227,14 @@ def quadratic_kappa(predicted, true) -> Statistic:
     return statistic
 
 
-def brier_decomposition(mean_probs: ArrayLike, targets: ArrayLike, num_bins: int = NUM_BINS) -> dict[str, float]:
+def brier_decomposition(targets: ArrayLike, mean_probs: ArrayLike, num_bins: int = NUM_BINS) -> dict[str, float]:
     """The Brier score as `reliability - resolution + uncertainty + within`, exactly, over equal-width bins.
 
     "reliability": squared distance of a bin's mean probability and its frequency of 1 (0: calibrated). "resolution":
     variance of the bins' frequencies (more is better). "uncertainty": variance of the targets. "within": variance of p
-    within bins minus twice its covariance with y; 0 if each bin has one p. `mean_probs`, `targets`: any shape, in 0..1.
+    within bins minus twice its covariance with y; 0 if each bin has one p. `targets`, `mean_probs`: any shape, in 0..1.
     """
-    p, y = (values.ravel() for values in pair(mean_probs, targets))
+    y, p = (values.ravel() for values in pair(targets, mean_probs))
     num_bins = check_bins(num_bins)
     index = bin_index(p, num_bins)
     count = np.bincount(index)

@@ -39,7 +39,7 @@ def ceilings(split: Split) -> dict[str, dict]:
         rows["scene"] = evaluate(probs, targets, split.task, rater_valid=split.rater_valid)
         if split.task == SEGMENTATION and split.num_raters > 1:
             sets = np.stack([split.truth_probs > level for level in LEVELS]).astype("float32")
-            ged = metrics.generalised_energy_distance(sets, targets, split.rater_valid)
+            ged = metrics.generalised_energy_distance(targets, sets, split.rater_valid)
             rows["level sets"] = {"ged": float(ged.mean())}
     if split.task != SEGMENTATION or split.num_raters < 2:
         return rows
@@ -55,6 +55,6 @@ def ceilings(split: Split) -> dict[str, dict]:
     half = split.num_raters // 2
     if half > 1:
         samples = np.moveaxis(masks[..., :half], -1, 0).astype("float32")
-        ged = metrics.generalised_energy_distance(samples, masks[..., half:])
+        ged = metrics.generalised_energy_distance(masks[..., half:], samples)
         rows["half the raters"] = {"ged": float(ged.mean())}
     return rows

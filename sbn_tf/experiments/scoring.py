@@ -358,7 +358,7 @@ def select_threshold(
         values = np.zeros(len(cuts))
         for part_probs, masks, part_valid in chunks(probs, truths, valid):
             truth = majority_mask(masks, part_valid)
-            values += [dice(part_probs[0] > cut, truth).sum() for cut in cuts]
+            values += [dice(truth, part_probs[0] > cut).sum() for cut in cuts]
         values /= len(truths)
     else:
         truth = truths > 0.5

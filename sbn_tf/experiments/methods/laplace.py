@@ -75,7 +75,7 @@ class Laplace(Method):
             mean = self.predict_samples(images).mean(axis=0)
             if self._task in EXCLUSIVE:
                 mean, targets = (mean * targets).sum(axis=-1), np.ones(len(targets))
-            total += len(images) * metrics.nll(mean, targets)
+            total += len(images) * metrics.nll(targets, mean)
         return total / data.val.num_examples
 
     def _set_scales(self, prior_precision):

@@ -54,7 +54,7 @@ def plot_reliability_curves(
     """
     if not curves or binning not in ("width", "mass"):
         raise ValueError(f'Expected a curve and binning "width" or "mass". Received: {len(curves)}, {binning!r}')
-    eces = {name: metrics.ece(*pair, num_bins, binning=binning) for name, pair in curves.items()}
+    eces = {name: metrics.ece(y, p, num_bins, binning=binning) for name, (p, y) in curves.items()}
     flat = {name: [np.asarray(values, "float64").ravel() for values in pair] for name, pair in curves.items()}
     counts, most = ax.twinx(), 1.0
     ax.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1, label="calibrated")
