@@ -1,9 +1,13 @@
-"""What several tests measure by hand."""
+"""What several tests measure by hand, and what they train."""
 
+import contextlib
+
+import keras
 import numpy as np
+import pytest
 
 from sbn_tf.datasets.base import MULTI_LABEL, SEGMENTATION
-from sbn_tf.experiments import scoring
+from sbn_tf.experiments import networks, scoring
 from sbn_tf.experiments.result import Result
 
 
@@ -70,3 +74,28 @@ def record_of(probs, targets):
     evaluator = scoring.Evaluator(MULTI_LABEL)
     evaluator.update(probs, targets)
     return evaluator.record()
+
+
+def tiny_network(input_shape, num_outputs, activation="sigmoid", seed=None, masks=False):
+    """Two layers of weights, and two more of masks, with a batch norm: traced in a second."""
+    inputs = x = keras.Input(input_shape)
+    for name in ("first", "second")[: 1 + masks]:
+        init = keras.initializers.HeNormal(seed=seed)
+        x = keras.layers.Conv2D(6, 3, padding="same", kernel_initializer=init, use_bias=False, name=name)(x)
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization(name=f"{name}_bn")(x))
+    init = keras.initializers.GlorotUniform(seed=seed)
+    if masks:
+        x = keras.layers.Conv2D(num_outputs, 1, activation=activation, kernel_initializer=init, name="head")(x)
+    else:
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        x = keras.layers.Dense(num_outputs, activation=activation, kernel_initializer=init, name="head")(x)
+    return keras.Model(inputs, x)
+
+
+@contextlib.contextmanager
+def tiny_networks():
+    """The networks "tiny" and "tiny_masks", known by these names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks.NETWORKS, "tiny", (tiny_network, {}))
+        patch.setitem(networks.NETWORKS, "tiny_masks", (tiny_network, {"masks": True}))
+        yield

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import tiny_networks
 
 from sbn_tf.__main__ import main
 from sbn_tf.experiments import compare, report, scoring
@@ -18,21 +19,16 @@ from sbn_tf.metrics import METRICS
 METHODS = ("deterministic", "partial")
 
 
-def made(runs, dataset="phantom_nodule", **changes):
-    size = {} if dataset == "phantom_chest" else {"size": 16}
-    return compare.experiment(
-        dataset,
-        "quick",
-        epochs=1,
-        bayes_epochs=1,
-        limit=12,
-        r_bayes=0.05,
-        runs=str(runs),
-        num_resamples=50,
-        verbose=False,
-        **size,
-        **changes,
-    )
+@pytest.fixture(scope="module", autouse=True)
+def _tiny():
+    with tiny_networks():
+        yield
+
+
+def made(runs, **changes):
+    options = {"epochs": 1, "bayes_epochs": 1, "limit": 12, "size": 16, "network": "tiny_masks", "r_bayes": 0.05}
+    options |= {"runs": str(runs), "num_resamples": 50, "verbose": False}
+    return compare.experiment("phantom_nodule", "quick", **options, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +170,7 @@ def test_of_one_seed_the_paired_test_is_over_images(rows):
 def test_the_command_prints_every_table(dataset, tmp_path, capsys):
     arguments = ["--methods", "deterministic,partial", "--epochs", "1", "--bayes-epochs", "1"]
     arguments += ["--limit", "12", "--num-resamples", "20", "--num-samples", "2"]
-    arguments += ["--size", "16" if dataset == "phantom_lesion" else "32"]
+    arguments += ["--size", "16", "--network", "tiny_masks" if dataset == "phantom_lesion" else "tiny"]
     assert main(["compare", dataset, *arguments, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     task = "segmentation" if dataset == "phantom_lesion" else "multi-label"

@@ -7,12 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import tiny_networks
 from scipy import special
 from sklearn.metrics import log_loss
 
 from sbn_tf import cost, datasets
 from sbn_tf.core.graph import Graph
-from sbn_tf.experiments import networks, recipes, training
+from sbn_tf.experiments import recipes, training
 from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make, plain
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
@@ -41,27 +42,9 @@ class Untouched(datasets.Split):
     batches = mean_mask = majority = subset = normalised
 
 
-def tiny_network(input_shape, num_outputs, activation="sigmoid", seed=None, masks=False):
-    """Two layers of weights, and two more of masks, with a batch norm: traced in a second."""
-    inputs = x = keras.Input(input_shape)
-    for name in ("first", "second")[: 1 + masks]:
-        init = keras.initializers.HeNormal(seed=seed)
-        x = keras.layers.Conv2D(6, 3, padding="same", kernel_initializer=init, use_bias=False, name=name)(x)
-        x = keras.layers.ReLU()(keras.layers.BatchNormalization(name=f"{name}_bn")(x))
-    init = keras.initializers.GlorotUniform(seed=seed)
-    if masks:
-        x = keras.layers.Conv2D(num_outputs, 1, activation=activation, kernel_initializer=init, name="head")(x)
-    else:
-        x = keras.layers.GlobalAveragePooling2D()(x)
-        x = keras.layers.Dense(num_outputs, activation=activation, kernel_initializer=init, name="head")(x)
-    return keras.Model(inputs, x)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(networks.NETWORKS, "tiny", (tiny_network, {}))
-        patch.setitem(networks.NETWORKS, "tiny_masks", (tiny_network, {"masks": True}))
+    with tiny_networks():
         yield
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import tiny_networks
 
 from sbn_tf.experiments import compare, results, run_folder, study, training
 from sbn_tf.saliency import top_k
@@ -13,7 +14,7 @@ CONTENT = {
     "name": "tiny",
     "recipe": "sbn",
     "datasets": {
-        "phantom_nodule": {"size": 16, "limit": 12, "network": "unet_small", "epochs": 1, "bayes_epochs": 1},
+        "phantom_nodule": {"size": 16, "limit": 12, "network": "tiny_masks", "epochs": 1, "bayes_epochs": 1},
     },
     "seeds": [0],
     "questions": {
@@ -35,6 +36,12 @@ CONTENT = {
         },
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny():
+    with tiny_networks():
+        yield
 
 
 def written(tmp_path, content):
@@ -91,7 +98,7 @@ def test_how_far_a_choice_repeats_itself(tmp_path):
     arguments = plan.datasets["phantom_nodule"].arguments()
     settings = compare.experiment("phantom_nodule", "sbn", **arguments, runs=str(tmp_path / "runs"), verbose=False)
     step1 = training.deterministic_run(
-        settings.data, settings.recipe, seed=0, network="unet_small", runs=str(tmp_path / "runs"), verbose=False
+        settings.data, settings.recipe, seed=0, network="tiny_masks", runs=str(tmp_path / "runs"), verbose=False
     )
     assert top_k(training.scores_run(step1, settings.data, settings.recipe, verbose=False), 0.05).num_bayesian > 0
 
