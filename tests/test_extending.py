@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import tiny_networks
 
 from sbn_tf import cost as costs
 from sbn_tf import datasets, layers
@@ -138,12 +139,18 @@ def test_a_stock_class_has_one_masked_class(registries):
         layers.register(type("Mine", (layers.MaskedGaussian, keras.layers.Dense), {"posterior_weights": ("kernel",)}))
 
 
-@pytest.mark.parametrize("dataset", ["phantom_lesion", "phantom_chest"])
-def test_a_baseline(registries, tmp_path, dataset):
+@pytest.fixture(scope="module", autouse=True)
+def _tiny():
+    with tiny_networks():
+        yield
+
+
+@pytest.mark.parametrize(("dataset", "network"), [("phantom_lesion", "tiny_masks"), ("phantom_chest", "tiny")])
+def test_a_baseline(registries, tmp_path, dataset, network):
     run(2)
     data = datasets.load(dataset, size=16, num_train=20, num_val=10, num_test=12)
     recipe = dataclasses.replace(recipes.recipe_for("quick", data.card), epochs=1)
-    method = methods.make("mirrors", recipe, runs=tmp_path, verbose=False).fit(data)
+    method = methods.make("mirrors", recipe, network=network, runs=tmp_path, verbose=False).fit(data)
     images = data.test.normalised(slice(0, 12))
     found, plain = method.predict_samples(images), method.step1.model
     for sample, (up, left) in zip(found, ((1, 1), (-1, 1), (1, -1), (-1, -1)), strict=True):
@@ -153,6 +160,8 @@ def test_a_baseline(registries, tmp_path, dataset):
     one_pass = costs.prediction_flops(plain, 12)
     assert method.cost()["predict_flops"] == pytest.approx(4 * one_pass, rel=0.01)
     options = {"num_train": 20, "num_val": 10, "num_test": 12}
-    settings = compare.experiment(dataset, size=16, changes="epochs=1", options=options, runs=tmp_path, verbose=False)
+    settings = compare.experiment(
+        dataset, network=network, size=16, changes="epochs=1", options=options, runs=tmp_path, verbose=False
+    )
     row = compare.row(settings, "mirrors")
     assert row.num_samples == 4 and 0 < row.metrics["nll"] < 5
