@@ -275,14 +275,15 @@ def test_a_dry_run_counts_every_job(name, jobs, tmp_path):
 
 
 @pytest.mark.skipif(not has_snakemake(), reason="snakemake is not installed: pip install -e .[workflow]")
-def test_a_dry_run_lists_the_job_of_a_damaged_result_and_deletes_nothing(tmp_path, monkeypatch):
+def test_a_dry_run_lists_the_jobs_of_a_lost_notebook_and_a_damaged_result_and_deletes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workplace = clone_of(tmp_path)
-    content = {**SMALL, "seeds": [0], "datasets": {"phantom_chest": {"methods": ["deterministic"], "r_bayes": [0.01]}}}
+    content = {**SMALL, "seeds": [0], "datasets": {"phantom_chest": {"r_bayes": [0.01]}}}
+    content["methods"] = ["deterministic", "temperature"]
     mine = plan.plan_of(content)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": content}))
     grid_results.claim(mine)
-    for method, r_bayes in (("deterministic", None), ("partial", 0.01)):
+    for method, r_bayes in (("deterministic", None), ("temperature", None), ("partial", 0.01)):
         path = written(mine, method, r_bayes)
     path.write_text(path.read_text()[:100])
     for age, job in enumerate(grid.jobs(mine)):
@@ -290,12 +291,14 @@ def test_a_dry_run_lists_the_job_of_a_damaged_result_and_deletes_nothing(tmp_pat
         notebook.parent.mkdir(parents=True, exist_ok=True)
         notebook.write_text("{}")
         os.utime(notebook, (1e9 + age, 1e9 + age))
+    notebook.unlink()
     before = {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()}
     done = snakemake("-n", "--cores", "1", "--configfile", "own.yaml", "--rerun-triggers", "mtime", cwd=workplace)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     told = " ".join((done.stdout + done.stderr).split())
     assert "partial_r0.01.ipynb is gone or damaged: that job is run again" in told
-    assert "partial 1" in told and "total 2" in told  # that job, and the rule that asks for all
+    assert mine.folder / grid.jobs(mine)[-1].path == notebook and notebook.stem == "temperature"
+    assert "partial 1" in told and "baseline 1" in told and "total 3" in told  # both, and the rule that asks for all
     assert {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()} == before
 
 
@@ -333,15 +336,12 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     assert set(rows[rows["method"] == "partial"]["r_bayes"]) == {0.01, 1.0}
     assert "0 failed, 0 to do" in (mine.folder / "report.md").read_text()
 
-    # A dataset whose jobs must fail, and a job whose notebook was lost: that one is made again, nothing else.
+    # A dataset whose jobs must fail, and a result that was damaged: its job alone is run again.
     content = yaml.safe_load((ROOT / "profiles/smoke/config.yaml").read_text())["plan"]
     content["datasets"]["chestmnist"] = {"r_bayes": [0.01], "methods": ["deterministic"]}  # whose files are not there
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plan": content}))
-    # One result is damaged, too: its job alone is run again.
-    unit, other = mine.folder / "phantom_chest/fold-1/seed0", mine.folder / "phantom_nodule/fold-1/seed0"
-    (unit / "temperature.ipynb").unlink()
-    before = {path: path.stat().st_mtime_ns for path in other.glob("*.ipynb")}
-    (damaged,) = mine.folder.glob("models/phantom_nodule/ensemble/seed0/*/metrics.json")
+    before = {path: path.stat().st_mtime_ns for path in mine.folder.glob("phantom_*/*/*/*.ipynb")}
+    (damaged,) = mine.folder.glob("models/phantom_chest/temperature/seed0/*/metrics.json")
     damaged.write_text(damaged.read_text()[:100])
     options = ("--configfile", "own.yaml", "--cores", "2", "--keep-going", "--rerun-triggers", "mtime")
     done = snakemake(*options, cwd=workplace, SBN_TF_DATA=str(tmp_path))
@@ -350,9 +350,9 @@ def test_the_smoke_profile_runs_and_later_a_failed_job_stops_no_other(tmp_path, 
     (path,) = found.failed
     assert path == "chestmnist/fold-1/seed0/step1.ipynb" and "FileNotFoundError" in found.failed[path]
     assert (mine.folder / path).with_suffix(".failed.ipynb").exists() and not (mine.folder / path).exists()
-    assert (unit / "temperature.ipynb").exists() and len(found.done) == len(grid.jobs(mine))
+    assert len(found.done) == len(grid.jobs(mine)) == len(before)
     assert len(found.missing) == 3  # what waits for the failed job
-    assert "ensemble.ipynb is gone or damaged: that job is run again" in done.stderr
-    assert results.read(damaged).method == "ensemble"
+    assert "temperature.ipynb is gone or damaged: that job is run again" in done.stderr
+    assert results.read(damaged).method == "temperature"
     again = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
-    assert again == ["ensemble.ipynb"]
+    assert again == ["temperature.ipynb"]

@@ -1,6 +1,7 @@
 """Methods: one contract, the same step 1, costs that add up, and what temperature and Laplace compute."""
 
 import dataclasses
+import functools
 import json
 
 import keras
@@ -91,16 +92,33 @@ def made(name, data, runs, recipe=None, **options):
     return make(name, recipe or recipe_of(data), **options)
 
 
+@pytest.fixture(scope="module")
+def fitted(data, runs):
+    """Each method on masks, fitted for the first test that asks; none is changed."""
+
+    def one(name):
+        return made(name, data["segmentation"], runs, **share_of(name)).fit(data["segmentation"])
+
+    return functools.cache(one)
+
+
+@pytest.fixture(scope="module")
+def spent(fitted):
+    return functools.cache(lambda name: fitted(name).cost())
+
+
+def share_of(name):
+    return {"r_bayes": 0.01} if name == "partial_late" else {}  # the head alone is late enough, and has 7 weights
+
+
 def images_of(data):
     return datasets.Split.normalised(data.test)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs, monkeypatch):
+def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs, fitted, monkeypatch):
     masks, images = data["segmentation"], images_of(data["segmentation"])
-    share = {"r_bayes": 0.01} if name == "partial_late" else {}  # the head alone is late enough, and has 7 weights
-    method = made(name, masks, runs, **share)
-    assert method.fit(masks) is method
+    method = fitted(name)
     samples = method.predict_samples(images)
     deterministic = name in ("deterministic", "deterministic_longer", "temperature")
     assert method.num_samples == (1 if deterministic or name == "snapshot" else 2)
@@ -120,7 +138,8 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
         raise AssertionError("trained again")
 
     monkeypatch.setattr(keras.Model, "fit", trained_again)
-    again = made(name, masks, runs, **share).fit(masks)
+    again = made(name, masks, runs, **share_of(name))
+    assert again.fit(masks) is again
     assert again.folder == method.folder and again.selection == method.selection and again.history == method.history
     np.testing.assert_array_equal(again.predict_samples(images), samples)
     # Neither what was predicted before nor the size of a call changes the samples (one pass: up to rounding).
@@ -130,8 +149,8 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
 
 
 @pytest.mark.parametrize("name", ["deterministic", "temperature", "ensemble", "mc_dropout", "partial"])
-def test_predictions_are_not_traced_in_each_call(name, data, runs, monkeypatch):
-    method = made(name, data["segmentation"], runs).fit(data["segmentation"])
+def test_predictions_are_not_traced_in_each_call(name, data, fitted, monkeypatch):
+    method = fitted(name)
     images = images_of(data["segmentation"])
     first = method.predict_samples(images)  # a whole batch and a smaller one: Keras traces for each, and no more
 
@@ -155,13 +174,12 @@ def test_labels_and_classes(name, task, data, runs):
     assert np.isfinite(samples).all() and samples.min() >= 0 and samples.max() <= 1
 
 
-def test_costs_add_up(data, runs):
-    masks = data["segmentation"]
+def test_costs_add_up(fitted, spent):
     # As partial, partial_random and last_layer.
     alike = ("partial_magnitude", "partial_channel", "partial_late", "first_layer", "first_last")
     names = [name for name in METHODS if name not in alike]
-    methods = {name: made(name, masks, runs).fit(masks) for name in names}
-    spent = {name: method.cost() for name, method in methods.items()}
+    methods = {name: fitted(name) for name in names}
+    spent = {name: spent(name) for name in names}
     for name, found in spent.items():
         assert set(found) == COST_KEYS and json.loads(json.dumps(found)) == found
         assert all(found[key] > 0 for key in COST_KEYS - {"num_bayesian", "paper_flops", "train_grown_bytes"})
@@ -210,24 +228,24 @@ def test_costs_add_up(data, runs):
 
 
 @pytest.mark.parametrize("name", ["partial", "last_layer", "mc_dropout"])
-def test_more_samples_cost_what_they_run_anew(name, data, runs):
+def test_more_samples_cost_what_they_run_anew(name, data, runs, fitted, spent):
     """S samples cost 1 + (S - 1) f passes, f the share of the operations after the first Bayesian weight."""
-    masks, spent = data["segmentation"], []
-    for num_samples in (2, 6):
-        method = made(name, masks, runs, num_samples=num_samples).fit(masks)
-        spent.append(method.cost())
-        assert spent[-1]["num_samples"] == method.predict_samples(images_of(masks)).shape[0] == num_samples
+    masks = data["segmentation"]
+    method = made(name, masks, runs, num_samples=6).fit(masks)
+    costs = [spent(name), method.cost()]
+    for one, found, num_samples in zip((fitted(name), method), costs, (2, 6), strict=True):
+        assert found["num_samples"] == one.predict_samples(images_of(masks)).shape[0] == num_samples
     graph = Graph(method.step1.model)
     anew = [key for key, mask in method.masks.items() if mask.any()] if name != "mc_dropout" else ["first/kernel"]
     passes = 1 + 5 * graph.fan_out(anew)
-    assert passes <= spent[1]["predict_flops_ratio"] < 1.05 * passes
-    assert spent[0]["train_step_flops_per_image"] == spent[1]["train_step_flops_per_image"]
+    assert passes <= costs[1]["predict_flops_ratio"] < 1.05 * passes
+    assert costs[0]["train_step_flops_per_image"] == costs[1]["train_step_flops_per_image"]
 
 
-def test_which_weights_are_bayesian(data, runs):
+def test_which_weights_are_bayesian(data, runs, fitted):
     masks = data["segmentation"]
     rules = ("partial", "partial_random", "partial_magnitude", "first_layer", "last_layer", "first_last", "bayes")
-    chosen = {name: made(name, masks, runs).fit(masks).masks for name in rules}
+    chosen = {name: fitted(name).masks for name in rules}
     layers = {
         name: {key.split("/")[0]: float(np.mean(mask)) for key, mask in found.items() if mask.any()}
         for name, found in chosen.items()
@@ -238,7 +256,7 @@ def test_which_weights_are_bayesian(data, runs):
     assert layers["bayes"] == {"first": 1.0, "second": 1.0, "head": 1.0}
     assert len({chosen[name].digest() for name in rules}) == len(rules)
 
-    step1 = made("deterministic", masks, runs).fit(masks)
+    step1 = fitted("deterministic")
     size = {key: np.abs(np.array(w.variable)) for key, w in named_weights(step1.model).items()}
     largest, others = ([], [])
     for key, mask in chosen["partial_magnitude"].items():
@@ -248,14 +266,14 @@ def test_which_weights_are_bayesian(data, runs):
     assert made("partial_random", masks, runs, seed=0).fit(masks).masks == chosen["partial_random"]
 
 
-def test_channels_are_whole_and_late_weights_late(data, runs):
+def test_channels_are_whole_and_late_weights_late(data, runs, fitted):
     masks = data["segmentation"]
     channels = made("partial_channel", masks, runs, r_bayes=0.2).fit(masks).masks
     assert 0 < channels.num_bayesian <= round(0.2 * channels.num_weights)
     for key, mask in channels.items():
         whole = mask.reshape(-1, mask.shape[-1])
         assert (whole == whole[0]).all(), key
-    late = made("partial_late", masks, runs, r_bayes=0.01).fit(masks).masks
+    late = fitted("partial_late").masks
     assert late.num_bayesian == round(0.01 * late.num_weights)
     assert {key for key, mask in late.items() if mask.any()} <= {"head/kernel", "head/bias"}
     with pytest.raises(ValueError, match=r"a fan-out of 0\.5 or less. Received: weights with 7"):
@@ -518,14 +536,13 @@ def test_a_run_is_shared_with_the_three_steps(data, runs):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs):
-    masks = data["segmentation"]
-    share = {"r_bayes": 0.01} if name == "partial_late" else {}
+def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs, fitted, spent):
+    masks, share = data["segmentation"], share_of(name)
     sizes = Sizes(masks.card, masks.input_shape, masks.num_outputs, masks.train.num_examples, masks.val.num_examples)
     before = made(name, masks, runs, **share).estimate(sizes)
     assert before == made(name, masks, runs, **share).estimate(masks)
-    method = made(name, masks, runs, **share).fit(masks)
-    found, epochs = method.cost(), [len(run.history["loss"]) for run in method.trained]
+    method = fitted(name)
+    found, epochs = spent(name), [len(run.history["loss"]) for run in method.trained]
     one_pass = cost.prediction_flops(method.step1.model, 5)
     validation = one_pass * masks.val.num_examples
     trained = sum(before.trainings.values()) - sum(epochs) * validation
