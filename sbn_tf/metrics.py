@@ -46,7 +46,6 @@ Metrics take (targets, predictions), as Keras and scikit-learn do. `mean_probs` 
 
 from __future__ import annotations
 
-import math
 
 import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
 import numpy as np
@@ -504,7 +503,7 @@ def image_risk(case: Case) -> np.ndarray:
 
 
 # %%
-_MASKS, _INF = (SEGMENTATION,), math.inf
+_MASKS, _INF = (SEGMENTATION,), np.inf
 _UP, _DOWN, _LOSS, _SIZE = (0, 1, True), (0, 1, False), (0, _INF, False), (0, _INF, None)
 # fmt: off
 _ENTRIES: list[tuple] = [  # name, tasks, (lowest, highest, is higher better), how, meaning
