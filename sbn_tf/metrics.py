@@ -54,7 +54,6 @@ from scipy.special import entr
 
 from sbn_tf.core import cases as of
 from sbn_tf.core import paper_metrics, predictions, statistics
-from sbn_tf.core.calibration import CalibrationError
 from sbn_tf.core.cases import Case, Metric
 from sbn_tf.core.paper_metrics import paper_accuracy, paper_brier, paper_dice, paper_ece, paper_entropy, paper_iou
 from sbn_tf.core.predictions import EXCLUSIVE, LABELS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
@@ -63,7 +62,7 @@ from sbn_tf.core.overlap import disagreement, distances, hausdorff95, majority_m
 from sbn_tf.core.overlap import matched_distance, overlap
 
 __all__ = [
-    "METRICS", "TASKS", "CalibrationError", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
+    "METRICS", "TASKS", "Case", "Metric", "accuracy", "area_under_risk_coverage", "auc_per_label",
     "average_precision_per_label", "binary_entropy", "brier", "brier_decomposition", "brier_skill", "dice",
     "dice_raters", "disagreement", "ece", "error_auroc", "excess_area", "generalised_energy_distance", "hausdorff95",
     "hungarian_iou", "iou", "majority_mask", "nll", "paper_accuracy", "paper_brier", "paper_dice", "paper_ece",
@@ -183,7 +182,7 @@ def accuracy(labels: ArrayLike, mean_probs: ArrayLike) -> float:
 # + \underbrace{\sum_k \tfrac{n_k}{n} \left( \mathrm{var}_k(p) - 2\, \mathrm{cov}_k(p, y) \right)}_{\text{within}}$$
 #
 # The last term (Stephenson et al. 2008) makes it exact where a bin has several values of $p$. Batch by batch, in
-# `compile(metrics=[...])`, `CalibrationError` is this ECE; Brier and NLL are Keras's "mse" and `BinaryCrossentropy`.
+# `compile(metrics=[...])`, `sbn_tf.CalibrationError` is this ECE; Brier and NLL are Keras's "mse" and `BinaryCrossentropy`.
 
 
 # %%

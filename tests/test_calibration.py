@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from sbn_tf.metrics import CalibrationError, ece
+from sbn_tf import CalibrationError
+from sbn_tf.metrics import ece
 from sbn_tf.partial_bayes import to_partial_bayes
 
 RNG = np.random.default_rng(0)
