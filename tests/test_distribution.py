@@ -64,7 +64,8 @@ single, mirrored = tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(
 found = {}
 for estimator in ("all", "split", "flipout", "local"):
     for name, strategy in (("single", single), ("mirrored", mirrored)):
-        bnn, result = trained(strategy, estimator=estimator)
+        compiling = {"run_eagerly": strategy is single}  # of one step: quicker than its trace
+        bnn, result = trained(strategy, estimator=estimator, compiling=compiling)
         if estimator == "all":
             result["evaluate"] = bnn.evaluate(x, y, batch_size=8, verbose=0, return_dict=True)
             result["predict"] = bnn.predict(x, batch_size=8, verbose=0).tolist()
@@ -74,7 +75,7 @@ for estimator in ("all", "split", "flipout", "local"):
 
 # Three examples: two for one replica, one for the other; then one, for the first alone.
 for name, strategy in (("single", single), ("mirrored", mirrored)):
-    bnn, found[f"odd {name}"] = bayesian(strategy), []
+    bnn, found[f"odd {name}"] = bayesian(strategy, compiling={"run_eagerly": strategy is single}), []
     for weights in ([0.75, 0.75, 1.5], [0.5]):
         count, weighted = len(weights), {"sample_weight": np.array(weights)} if strategy is single else {}
         bnn.fit(x[:count], y[:count], batch_size=count, verbose=0, **weighted)
@@ -89,7 +90,6 @@ found["loaded"] = numbers(loaded)
 loaded.fit(x, y, verbose=0)
 with layers.posterior_mean():
     found["predictions of both"] = [np.array(b.network(x)).tolist() for b in (bnn, keras.models.load_model(path))]
-found["bfloat16"] = trained(mirrored, policy="mixed_bfloat16")[1]
 found["float16"] = trained(mirrored, policy="mixed_float16")[1]
 
 found["refused"] = []
@@ -219,11 +219,10 @@ def test_what_was_saved_under_a_strategy_loads_on_one_device(mirrored):
     np.testing.assert_array_equal(*mirrored["predictions of both"])
 
 
-@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
-def test_replicas_in_mixed_precision(mirrored, policy):
+def test_replicas_in_mixed_precision(mirrored):
     """Within the rounding of 8 bits; under float16 the loss scale is around both optimisers."""
     expected = {key: mirrored["all single"][key] for key in ("logs", "weights")}
-    assert_close(mirrored[policy], expected, rtol=2**-7, atol=2**-7)
+    assert_close(mirrored["float16"], expected, rtol=2**-7, atol=2**-7)
 
 
 def test_several_steps_at_once_and_xla_are_refused(mirrored):
