@@ -173,7 +173,7 @@ def test_masks_reach_the_weights_that_they_name(mixed):
 def test_it_trains_saves_and_returns(mixed, tmp_path):
     model, x = mixed
     masks = some(model)
-    bnn = to_partial_bayes(model, masks, num_train=40, num_samples=2, seed=0)
+    bnn = to_partial_bayes(model, masks, num_train=40, num_samples=1, seed=0)
     bnn.compile(keras.optimizers.SGD(0.1), "binary_crossentropy")
     before = [np.array(v) for v in bnn.trainable_variables]
     bnn.fit(x, np.ones((4, 1)), verbose=0)
