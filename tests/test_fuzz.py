@@ -371,7 +371,7 @@ def is_frozen(weight):
 
 
 @hypothesis.settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 7,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,
