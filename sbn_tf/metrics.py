@@ -181,8 +181,8 @@ def accuracy(labels: ArrayLike, mean_probs: ArrayLike) -> float:
 # + \underbrace{\bar y (1 - \bar y)}_{\text{uncertainty}}
 # + \underbrace{\sum_k \tfrac{n_k}{n} \left( \mathrm{var}_k(p) - 2\, \mathrm{cov}_k(p, y) \right)}_{\text{within}}$$
 #
-# The last term (Stephenson et al. 2008) makes it exact where a bin has several values of $p$. Batch by batch, in
-# `compile(metrics=[...])`, `sbn_tf.CalibrationError` is this ECE; Brier and NLL are Keras's "mse" and `BinaryCrossentropy`.
+# The last term (Stephenson et al. 2008) makes it exact where a bin has several values of $p$. In
+# `compile(metrics=[...])`, `sbn_tf.CalibrationError` is this ECE, Keras's "mse" Brier, `BinaryCrossentropy` the NLL.
 
 
 # %%
