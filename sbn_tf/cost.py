@@ -515,6 +515,8 @@ def bytes_of(model: keras.Model) -> dict[str, int]:
 # %% tags=["active-ipynb"]
 # import time
 #
+# import numpy as np
+#
 # with measured() as used:
 #     large = np.ones(25_000_000)  # 200 MB
 #     with measured() as inner:

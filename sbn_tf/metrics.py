@@ -409,7 +409,7 @@ def hungarian_iou(masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | N
 #     mean_map, drawn = np.mean(truth, 0), np.stack(truth, -1)[None]
 #     sets = {"one mask": mean_map[None] > 0.5, "samples": sampled, "level sets": mean_map > levels, "raters": truth}
 #     for key, score in {"GED": generalised_energy_distance, "matched IoU": hungarian_iou}.items():
-#         rows[f"{name}, {key}"] = {one: score(np.array(m, float)[:, None], drawn)[0] for one, m in sets.items()}
+#         rows[f"{name}, {key}"] = {one: score(drawn, np.array(m, float)[:, None])[0] for one, m in sets.items()}
 # nested, either = (rows[f"{name}, GED"] for name in toys)
 # assert nested["level sets"] < nested["samples"] and either["samples"] < either["level sets"]
 # pd.DataFrame(rows).T.round(3) + 0.0

@@ -522,7 +522,7 @@ def test_local_noise_in_half_precision(size, scale, entries):
     ("arguments", "message"),
     [
         (("halves",), r"one of \('split', 'flipout', 'local'\). Received: how='halves'"),
-        (("split", 0), "num_samples >= 1. Received: num_samples=0"),
+        (("split", 0), "num_samples, an integer >= 1. Received: num_samples=0"),
         (("split", 2.0), "Received: num_samples=2.0"),
     ],
 )

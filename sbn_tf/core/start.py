@@ -121,11 +121,16 @@ def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> fl
     own = math.nan if loss is None or examples is None else _own_loss(network, loss, examples)
     if not math.isfinite(own):
         return 1.0
-    halvings = 0
-    while halvings < MOST_HALVINGS and not _loss(network, loss, examples, NUM_DRAWS) <= own + 0.1 * abs(own) + 0.03:
-        halvings += 1
+    allowed, halvings = 0.1 * abs(own) + 0.03, 0
+    while halvings < MOST_HALVINGS:
+        excess = _loss(network, loss, examples, NUM_DRAWS) - own
+        if excess <= allowed:
+            break
+        # Near the optimum the excess grows with the square of the width.
+        more = math.ceil(0.5 * math.log2(excess / allowed)) if math.isfinite(excess) else 2
+        halvings += more
         for layer in masked_layers(network):
-            layer.posterior_options.initial_scale /= 2
+            layer.posterior_options.initial_scale /= 2**more
             layer.posteriors.centre()
     return 0.5**halvings
 
