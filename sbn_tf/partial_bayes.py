@@ -305,7 +305,7 @@ def to_partial_bayes(
     if posterior == "gaussian" and not START_OPTIONS & set(options):
         narrow_scales(network, compiled_loss(model) or keras.losses.get(loss), seen.first)
     bnn = PartialBayes(network, seen.checked_count(num_train), num_samples, **of_model)
-    bnn.start = Start(model, seen.first)
+    bnn.start = Start(model, seen.first, frozen=not trains_batch_norm)
     return bnn
 
 
@@ -398,8 +398,9 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 #
 # Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer(a, b)`
 # gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes the network's own loss,
-# metrics and optimiser, at a tenth of its learning rate, and `Adam(0.01)` for the scales. `BetaSchedule` anneals beta
-# over the epochs, which acts at once, also on a compiled model: the paper's segmentation runs go from 0.2 to 0.01.
+# metrics and optimiser, at a tenth of its learning rate (a hundredth beside frozen batch norm), and `Adam(0.01)` for
+# the scales. `BetaSchedule` anneals beta over the epochs, which acts at once, also on a compiled model: the paper's
+# segmentation runs go from 0.2 to 0.01.
 
 
 # %%

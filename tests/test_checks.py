@@ -42,7 +42,7 @@ def refused(call, message):
     [
         *(({"beta": value}, "Expected a finite number beta >= 0") for value in (None, True, "x", -1, np.nan, np.inf)),
         *(({"seed": value}, "Expected seed, an integer >= 0") for value in (True, 1.5, "a", -1)),
-        *(({"num_samples": value}, "num_samples, an integer from 1 to 10000") for value in (0, True, 2.0, 10**9)),
+        *(({"num_samples": value}, "num_samples, an integer from 1 to 100000") for value in (0, True, 2.0, 10**9)),
         *(({"initial_scale": value}, "finite number initial_scale") for value in (True, "all", np.inf, [0.1])),
         *(({"initial_scale": value}, "Expected initial_scale > 1.2e-38 and < 1.8e+19") for value in (0, -1, 1e30)),
         ({"from_logits": True}, "the network's softmax gives probabilities"),

@@ -26,7 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 __all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
-MOST_SAMPLES = 10_000  # each is a pass, and its outputs are kept
+MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
 
 class SampledModel(Distributed):

@@ -14,7 +14,7 @@ from keras import ops
 from sbn_tf.core.checks import check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
 from sbn_tf.core.examples import check_inputs, check_targets
-from sbn_tf.core.keras_internals import compile_arguments, compiled_loss, noise_states
+from sbn_tf.core.keras_internals import all_layers, compile_arguments, compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.layers import masked_layers
@@ -24,7 +24,9 @@ __all__ = ["Guard", "Start", "WatchedData", "narrow_scales"]
 NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
 NUM_DRAWS = 3  # draws of the posterior that are averaged there
 MOST_HALVINGS = 10  # of the scales at the start
-LOC_RATE = 0.1  # of the trained network's learning rate: its weights are near their optimum
+# Of the trained network's learning rate: its weights are near their optimum. Batch norm with frozen statistics does not
+# take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 4 to 40 points).
+LOC_RATE, LOC_RATE_BESIDE_FROZEN_NORM = 0.1, 0.01
 
 
 class WatchedData:
@@ -203,16 +205,19 @@ class Start:
     Args:
         model: the trained `keras.Model`; None, or one that is not compiled: nothing.
         examples: (x, y) of a few training examples, on which the posterior is compared with it; None: not known.
+        frozen: whether its batch norm is frozen.
     """
 
-    def __init__(self, model: keras.Model | None = None, examples: tuple | None = None):
+    def __init__(self, model: keras.Model | None = None, examples: tuple | None = None, frozen: bool = True):
         self.optimizer: Any = None
         self.settings: dict = {}
         self.examples = examples
         self.guard: Guard | None = None
         if model is None or not model.compiled:
             return
-        self.optimizer, self.settings = _gentle(model.optimizer), {"loss": model.loss}
+        frozen = frozen and any(isinstance(one, keras.layers.BatchNormalization) for one in all_layers(model))
+        rate = LOC_RATE_BESIDE_FROZEN_NORM if frozen else LOC_RATE
+        self.optimizer, self.settings = _gentle(model.optimizer, rate), {"loss": model.loss}
         given = compile_arguments(model)
         for key in ("loss_weights", "metrics", "weighted_metrics"):
             try:
@@ -249,8 +254,8 @@ class Start:
         return [*keras.tree.flatten(callbacks or []), self.guard]
 
 
-def _gentle(optimizer):
-    """Class and config of a network's optimiser at a tenth of its rate: of a schedule, of the largest it has had.
+def _gentle(optimizer, share):
+    """Class and config of a network's optimiser at a share of its rate: of a schedule, of the largest it has had.
 
     None of no optimiser; the name of its class where no rate can be read.
     """
@@ -263,6 +268,6 @@ def _gentle(optimizer):
         if isinstance(rate, dict):
             schedule, taken = keras.saving.deserialize_keras_object(rate), int(optimizer.iterations)
             rate = max(float(schedule(int(step))) for step in np.linspace(0, taken, 11))
-        return type(optimizer), {**config, "learning_rate": LOC_RATE * float(rate), "loss_scale_factor": None}
+        return type(optimizer), {**config, "learning_rate": share * float(rate), "loss_scale_factor": None}
     except (KeyError, TypeError, ValueError, NotImplementedError):  # several rates, a function, a schedule of no config
         return f"{type(optimizer).__name__}, whose learning rate cannot be read"
