@@ -25,7 +25,7 @@ NUM_PROBED = 32  # examples on which draws are compared with the trained network
 NUM_DRAWS = 3  # draws of the posterior that are averaged there
 MOST_HALVINGS = 10  # of the scales at the start
 # Of the trained network's learning rate: its weights are near their optimum. Batch norm with frozen statistics does not
-# take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 4 to 40 points).
+# take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 12 and 33 points).
 LOC_RATE, LOC_RATE_BESIDE_FROZEN_NORM = 0.1, 0.01
 
 
