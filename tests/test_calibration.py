@@ -48,7 +48,9 @@ def test_classes_may_be_integers():
 def test_one_label_and_maps_are_not_classes():
     wanted = by_hand(Y[:, :1], P[:, :1], np.ones((60, 1)), 15)
     assert over_batches(Y[:, :1], P[:, :1]) == pytest.approx(wanted, rel=1e-5)
+    assert over_batches(Y[:, 0], P[:, :1]) == pytest.approx(wanted, rel=1e-5)  # as Keras's losses take them
     maps, masks = P.reshape(60, 2, 2, 1), Y.reshape(60, 2, 2, 1)
+    assert over_batches(masks[..., 0], maps) == pytest.approx(over_batches(Y, P))
     assert over_batches(masks, maps) == pytest.approx(over_batches(Y, P))
 
 

@@ -22,7 +22,8 @@ class CalibrationError(keras.metrics.Metric):
         name, dtype: as in Keras.
 
     Call arguments:
-        y_true: targets in 0..1 of the shape of `y_pred`, or integer classes without its last axis.
+        y_true: targets in 0..1 of the shape of `y_pred`; its last axis may lack if it is 1. Or integer classes, whose
+            last axis lacks or is 1.
         y_pred: probabilities, not logits.
         sample_weight: broadcast to `y_pred`; None: 1.
 
@@ -40,9 +41,10 @@ class CalibrationError(keras.metrics.Metric):
         """Add the gaps between probability and target of a batch to their bins."""
         probs = ops.cast(y_pred, self.dtype)
         targets = ops.convert_to_tensor(y_true)
-        if len(targets.shape) == len(probs.shape) - 1 or (probs.shape[-1] > 1 and targets.shape[-1] == 1):
-            classes = targets[..., 0] if len(targets.shape) == len(probs.shape) else targets
-            targets = ops.one_hot(ops.cast(classes, "int32"), probs.shape[-1])
+        if len(targets.shape) < len(probs.shape):
+            targets = targets[..., None]
+        if targets.shape[-1] == 1 < probs.shape[-1]:
+            targets = ops.one_hot(ops.cast(targets[..., 0], "int32"), probs.shape[-1])
         targets = ops.cast(targets, self.dtype)
         weights = ops.ones_like(probs) if sample_weight is None else ops.cast(sample_weight, self.dtype)
         while len(weights.shape) < len(probs.shape):
