@@ -47,9 +47,10 @@ import numpy as np
 
 from sbn_tf.core import masks as masks_core
 from sbn_tf.core import passes, selection
+from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.recorder import EpochRecorder, first_replica
-from sbn_tf.core.selection import captured, check_r_bayes, overlap
+from sbn_tf.core.selection import captured, overlap
 from sbn_tf.core.weights import biases_before_batch_norm, eligible_weights, named_weights, weights_of
 
 if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
@@ -404,7 +405,7 @@ def top_k(
     Raises:
         ValueError: a wrong argument, no channel that fits, or fewer than k entries in late enough weights.
     """
-    check_r_bayes(r_bayes)
+    check_fraction("r_bayes", r_bayes)
     selection.check_selection(scores, scope, model, cost_aware)
     weights = None if model is None else weights_of(scores, model)
     select = functools.partial(_select, scores, r_bayes, scope, weights)
@@ -468,7 +469,7 @@ def saliency_against_cost(
     Returns `(costs, kept)`, each of shape (points,), both rising: passes of the network, `1 + (num_samples - 1) *
     fan_out`, and the share of all saliency. The other arguments are those of `top_k`.
     """
-    check_r_bayes(r_bayes)
+    check_fraction("r_bayes", r_bayes)
     selection.check_selection(scores, scope, model, None)
     select = functools.partial(_select, scores, r_bayes, scope, weights_of(scores, model))
     return selection.kept_against_cost(scores, r_bayes, Graph(model), select, num_samples)

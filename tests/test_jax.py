@@ -24,12 +24,13 @@ from sbn_tf.saliency import Masks
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is an optional extra")
 
 TESTS = pathlib.Path(__file__).parent
-# Left to TensorFlow: what needs TFP, GradientTape, tf.function, tf.distribute, a SavedModel or float64; what the script
-# below does too (tiny scales, the two parts of an entropy); and more kinds of layers, which are the same keras.ops.
+# Left to TensorFlow: what needs TFP, GradientTape, tf.function, tf.distribute, a SavedModel or float64; and more kinds
+# of layers, which are the same keras.ops.
 LAWS = {
     "test_layers.py": [
         *(
-            f"test_without_noise_it_is_the_stock_layer[{kind}]"
+            f"{law}_the_stock_layer[{kind}]"
+            for law in ("test_no_bayesian_entry_is", "test_without_noise_it_is")
             for kind in ("Dense", "Conv2D", "DepthwiseConv2D", "Embedding")
         ),
         "test_draws_differ_only_at_the_given_mask",
@@ -41,6 +42,7 @@ LAWS = {
     ],
     "test_partial_bayes.py": [
         "test_a_shared_layer_is_drawn_once_a_sample",
+        "test_tiny_scales_nearly_equal_the_original_and_it_is_untouched",
         "test_as_a_part_of_another_model_it_predicts_and_refuses_to_train",
         "test_one_step_against_numpy",
         "test_losses_of_calls_are_averaged_over_the_samples",
@@ -48,6 +50,7 @@ LAWS = {
         "test_moving_averages_become_the_weights_at_the_end_of_fit",
         "test_beta_schedule_and_the_kl_in_nats_per_example",
         "test_more_samples_after_a_prediction_are_more_samples",
+        "test_uncertainty_splits_in_two",
     ],
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from sbn_tf.core.checks import check_count
+from sbn_tf.core.checks import check_choice, check_count
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -49,8 +49,7 @@ class BatchDraws:
     """
 
     def __init__(self, how: str, num_samples: int, shared: Iterable[keras.layers.Layer] = ()):
-        if how not in KINDS:
-            raise ValueError(f"Expected how to be one of {KINDS}. Received: how={how!r}")
+        check_choice("how", how, KINDS)
         check_count("num_samples", num_samples)
         self.how, self.num_samples = how, num_samples
         self.shared = {id(layer) for layer in shared}

@@ -59,21 +59,18 @@ def check_targets(network: keras.Model, loss: Any, x: Any, y: Any) -> None:
             "Expected targets as numbers; of texts give np.unique(y, return_inverse=True)[1]. "
             f"Received: texts such as {str(y.flat[0])!r}"
         )
-    outputs, name = (
-        keras.tree.flatten(getattr(network, "outputs", None) or []),
-        loss if isinstance(loss, str) else type(loss).__name__,
-    )
+    outputs = keras.tree.flatten(getattr(network, "outputs", None) or [])
     if len(outputs) != 1 or y.size == 0 or y.dtype.kind not in "biuf":
         return
-    low, high = y.min(), y.max()
+    name = loss if isinstance(loss, str) else type(loss).__name__
     if name in _SPARSE:
         options = loss_arguments(loss)
         num, ignored = outputs[0].shape[options.get("axis", -1)], options.get("ignore_class")
-        counted = y if ignored is None else y[y != ignored]
-        if num is not None and counted.size and not (counted.min() >= 0 and counted.max() < num):
-            raise ValueError(f"Expected labels from 0 to {num - 1}. Received: {counted.min()} to {counted.max()}")
-    if name in _BINARY and not (low >= 0 and high <= 1):
-        raise ValueError(f"Expected targets in 0..1 of a binary cross-entropy. Received: {low} to {high}")
+        y = y if ignored is None else y[y != ignored]
+        if num is not None and y.size and not (y.min() >= 0 and y.max() < num):
+            raise ValueError(f"Expected labels from 0 to {num - 1}. Received: {y.min()} to {y.max()}")
+    elif name in _BINARY and not (y.min() >= 0 and y.max() <= 1):
+        raise ValueError(f"Expected targets in 0..1 of a binary cross-entropy. Received: {y.min()} to {y.max()}")
 
 
 def _fits(shape, expected):

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sbn_tf.core.checks import check_count
+
 __all__ = ["count", "einsum", "entries"]
 
 # One operation an entry of the first output; below, the few that take more.
@@ -86,8 +88,8 @@ def count(
     Raises:
         ValueError: an open size, or a loop whose number of trips is unknown.
     """
-    if loop_trips is not None and (not isinstance(loop_trips, int) or isinstance(loop_trips, bool) or loop_trips < 1):
-        raise ValueError(f"Expected loop_trips to be an integer >= 1. Received: loop_trips={loop_trips!r}")
+    if loop_trips is not None:
+        check_count("loop_trips", loop_trips)
     counting = _Counting({**_RULES, **rules}, loop_trips)
     counts = counting.graph(graph, range(len(graph.outputs)))
     return {kind: float(n) for kind, n in counts.most_common() if n}, tuple(sorted(counting.unknown))

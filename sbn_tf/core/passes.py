@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from tqdm import tqdm
 
-from sbn_tf.core.checks import check_count
+from sbn_tf.core.checks import check_choice, check_count
 
 if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
     import tensorflow as tf
@@ -30,8 +30,7 @@ def check_backend(what: str) -> None:
 
 def check_options(score: str, max_batches: int | None, data, loss) -> None:
     """Raise a ValueError for wrong options of `saliency`, before any work is done."""
-    if score not in SCORES:
-        raise ValueError(f"Expected score to be one of {SCORES}. Received: score={score!r}")
+    check_choice("score", score, SCORES)
     if max_batches is not None:
         check_count("max_batches", max_batches)
     if score in ("magnitude", "random"):

@@ -15,18 +15,12 @@ __all__ = [
     "best_of_each_channel",
     "best_within",
     "captured",
-    "check_r_bayes",
     "check_selection",
     "counts_by_layer",
     "kept_against_cost",
     "overlap",
     "whole_channels",
 ]
-
-
-def check_r_bayes(r_bayes: float, name: str = "r_bayes") -> None:
-    """Raise a ValueError unless `r_bayes` is a fraction in [0, 1]; to be called before long work."""
-    check_fraction(name, r_bayes)
 
 
 def check_selection(scores: Mapping, scope: str, model: keras.Model | None, cost_aware: float | None) -> None:
@@ -45,7 +39,7 @@ def check_selection(scores: Mapping, scope: str, model: keras.Model | None, cost
     if model is None and (scope == "channel" or cost_aware is not None):
         raise ValueError('Expected the model of the scores for scope="channel" or cost_aware. Received: model=None')
     if cost_aware is not None:
-        check_r_bayes(cost_aware, "cost_aware")
+        check_fraction("cost_aware", cost_aware)
 
 
 def overlap(a: Mapping, b: Mapping) -> float:

@@ -23,7 +23,7 @@ __all__ = ["Guard", "Start", "WatchedData", "narrow_scales"]
 
 NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
 NUM_DRAWS = 3  # draws of the posterior that are averaged there
-MOST_HALVINGS = 10  # of the scales at the start
+MOST_TRIALS = 10  # of narrower scales at the start
 # Of the trained network's learning rate: its weights are near their optimum. Batch norm with frozen statistics does not
 # take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 12 and 33 points).
 LOC_RATE, LOC_RATE_BESIDE_FROZEN_NORM = 0.1, 0.01
@@ -107,7 +107,7 @@ def first_examples(x: Any, y: Any, most: int = NUM_PROBED) -> tuple | None:
     return parts if dense and y is not None else None
 
 
-def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> float:
+def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> None:
     """Halve the start of relative scales until draws fit a few examples about as the trained weights do.
 
     A tenth of a weight's size changes little in a U-Net and ruins a MobileNet (`benchmarks/first_epoch.py`), so the
@@ -116,25 +116,20 @@ def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> fl
     Args:
         network: with Gaussian masked layers of relative scales; they change.
         loss: as called on (y, outputs), or None; examples: (x, y), or None. Without them the scales stay.
-
-    Returns:
-        What the scales were multiplied by.
     """
     own = math.nan if loss is None or examples is None else _own_loss(network, loss, examples)
     if not math.isfinite(own):
-        return 1.0
-    allowed, halvings = 0.1 * abs(own) + 0.03, 0
-    while halvings < MOST_HALVINGS:
+        return
+    allowed = 0.1 * abs(own) + 0.03
+    for _ in range(MOST_TRIALS):
         excess = _loss(network, loss, examples, NUM_DRAWS) - own
         if excess <= allowed:
             break
         # Near the optimum the excess grows with the square of the width.
-        more = math.ceil(0.5 * math.log2(excess / allowed)) if math.isfinite(excess) else 2
-        halvings += more
+        halvings = math.ceil(0.5 * math.log2(excess / allowed)) if math.isfinite(excess) else 2
         for layer in masked_layers(network):
-            layer.posterior_options.initial_scale /= 2**more
+            layer.posterior_options.initial_scale /= 2**halvings
             layer.posteriors.centre()
-    return 0.5**halvings
 
 
 def _own_loss(network, loss, examples):

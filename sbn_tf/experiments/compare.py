@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sbn_tf import datasets
-from sbn_tf.core.checks import check_seed
+from sbn_tf.core.checks import check_fraction, check_seed
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments import folders, recipes, report, results, scoring, trivial
 from sbn_tf.experiments.experiment import Experiment, experiment
@@ -28,7 +28,6 @@ from sbn_tf.experiments.result import Result
 from sbn_tf.experiments.result import read as read_result
 from sbn_tf.experiments.result import write as write_result
 from sbn_tf.metrics import METRICS
-from sbn_tf.saliency import check_r_bayes
 
 __all__ = [
     "add_arguments",
@@ -352,7 +351,7 @@ def run(given: argparse.Namespace) -> None:
     methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
     check_methods(methods or ())
     seeds = parse_seeds(given.seeds)
-    check_r_bayes(given.r_bayes)
+    check_fraction("r_bayes", given.r_bayes)
     threshold = _threshold(given.threshold)
     options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
     keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")

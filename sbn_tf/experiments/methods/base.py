@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sbn_tf import cost as costs
-from sbn_tf.core.checks import check_count
+from sbn_tf.core.checks import check_count, check_fraction
 from sbn_tf.datasets.base import SEGMENTATION, Data
 from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
-from sbn_tf.saliency import check_r_bayes
 
 __all__ = ["Method", "chosen", "validation"]
 
@@ -62,7 +61,7 @@ class Method:
         num_members: int = 5,
         verbose: bool = True,
     ):
-        check_r_bayes(r_bayes)
+        check_fraction("r_bayes", r_bayes)
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Expected a Recipe, from recipes.recipe_for(name, card). Received: recipe={recipe!r}")
         for key, value in (("num_samples", num_samples), ("num_members", num_members)):
