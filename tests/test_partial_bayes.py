@@ -803,6 +803,31 @@ def test_other_precisions_train_and_predict(policy, estimator):
     assert type(bnn.optimizer).__name__ == ("LossScaleOptimizer" if policy == "mixed_float16" else "SGD")
 
 
+@pytest.mark.parametrize("kind", ["samples", "uncertainty"])
+def test_a_long_prediction_slice_by_slice_equals_keras_predict(kind, capsys):
+    model, x = network(), np.random.default_rng(0).normal(size=(21, 3)).astype("float32")
+    ours, keras_own = (bayesian(model, num_samples=2, seed=3) for _ in range(2))
+    if kind == "samples":
+        found = {"samples": ours.predict_samples(x, batch_size=2, verbose=1)}
+        expected = {"samples": np.moveaxis(keras_own._sampler(kind, 2).predict(x, batch_size=2, verbose=0), 1, 0)}
+    else:
+        found = ours.predict_uncertainty(x, batch_size=2, verbose=1)
+        expected = keras_own._sampler(kind, 2).predict(x, batch_size=2, verbose=0)
+    assert "21/21" in capsys.readouterr().out
+    for key, values in expected.items():
+        np.testing.assert_array_equal(found[key], values)
+
+
+def test_a_training_step_is_traced_once():
+    # TensorFlow keeps the graph of every step that was ever traced; plain Keras traces two where the optimiser is new
+    bnn, (x, y), calls = bayesian(network(), num_samples=2), data(), []
+    bnn.compile(LocScaleOptimizer("adam"), "binary_crossentropy", metrics=[keras.metrics.BinaryAccuracy()])
+    original = bnn.train_step
+    bnn.train_step = lambda *args: calls.append(1) or original(*args)
+    bnn.fit(x, y, verbose=0)
+    assert len(calls) == 1
+
+
 def test_sure_logits_stay_finite_and_right():
     model, (x, _) = network(activation=None), data()
     model.get_layer("head").bias.assign([40.0])

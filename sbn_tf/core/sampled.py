@@ -26,6 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 __all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
+BATCHES_OF_SLICE = 8  # of a prediction that is put together slice by slice
 MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
 
@@ -178,7 +179,7 @@ class SampledModel(Distributed):
         """
         refuse_posterior_mean()
         check_inputs(self.network, x)
-        outputs = self._sampler("samples", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+        outputs = self._sampler("samples", num_samples).by_slices(x, batch_size, verbose)
         return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
 
     def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
@@ -197,7 +198,7 @@ class SampledModel(Distributed):
         refuse_posterior_mean()
         check_inputs(self.network, x)
         self.outputs_of_samples.check_entropies()
-        return self._sampler("uncertainty", num_samples).predict(x, batch_size=batch_size, verbose=verbose)
+        return self._sampler("uncertainty", num_samples).by_slices(x, batch_size, verbose)
 
     def export(
         self, filepath, format="tf_saved_model", verbose=None, input_signature=None, outputs: str = "mean", **kwargs
@@ -257,6 +258,8 @@ class SampledModel(Distributed):
     def make_train_function(self, force=False):
         """`keras.Model.make_train_function`, of `fit` and `train_on_batch`; not within `posterior_mean()`."""
         refuse_posterior_mean()
+        if not self.optimizer.built:  # by its first step it would be traced twice, and TensorFlow keeps each trace
+            self.optimizer.build(self.trainable_variables)
         return super().make_train_function(force)
 
     def make_test_function(self, force=False):
@@ -325,6 +328,23 @@ class _Sampler(Distributed):
         super().__init__(name=f"{kind}_of_{num_samples}")
         self.model, self.kind, self.num_samples = model, kind, num_samples  # tracked: JAX passes its variables
         self.built = True
+
+    def by_slices(self, x, batch_size, verbose):
+        """`predict`; of arrays slice by slice into results made once, where Keras holds three copies of all results."""
+        leaves, step = keras.tree.flatten(x), BATCHES_OF_SLICE * (batch_size or 32)
+        count = len(leaves[0]) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else 0
+        if count <= step:
+            return self.predict(x, batch_size=batch_size, verbose=verbose)
+        bar, results = keras.utils.Progbar(count, verbose=1 if verbose == "auto" else int(verbose)), None
+        for start in range(0, count, step):
+            part = keras.tree.map_structure(lambda a, start=start: a[start : start + step], x)
+            found = self.predict(part, batch_size=batch_size, verbose=0)
+            if results is None:
+                results = keras.tree.map_structure(lambda a: np.empty((count, *a.shape[1:]), a.dtype), found)
+            for whole, piece in zip(keras.tree.flatten(results), keras.tree.flatten(found), strict=True):
+                whole[start : start + step] = piece
+            bar.update(min(start + step, count))
+        return results
 
     def call(self, inputs):
         with self.model.graph.sharing():
