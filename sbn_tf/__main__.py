@@ -15,6 +15,16 @@ GRID = "State, tables and estimates of a grid that Snakemake runs."
 # Words of a command -> the module that has its `add_arguments(parser)` and `run(given)`, what it does, an example. Only
 # the module of the command that runs is imported, by its name: some load TensorFlow, and `--help` shall not.
 COMMANDS = {
+    "train": (
+        "sbn_tf.experiments.train",
+        "Train on a folder of images and masks or labels; write a network that reads new images.",
+        "sbn-tf train my_data --out my_network",
+    ),
+    "predict": (
+        "sbn_tf.experiments.predict",
+        "Masks or labels of new images, with their uncertainty; exit code 1 where a file could not be read.",
+        "sbn-tf predict my_network new_images --out results",
+    ),
     "check": (
         "sbn_tf.experiments.check_data",
         "Say what is in a dataset and what looks wrong in it; exit code 1 where something does.",

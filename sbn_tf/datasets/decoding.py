@@ -16,7 +16,7 @@ from . import cache as array_cache
 from . import files
 from .arrays import DiskArray
 
-__all__ = ["decoded"]
+__all__ = ["decoded", "read_image", "square"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> t
         whole = image.size
         image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
         grey_or_rgb = image if image.mode == mode else image.convert(mode)
-        return _square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
+        return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
 def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
@@ -129,16 +129,17 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
         side = min(whole)
         left, top = (whole[0] - side) // 2, (whole[1] - side) // 2
         lost = 1 - marks.crop((left, top, left + side, top + side)).histogram()[1] / total
-    return _square(marks, size, fit, Image.Resampling.NEAREST, 1)[..., 0], lost
+    return square(marks, size, fit, Image.Resampling.NEAREST, 1)[..., 0], lost
 
 
-def _square(image, size, fit, resample, channels):
+def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, channels: int) -> np.ndarray:
+    """A Pillow image as a square array (size, size, channels), by one of `FITS`."""
     width, height = image.size
     if fit == "pad":
         scale = size / max(width, height)
-        inner = tuple(max(1, round(side * scale)) for side in (width, height))
+        inner = max(1, round(width * scale)), max(1, round(height * scale))
         out = Image.new(image.mode, (size, size))
-        out.paste(image.resize(inner, resample), tuple((size - side) // 2 for side in inner))
+        out.paste(image.resize(inner, resample), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     else:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2

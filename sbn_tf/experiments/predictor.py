@@ -1,0 +1,240 @@
+"""A trained network with all that it needs to read an image file: a folder with `model.keras` and `network.json`."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import keras
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sbn_tf.core.files import check_archive, replacing
+from sbn_tf.core.loading import load
+from sbn_tf.core.sampled import SampledModel
+from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
+from sbn_tf.datasets.files import listed
+from sbn_tf.experiments.folders import read_json, write_json
+from sbn_tf.experiments.methods.sampled import Sampled
+from sbn_tf.metrics import uncertainty
+
+__all__ = ["NetworkCard", "Prediction", "Predictor", "image_files"]
+
+MODEL, CARD = "model.keras", "network.json"
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
+PARTS = ("entropy", "expected_entropy", "mutual_information")  # total, aleatoric, epistemic
+
+
+class NetworkCard(BaseModel):
+    """What stands in `network.json`: how an image becomes the network's input, and its outputs a decision.
+
+    Args:
+        dataset, method: what it was trained on, and how, in words.
+        task: a task of `datasets.base.TASKS`.
+        classes: names of the outputs.
+        size, channels, fit: side of the network's square images, 1 (grey) or 3 (RGB), and a fit of `decoding.FITS`.
+        mean, sd: of each channel on the 0..1 scale.
+        threshold: where probabilities are cut into labels and masks.
+        num_samples: draws of a prediction.
+        quantiles: the 0 %, 1 %, ... 100 % quantiles of `Prediction.score` over the validation images, in nats.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # write_json adds the versions
+
+    dataset: str
+    method: str
+    task: Literal["multi-label", "binary", "multi-class", "ordinal", "segmentation"]
+    classes: tuple[str, ...] = Field(min_length=1)
+    size: int = Field(gt=0)
+    channels: Literal[1, 3]
+    fit: Literal["crop", "pad", "stretch"]
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+    threshold: float = Field(gt=0, lt=1)
+    num_samples: int = Field(gt=0)
+    quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the network says of one image.
+
+    Args:
+        probabilities: (classes,); of masks (height, width), at the image's own size.
+        entropy, expected_entropy, mutual_information: in nats, total = aleatoric + epistemic: a number for classes that
+            exclude one another, (classes,) for labels, (height, width) for masks.
+        samples: probabilities of each draw, (samples, ...), of the shape of `probabilities`.
+    """
+
+    probabilities: np.ndarray
+    entropy: np.ndarray
+    expected_entropy: np.ndarray
+    mutual_information: np.ndarray
+    samples: np.ndarray
+
+    @property
+    def score(self) -> float:
+        """How unsure the network is of the whole image: the mean of `entropy`, in nats."""
+        return float(np.mean(self.entropy))
+
+    def labels(self, card: NetworkCard) -> list[str]:
+        """Names of what the image shows: the likeliest class, or the labels above the threshold."""
+        if card.task in EXCLUSIVE:
+            return [card.classes[int(np.argmax(self.probabilities))]]
+        found = self.probabilities.max() if card.task == SEGMENTATION else self.probabilities
+        return [name for name, p in zip(card.classes, np.atleast_1d(found), strict=True) if p > card.threshold]
+
+
+class Predictor:
+    """A network that reads image files.
+
+    Args:
+        model: a `PartialBayes`, or a network without draws.
+        card: how it reads an image.
+
+    Raises:
+        ValueError: the card is of a network with another input.
+    """
+
+    def __init__(self, model: keras.Model, card: NetworkCard):
+        expected = (card.size, card.size, card.channels)
+        network = model.network if isinstance(model, SampledModel) else model
+        if tuple(network.input_shape[1:]) != expected:
+            raise ValueError(
+                f"Expected a network of {expected} images, as its card says. Received: {network.input_shape}"
+            )
+        self.model, self.card = model, card
+        self._sampled = Sampled(model) if isinstance(model, SampledModel) else None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Predictor:
+        """The network of a folder that `save` wrote.
+
+        Raises:
+            ValueError: a file of it is missing or damaged.
+        """
+        folder = Path(folder)
+        try:
+            card = NetworkCard.model_validate(read_json(folder / CARD))
+            check_archive(folder / MODEL)
+        except (OSError, ValueError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+            raise ValueError(
+                f"Expected a folder of `sbn-tf train` with {CARD} and {MODEL}. Received: {folder} ({reason})."
+            ) from None
+        return cls(load(folder / MODEL, compile=False), card)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the network and its card, each whole or not at all."""
+        with replacing(Path(folder, MODEL)) as temporary:
+            self.model.save(temporary)
+        write_json(Path(folder, CARD), self.card.model_dump())
+
+    def predict(self, images) -> list[Prediction]:
+        """Predictions of images, in their order.
+
+        Each image meets the same draws of the weights, however the images are grouped.
+
+        Args:
+            images: a folder, a file, a list of files, or a uint8 array (batch, height, width[, channels]).
+
+        Raises:
+            ValueError: a file that cannot be read, or an array of another form.
+        """
+        return [one for part in _batches(_items(images), 16) for one in self.predict_batch(*self._read(part))]
+
+    def crc32(self) -> int:
+        """A number that tells networks apart: of all weights."""
+        return zlib.crc32(b"".join(np.ascontiguousarray(w).tobytes() for w in self.model.get_weights()))
+
+    def read(self, image: str | os.PathLike | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image as the network's normalised input (size, size, channels), and its own (width, height)."""
+        card = self.card
+        if isinstance(image, np.ndarray):
+            pixels, whole = _pixels(image, card), (image.shape[1], image.shape[0])
+        else:
+            pixels, whole = read_image(image, card.size, card.fit, card.channels)
+        return (pixels / np.float32(255) - np.asarray(card.mean, "float32")) / np.asarray(card.sd, "float32"), whole
+
+    def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
+        """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
+        card = self.card
+        if self._sampled is None:
+            samples = np.asarray(self.model.predict_on_batch(inputs))[None]
+        else:
+            samples = self._sampled.samples(inputs, card.num_samples)
+        if card.task == SEGMENTATION:
+            samples = samples[..., 0]
+        parts = uncertainty(samples, card.task)
+        found = []
+        for i in range(len(inputs)):
+            maps = {"probabilities": parts["mean_probs"][i], **{key: parts[key][i] for key in PARTS}}
+            draws = samples[:, i]
+            if card.task == SEGMENTATION and wholes is not None:
+                maps = {key: self._at_own_size(one, wholes[i]) for key, one in maps.items()}
+                draws = np.stack([self._at_own_size(one, wholes[i]) for one in draws])
+            found.append(Prediction(**maps, samples=draws))
+        return found
+
+    def _read(self, part):
+        inputs, wholes = zip(*map(self.read, part), strict=True)
+        return np.stack(inputs), wholes
+
+    def _at_own_size(self, values, whole):
+        """A map of the network's square at the image's own size, as `decoding.square` undone; 0 where not seen."""
+        size = self.card.size
+        image = Image.fromarray(np.asarray(values, "float32"))
+        if self.card.fit == "crop":
+            scale = size / min(whole)
+            left, top = ((side - min(whole)) / 2 for side in whole)
+            matrix = (scale, 0, -left * scale, 0, scale, -top * scale)  # from places in the image to those in the map
+            return np.asarray(image.transform(whole, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+        box = None
+        if self.card.fit == "pad":
+            inner = [max(1, round(side * size / max(whole))) for side in whole]
+            left, top = ((size - side) // 2 for side in inner)
+            box = (left, top, left + inner[0], top + inner[1])
+        return np.asarray(image.resize(whole, Image.Resampling.BILINEAR, box=box))
+
+
+def image_files(folder: str | os.PathLike) -> dict[str, Path]:
+    """The image files of a folder and of those in it: name below it -> path. Hidden files do not count.
+
+    Raises:
+        ValueError: no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"Expected a folder of images. Received: {folder}, which is not there.")
+    found = {name: path for name, path in listed(folder, deep=True).items() if path.suffix.lower() in ENDINGS}
+    if not found:
+        raise ValueError(f"Expected images ({', '.join(FORMATS)}) in {folder}. Received: none.")
+    return found
+
+
+def _items(images) -> Iterable:
+    if isinstance(images, str | os.PathLike):
+        return image_files(images).values() if Path(images).is_dir() else [images]
+    return images
+
+
+def _batches(items, size) -> Iterator[list]:
+    items = list(items)
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _pixels(image, card):
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in MODES)
+    if image.dtype != np.uint8 or not fits or 0 in image.shape:
+        raise ValueError(
+            "Expected uint8 images (height, width), or (height, width, 1 or 3), of 0 to 255. "
+            f"Received: {image.dtype} of shape {image.shape}"
+        )
+    image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    return square(image.convert(MODES[card.channels]), card.size, card.fit, Image.Resampling.BILINEAR, card.channels)

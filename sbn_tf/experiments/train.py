@@ -1,0 +1,94 @@
+"""The command `sbn-tf train`: from a folder of images with answers to a folder with a network that reads new ones."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from sbn_tf.core.checks import check_fraction
+from sbn_tf.datasets.decoding import FITS
+from sbn_tf.experiments import recipes, report, results
+from sbn_tf.experiments.compare import fitted, row
+from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.methods import METHODS
+from sbn_tf.experiments.methods.base import Method
+from sbn_tf.experiments.predictor import NetworkCard, Predictor
+
+__all__ = ["add_arguments", "predictor_of", "run"]
+
+CONTROL = "deterministic"
+
+
+def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
+    """A fitted method as a network that reads image files; its quantiles are those of the validation images.
+
+    Args:
+        settings: the experiment that it was fitted in.
+        made: a method with one network.
+        fit: how the data made squares of the images, see `decoding.FITS`.
+    """
+    data, size = settings.data, settings.recipe.batch_size
+    card = NetworkCard.model_validate(
+        {
+            "dataset": data.card.title,
+            "method": made.title,
+            "task": data.card.task,
+            "classes": data.card.classes,
+            "size": data.input_shape[0],
+            "channels": data.input_shape[2],
+            "fit": fit,
+            "mean": np.asarray(data.mean).tolist(),
+            "sd": np.asarray(data.sd).tolist(),
+            "threshold": settings.threshold,
+            "num_samples": made.num_samples,
+            "quantiles": [0.0] * 101,
+        }
+    )
+    predictor = Predictor(made.model, card)
+    batches = (data.val.normalised(slice(i, i + size)) for i in range(0, data.val.num_examples, size))
+    scores = [one.score for batch in batches for one in predictor.predict_batch(batch)]
+    quantiles = tuple(np.quantile(scores, np.linspace(0, 1, 101)).tolist())
+    return Predictor(made.model, card.model_copy(update={"quantiles": quantiles}))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `sbn-tf train`."""
+    parser.add_argument("folder", help="a folder with images.csv, see data/README.md; or a name of datasets.names()")
+    parser.add_argument("--out", required=True, help="folder of the trained network; the same again goes on")
+    parser.add_argument("--method", default="members", choices=ONE_NETWORK, help="default: members")
+    parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
+    parser.add_argument("--recipe", default="sbn", help=f"one of {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--network", help="a name of sbn_tf.experiments.networks.NETWORKS; default: the recipe's")
+    parser.add_argument("--size", type=int, help="side of the network's images in pixels; default: 64")
+    parser.add_argument("--fit", choices=FITS, default="pad", help="how an image becomes a square; default: pad")
+    parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
+    parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="at most so many images a split")
+
+
+ONE_NETWORK = ("members", "mixture", "partial", CONTROL)  # methods whose predictions come from one saved model
+
+
+def run(given: argparse.Namespace) -> None:
+    """Train, score on the test split beside a plain network, and write the network and the table."""
+    check_fraction("r_bayes", given.r_bayes)
+    out = Path(given.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"Expected --out, a folder. Received: {out}, a file.")
+    keys = ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")
+    options = {"fit": given.fit} if Path(given.folder).is_dir() else {}
+    chosen = {key: getattr(given, key) for key in keys}
+    settings = experiment(given.folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
+    print(settings.data.card, settings.data, sep="\n")
+    rows = [row(settings, method) for method in dict.fromkeys((CONTROL, given.method))]
+    predictor_of(settings, fitted(settings, given.method), given.fit).save(out)
+    frame = results.frame(rows)
+    frame.to_csv(out / "results.csv", index=False)
+    title, table = next(iter(report.tables(frame, settings.task).items()))
+    print(f"\n## {title}, {settings.data.test.num_examples} test images\n\n{report.to_markdown(table)}")
+    print(
+        f"\nThe network is in {out}, {METHODS[given.method].title}. New images: sbn-tf predict {out} IMAGES --out DIR"
+    )

@@ -1,0 +1,269 @@
+"""Tests of `sbn-tf train` and `sbn-tf predict`: from image files to masks, labels and their uncertainty."""
+
+import csv
+import json
+import shutil
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.special import entr
+
+import sbn_tf
+from sbn_tf import datasets
+from sbn_tf.__main__ import main
+from sbn_tf.experiments import predict, predictor
+from sbn_tf.experiments.predictor import NetworkCard, Predictor
+
+SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
+CARD = {
+    "dataset": "made up",
+    "method": "none",
+    "task": "segmentation",
+    "classes": ["spot"],
+    "size": 8,
+    "channels": 1,
+    "fit": "pad",
+    "mean": [0.4],
+    "sd": [0.2],
+    "threshold": 0.5,
+    "num_samples": 1,
+    "quantiles": np.linspace(0, 0.7, 101).tolist(),
+}
+
+
+def write_image(path, width, height, seed):
+    """A disc on noise; gives its mask."""
+    rng = np.random.default_rng(seed)
+    up, across = np.mgrid[:height, :width]
+    disc = (up - height * rng.uniform(0.3, 0.7)) ** 2 + (across - width * rng.uniform(0.3, 0.7)) ** 2 < 60
+    pixels = np.clip(60 + 120 * disc + rng.normal(0, 20, disc.shape), 0, 255).astype("uint8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return disc
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with masks, one of new images, and the network of `sbn-tf train`."""
+    folder = tmp_path_factory.mktemp("predict")
+    (folder / "data" / "masks").mkdir(parents=True)
+    with open(folder / "data" / "images.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["image", "mask"])
+        for i in range(30):
+            disc = write_image(folder / "data" / "images" / f"{i}.png", *SIZES[i % 3], seed=i)
+            Image.fromarray((255 * disc).astype("uint8")).save(folder / "data" / "masks" / f"{i}.png")
+            lines.writerow([f"{i}.png", f"{i}.png"])
+    for i in range(5):
+        write_image(folder / "new" / f"né w {i}.png", *SIZES[i % 3], seed=100 + i)
+    arguments = ["--recipe", "quick", "--size", "16", "--epochs", "1", "--bayes-epochs", "1", "--network", "unet_small"]
+    assert main(["train", str(folder / "data"), "--out", str(folder / "network"), *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(places):
+    return sbn_tf.load(places / "network")
+
+
+def plain(task="segmentation", outputs=1, **changes):
+    """A predictor of an untrained network, without draws."""
+    card = NetworkCard.model_validate({**CARD, "task": task, "classes": [f"c{i}" for i in range(outputs)], **changes})
+    shape = (card.size, card.size, card.channels)
+    keras.utils.set_random_seed(0)
+    if task == "segmentation":
+        layers = [keras.layers.Conv2D(1, 1, activation="sigmoid")]
+    else:
+        last = "softmax" if task in ("multi-class", "ordinal") else "sigmoid"
+        layers = [keras.layers.Flatten(), keras.layers.Dense(outputs, last)]
+    return Predictor(keras.Sequential([keras.Input(shape), *layers]), card)
+
+
+def test_a_network_reads_files_as_its_training_did(places, network):
+    data = datasets.load(str(places / "data"), size=16)
+    by_id = dict(zip(data.test.ids, data.test.normalised(), strict=True))
+    assert len(by_id) == 3
+    for name, expected in by_id.items():
+        found, whole = network.read(places / "data" / "images" / name)
+        np.testing.assert_array_equal(found, expected)
+        assert whole == SIZES[int(name.split(".")[0]) % 3]
+        pixels = np.asarray(Image.open(places / "data" / "images" / name))
+        np.testing.assert_array_equal(network.read(pixels)[0], expected)
+
+
+def test_predictions_are_those_of_the_model(places, network):
+    files = sorted((places / "new").iterdir())
+    found = network.predict(places / "new")
+    x = np.stack([network.read(path)[0] for path in files])
+    samples = sbn_tf.load(places / "network").model.predict_samples(x, batch_size=len(x))[..., 0]
+    inside = network.predict_batch(x)
+    for i, one in enumerate(inside):
+        mean = samples[:, i].mean(0)
+        np.testing.assert_allclose(one.probabilities, mean, rtol=1e-5)
+        np.testing.assert_allclose(one.entropy, entr(mean) + entr(1 - mean), rtol=1e-4)
+        aleatoric = (entr(samples[:, i]) + entr(1 - samples[:, i])).mean(0)
+        np.testing.assert_allclose(one.expected_entropy, aleatoric, rtol=1e-4)
+        assert found[i].probabilities.shape == Image.open(files[i]).size[::-1]
+    alone = network.predict(files[3])[0]  # the draws are the same, however images are grouped
+    np.testing.assert_allclose(alone.probabilities, found[3].probabilities, rtol=1e-5)
+
+
+def test_the_card_has_the_quantiles_of_validation(places, network):
+    val = datasets.load(str(places / "data"), size=16).val
+    scores = [one.score for one in network.predict_batch(val.normalised())]
+    np.testing.assert_allclose(network.card.quantiles[50], np.median(scores), rtol=1e-5)
+    np.testing.assert_allclose(network.card.quantiles[100], np.max(scores), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+def test_maps_go_back_to_where_the_image_was(fit):
+    seen = np.arange(16, dtype="float32").reshape(4, 4)
+    found = plain(size=4, fit=fit)._at_own_size(seen, (4, 2) if fit == "pad" else (8, 4))
+    if fit == "pad":  # black above and below
+        np.testing.assert_array_equal(found, seen[1:3])
+    elif fit == "crop":
+        np.testing.assert_array_equal(found, np.pad(seen, ((0, 0), (2, 2))))
+    else:
+        np.testing.assert_allclose(found[:, [0, -1]], seen[:, [0, -1]])
+        assert found.shape == (4, 8)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("whole", [(33, 20), (20, 33)])
+def test_a_spot_comes_back_at_its_place(fit, whole):
+    image = np.zeros(whole[::-1], "uint8")
+    image[9:13, 9:13] = 255
+    one = plain(size=64, fit=fit)
+    seen = one.read(image)[0][..., 0] * 0.2 + 0.4  # of 0..1 again
+    back = one._at_own_size(seen, whole)
+    up, across = np.indices(back.shape)
+    centre = (back * up).sum() / back.sum(), (back * across).sum() / back.sum()
+    np.testing.assert_allclose(centre, (10.5, 10.5), atol=0.5)
+
+
+def test_a_folder_becomes_masks_maps_and_a_table(places, network, tmp_path, capsys):
+    shutil.copytree(places / "new", tmp_path / "in")
+    shutil.copy(tmp_path / "in" / "né w 0.png", tmp_path / "in" / "._né w 0.png")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / "deeper").mkdir()
+    (tmp_path / "in" / "deeper" / "né w 0.png").write_bytes((places / "new" / "né w 1.png").read_bytes()[:200])
+    (tmp_path / "in" / "deeper" / "circle").symlink_to(tmp_path / "in")
+    arguments = ["predict", str(places / "network"), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--masks", "2", "--flag", "1"]) == 1
+    said = capsys.readouterr()
+    assert "5 images, 5 flagged, 1 skipped" in said.out and "truncated" in said.err
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("image")
+    assert sorted(table.index) == sorted(path.name for path in (places / "new").iterdir())
+    assert pd.read_csv(tmp_path / "out" / "skipped.csv")["image"].tolist() == ["deeper/né w 0.png"]
+    for name, row in table.iterrows():
+        (one,) = network.predict(places / "new" / name)
+        mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
+        np.testing.assert_array_equal(mask > 0, one.probabilities > 0.5)
+        assert row["area_pixels"] == (mask > 0).sum() and np.isclose(row["area"], (mask > 0).mean())
+        assert np.isclose(row["total"], row["aleatoric"] + row["epistemic"], atol=1e-5)
+        entropy = np.asarray(Image.open(tmp_path / "out" / "entropy" / f"{name}.png")) / 255 * np.log(2)
+        assert np.isclose(row["total"], entropy.mean(), atol=2e-3)
+        sampled = np.asarray(Image.open(tmp_path / "out" / "samples_2" / f"{name}.png"))
+        np.testing.assert_array_equal(sampled > 0, one.samples[1] > 0.5)
+
+
+def test_an_interrupted_prediction_goes_on_to_the_same_table(places, network, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 2)
+    whole = predict.predict_folder(network, places / "new", tmp_path / "whole")
+    original, calls = network.predict_batch, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(network, "predict_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict_folder(network, places / "new", tmp_path / "out")
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 2
+    predict.predict_folder(network, places / "new", tmp_path / "out")
+    assert len(calls) == 4
+    first, second = ((tmp_path / at / "predictions.csv").read_text() for at in ("whole", "out"))
+    assert first == second and len(whole) == 5
+
+
+def test_flags_are_those_less_sure_than_validation(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "in" / f"{i}.png", 9, 9, i)
+    one = plain()
+    scores = np.array([found.score for found in one.predict(tmp_path / "in")])
+    quantiles = np.linspace(scores.min() - 1e-6, scores.max() + 1e-6, 101)
+    one = Predictor(one.model, one.card.model_copy(update={"quantiles": tuple(quantiles)}))
+    table = predict.predict_folder(one, tmp_path / "in", tmp_path / "out", flag=0.5)
+    np.testing.assert_array_equal(table["flag"], scores > quantiles[50])
+
+
+@pytest.mark.parametrize(("task", "outputs"), [("multi-label", 3), ("binary", 1), ("multi-class", 3), ("ordinal", 3)])
+def test_labels(task, outputs, tmp_path):
+    write_image(tmp_path / "in" / "a.png", 9, 12, 0)
+    one = plain(task, outputs)
+    probs = one.model.predict(one.read(tmp_path / "in" / "a.png")[0][None], verbose=0)[0]
+    row = predict.predict_folder(one, tmp_path / "in", tmp_path / "out").iloc[0]
+    np.testing.assert_allclose([row[f"p_c{i}"] for i in range(outputs)], probs, rtol=1e-5)
+    exclusive = task in ("multi-class", "ordinal")
+    above = [f"c{i}" for i in range(outputs) if probs[i] > 0.5]
+    assert row["prediction"] == (f"c{np.argmax(probs)}" if exclusive else ";".join(above) or "none")
+    entropy = entr(probs).sum() if exclusive else np.mean(entr(probs) + entr(1 - probs))
+    np.testing.assert_allclose([row["total"], row["aleatoric"], row["epistemic"]], [entropy, entropy, 0], atol=1e-6)
+
+
+def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
+    net, new = str(places / "network"), str(places / "new")
+
+    def refused(arguments, *says):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert all(text in said for text in says) and said.count("\n") <= 2, said
+
+    (tmp_path / "empty").mkdir()
+    refused(["predict", net, str(tmp_path / "empty"), "--out", str(tmp_path / "o")], "Expected images", "none")
+    refused(["predict", net, str(tmp_path / "gone"), "--out", str(tmp_path / "o")], "not there")
+    refused(["predict", new, new, "--out", str(tmp_path / "o")], "Expected a folder of `sbn-tf train`")
+    refused(["predict", net, new, "--out", new], "Expected --out, an empty folder")
+    refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "2"], "flag")
+    refused(["predict", net, new, "--out", str(tmp_path / "o"), "--masks", "9"], "masks")
+    refused(["train", new, "--out", str(tmp_path / "o")], "images.csv")
+    refused(["train", str(places / "data"), "--out", str(places / "data" / "images.csv")], "--out, a folder")
+    assert main(["predict", net, new, "--out", str(tmp_path / "o")]) == 0
+    refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "0.2"], "begun with")
+    for broken, says in ((np.zeros((4, 4), "float32"), "uint8"), (np.zeros((4, 4, 2), "uint8"), "1 or 3")):
+        with pytest.raises(ValueError, match=says):
+            network.predict([broken])
+
+
+@pytest.mark.parametrize("name", ["model.keras", "network.json"])
+def test_a_damaged_network_is_refused(places, tmp_path, name):
+    shutil.copytree(places / "network", tmp_path / "network", ignore=shutil.ignore_patterns("runs"))
+    path = tmp_path / "network" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="Expected a folder of `sbn-tf train`"):
+        sbn_tf.load(tmp_path / "network")
+
+
+def test_a_card_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="as its card says"):
+        Predictor(plain().model, NetworkCard.model_validate({**CARD, "size": 9}))
+
+
+def test_the_endings_are_those_of_the_formats():
+    registered = Image.registered_extensions()
+    assert {registered[ending] for ending in predictor.ENDINGS} == set(predictor.FORMATS)
+
+
+def test_results_are_those_of_compare(places):
+    table = pd.read_csv(places / "network" / "results.csv")
+    run = next((places / "network" / "runs").rglob("members/*/*/metrics.json"))
+    stored = json.loads(run.read_text())["metrics"]["nll"]
+    found = table[(table["method"] == "members") & (table["metric"] == "nll")]["value"]
+    np.testing.assert_allclose(found, [stored])
