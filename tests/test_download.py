@@ -219,6 +219,23 @@ def test_a_wrong_md5_leaves_nothing(server, place, part):
     assert fetch(server.url, place.path, MD5, PAGE).read_bytes() == BODY
 
 
+def test_a_sha256_is_compared_where_one_is_known(server, place, monkeypatch):
+    monkeypatch.setitem(module.SHA256, MD5, "0" * 64)  # as if the md5 were forged
+    with pytest.raises(ValueError, match=f"Expected sha256 0{{64}} .*deleted.\nDownload it again.*{PAGE}"):
+        fetch(server.url, place.path, MD5, PAGE)
+    assert left(place) == []
+    monkeypatch.setitem(module.SHA256, MD5, hashlib.sha256(BODY).hexdigest())
+    assert fetch(server.url, place.path, MD5, PAGE).read_bytes() == BODY
+    monkeypatch.setitem(module.SHA256, MD5, "0" * 64)
+    with pytest.raises(ValueError, match=r"sha256 .*\nIt is not the official file"):
+        fetch(server.url, place.path, MD5, PAGE)
+
+
+def test_each_sha256_is_of_an_official_file():
+    official = {md5 for name in medmnist.NAMES for _, md5 in datasets.card(name).checksums}
+    assert official > set(module.SHA256) and {len(value) for value in module.SHA256.values()} == {64}
+
+
 def test_a_file_that_is_not_official_is_not_replaced(server, place):
     place.path.parent.mkdir()
     place.path.write_bytes(b"mine")

@@ -441,6 +441,8 @@ def test_another_model_is_one_operation():
         (lambda x: kl.Concatenate()([x, x]), True),
         (lambda x: x * 2.0 + 1.0, True),
         (lambda x: keras.ops.mean(x, axis=(1, -1)), True),
+        (lambda x: x[:, 0], True),
+        (lambda x: keras.ops.get_item(x, key=(slice(None), slice(1, None), None)), True),
         (kl.Lambda(lambda x: x), False),
         (Counted(), False),
         (lambda x: kl.Concatenate(axis=0)([x, x]), False),
@@ -448,9 +450,16 @@ def test_another_model_is_one_operation():
         (lambda x: keras.ops.mean(x), False),
         (lambda x: keras.ops.reshape(x, (-1, 3)), False),
         (lambda x: x[(slice(None, None, 2),)], False),
+        (lambda x: x[0], False),
         (lambda x: keras.ops.flip(x, axis=0), False),
     ],
 )
 def test_which_operations_keep_the_batch(operation, keeps):
     x = keras.Input((6, 3))
     assert (Graph(keras.Model(x, operation(x))).mixes_batch() is None) == keeps
+
+
+def test_a_slice_keeps_the_batch_in_a_loaded_model_too(tmp_path):
+    x = keras.Input((6, 3))
+    keras.Model(x, x[:, 0]).save(tmp_path / "model.keras")
+    assert Graph(keras.models.load_model(tmp_path / "model.keras")).mixes_batch() is None

@@ -33,6 +33,17 @@ class Own(keras.Model):
         return {**super().get_config(), "units": self.units}
 
 
+@keras.saving.register_keras_serializable(package="test_wrapper")
+class Shift(kl.Layer):
+    """A layer whose output Keras finds by tracing its call, with a weight of its own."""
+
+    def build(self, input_shape):
+        self.shift = self.add_weight(shape=input_shape[1:], initializer="normal", name="shift")
+
+    def call(self, x):
+        return x + keras.ops.convert_to_tensor(self.shift)
+
+
 # name: (layer, weights of it that become Bayesian, call)
 KINDS = {
     "MultiHeadAttention": (lambda: kl.MultiHeadAttention(2, 3), ["query/kernel", "attention_output/bias"], "twice"),
@@ -234,6 +245,18 @@ def test_gradients_equal_finite_differences(monkeypatch, kind):
                 np.testing.assert_allclose(gradient[place], (values[0] - values[1]) / (2 * step), rtol=1e-6, atol=1e-8)
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_custom_layer_of_mixed_precision_has_the_dtype_of_the_layer_in_a_graph(dtype):
+    def graph(layer):
+        entry = keras.Input((5, 4), dtype=dtype)
+        return keras.Model(entry, layer(entry))
+
+    stock = graph(Shift(dtype="mixed_bfloat16", name="shift"))
+    ours = convert(stock, {"shift/shift": np.ones((5, 4), bool)}, {"kl_weight": 0.0, "initial_scale": 1e-6})
+    assert isinstance(ours.layers[-1], MaskedWrapper) and ours.output.dtype == stock.output.dtype == "bfloat16"
+    np.testing.assert_array_equal(ours(inputs()), stock(inputs()))
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])

@@ -123,7 +123,8 @@ class Graph:
         """Name of the first operation that may not keep axis 0 as the batch, in order; None: all keep it.
 
         Known to keep it are Keras's own layers other than Lambda, layers that act along axis 0, and TimeDistributed
-        around a masked layer; `sbn_tf`'s layers; operations of `keras.ops` that act entry by entry or along other axes.
+        around a masked layer; `sbn_tf`'s layers; operations of `keras.ops` that act entry by entry or along other axes,
+        as `x[:, 0]` does.
         """
         if functional_of(self.model) is None:
             return self.model.name
@@ -398,6 +399,9 @@ def _keeps_batch(operation):
         inside = not isinstance(wrapped, keras.layers.Layer) or _keeps_batch(wrapped)
         return known and not mixing and inside and 0 not in _axes(operation)
     name = type(operation).__name__
+    if name == "GetItem":  # x[:, 0]
+        keys = [(*node.arguments.args, *node.arguments.kwargs.values())[1] for node in nodes_of(operation)]
+        return all(isinstance(key, tuple | list) and tuple(key[:1]) == (slice(None),) for key in keys)  # loaded: a list
     return name in _ENTRY_BY_ENTRY or (name in _ALONG_AXES and _axes(operation) and 0 not in _axes(operation))
 
 

@@ -14,7 +14,7 @@ from keras import ops
 from sbn_tf.core.batch import first_rows, join_outputs, part_bounds, with_attached
 from sbn_tf.core.context import current_batch, is_at_mean
 from sbn_tf.core.draws import drawn_weights, offsets_of_samples
-from sbn_tf.core.keras_internals import all_layers, copy_call_signature, nodes_of
+from sbn_tf.core.keras_internals import all_layers, copy_call_signature, nodes_of, traced
 from sbn_tf.core.posteriors import NO_LORA, NO_QUANTIZATION
 from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import MaskedGaussian
@@ -108,6 +108,9 @@ class MaskedWrapper(MaskedGaussian, keras.layers.Wrapper):
 
     def compute_output_spec(self, *args, **kwargs):
         """The wrapped layer's output."""
+        found = [getattr(type(self.layer), f"compute_output_{what}") for what in ("spec", "shape")]
+        if found == [keras.layers.Layer.compute_output_spec, keras.layers.Layer.compute_output_shape]:
+            return traced(self.layer, *args, **kwargs)  # Keras traces `call` alone, without the casts of a dtype policy
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_output_shape(self, *args, **kwargs):

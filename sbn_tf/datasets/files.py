@@ -103,12 +103,12 @@ def open_file(path: str | os.PathLike) -> BufferedReader:
     return open(path, "rb")
 
 
-def check_md5(path: str | os.PathLike, md5: str, what: object, advice: str) -> None:
-    """Raises a ValueError about `what`, with `advice` at its end, unless the file at `path` has that md5."""
+def check_digest(path: str | os.PathLike, algorithm: str, digest: str, what: object, advice: str) -> None:
+    """Raises a ValueError about `what`, with `advice` at its end, unless the file has that "md5" or "sha256"."""
     with open_file(path) as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5:
-        raise ValueError(f"Expected md5 {md5} for {what}. Received: {found}{advice}")
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != digest:
+        raise ValueError(f"Expected {algorithm} {digest} for {what}. Received: {found}{advice}")
 
 
 def is_integer(value: object, least: float = -math.inf) -> bool:
