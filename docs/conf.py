@@ -29,6 +29,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # ships MathJax with the site: its pages fetch nothing
 ]
 include_patterns = ["docs/*.md", "docs/api/*.md", "nbs/*.ipynb", "nbs/sbn_tf/*.ipynb", "*.md"]
 include_patterns += ["data/README.md", "benchmarks/README.md"]
@@ -48,7 +49,13 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = ["Input shape", "Output shape", "Reference", "References"]
+napoleon_custom_sections = [
+    "Input shape",
+    "Output shape",
+    "Reference",
+    "References",
+    ("Call arguments", "params_style"),
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -1,10 +1,13 @@
 """Arguments and arrays that are nonsense: each is refused by its own name, in one or two lines."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 
-from sbn_tf import top_k
+from sbn_tf import datasets, top_k
+from sbn_tf.experiments import fitting
 from sbn_tf.experiments.recipes import parse_changes
 from sbn_tf.layers import Dense
 from sbn_tf.metrics import uncertainty
@@ -170,3 +173,31 @@ def test_a_regression_beside_a_classifier_has_a_variance():
     np.testing.assert_allclose(parts["size"]["variance"], samples["size"].var(0), rtol=1e-3, atol=1e-7)
     wanted = uncertainty(samples["kind"], "multi-class")
     np.testing.assert_allclose(parts["kind"]["mutual_information"], wanted["mutual_information"], atol=1e-6)
+
+
+def test_a_tensorboard_callback_without_tensorboard_names_the_extra(model, bnn, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    data = datasets.load("phantom_chest", size=16, limit=24)
+    board = keras.callbacks.TensorBoard(tmp_path)
+    for fit in (
+        lambda: bnn.fit(X, Y, verbose=0, callbacks=board),
+        lambda: fitting.fit(
+            model, data.train, None, epochs=1, batch_size=8, seed=0, folder=tmp_path / "run", callbacks=[board]
+        ),
+    ):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "sbn_tf\[tensorboard\]"'):
+            fit()
+    assert not any(tmp_path.iterdir())  # refused before the first step
+
+
+def test_tensorboard_gets_the_losses_and_weights_of_a_bayesian_network(bnn, tmp_path):
+    pytest.importorskip("tensorboard")
+    import tensorflow as tf
+    from tensorboard.backend.event_processing import event_accumulator
+
+    board = keras.callbacks.TensorBoard(tmp_path, histogram_freq=1)
+    history = bnn.fit(X, Y, epochs=2, verbose=0, validation_data=(X, Y), callbacks=[board]).history
+    found = event_accumulator.EventAccumulator(str(tmp_path / "train"), {"tensors": 0}).Reload()
+    written = [float(tf.make_ndarray(one.tensor_proto)) for one in found.Tensors("epoch_nll")]
+    np.testing.assert_allclose(written, history["nll"], rtol=1e-6)
+    assert any("untransformed_scale" in tag for tag in found.Tags()["tensors"])

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -64,6 +65,24 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_first_cell_of_the_quickstart_installs_the_package_by_name_where_it_is_missing(missing, monkeypatch):
+    source = "".join(code_cells(tracked_notebooks()["nbs/00_quickstart.ipynb"])[0]["source"])
+    package, commands = sys.modules["sbn_tf"], []
+
+    def install(command, check):
+        commands.append(command)
+        monkeypatch.setitem(sys.modules, "sbn_tf", package)
+
+    monkeypatch.setattr(subprocess, "run", install)
+    if missing:
+        monkeypatch.setitem(sys.modules, "sbn_tf", None)
+    names = {}
+    exec(compile(source, "cell", "exec"), names)
+    assert names["__version__"] == package.__version__
+    assert commands == ([[sys.executable, "-m", "pip", "install", "-q", "sbn_tf"]] if missing else [])
+
+
 def test_papermill_reads_every_parameter(caplog):
     from papermill.translators import PythonTranslator
 

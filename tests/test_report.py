@@ -1,5 +1,7 @@
 """Reports: costs, words, and the Markdown of any table."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,8 +75,20 @@ def test_markdown_shows_no_small_number_as_zero():
     assert "| 8.9e-05 | 0.000 | 0.001 |" in to_markdown(table)
 
 
-def test_a_table_is_shown_as_a_table(capsys):
-    table = pd.DataFrame({"dice": [0.5]}, index=["a"])
-    table.attrs["notes"] = ["A note."]
+def test_a_table_is_shown_as_a_table_with_its_best_values_bold(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda one: shown.append(one.data))
+    table = pd.DataFrame({"dice": ["0.5 +- 0.1", "0.7 +- 0.1"], "size <": [1.5, 2.5]}, index=["a & b", "c"])
+    table.attrs |= {"notes": ["A note."], "best": {"dice": ["c"], "size <": []}}
     show(table)
-    assert "dice" in capsys.readouterr().out
+    cells = re.findall("<t[hd]>(.*?)</t[hd]>", shown[0])
+    assert cells[-6:] == [
+        "a &amp; b",
+        "0.5&nbsp;&plusmn;&nbsp;0.1",
+        "1.5",
+        "c",
+        "<b>0.7&nbsp;&plusmn;&nbsp;0.1</b>",
+        "2.5",
+    ]
+    assert "<th>size &lt;</th>" in shown[0]
+    assert shown[1].startswith("Bold: ") and shown[1].endswith("A note.")

@@ -247,8 +247,17 @@ def test_what_is_missing_is_said_to_be_and_never_a_number():
 def test_with_a_reference_the_difference_comes_first():
     cells = table(labelled(frame(FOUND), LINES), ["nll"], reference="ensemble")
     assert list(cells.columns) == ["nll minus ensemble's", "nll"]
+    assert cells.attrs["best"] == {"nll": ["ensemble"]}
     assert cells.loc["1 %", "nll minus ensemble's"].startswith("+0.0200 [")
     assert cells.loc["ensemble"].tolist() == ["-", "0.090 +- 0.010"]
     assert (
         cells.loc["none"].tolist() == ["missing", "missing"] and not cells["nll"].str.contains("*", regex=False).any()
     )
+
+
+def test_the_best_rows_are_those_that_read_the_same_trivial_ones_aside():
+    values = {"deterministic": 0.0281, "ensemble": 0.0279, "temperature": 0.0301, "trivial_prevalence": 0.0100}
+    shown = table(
+        frame([result(name, 0, {"nll": value}) for name, value in values.items()]), ["nll", "entropy"], digits=3
+    )
+    assert shown.attrs["best"] == {"nll": ["deterministic", "ensemble"], "entropy": []}

@@ -215,6 +215,45 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path, masked):
     assert "activation" not in settings  # the folders of masks and labels have the names that they had
 
 
+class BreakOff(keras.callbacks.Callback):
+    """Interrupts a training at the start of its second epoch, if it began with the first."""
+
+    def on_train_begin(self, logs=None):
+        self.epochs = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epochs.append(epoch)
+        if self.epochs == [0, 1]:
+            raise Interrupted
+
+
+def test_callbacks_of_one_s_own_watch_and_change_neither_the_run_nor_its_resumption(data, tmp_path, masked):
+    recipe, seen = quick(data, num_samples=2), []
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append((epoch, sorted(logs))))
+    options = {"data": data, "recipe": recipe, "verbose": False}
+
+    def steps(runs, *callbacks):
+        keras.utils.clear_session()  # masks name layers, and Keras numbers these
+        given = {**options, "runs": runs, "callbacks": callbacks}
+        step1 = training.deterministic_run(network=masked, **given)
+        masks = training.masks_run(step1, data, recipe, 0.05, verbose=False)
+        more = training.continued_run(step1, method="more", **given)
+        return step1, more, training.partial_run(step1, masks, **given)
+
+    plain, runs = steps(tmp_path / "plain"), tmp_path / "watched"
+    for _ in range(3):  # each of the three is interrupted once, after its first epoch
+        with pytest.raises(Interrupted):
+            steps(runs, note, BreakOff())
+    watched = steps(runs, note)
+    assert [epoch for epoch, _ in seen] == [0, 1] * 3  # each epoch was seen once
+    assert all("val_loss" in names for _, names in seen) and "val_nll" in seen[-1][1]
+    for one, other in zip(plain, watched, strict=True):
+        assert one.folder.relative_to(tmp_path / "plain") == other.folder.relative_to(runs)
+        assert_equal_weights(one.model.get_weights(), other.model.get_weights())
+    steps(runs, note)
+    assert len(seen) == 6  # finished runs call none
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A folder of runs that several tests start from: the first to ask trains, the others load. None is changed."""

@@ -1,13 +1,15 @@
 """Run the layer, conversion and saving tests with other versions of Keras and Python: `python tests/versions.py`.
 
 For each Python on PATH it makes one virtual environment (3 GB in a temporary folder, or in `--folder`, where it stays),
-installs the package, then each version of Keras in turn, and prints a table. It takes about ten minutes a row, so CI
-does not run it. The exit code is 1 if a test fails.
+installs the wheel, then each version of Keras in turn, and prints a table. It takes about ten minutes a row, so CI does
+not run it. `--dry-run` prints the commands. The exit code is 1 if a test fails.
 """
 
 import argparse
+import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,18 +44,21 @@ def environment(version: str, folder: Path) -> Path | None:
     python = folder / f"python{version}" / "bin" / "python"
     if not python.exists():
         subprocess.run([f"python{version}", "-m", "venv", python.parents[1]], check=True)
-    packages = ["-e", str(ROOT), "pytest", "pytest-xdist", "hypothesis"]  # pyproject.toml has an option of xdist
-    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     return python
 
 
-def run(python: Path, arguments: list[str]) -> str:
+def commands(python: Path | str, keras: str) -> list[list[str]]:
+    """What runs for one row: the package as a wheel, this Keras, then each suite."""
+    pip = [str(python), "-m", "pip", "install", "-q"]
+    packages = [str(ROOT), "pytest", "pytest-xdist", "hypothesis"]  # pyproject.toml has an option of xdist
+    # -P: the installed package, not the checkout's. Keras comes last: the package's own pin would choose another.
+    pytest = [str(python), "-P", "-m", "pytest", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
+    return [[*pip, *packages], [*pip, f"keras=={keras}.*"], *([*pytest, *given] for _, given in SUITES)]
+
+
+def run(command: list[str]) -> str:
     """Counts of one pytest run, in words."""
-    missing = [one for one in arguments if one.endswith(".py") and not (ROOT / one).exists()]
-    if missing:
-        return "absent"
-    given = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
     counts = Counter({kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-300:])})
     if not counts:
@@ -71,7 +76,12 @@ def main() -> int:
     parser.add_argument("--keras", nargs="*", default=KERAS, help="versions of Keras, such as 3.12 3.15")
     parser.add_argument("--python", nargs="*", default=PYTHONS, help="versions of Python, such as 3.11 3.13")
     parser.add_argument("--folder", type=Path, help="where the environments are made and stay")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     given = parser.parse_args()
+    if given.dry_run:
+        for version, keras in itertools.product(given.python, given.keras):
+            print(*map(shlex.join, commands(f"python{version}", keras)), sep="\n")
+        return 0
     all_fine = True
     print("| Python | Keras |", " | ".join(name for name, _ in SUITES), "| seconds |")
     print("|---" * (len(SUITES) + 3) + "|", flush=True)
@@ -82,12 +92,13 @@ def main() -> int:
                 print(f"| {version} | not on PATH |" + " |" * (len(SUITES) + 1), flush=True)
                 continue
             for keras in given.keras:
-                # Afterwards, so that the package's own pin does not choose another version.
-                subprocess.run([python, "-m", "pip", "install", "-q", f"keras=={keras}.*"], check=True)
+                package, version_of_keras, *suites = commands(python, keras)
+                subprocess.run(package, check=True)
+                subprocess.run(version_of_keras, check=True)
                 found = output_of(python, "-c", "from importlib.metadata import version; print(version('keras'))")
                 start = time.monotonic()
-                results = [run(python, arguments) for _, arguments in SUITES]
-                all_fine &= all(re.fullmatch(r"\d+ passed|absent", one) for one in results)
+                results = [run(suite) for suite in suites]
+                all_fine &= all(re.fullmatch(r"\d+ passed", one) for one in results)
                 row = " | ".join([version, str(found), *results, f"{time.monotonic() - start:.0f}"])
                 print(f"| {row} |", flush=True)
     return int(not all_fine)

@@ -131,6 +131,16 @@ class SampledModel(Distributed):
         """The network's, by which losses, weights of losses and metrics may be given."""
         return self.network.output_names
 
+    @property
+    def input_shape(self):
+        """The network's, batch first: a tuple, or a structure of them for several inputs."""
+        return self.network.input_shape
+
+    @property
+    def output_shape(self):
+        """The network's, batch first: of each prediction, not of samples."""
+        return self.network.output_shape
+
     def build(self, input_shape=None):
         """Nothing to do: the network is built."""
         self.built = True

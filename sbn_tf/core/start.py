@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.checks import check_count
+from sbn_tf.core.checks import check_callbacks, check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
 from sbn_tf.core.examples import check_inputs, check_targets
 from sbn_tf.core.keras_internals import all_layers, compile_arguments, compiled_loss, noise_states
@@ -240,6 +240,7 @@ class Start:
 
     def guarded(self, model: keras.Model, x: Any, y: Any, batch_size: int | None, callbacks: Any) -> Any:
         """The callbacks of `fit` with the guard, if there are examples: of the arrays, else of those known before."""
+        check_callbacks(callbacks)
         if self.guard is None and compiled_loss(model) is not None:
             examples = first_examples(x, y, min(batch_size or NUM_PROBED, NUM_PROBED)) if y is not None else None
             examples = self.examples if examples is None else examples

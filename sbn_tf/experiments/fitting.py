@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from sbn_tf.core.checks import check_callbacks
 from sbn_tf.core.files import write_atomically
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.cost import measured
@@ -234,11 +235,13 @@ def fit(
     Raises:
         ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for; `keep="best"`
             without validation.
+        ModuleNotFoundError: a TensorBoard callback without TensorBoard.
     """
     if keep not in ("last", "best") or (keep == "best" and val is None):
         raise ValueError(
             f'Expected keep "last", or "best" with a validation split. Received: keep={keep!r}, val={val and val.name}'
         )
+    check_callbacks(callbacks)
     guard = StopAtNaN()
     checkpoint = Checkpoint(Path(folder) / "checkpoint.npz", guard, keep)
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Collection
 
@@ -191,9 +192,24 @@ def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:
 
 
 def show(table: pd.DataFrame) -> None:
-    """Show a table in a notebook, and its notes below it."""
-    from IPython.display import Markdown, display
+    """Show a table in a notebook, the best values of each column bold, and its notes below it."""
+    from IPython.display import HTML, Markdown, display
 
-    display(table)
-    if notes := table.attrs.get("notes"):
-        display(Markdown("  \n".join(notes)))
+    best, notes = table.attrs.get("best", {}), [*table.attrs.get("notes", ())]
+    shown = pd.DataFrame({key: [_as_html(cell) for cell in table[key]] for key in table})
+    for key, labels in best.items():
+        shown[key] = shown[key].where(~table.index.isin(labels), "<b>" + shown[key].astype(str) + "</b>")
+    shown = shown.set_axis([html.escape(str(label)) for label in table.index])
+    shown = shown.set_axis([html.escape(str(key)) for key in table], axis=1)
+    display(HTML(shown.to_html(escape=False)))
+    if any(best.values()):
+        notes.insert(0, "Bold: the best of a column, trivial rows aside, whether or not it differs by more than noise.")
+    if notes:
+        display(Markdown("  \n".join(notes).replace("+-", "\u00b1")))
+
+
+def _as_html(cell):
+    """A text for HTML: a number and its deviation stay on one line."""
+    if not isinstance(cell, str):
+        return cell
+    return html.escape(cell).replace(" +- ", "&nbsp;&plusmn;&nbsp;").replace(", ", ",&nbsp;")

@@ -78,7 +78,7 @@ class RunFolder:
         ready: `ready(model)` compiles a model that was loaded; None: it is loaded compiled. What of its batch norm is
             trained is not in the file.
         ends: ends of the cycles, in epochs, whose weights are kept.
-        runs, limit, verbose: as in `training.deterministic_run`.
+        runs, limit, verbose, callbacks: as in `training.deterministic_run`.
     """
 
     def __init__(
@@ -95,9 +95,10 @@ class RunFolder:
         runs: str | os.PathLike | None = None,
         limit: int | None = None,
         verbose: bool = True,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
     ):
         self.data, self.recipe, self.seed, self.verbose = data, recipe, check_seed(seed), verbose
-        self.masks, self.ready, self.ends = masks, ready, ends
+        self.masks, self.ready, self.ends, self.callbacks = masks, ready, ends, callbacks
         self.settings = {**settings, "seed": self.seed, "keep": recipe.keep, **data_settings(data, limit)}
         self.path = run_folder(runs, data.card.name, check_method(method), self.seed, self.settings)
 
@@ -111,7 +112,7 @@ class RunFolder:
         Args:
             make: gives the compiled model as it is before the first epoch. Called after Keras's seed is set.
             epochs: of the training, in all.
-            callbacks: gives Keras callbacks for the model.
+            callbacks: gives Keras callbacks that are part of the training, for the model.
         """
         if (self.path / "model.keras").exists():
             remove_leftovers(self.path)
@@ -133,7 +134,7 @@ class RunFolder:
             folder=self.path,
             augment=self.recipe.augment,
             keep=self.recipe.keep,
-            callbacks=[*callbacks(model), *cycles],
+            callbacks=[*callbacks(model), *cycles, *self.callbacks],
             verbose=self.verbose,
         )
         self._write(model, history)

@@ -55,7 +55,8 @@ def table(
         num_resamples: of the paired bootstrap; None: as many as the intervals were made with.
 
     Returns:
-        A DataFrame of texts, its index the labels; `attrs["notes"]` is a list of sentences.
+        A DataFrame of texts, its index the labels; `attrs["notes"]` is a list of sentences, `attrs["best"]` the labels
+        of each column's best rows: several where they read the same.
 
     Raises:
         ValueError: an unknown metric, no results, or results that do not belong in one table.
@@ -85,6 +86,7 @@ def table(
     if not frame.empty:
         notes.append(_origin(found, frame, intervals))
     made.attrs["notes"] = notes
+    made.attrs["best"] = {key: _shown_best(found, key, cells[key]) for key in keys}
     return made
 
 
@@ -150,6 +152,14 @@ def _best(found, key):
     trivial = [row for row in scored if row.is_trivial and not row.is_bound]
     above = [row for row in trivial if sign * row.value(key) > sign * best.value(key)]
     return best if len(methods) > 1 else None, above  # one method is no comparison
+
+
+def _shown_best(found, key, cells):
+    """Labels of the rows that read as the best one."""
+    best, _ = _best(found, key)
+    rivals = [row.label for row in _comparable(found, key) if not row.is_trivial] if best is not None else []
+    numbers = {label: cells[label].split()[0].rstrip("*") for label in rivals}
+    return [label for label in rivals if numbers[label] == numbers[best.label]]
 
 
 def _comparable(found, key):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -57,6 +57,7 @@ def deterministic_run(
     runs: str | os.PathLike | None = None,
     limit: int | None = None,
     verbose: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Run:
     """Step 1: train the deterministic network, or load it where it is finished.
 
@@ -68,12 +69,16 @@ def deterministic_run(
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         limit: named in the settings only (the data were loaded with it).
         verbose: show a progress bar.
+        callbacks: your own for `fit`. They are no part of the settings that name the run, so let them watch: where the
+            run is finished none is called, and after an interruption they see the epochs that are left.
 
     Raises:
         ValueError: a seed that is not an integer >= 0, a network that is unknown or of another task, or files of an
             earlier run that are corrupt.
     """
-    return _Members(data, recipe, network, runs=runs, limit=limit, verbose=verbose).run(check_seed(seed))
+    return _Members(data, recipe, network, runs=runs, limit=limit, verbose=verbose, callbacks=callbacks).run(
+        check_seed(seed)
+    )
 
 
 def ensemble_runs(
@@ -86,6 +91,7 @@ def ensemble_runs(
     runs: str | os.PathLike | None = None,
     limit: int | None = None,
     verbose: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> list[Run]:
     """The members of a deep ensemble: step 1 from other initial weights and another order of the images.
 
@@ -93,7 +99,7 @@ def ensemble_runs(
     first is step 1 itself, each is resumed or loaded by itself. The train step is traced once for all of them.
 
     Args:
-        data, recipe, network, runs, limit, verbose: as in `deterministic_run`.
+        data, recipe, network, runs, limit, verbose, callbacks: as in `deterministic_run`.
         seed: of the ensemble.
         num_members: networks, 1 to 1000.
 
@@ -105,7 +111,7 @@ def ensemble_runs(
     """
     check_count("num_members", num_members, 1000)
     seeds = [member_seed(check_seed(seed), member) for member in range(num_members)]
-    members = _Members(data, recipe, network, runs=runs, limit=limit, verbose=verbose)
+    members = _Members(data, recipe, network, runs=runs, limit=limit, verbose=verbose, callbacks=callbacks)
     return [members.run(one) for one in seeds]
 
 
@@ -257,6 +263,7 @@ def partial_run(
     runs: str | os.PathLike | None = None,
     limit: int | None = None,
     verbose: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Run:
     """Step 3: train the sparse Bayesian network from step 1's weights, or load it where it is finished.
 
@@ -265,7 +272,7 @@ def partial_run(
     Args:
         step1: the trained network.
         masks: which of its weights are Bayesian.
-        data, recipe, runs, limit, verbose: as in `deterministic_run`.
+        data, recipe, runs, limit, verbose, callbacks: as in `deterministic_run`.
         seed: of noise and stream.
         method: name of the folder; None: `partial_r` and the share of weights that is Bayesian.
         locs: where the Bayesian locs start: "trained", or "normal": drawn from N(0, 1), as the paper's code does for
@@ -288,7 +295,7 @@ def partial_run(
     settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f not in _OF_MASKS}
     settings |= {"step1": step1.folder.name, "masks": masks.digest(), "locs": locs, "posterior": posterior}
     method = f"partial_r{masks.r_bayes:.2g}" if method is None else method
-    options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose}
+    options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose, "callbacks": callbacks}
     folder = RunFolder(data, recipe, method, seed, settings, masks=masks, **options)
 
     def make():
@@ -301,13 +308,13 @@ def partial_run(
             start_scales(model, masks, recipe, fisher, data.train.num_examples)
         return _compiled_with_scales(model, data, recipe)
 
-    def callbacks(model):
+    def schedules(model):
         schedule = BetaSchedule(recipe.beta_start, recipe.beta_stop, recipe.bayes_epochs)
         if recipe.trains == "all":
             return [schedule]
         return [schedule, Held(model, masks if recipe.trains == "bayesian" else {})]
 
-    return folder.trained(make, recipe.bayes_epochs, callbacks)
+    return folder.trained(make, recipe.bayes_epochs, schedules)
 
 
 def _compiled_with_scales(model, data, recipe):
@@ -338,6 +345,7 @@ def continued_run(
     runs: str | os.PathLike | None = None,
     limit: int | None = None,
     verbose: bool = True,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Run:
     """Train on from step 1's weights without a posterior, as step 3 would, or load it where it is finished.
 
@@ -347,7 +355,7 @@ def continued_run(
 
     Args:
         step1: the trained network; it is not changed.
-        data, recipe, runs, limit, verbose: as in `deterministic_run`.
+        data, recipe, runs, limit, verbose, callbacks: as in `deterministic_run`.
         method: name of the folder, such as "deterministic_longer", "mc_dropout" or "snapshot".
         seed: of stream and dropout.
         epochs: None for the recipe's `bayes_epochs`.
@@ -395,7 +403,7 @@ def continued_run(
         ready(model)
         return model
 
-    options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose}
+    options: dict[str, Any] = {"runs": runs, "limit": limit, "verbose": verbose, "callbacks": callbacks}
     folder = RunFolder(data, recipe, method, seed, settings, ready=ready, ends=ends, **options)
     return folder.trained(make, epochs)
 
