@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from scipy import stats
 
 from sbn_tf import metrics
 from sbn_tf.experiments import plots
@@ -101,17 +100,6 @@ def test_draws_into_the_given_axes_only(name):
     assert dict(plt.rcParams) == before
     assert left.get_xlabel()
     assert left.get_ylabel() or any(tick.get_text() for tick in left.get_yticklabels())
-
-
-def test_a_plain_networks_entropy_has_the_same_scale():
-    images, truths = RNG.normal(size=(3, 16, 12, 1)), RNG.random((3, 16, 12, 4)) > 0.5
-    probs, plain = 0.1 * RNG.random((5, 3, 16, 12)), RNG.random((1, 3, 16, 12))
-    axes = plots.plot_segmentation(images, truths, probs, plain=plain)
-    titles = ["image", "raters", "prediction", "plain entropy", "entropy", "mutual information"]
-    assert [ax.get_title() for ax in axes[0]] == titles
-    first, second = (axes[1, k].images[0] for k in (3, 4))
-    assert first.get_clim() == second.get_clim() == (0, pytest.approx(stats.bernoulli(plain).entropy().max()))
-    np.testing.assert_allclose(first.get_array(), stats.bernoulli(plain[0, 1]).entropy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])

@@ -60,15 +60,13 @@ def plot_segmentation(
     num_rows: int | None = None,
     rater_valid: np.ndarray | None = None,
     panel_inches: float = 1.9,
-    plain: np.ndarray | None = None,
 ) -> np.ndarray:
     """A row for each image: image, truth, prediction and the uncertainty about it, side by side.
 
     Columns: the image; the contour of each rater; with several raters, their disagreement (variance of
     their masks); the mean prediction cut at 0.5 against the majority mask, true positives green, false
     positives blue, false negatives red; predictive entropy; mutual information, the part on which the
-    samples disagree. Each uncertainty has one scale for all rows. With `plain` its entropy comes before, in the place
-    of the disagreement.
+    samples disagree. Each uncertainty has one scale for all rows.
 
     Args:
         images: (batch, height, width, 1 or 3), any range: each is stretched.
@@ -77,10 +75,9 @@ def plot_segmentation(
         num_rows: draw that many images from the start; None for all.
         rater_valid: (batch, raters) bool; None if all are.
         panel_inches: side of a panel.
-        plain: probabilities of another network, in the form of `probs`.
 
     Returns:
-        (rows, columns) array of axes of a new figure, 6 columns with several raters or `plain`, else 5.
+        (rows, columns) array of axes of a new figure, 6 columns with several raters, else 5.
 
     Reference: Abboud, Lombaert and Kadoury 2024, Figure 3, for the colours.
     """
@@ -89,12 +86,9 @@ def plot_segmentation(
     probs = probs[..., 0] if probs.ndim == 5 else probs
     rows, several = min(num_rows or len(images), len(images)), truths.shape[-1] > 1
     parts = uncertainty(probs[:, :rows])
-    maps = {"entropy": parts["entropy"], "mutual information": parts["mutual_information"]}
-    if plain is not None:
-        maps = {"plain entropy": uncertainty(np.asarray(plain)[:, :rows])["entropy"]} | maps
     predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
-    disagreement = ["disagreement"] * (several and plain is None)
-    titles = ["image", "raters" if several else "truth", *disagreement, "prediction", *maps]
+    titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
+    titles += ["entropy", "mutual information"]
     figure, axes = _panels(rows, titles, panel_inches, (0, 0.9))
     coloured = {}
     for row in range(rows):
@@ -103,15 +97,17 @@ def plot_segmentation(
         _draw_raters(columns[titles[1]], images[row], truths[row], valid[row], linewidths=1.2)
         show_image(columns["prediction"], images[row])
         _overlay(columns["prediction"], predicted[row], majority[row])
-        if disagreement:
+        if several:
             variance = truths[row][..., valid[row]].astype("float64").var(-1)
             picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
             coloured["disagreement"] = picture, "raters' variance"
-        for title, values in maps.items():
-            both = [v for name, v in maps.items() if name == title or {name, title} <= {"entropy", "plain entropy"}]
-            kind = "predictive entropy" if title == "entropy" else title
-            high = max(0.01, *(float(v.max()) for v in both))  # one sample has no mutual information but its rounding
-            coloured[title] = columns[title].imshow(values[row], "viridis", vmin=0, vmax=high), f"{kind} (nats)"
+        for key, label in (
+            ("entropy", "predictive entropy (nats)"),
+            ("mutual_information", "mutual information (nats)"),
+        ):
+            title = key.replace("_", " ")
+            high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information, only its rounding
+            coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high), label
     for title, (picture, label) in coloured.items():
         column = axes[:, titles.index(title)]
         _colour_bar(figure, picture, column, label, location="bottom", shrink=0.9, pad=0.02)
