@@ -90,8 +90,8 @@ def plot_segmentation(
     parts = uncertainty(probs[:, :rows])
     maps = {"entropy": parts["entropy"], "mutual information": parts["mutual_information"]}
     if without is not None:
-        maps = {"entropy without": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
-    highest = max(float(one.max()) for title, one in maps.items() if title.startswith("entropy"))
+        maps = {"plain entropy": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
+    highest = max(float(one.max()) for title, one in maps.items() if title.endswith("entropy"))
     predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
     titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
     titles += list(maps)
@@ -108,7 +108,7 @@ def plot_segmentation(
             picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
             coloured["disagreement"] = picture, "raters' variance"
         for title, values in maps.items():
-            high = highest if title.startswith("entropy") else float(values.max())
+            high = highest if title.endswith("entropy") else float(values.max())
             # One sample has no mutual information, only its rounding.
             picture = columns[title].imshow(values[row], "viridis", vmin=0, vmax=max(high, 0.01))
             coloured[title] = picture, f"{'predictive ' * (title == 'entropy')}{title} (nats)"
