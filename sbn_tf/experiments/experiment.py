@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sbn_tf import datasets
+from sbn_tf.core.checks import check_fraction
 from sbn_tf.experiments import recipes, scoring
 
 __all__ = ["Experiment", "experiment", "recipe_of"]
@@ -61,6 +62,7 @@ class Experiment:
     verbose: bool = True
 
     def __post_init__(self):
+        check_fraction("r_bayes", self.r_bayes)  # before anything long
         chosen = self.threshold == "validation"
         if not chosen and not (isinstance(self.threshold, int | float) and 0 < self.threshold < 1):
             raise ValueError(

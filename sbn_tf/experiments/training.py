@@ -27,7 +27,7 @@ from sbn_tf.experiments.fitting import state
 from sbn_tf.experiments.folders import digest, read_arrays
 from sbn_tf.experiments.recipes import Recipe, loss_for, optimizer_for
 from sbn_tf.experiments.run_folder import Run, RunFolder, data_settings
-from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, settle_batch_norm
+from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, settle_batch_norm
 from sbn_tf.saliency import Masks, biases_before_batch_norm, one_per_channel, saliency, top_k
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "member_seed",
     "partial_run",
     "scores_run",
+    "untrained_network",
 ]
 
 _OF_TRAINING = ("batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights")
@@ -299,14 +300,8 @@ def partial_run(
     folder = RunFolder(data, recipe, method, seed, settings, masks=masks, **options)
 
     def make():
-        model = bayesian_network(step1.model, masks, data, recipe, seed, posterior)
-        if locs == "normal":
-            draw_locs(model.network, seed)
-        if posterior == "gaussian" and recipe.scale_start != "absolute":
-            curved = recipe.scale_start == "fisher"
-            fisher = fisher_run(step1, data, recipe, verbose=verbose) if curved else None
-            start_scales(model, masks, recipe, fisher, data.train.num_examples)
-        return _compiled_with_scales(model, data, recipe)
+        start = {"seed": seed, "locs": locs, "posterior": posterior, "verbose": verbose}
+        return _compiled_with_scales(untrained_network(step1, masks, data, recipe, **start), data, recipe)
 
     def schedules(model):
         schedule = BetaSchedule(recipe.beta_start, recipe.beta_stop, recipe.bayes_epochs)
@@ -315,6 +310,27 @@ def partial_run(
         return [schedule, Held(model, masks if recipe.trains == "bayesian" else {})]
 
     return folder.trained(make, recipe.bayes_epochs, schedules)
+
+
+def untrained_network(
+    step1: Run,
+    masks: Masks,
+    data: Data,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    locs: str = "trained",
+    posterior: str = "gaussian",
+    verbose: bool = True,
+) -> PartialBayes:
+    """The network with which `partial_run` starts, of the same arguments."""
+    model = bayesian_network(step1.model, masks, data, recipe, seed, posterior)
+    if locs == "normal":
+        draw_locs(model.network, seed)
+    if posterior == "gaussian" and recipe.scale_start != "absolute":
+        fisher = fisher_run(step1, data, recipe, verbose=verbose) if recipe.scale_start == "fisher" else None
+        start_scales(model, masks, recipe, fisher, data.train.num_examples)
+    return model
 
 
 def _compiled_with_scales(model, data, recipe):

@@ -37,7 +37,8 @@ FAN_OUT = 0.5  # of `partial_late`: highest share of the operations that run aga
 class Partial(Method):
     """The paper's method: the most salient weights are Bayesian and trained on the ELBO from step 1's weights.
 
-    Its run is that of notebook 03. Subclasses choose other weights or another posterior and share everything else.
+    Its run is that of notebook 03 with `posterior="gaussian"`. Subclasses choose other weights or another
+    posterior and share everything else.
     """
 
     name, title = "partial", "partial Bayesian, salient weights"

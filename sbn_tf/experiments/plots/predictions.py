@@ -59,14 +59,15 @@ def plot_segmentation(
     probs: np.ndarray,
     num_rows: int | None = None,
     rater_valid: np.ndarray | None = None,
+    without: np.ndarray | None = None,
     panel_inches: float = 1.9,
 ) -> np.ndarray:
     """A row for each image: image, truth, prediction and the uncertainty about it, side by side.
 
     Columns: the image; the contour of each rater; with several raters, their disagreement (variance of
     their masks); the mean prediction cut at 0.5 against the majority mask, true positives green, false
-    positives blue, false negatives red; predictive entropy; mutual information, the part on which the
-    samples disagree. Each uncertainty has one scale for all rows.
+    positives blue, false negatives red; the predictive entropy of another network, if there is one; predictive
+    entropy; mutual information, the part on which the samples disagree. Each kind of uncertainty has one scale.
 
     Args:
         images: (batch, height, width, 1 or 3), any range: each is stretched.
@@ -74,10 +75,11 @@ def plot_segmentation(
         probs: (samples, batch, height, width) or (..., width, 1), probabilities of foreground.
         num_rows: draw that many images from the start; None for all.
         rater_valid: (batch, raters) bool; None if all are.
+        without: probabilities as `probs`, of a network without a posterior; None: no column for it.
         panel_inches: side of a panel.
 
     Returns:
-        (rows, columns) array of axes of a new figure, 6 columns with several raters, else 5.
+        (rows, columns) array of axes of a new figure, 5 columns, one more with several raters, one more with `without`.
 
     Reference: Abboud, Lombaert and Kadoury 2024, Figure 3, for the colours.
     """
@@ -86,9 +88,13 @@ def plot_segmentation(
     probs = probs[..., 0] if probs.ndim == 5 else probs
     rows, several = min(num_rows or len(images), len(images)), truths.shape[-1] > 1
     parts = uncertainty(probs[:, :rows])
+    maps = {"entropy": parts["entropy"], "mutual information": parts["mutual_information"]}
+    if without is not None:
+        maps = {"plain entropy": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
+    highest = max(float(one.max()) for title, one in maps.items() if title.endswith("entropy"))
     predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
     titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
-    titles += ["entropy", "mutual information"]
+    titles += list(maps)
     figure, axes = _panels(rows, titles, panel_inches, (0, 0.9))
     coloured = {}
     for row in range(rows):
@@ -101,13 +107,11 @@ def plot_segmentation(
             variance = truths[row][..., valid[row]].astype("float64").var(-1)
             picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
             coloured["disagreement"] = picture, "raters' variance"
-        for key, label in (
-            ("entropy", "predictive entropy (nats)"),
-            ("mutual_information", "mutual information (nats)"),
-        ):
-            title = key.replace("_", " ")
-            high = max(float(parts[key].max()), 0.01)  # one sample has no mutual information, only its rounding
-            coloured[title] = columns[title].imshow(parts[key][row], "viridis", vmin=0, vmax=high), label
+        for title, values in maps.items():
+            high = highest if title.endswith("entropy") else float(values.max())
+            # One sample has no mutual information, only its rounding.
+            picture = columns[title].imshow(values[row], "viridis", vmin=0, vmax=max(high, 0.01))
+            coloured[title] = picture, f"{'predictive ' * (title == 'entropy')}{title} (nats)"
     for title, (picture, label) in coloured.items():
         column = axes[:, titles.index(title)]
         _colour_bar(figure, picture, column, label, location="bottom", shrink=0.9, pad=0.02)
