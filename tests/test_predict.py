@@ -15,7 +15,7 @@ import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
 from sbn_tf.experiments import predict, predictor
-from sbn_tf.experiments.predictor import NetworkCard, Predictor
+from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
 
 SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
 CARD = {
@@ -82,6 +82,11 @@ def plain(task="segmentation", outputs=1, **changes):
     return Predictor(keras.Sequential([keras.Input(shape), *layers]), card)
 
 
+def seen_as(one, values, whole):
+    """A map of the network's square at the image's own size."""
+    return Prediction(one.card, whole, {}, None).at_own_size(values)
+
+
 def test_a_network_reads_files_as_its_training_did(places, network):
     data = datasets.load(str(places / "data"), size=16)
     by_id = dict(zip(data.test.ids, data.test.normalised(), strict=True))
@@ -103,9 +108,9 @@ def test_predictions_are_those_of_the_model(places, network):
     for i, one in enumerate(inside):
         mean = samples[:, i].mean(0)
         np.testing.assert_allclose(one.probabilities, mean, rtol=1e-5)
-        np.testing.assert_allclose(one.entropy, entr(mean) + entr(1 - mean), rtol=1e-4)
+        np.testing.assert_allclose(one.entropy(), entr(mean) + entr(1 - mean), rtol=1e-4)
         aleatoric = (entr(samples[:, i]) + entr(1 - samples[:, i])).mean(0)
-        np.testing.assert_allclose(one.expected_entropy, aleatoric, rtol=1e-4)
+        np.testing.assert_allclose(one.entropy("expected_entropy"), aleatoric, rtol=1e-4)
         assert found[i].probabilities.shape == Image.open(files[i]).size[::-1]
     alone = network.predict(files[3])[0]  # the draws are the same, however images are grouped
     np.testing.assert_allclose(alone.probabilities, found[3].probabilities, rtol=1e-5)
@@ -113,15 +118,16 @@ def test_predictions_are_those_of_the_model(places, network):
 
 def test_the_card_has_the_quantiles_of_validation(places, network):
     val = datasets.load(str(places / "data"), size=16).val
-    scores = [one.score for one in network.predict_batch(val.normalised())]
-    np.testing.assert_allclose(network.card.quantiles[50], np.median(scores), rtol=1e-5)
-    np.testing.assert_allclose(network.card.quantiles[100], np.max(scores), rtol=1e-5)
+    files = [places / "data" / "images" / name for name in val.ids]
+    scores = [one.means["total"] for one in network.predict(files)]  # of the files, at their own sizes
+    np.testing.assert_allclose(network.card.quantiles[50], np.median(scores), rtol=1e-4)
+    np.testing.assert_allclose(network.card.quantiles[100], np.max(scores), rtol=1e-4)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
 def test_maps_go_back_to_where_the_image_was(fit):
     seen = np.arange(16, dtype="float32").reshape(4, 4)
-    found = plain(size=4, fit=fit)._at_own_size(seen, (4, 2) if fit == "pad" else (8, 4))
+    found = seen_as(plain(size=4, fit=fit), seen, (4, 2) if fit == "pad" else (8, 4))
     if fit == "pad":  # black above and below
         np.testing.assert_array_equal(found, seen[1:3])
     elif fit == "crop":
@@ -138,7 +144,7 @@ def test_a_spot_comes_back_at_its_place(fit, whole):
     image[9:13, 9:13] = 255
     one = plain(size=64, fit=fit)
     seen = one.read(image)[0][..., 0] * 0.2 + 0.4  # of 0..1 again
-    back = one._at_own_size(seen, whole)
+    back = seen_as(one, seen, whole)
     up, across = np.indices(back.shape)
     centre = (back * up).sum() / back.sum(), (back * across).sum() / back.sum()
     np.testing.assert_allclose(centre, (10.5, 10.5), atol=0.5)
@@ -165,9 +171,11 @@ def test_a_folder_becomes_masks_maps_and_a_table(places, network, tmp_path, caps
         assert row["area_pixels"] == (mask > 0).sum() and np.isclose(row["area"], (mask > 0).mean())
         assert np.isclose(row["total"], row["aleatoric"] + row["epistemic"], atol=1e-5)
         entropy = np.asarray(Image.open(tmp_path / "out" / "entropy" / f"{name}.png")) / 255 * np.log(2)
-        assert np.isclose(row["total"], entropy.mean(), atol=2e-3)
+        np.testing.assert_allclose(entropy, one.entropy(), atol=2e-3)
+        (square,) = network.predict_batch(network.read(places / "new" / name)[0][None])
+        assert np.isclose(row["total"], square.entropy().mean(), rtol=1e-4)
         sampled = np.asarray(Image.open(tmp_path / "out" / "samples_2" / f"{name}.png"))
-        np.testing.assert_array_equal(sampled > 0, one.samples[1] > 0.5)
+        np.testing.assert_array_equal(sampled > 0, one.sample(1) > 0.5)
 
 
 def test_an_interrupted_prediction_goes_on_to_the_same_table(places, network, tmp_path, monkeypatch):
@@ -191,11 +199,53 @@ def test_an_interrupted_prediction_goes_on_to_the_same_table(places, network, tm
     assert first == second and len(whole) == 5
 
 
+def test_what_is_left_of_a_killed_prediction_is_whole(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "in" / f"{i}.png", 9, 9, i)
+    one = plain("multi-class", 3, classes=["007", "1e3", "1.0"])
+    whole = predict.predict_folder(one, tmp_path / "in", tmp_path / "out")
+    path = tmp_path / "out" / "predictions.csv"
+    text = path.read_bytes()
+    path.write_bytes(text[:-20])  # in the middle of the last line
+    again = predict.predict_folder(one, tmp_path / "in", tmp_path / "out")
+    assert path.read_bytes() == text
+    pd.testing.assert_frame_equal(again, whole)
+    assert set(whole["prediction"]) <= {"007", "1e3", "1.0"}
+
+
+def test_a_folder_of_broken_files_can_be_tried_again(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no image")
+    for _ in range(2):
+        assert len(predict.predict_folder(plain(), tmp_path / "in", tmp_path / "out")) == 0
+        assert len(pd.read_csv(tmp_path / "out" / "skipped.csv")) == 1
+    write_image(tmp_path / "in" / "a.png", 9, 9, 0)
+    assert len(predict.predict_folder(plain(), tmp_path / "in", tmp_path / "out")) == 1
+
+
+def test_another_folder_does_not_get_the_answers_of_the_first(tmp_path):
+    for name in ("monday", "tuesday"):
+        write_image(tmp_path / name / "1.png", 9, 9, 0)
+    predict.predict_folder(plain(), tmp_path / "monday", tmp_path / "out")
+    with pytest.raises(ValueError, match="begun with"):
+        predict.predict_folder(plain(), tmp_path / "tuesday", tmp_path / "out")
+
+
+def test_card_and_weights_of_two_trainings_are_refused(tmp_path):
+    plain().save(tmp_path / "a")
+    other = plain()
+    other.model.set_weights([w + 1 for w in other.model.get_weights()])
+    other.save(tmp_path / "b")
+    shutil.copy(tmp_path / "b" / "network.json", tmp_path / "a" / "network.json")
+    with pytest.raises(ValueError, match="of one training"):
+        sbn_tf.load(tmp_path / "a")
+
+
 def test_flags_are_those_less_sure_than_validation(tmp_path):
     for i in range(4):
         write_image(tmp_path / "in" / f"{i}.png", 9, 9, i)
     one = plain()
-    scores = np.array([found.score for found in one.predict(tmp_path / "in")])
+    scores = np.array([found.means["total"] for found in one.predict(tmp_path / "in")])
     quantiles = np.linspace(scores.min() - 1e-6, scores.max() + 1e-6, 101)
     one = Predictor(one.model, one.card.model_copy(update={"quantiles": tuple(quantiles)}))
     table = predict.predict_folder(one, tmp_path / "in", tmp_path / "out", flag=0.5)
@@ -211,7 +261,8 @@ def test_labels(task, outputs, tmp_path):
     np.testing.assert_allclose([row[f"p_c{i}"] for i in range(outputs)], probs, rtol=1e-5)
     exclusive = task in ("multi-class", "ordinal")
     above = [f"c{i}" for i in range(outputs) if probs[i] > 0.5]
-    assert row["prediction"] == (f"c{np.argmax(probs)}" if exclusive else ";".join(above) or "none")
+    nothing = "not c0" if task == "binary" else "none"
+    assert row["prediction"] == (f"c{np.argmax(probs)}" if exclusive else ";".join(above) or nothing)
     entropy = entr(probs).sum() if exclusive else np.mean(entr(probs) + entr(1 - probs))
     np.testing.assert_allclose([row["total"], row["aleatoric"], row["epistemic"]], [entropy, entropy, 0], atol=1e-6)
 
@@ -228,7 +279,9 @@ def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     refused(["predict", net, str(tmp_path / "empty"), "--out", str(tmp_path / "o")], "Expected images", "none")
     refused(["predict", net, str(tmp_path / "gone"), "--out", str(tmp_path / "o")], "not there")
     refused(["predict", new, new, "--out", str(tmp_path / "o")], "Expected a folder of `sbn-tf train`")
-    refused(["predict", net, new, "--out", new], "Expected --out, an empty folder")
+    refused(["predict", net, new, "--out", str(places / "data")], "Expected --out, an empty folder")
+    refused(["predict", net, new, "--out", str(places / "new" / "results")], "outside of the images")
+    refused(["train", "phantom_nodule", "--out", str(tmp_path / "o")], "a folder with images.csv")
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "2"], "flag")
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--masks", "9"], "masks")
     refused(["train", new, "--out", str(tmp_path / "o")], "images.csv")
@@ -238,6 +291,10 @@ def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     for broken, says in ((np.zeros((4, 4), "float32"), "uint8"), (np.zeros((4, 4, 2), "uint8"), "1 or 3")):
         with pytest.raises(ValueError, match=says):
             network.predict([broken])
+    with pytest.raises(ValueError, match=r"image\[None\]"):  # one colour image, or four grey ones of width 3?
+        network.predict(np.zeros((4, 4, 3), "uint8"))
+    with pytest.raises(ValueError, match="no options"):
+        sbn_tf.load(net, compile=True)
 
 
 @pytest.mark.parametrize("name", ["model.keras", "network.json"])

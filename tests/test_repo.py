@@ -64,7 +64,6 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     assert "No problem found" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("missing", [False, True])
 def test_the_first_cell_of_the_quickstart_installs_the_package_by_name_where_it_is_missing(missing, monkeypatch):
     source = "".join(code_cells(tracked_notebooks()["nbs/00_quickstart.ipynb"])[0]["source"])
@@ -83,6 +82,7 @@ def test_the_first_cell_of_the_quickstart_installs_the_package_by_name_where_it_
     assert commands == ([[sys.executable, "-m", "pip", "install", "-q", "sbn_tf"]] if missing else [])
 
 
+@pytest.mark.filterwarnings("error")
 def test_papermill_reads_every_parameter(caplog):
     from papermill.translators import PythonTranslator
 

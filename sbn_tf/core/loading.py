@@ -24,6 +24,8 @@ def load(path: str | os.PathLike, **kwargs: Any) -> Any:
         `sbn_tf.experiments.predictor.Predictor`: `predict(images)` takes files, folders, and uint8 arrays.
     """
     if os.path.isdir(path):
+        if kwargs:
+            raise ValueError(f"Expected no options for a folder of `sbn-tf train`. Received: {', '.join(kwargs)}")
         return importlib.import_module("sbn_tf.experiments.predictor").Predictor.load(path)
     importlib.import_module("sbn_tf.experiments.recipes")  # a model may be compiled with a loss of a recipe
     return keras.saving.load_model(path, **kwargs)

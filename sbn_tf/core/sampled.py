@@ -26,7 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 __all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
-BATCHES_OF_SLICE = 8  # of a prediction that is put together slice by slice
+SLICE = 256  # images, at least: of a prediction that is put together slice by slice
 MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
 
@@ -340,9 +340,11 @@ class _Sampler(Distributed):
         self.built = True
 
     def by_slices(self, x, batch_size, verbose):
-        """`predict`; of arrays slice by slice into results made once, where Keras holds three copies of all results."""
-        leaves, step = keras.tree.flatten(x), BATCHES_OF_SLICE * (batch_size or 32)
-        count = len(leaves[0]) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else 0
+        """`predict`; of arrays slice by slice into results made once, where Keras holds 3.5 times the results."""
+        leaves, size = keras.tree.flatten(x), batch_size or 32
+        step = size * -(-SLICE // size)
+        lengths = {len(leaf) for leaf in leaves} if all(isinstance(leaf, np.ndarray) for leaf in leaves) else set()
+        count = lengths.pop() if len(lengths) == 1 else 0  # Keras says what is wrong with others
         if count <= step:
             return self.predict(x, batch_size=batch_size, verbose=verbose)
         bar, results = keras.utils.Progbar(count, verbose=1 if verbose == "auto" else int(verbose)), None

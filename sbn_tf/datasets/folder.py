@@ -51,7 +51,7 @@ from .files import check_option, listed
 from .registry import names
 from .tables import read_table
 
-__all__ = ["folder_dataset"]
+__all__ = ["folder_dataset", "is_folder"]
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
-from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.base import BINARY, SEGMENTATION
 from sbn_tf.experiments.predictor import Prediction, Predictor, image_files
 
 __all__ = ["add_arguments", "predict_folder", "run"]
@@ -27,22 +28,17 @@ TABLE, SKIPPED, SETTINGS = "predictions.csv", "skipped.csv", "settings.json"
 
 
 def predict_folder(
-    predictor: Predictor,
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    *,
-    flag: float = 0.1,
-    masks: int = 0,
-    model: int = 0,
+    predictor: Predictor, images: str | os.PathLike, out: str | os.PathLike, *, flag: float = 0.1, masks: int = 0
 ) -> pd.DataFrame:
     """Predict every image of a folder, and write what `sbn-tf predict` promises; begun work goes on.
 
     Args:
         predictor: the network.
         images: a folder.
-        out: folder of the results: empty, not there, or begun with the same network and settings.
-        flag: images are flagged that are less sure than this share of the validation images, 0..1.
-        masks: sampled masks to write for each image.
+        out: folder of the results: empty, not there, or begun with the same images, network and settings.
+        flag: images are flagged whose total uncertainty is above that of all but this share of the validation images,
+            0..1: 0.1 is above 90 % of them.
+        masks: sampled masks to write for each image, of a segmentation.
 
     Returns:
         The table of `predictions.csv`.
@@ -52,25 +48,27 @@ def predict_folder(
         OSError: a full disk, or an `out` that cannot be written; what is done stays.
     """
     check_fraction("flag", flag)
-    if not 0 <= masks <= predictor.card.num_samples:
-        raise ValueError(f"Expected masks, 0 to {predictor.card.num_samples} (the draws). Received: {masks}")
-    files, place = image_files(images), Path(out)
-    _begin(place, {"network": predictor.crc32(), "flag": flag, "masks": masks})
-    done = _read(place / TABLE)
+    most = predictor.card.num_samples if predictor.card.task == SEGMENTATION else 0
+    if not 0 <= masks <= most:
+        raise ValueError(f"Expected masks, 0 to {most} (the draws; 0 of labels). Received: {masks}")
+    files, place, source = image_files(images), Path(out), Path(images).resolve()
+    if place.resolve().is_relative_to(source):
+        raise ValueError(f"Expected --out outside of the images' folder {source}. Received: {place}")
+    _begin(place, {"images": str(source), "network": predictor.crc32(), "flag": flag, "masks": masks})
+    finished = set(_read(place / TABLE).get("image", ()))
+    rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
-    rest = [name for name in files if name not in set(done["image"] if len(done) else ())]
     with tqdm(total=len(files), initial=len(files) - len(rest), desc="images", disable=None) as bar:
         for start in range(0, len(rest), BATCH):
             part = rest[start : start + BATCH]
             found = list(_predicted(predictor, {name: files[name] for name in part}, skipped))
             for name, one in found:
-                _write_pictures(place, name, one, predictor, masks)
-            rows = [_row(name, one, predictor, flag) for name, one in found]
-            done = pd.concat([done, pd.DataFrame(rows)], ignore_index=True) if rows else done
-            _write(place / TABLE, done)
+                _write_pictures(place, name, one, masks)
+            _append(place / TABLE, [_row(name, one, flag) for name, one in found])
             bar.update(len(part))
-    _write(place / SKIPPED, pd.DataFrame(skipped.items(), columns=["image", "reason"]))
-    return done
+    table = pd.DataFrame(skipped.items(), columns=["image", "reason"])
+    write_atomically(place / SKIPPED, lambda file: table.to_csv(file, index=False))
+    return _read(place / TABLE)
 
 
 def _predicted(predictor, files, skipped) -> Iterator[tuple[str, Prediction]]:
@@ -86,34 +84,29 @@ def _predicted(predictor, files, skipped) -> Iterator[tuple[str, Prediction]]:
         yield from zip(inputs, predictor.predict_batch(np.stack(list(inputs.values())), wholes), strict=True)
 
 
-def _row(name, one, predictor, flag):
-    """A line of `predictions.csv`; entropies in nats, of masks and labels the mean over pixels or labels."""
-    card, probs = predictor.card, one.probabilities
-    sure = probs.max() if card.task in EXCLUSIVE else np.maximum(probs, 1 - probs).mean()
-    row = {"image": name, "prediction": ";".join(one.labels(card)) or "none", "confidence": float(sure)}
+def _row(name, one, flag):
+    """A line of `predictions.csv`."""
+    card, probs = one.card, one.probabilities
+    nothing = f"not {card.classes[0]}" if card.task == BINARY else "none"
+    row = {"image": name, "prediction": ";".join(one.labels()) or nothing, "confidence": one.confidence}
     if card.task == SEGMENTATION:
         marked = probs > card.threshold
         row |= {"area_pixels": int(marked.sum()), "area": float(marked.mean())}
     else:
         row |= {f"p_{label}": float(p) for label, p in zip(card.classes, probs, strict=True)}
-    row |= {
-        "total": one.score,
-        "aleatoric": float(one.expected_entropy.mean()),
-        "epistemic": float(one.mutual_information.mean()),
-    }
-    limit = card.quantiles[round(100 * (1 - flag))]
-    return row | {"flag": bool(flag == 1 or one.score > limit)}
+    limit = card.quantiles[round(100 * (1 - flag))] if flag < 1 else -math.inf
+    return row | one.means | {"flag": bool(flag > 0 and one.means["total"] > limit)}
 
 
-def _write_pictures(out, name, one, predictor, masks):
+def _write_pictures(out, name, one, masks):
     """Of a segmentation: the mask, the maps (white is ln 2 nats, the most), and sampled masks."""
-    card = predictor.card
-    if card.task != SEGMENTATION:
+    if one.card.task != SEGMENTATION:
         return
-    cut = {"masks": one.probabilities, **{f"samples_{s + 1}": one.samples[s] for s in range(masks)}}
-    pictures = {kind: 255 * (probs > card.threshold) for kind, probs in cut.items()}
-    maps = {"entropy": one.entropy, "mutual_information": one.mutual_information}
-    pictures |= {kind: np.rint(255 * np.clip(values / math.log(2), 0, 1)) for kind, values in maps.items()}
+    pictures = {"masks": 255 * (one.probabilities > one.card.threshold)}
+    for kind in ("entropy", "mutual_information"):
+        pictures[kind] = np.rint(255 * np.clip(one.entropy(kind) / math.log(2), 0, 1))
+    for s in range(masks):
+        pictures[f"samples_{s + 1}"] = 255 * (one.sample(s) > one.card.threshold)
     for kind, pixels in pictures.items():
         picture = Image.fromarray(pixels.astype("uint8"))
         write_atomically(out / kind / f"{name}.png", lambda file, picture=picture: picture.save(file, "PNG"))
@@ -131,17 +124,30 @@ def _begin(out, settings):
         raise ValueError(f"Expected --out, an empty folder or a new one. Received: {out}, with other files.") from None
     if begun != settings:
         raise ValueError(
-            f"Expected the settings that {out} was begun with, {begun}. Received: {settings}.\n"
+            f"Expected what {out} was begun with, {begun}. Received: {settings}.\n"
             "Take another --out, or delete this one."
         )
 
 
 def _read(path):
-    return pd.read_csv(path, dtype={"image": str}, keep_default_na=False) if path.exists() else pd.DataFrame()
+    """A table that was written; a line that a killed process left half written is cut off."""
+    if not path.exists():
+        return pd.DataFrame()
+    text = path.read_bytes()
+    if not text.endswith(b"\n"):
+        text = text[: text.rfind(b"\n") + 1]
+        write_atomically(path, lambda file: file.write(text))
+    names = {"image": str, "prediction": str}
+    return pd.read_csv(io.BytesIO(text), dtype=names, keep_default_na=False) if text else pd.DataFrame()
 
 
-def _write(path, table):
-    write_atomically(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+def _append(path, rows):
+    if not rows:
+        return
+    with open(path, "ab") as file:
+        pd.DataFrame(rows).to_csv(file, index=False, header=file.tell() == 0, float_format="%.6g")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +155,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", help="a folder that `sbn-tf train` made")
     parser.add_argument("images", help="a folder of images: png, jpg, tif, bmp; folders in it count")
     parser.add_argument("--out", required=True, help="folder of the results; the same again goes on")
-    parser.add_argument("--flag", type=float, default=0.1, help="flag what is less sure than this share of validation")
+    parser.add_argument(
+        "--flag",
+        type=float,
+        default=0.1,
+        help="flag what is less sure than all but this share of validation",
+    )
     parser.add_argument("--masks", type=int, default=0, help="sampled masks for each image, of a segmentation")
 
 

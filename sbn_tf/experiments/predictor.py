@@ -42,7 +42,8 @@ class NetworkCard(BaseModel):
         mean, sd: of each channel on the 0..1 scale.
         threshold: where probabilities are cut into labels and masks.
         num_samples: draws of a prediction.
-        quantiles: the 0 %, 1 %, ... 100 % quantiles of `Prediction.score` over the validation images, in nats.
+        quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
+        crc32: of the weights, set by `Predictor.save`: card and network belong together.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")  # write_json adds the versions
@@ -59,6 +60,7 @@ class NetworkCard(BaseModel):
     threshold: float = Field(gt=0, lt=1)
     num_samples: int = Field(gt=0)
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    crc32: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,29 +68,67 @@ class Prediction:
     """What the network says of one image.
 
     Args:
-        probabilities: (classes,); of masks (height, width), at the image's own size.
-        entropy, expected_entropy, mutual_information: in nats, total = aleatoric + epistemic: a number for classes that
-            exclude one another, (classes,) for labels, (height, width) for masks.
-        samples: probabilities of each draw, (samples, ...), of the shape of `probabilities`.
+        card: of the network.
+        whole: (width, height) of the image; None: maps stay at the network's size.
+        values: "probabilities", "entropy", "expected_entropy" and "mutual_information" as the network gives them.
+        samples: probabilities of each draw as the network gives them, (samples, ...).
     """
 
-    probabilities: np.ndarray
-    entropy: np.ndarray
-    expected_entropy: np.ndarray
-    mutual_information: np.ndarray
+    card: NetworkCard
+    whole: tuple[int, int] | None
+    values: dict[str, np.ndarray]
     samples: np.ndarray
 
     @property
-    def score(self) -> float:
-        """How unsure the network is of the whole image: the mean of `entropy`, in nats."""
-        return float(np.mean(self.entropy))
+    def probabilities(self) -> np.ndarray:
+        """(classes,); of masks (height, width), at the image's own size: 0 where a crop does not look."""
+        return self.at_own_size(self.values["probabilities"])
 
-    def labels(self, card: NetworkCard) -> list[str]:
-        """Names of what the image shows: the likeliest class, or the labels above the threshold."""
+    @property
+    def means(self) -> dict[str, float]:
+        """How unsure the network is of all that it sees: mean entropies over pixels or labels, in nats."""
+        names = {"total": "entropy", "aleatoric": "expected_entropy", "epistemic": "mutual_information"}
+        return {name: float(np.mean(self.values[key])) for name, key in names.items()}
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the likeliest class; of labels and masks that of what is decided, in the mean."""
+        probs = self.values["probabilities"]
+        return float(probs.max() if self.card.task in EXCLUSIVE else np.maximum(probs, 1 - probs).mean())
+
+    def entropy(self, kind: str = "entropy") -> np.ndarray:
+        """Nats, at the image's own size: "entropy" (total), "expected_entropy" or "mutual_information"."""
+        return self.at_own_size(self.values[kind])
+
+    def sample(self, number: int) -> np.ndarray:
+        """`probabilities` of one draw."""
+        return self.at_own_size(self.samples[number])
+
+    def labels(self) -> list[str]:
+        """Names of what the image shows: the likeliest class, or those above the threshold."""
+        card, probs = self.card, self.values["probabilities"]
         if card.task in EXCLUSIVE:
-            return [card.classes[int(np.argmax(self.probabilities))]]
-        found = self.probabilities.max() if card.task == SEGMENTATION else self.probabilities
+            return [card.classes[int(np.argmax(probs))]]
+        found = probs.max() if card.task == SEGMENTATION else probs
         return [name for name, p in zip(card.classes, np.atleast_1d(found), strict=True) if p > card.threshold]
+
+    def at_own_size(self, values: np.ndarray) -> np.ndarray:
+        """A map of the network's square at the image's own size, as `decoding.square` undone."""
+        if self.card.task != SEGMENTATION or self.whole is None:
+            return values
+        whole, size = self.whole, self.card.size
+        image = Image.fromarray(np.asarray(values, "float32"))
+        if self.card.fit == "crop":
+            scale = size / min(whole)
+            left, top = ((side - min(whole)) / 2 for side in whole)
+            matrix = (scale, 0, -left * scale, 0, scale, -top * scale)  # from places in the image to those in the map
+            return np.asarray(image.transform(whole, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+        box = None
+        if self.card.fit == "pad":
+            inner = [max(1, round(side * size / max(whole))) for side in whole]
+            left, top = ((size - side) // 2 for side in inner)
+            box = (left, top, left + inner[0], top + inner[1])
+        return np.asarray(image.resize(whole, Image.Resampling.BILINEAR, box=box))
 
 
 class Predictor:
@@ -128,13 +168,18 @@ class Predictor:
             raise ValueError(
                 f"Expected a folder of `sbn-tf train` with {CARD} and {MODEL}. Received: {folder} ({reason})."
             ) from None
-        return cls(load(folder / MODEL, compile=False), card)
+        found = cls(load(folder / MODEL, compile=False), card)
+        if card.crc32 != found.crc32():
+            raise ValueError(
+                f"Expected {CARD} and {MODEL} of one training. Received: two, in {folder}. Run `sbn-tf train` again."
+            )
+        return found
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the network and its card, each whole or not at all."""
         with replacing(Path(folder, MODEL)) as temporary:
             self.model.save(temporary)
-        write_json(Path(folder, CARD), self.card.model_dump())
+        write_json(Path(folder, CARD), {**self.card.model_dump(), "crc32": self.crc32()})
 
     def predict(self, images) -> list[Prediction]:
         """Predictions of images, in their order.
@@ -172,35 +217,15 @@ class Predictor:
         if card.task == SEGMENTATION:
             samples = samples[..., 0]
         parts = uncertainty(samples, card.task)
-        found = []
-        for i in range(len(inputs)):
-            maps = {"probabilities": parts["mean_probs"][i], **{key: parts[key][i] for key in PARTS}}
-            draws = samples[:, i]
-            if card.task == SEGMENTATION and wholes is not None:
-                maps = {key: self._at_own_size(one, wholes[i]) for key, one in maps.items()}
-                draws = np.stack([self._at_own_size(one, wholes[i]) for one in draws])
-            found.append(Prediction(**maps, samples=draws))
-        return found
+        maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
+        return [
+            Prediction(card, None if wholes is None else wholes[i], {key: values[i] for key, values in maps.items()}, samples[:, i])
+            for i in range(len(inputs))
+        ]
 
     def _read(self, part):
         inputs, wholes = zip(*map(self.read, part), strict=True)
         return np.stack(inputs), wholes
-
-    def _at_own_size(self, values, whole):
-        """A map of the network's square at the image's own size, as `decoding.square` undone; 0 where not seen."""
-        size = self.card.size
-        image = Image.fromarray(np.asarray(values, "float32"))
-        if self.card.fit == "crop":
-            scale = size / min(whole)
-            left, top = ((side - min(whole)) / 2 for side in whole)
-            matrix = (scale, 0, -left * scale, 0, scale, -top * scale)  # from places in the image to those in the map
-            return np.asarray(image.transform(whole, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
-        box = None
-        if self.card.fit == "pad":
-            inner = [max(1, round(side * size / max(whole))) for side in whole]
-            left, top = ((size - side) // 2 for side in inner)
-            box = (left, top, left + inner[0], top + inner[1])
-        return np.asarray(image.resize(whole, Image.Resampling.BILINEAR, box=box))
 
 
 def image_files(folder: str | os.PathLike) -> dict[str, Path]:
@@ -219,6 +244,11 @@ def image_files(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _items(images) -> Iterable:
+    if isinstance(images, np.ndarray) and (images.ndim not in (3, 4) or (images.ndim == 3 and images.shape[-1] == 3)):
+        raise ValueError(
+            "Expected images (batch, height, width), or (batch, height, width, 1 or 3). "
+            f"Received: shape {images.shape}. Of one image pass image[None]."
+        )
     if isinstance(images, str | os.PathLike):
         return image_files(images).values() if Path(images).is_dir() else [images]
     return images

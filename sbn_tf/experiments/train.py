@@ -9,6 +9,7 @@ import numpy as np
 
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.datasets.decoding import FITS
+from sbn_tf.datasets.folder import is_folder
 from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.compare import fitted, row
 from sbn_tf.experiments.experiment import Experiment, experiment
@@ -18,7 +19,7 @@ from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 __all__ = ["add_arguments", "predictor_of", "run"]
 
-CONTROL = "deterministic"
+CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
@@ -48,14 +49,14 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
     )
     predictor = Predictor(made.model, card)
     batches = (data.val.normalised(slice(i, i + size)) for i in range(0, data.val.num_examples, size))
-    scores = [one.score for batch in batches for one in predictor.predict_batch(batch)]
+    scores = [one.means["total"] for batch in batches for one in predictor.predict_batch(batch)]
     quantiles = tuple(np.quantile(scores, np.linspace(0, 1, 101)).tolist())
     return Predictor(made.model, card.model_copy(update={"quantiles": quantiles}))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf train`."""
-    parser.add_argument("folder", help="a folder with images.csv, see data/README.md; or a name of datasets.names()")
+    parser.add_argument("folder", help="a folder with images.csv, see data/README.md")
     parser.add_argument("--out", required=True, help="folder of the trained network; the same again goes on")
     parser.add_argument("--method", default="members", choices=ONE_NETWORK, help="default: members")
     parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="at most so many images a split")
 
 
-ONE_NETWORK = ("members", "mixture", "partial", CONTROL)  # methods whose predictions come from one saved model
+ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose predictions come from one saved model
 
 
 def run(given: argparse.Namespace) -> None:
@@ -79,11 +80,13 @@ def run(given: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"Expected --out, a folder. Received: {out}, a file.")
     keys = ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")
-    options = {"fit": given.fit} if Path(given.folder).is_dir() else {}
+    if not is_folder(given.folder):
+        raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
     chosen = {key: getattr(given, key) for key in keys}
+    options = {"fit": given.fit}
     settings = experiment(given.folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
-    rows = [row(settings, method) for method in dict.fromkeys((CONTROL, given.method))]
+    rows = [row(settings, method) for method in dict.fromkeys((*CONTROLS, given.method))]
     predictor_of(settings, fitted(settings, given.method), given.fit).save(out)
     frame = results.frame(rows)
     frame.to_csv(out / "results.csv", index=False)
