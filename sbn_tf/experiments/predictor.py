@@ -219,7 +219,12 @@ class Predictor:
         parts = uncertainty(samples, card.task)
         maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
         return [
-            Prediction(card, None if wholes is None else wholes[i], {key: values[i] for key, values in maps.items()}, samples[:, i])
+            Prediction(
+                card,
+                None if wholes is None else wholes[i],
+                {key: values[i] for key, values in maps.items()},
+                samples[:, i],
+            )
             for i in range(len(inputs))
         ]
 
