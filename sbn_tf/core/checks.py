@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import operator
 from typing import Any
 
-import keras
 import numpy as np
 
 __all__ = [
-    "check_callbacks",
     "check_choice",
     "check_count",
     "check_flag",
@@ -69,17 +66,3 @@ def check_choice(name: str, value: Any, known: tuple) -> None:
     """Refuse what is not among `known`."""
     if not isinstance(value, str | None) or value not in known:
         raise ValueError(f"Expected {name} to be one of {known}. Received: {name}={value!r}")
-
-
-def check_callbacks(callbacks: Any) -> None:
-    """Refuse a TensorBoard callback where TensorBoard is not installed: Keras fails only after the first epoch.
-
-    Raises:
-        ModuleNotFoundError: with the command that installs it.
-    """
-    given = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
-    wanted = any(isinstance(one, keras.callbacks.TensorBoard) for one in given)
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise ModuleNotFoundError(
-            'Expected TensorBoard for keras.callbacks.TensorBoard: pip install "sbn_tf[tensorboard]". Received: none.'
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.checks import check_callbacks, check_count
+from sbn_tf.core.checks import check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
 from sbn_tf.core.examples import check_inputs, check_targets
 from sbn_tf.core.keras_internals import all_layers, compile_arguments, compiled_loss, noise_states
@@ -19,7 +20,7 @@ from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.layers import masked_layers
 
-__all__ = ["Guard", "Start", "WatchedData", "narrow_scales"]
+__all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "narrow_scales"]
 
 NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
 NUM_DRAWS = 3  # draws of the posterior that are averaged there
@@ -267,3 +268,17 @@ def _gentle(optimizer, share):
         return type(optimizer), {**config, "learning_rate": share * float(rate), "loss_scale_factor": None}
     except (KeyError, TypeError, ValueError, NotImplementedError):  # several rates, a function, a schedule of no config
         return f"{type(optimizer).__name__}, whose learning rate cannot be read"
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse a TensorBoard callback where TensorBoard is not installed: Keras fails only after the first epoch.
+
+    Raises:
+        ModuleNotFoundError: with the command that installs it.
+    """
+    given = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
+    wanted = any(isinstance(one, keras.callbacks.TensorBoard) for one in given)
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(
+            'Expected TensorBoard for keras.callbacks.TensorBoard: pip install "sbn_tf[tensorboard]". Received: none.'
+        )

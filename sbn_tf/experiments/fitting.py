@@ -14,9 +14,9 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from sbn_tf.core.checks import check_callbacks
 from sbn_tf.core.files import write_atomically
 from sbn_tf.core.keras_internals import noise_states
+from sbn_tf.core.start import check_callbacks
 from sbn_tf.cost import measured
 from sbn_tf.datasets.base import Split
 from sbn_tf.experiments.folders import read_arrays
