@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "check_choice",
-    "check_count",
-    "check_flag",
-    "check_fraction",
-    "check_number",
-    "check_seed",
-    "is_number",
-]
+__all__ = ["check_choice", "check_count", "check_flag", "check_fraction", "check_number", "check_seed", "is_number"]
 
 
 def is_number(value: Any) -> bool:

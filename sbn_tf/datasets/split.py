@@ -8,7 +8,7 @@ from . import stream
 from .arrays import DiskArray, Index
 from .card import BINARY, EXCLUSIVE, SEGMENTATION, TASKS
 
-__all__ = ["Split"]
+__all__ = ["Split", "normalise"]
 
 
 @dataclass(eq=False)
@@ -146,12 +146,7 @@ class Split:
         Args:
             index: which images (any numpy index on the first axis); all of them by default.
         """
-        images = self.images[index].astype("float32")
-        if self.images.dtype == np.uint8:
-            images /= np.float32(255)
-        images -= self.mean
-        images /= self.sd
-        return images
+        return normalise(self.images[index], self.mean, self.sd)
 
     def mean_mask(self, index: Index = slice(None)) -> np.ndarray:
         """Share of the valid raters who marked each pixel, float32 `(N, H, W, 1)`.
@@ -176,6 +171,16 @@ class Split:
         return (self.mean_mask(index) >= 0.5).astype("uint8")
 
     batches = stream.batches
+
+
+def normalise(images: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """`(pixel on the 0..1 scale - mean) / sd`, float32, of images (..., channels): uint8, or float32 on that scale."""
+    found = images.astype("float32")
+    if images.dtype == np.uint8:
+        found /= np.float32(255)
+    found -= mean
+    found /= sd
+    return found
 
 
 def rows(column, index: Index):

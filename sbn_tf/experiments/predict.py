@@ -19,11 +19,10 @@ from tqdm import tqdm
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import BINARY, SEGMENTATION
-from sbn_tf.experiments.predictor import Prediction, Predictor, image_files
+from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
 
 __all__ = ["add_arguments", "predict_folder", "run"]
 
-BATCH = 16  # images in memory at a time
 TABLE, SKIPPED, SETTINGS = "predictions.csv", "skipped.csv", "settings.json"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from sbn_tf.core.sampled import SampledModel
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
+from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.folders import read_json, write_json
 from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.metrics import uncertainty
@@ -27,6 +28,7 @@ from sbn_tf.metrics import uncertainty
 __all__ = ["NetworkCard", "Prediction", "Predictor", "image_files"]
 
 MODEL, CARD = "model.keras", "network.json"
+BATCH = 16  # images in memory at a time
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
 PARTS = ("entropy", "expected_entropy", "mutual_information")  # total, aleatoric, epistemic
 
@@ -192,7 +194,9 @@ class Predictor:
         Raises:
             ValueError: a file that cannot be read, or an array of another form.
         """
-        return [one for part in _batches(_items(images), 16) for one in self.predict_batch(*self._read(part))]
+        items = list(_items(images))
+        parts = (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+        return [one for part in parts for one in self.predict_batch(*self._read(part))]
 
     def crc32(self) -> int:
         """A number that tells networks apart: of all weights."""
@@ -205,7 +209,7 @@ class Predictor:
             pixels, whole = _pixels(image, card), (image.shape[1], image.shape[0])
         else:
             pixels, whole = read_image(image, card.size, card.fit, card.channels)
-        return (pixels / np.float32(255) - np.asarray(card.mean, "float32")) / np.asarray(card.sd, "float32"), whole
+        return normalise(pixels, np.asarray(card.mean, "float32"), np.asarray(card.sd, "float32")), whole
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
@@ -257,11 +261,6 @@ def _items(images) -> Iterable:
     if isinstance(images, str | os.PathLike):
         return image_files(images).values() if Path(images).is_dir() else [images]
     return images
-
-
-def _batches(items, size) -> Iterator[list]:
-    items = list(items)
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _pixels(image, card):

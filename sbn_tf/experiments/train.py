@@ -20,6 +20,7 @@ from sbn_tf.experiments.predictor import NetworkCard, Predictor
 __all__ = ["add_arguments", "predictor_of", "run"]
 
 CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
+ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose predictions come from one saved model
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
@@ -68,9 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="at most so many images a split")
-
-
-ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose predictions come from one saved model
 
 
 def run(given: argparse.Namespace) -> None:
