@@ -367,14 +367,16 @@ def dice_raters(masks: ArrayLike, predicted: ArrayLike, rater_valid: ArrayLike |
 
 
 # %%
-def generalised_energy_distance(masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:
-    """Squared distance between the sampled masks, `p > 0.5`, and the raters', for each image; 0 if they are identical.
+def generalised_energy_distance(
+    masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None, spread: bool = False
+) -> np.ndarray:
+    """Squared distance between the sampled masks and the raters', for each image; 0 if they are identical.
 
-    Every expectation runs over all pairs, a mask with itself included, as is customary: few samples then bias it
-    upwards, so compare only equal numbers of samples.
+    Samples are cut at 1/2; `spread`: sample m of M at (m - 1/2)/M, which keeps what each is unsure of. All pairs count,
+    a mask with itself too: few samples bias it upwards, so compare equal numbers.
     """
     found = []
-    for samples, raters in mask_sets(probs, masks, rater_valid):
+    for samples, raters in mask_sets(probs, masks, rater_valid, spread):
         within = distances(samples, samples).mean() + distances(raters, raters).mean()
         found.append(2 * distances(samples, raters).mean() - within)
     return np.array(found)
@@ -489,11 +491,13 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
 
 
 # %%
-def image_nll(case: Case) -> np.ndarray:
-    """Log score of each image; of classes that of the true one."""
+def image_nll(case: Case, samples: bool = False) -> np.ndarray:
+    """Log score of each image, of classes that of the true one: of the mean prediction, or the mean of all samples'."""
+    probs = case.probs if samples else case.mean_probs
     if case.task in EXCLUSIVE:
-        return -np.log(np.maximum(case.mean_probs[case.targets == 1], LOG_CLIP))
-    return case.mean(log_score(case.truth, case.mean_probs))
+        scores = -np.log(np.maximum(probs[..., case.targets == 1], LOG_CLIP))
+        return scores.mean(0) if samples else scores
+    return case.mean(log_score(case.truth, probs), samples)
 
 
 def image_risk(case: Case) -> np.ndarray:
@@ -507,6 +511,7 @@ _UP, _DOWN, _LOSS, _SIZE = (0, 1, True), (0, 1, False), (0, _INF, False), (0, _I
 # fmt: off
 _ENTRIES: list[tuple] = [  # name, tasks, (lowest, highest, is higher better), how, meaning
     ("nll", TASKS, *_LOSS, image_nll, "negative log likelihood, nats per label, pixel or image"),
+    ("member_nll", TASKS, *_LOSS, lambda case: image_nll(case, True), "the samples' own, mean: above the nll"),
     ("brier", TASKS, 0, 2, False, of.image_brier, "squared error of the probabilities; of classes summed, 0 to 2"),
     ("brier_skill", TASKS, -_INF, 1, True, of.SKILL, "1 - Brier / Brier of the training prevalence: 0 is no skill"),
     ("ece", TASKS, *_DOWN, of.ECE, "expected calibration error, 15 bins of equal width, pooled"),
@@ -544,6 +549,8 @@ _ENTRIES += [
     ("ece_region", _MASKS, *_DOWN, of.ECE_REGION, "calibration error of pixels marked by a rater or the prediction"),
     ("ged", _MASKS, 0, 2, False, of.of_raters(generalised_energy_distance),
      "generalised energy distance of the sampled masks to the raters' masks", of.ONE_RATER),
+    ("ged_spread", _MASKS, 0, 2, False, of.of_raters(generalised_energy_distance, spread=True),
+     "the same of M samples cut at 1/2M, 3/2M, ... instead of each at 1/2", of.ONE_RATER),
     ("hungarian_iou", _MASKS, *_UP, of.of_raters(hungarian_iou),
      "IoU of sampled masks and raters' masks, best matched one to one", of.ONE_RATER),
     ("dice_raters", _MASKS, *_UP, of.of_raters(dice_raters, decided=True),
@@ -578,8 +585,8 @@ METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIE
 # differ and errors lie nowhere else: both numbers reward location alone.
 #
 # ## Summary
-# Put the trivial predictor's score beside every number. Proper scores (NLL, Brier) judge the whole; ECE, AUC and
-# entropy each judge a part. With several raters the target is a random one, and level sets are a baseline.
+# Put the trivial predictor's score beside every number. Proper scores (NLL, Brier) judge the whole; ECE, AUC, entropy
+# a part. With several raters the target is a random one, and level sets are a baseline.
 #
 # ## Exercises
 # 1. All 14 probabilities are 0.5. What are `accuracy`, `ece` and `paper_entropy` if 5 % of the labels are 1?
@@ -587,8 +594,6 @@ METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIE
 #    entropy would not be better calibrated: the all-0 prediction has 0.</details>
 # 2. Why is `brier(soft, mean_probs)` lower than the mean over raters of `brier(mask, mean_probs)`, and by how much?
 #    <details><summary>Answer</summary>By the raters' variance, `disagreement(masks).mean()`.</details>
-# 3. A method repeats its one mask ten times. What becomes of its GED and its matched IoU?
-#    <details><summary>Answer</summary>Nothing: both depend on the distribution of the masks only.</details>
 #
 # ## References
 # Brier (1950), Murphy (1988), Monthly Weather Review. Murphy (1973), J. Applied Meteorology 12. Stephenson et al.

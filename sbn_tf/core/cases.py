@@ -265,14 +265,14 @@ def no_correlation(record, weights):
     return "the entropy or the raters' variance is the same at every pixel" if rated else ONE_RATER
 
 
-def of_raters(score, decided=False):
+def of_raters(score, decided=False, **options):
     """The value of each image of a score against raters: NaN where there are not two or more."""
 
     def image(case):
         values, two = np.full(len(case.truth), np.nan), case.several
         if two.any():
             predicted = case.decision[two] if decided else case.probs[:, two]
-            values[two] = score(case.targets[two], predicted, case.valid[two])
+            values[two] = score(case.targets[two], predicted, case.valid[two], **options)
         return values
 
     return image

@@ -55,12 +55,17 @@ def disagreement(masks: ArrayLike, rater_valid: ArrayLike | None = None) -> np.n
     return soft * (1 - soft)
 
 
-def mask_sets(probs, masks, rater_valid) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def spread_cuts(count: int) -> np.ndarray:
+    """(m - 1/2) / count for m = 1 ... count: where `count` sampled masks are cut, so that all levels are used."""
+    return (np.arange(count) + 0.5) / count
+
+
+def mask_sets(probs, masks, rater_valid, spread=False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each image's sampled masks (samples, pixels) and valid raters' masks (raters, pixels), float32 0 and 1."""
     probs, masks, _ = check(probs, masks, SEGMENTATION, rater_valid)
-    real = check_valid(rater_valid, masks)
+    real, cuts = check_valid(rater_valid, masks), spread_cuts(len(probs))[:, None, None] if spread else 0.5
     for index in range(len(masks)):
-        samples = (probs[:, index] > 0.5).reshape(len(probs), -1).astype("float32")
+        samples = (probs[:, index] > cuts).reshape(len(probs), -1).astype("float32")
         yield samples, np.asarray(masks[index])[..., real[index]].reshape(samples.shape[1], -1).T.astype("float32")
 
 

@@ -15,18 +15,16 @@ from sbn_tf.core.examples import check_inputs
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, own_trained
 from sbn_tf.core.losses import set_added_shares
-from sbn_tf.core.outputs import Outputs, class_axes, input_structure, is_samples, names_of_outputs, output_kind
+from sbn_tf.core.outputs import Outputs, class_axes, input_structure, is_samples, output_kind
+from sbn_tf.core.overlap import spread_cuts
 from sbn_tf.core.replicas import Distributed
+from sbn_tf.core.sampler import Sampler
 from sbn_tf.core.sharing import one_after_another
 from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import masked_layers
 
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
 __all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
-SLICE = 256  # images, at least: of a prediction that is put together slice by slice
 MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
 
@@ -192,6 +190,27 @@ class SampledModel(Distributed):
         outputs = self._sampler("samples", num_samples).by_slices(x, batch_size, verbose)
         return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
 
+    def predict_masks(self, x, num_masks: int | None = None, batch_size=None, verbose=0):
+        """Masks of a segmentation that vary as the answer may: bool (num_masks, batch, ...) for each output.
+
+        Mask m is cut from draw m at (m - 1/2) / num_masks. Cut at 1/2, each would hide what its draw is unsure of: the
+        raters' masks of an image differ more than the probable outlines of five networks do.
+
+        Args:
+            x, batch_size, verbose: as in `predict`.
+            num_masks: >= 1; None: `num_samples`. More than a posterior has members use each several times.
+
+        Raises:
+            ValueError: a number of masks that is none, or an output that is no probability of a pixel (sigmoid).
+        """
+        kinds = self.outputs_of_samples.probabilities
+        if any(kind != "sigmoid" for kind in (kinds if isinstance(kinds, list) else [kinds])):
+            raise ValueError(f"Expected sigmoid outputs, of which masks are cut. Received: {kinds}")
+        samples = self.predict_samples(x, num_masks, batch_size, verbose)
+        return keras.tree.map_structure(
+            lambda a: np.moveaxis(np.moveaxis(a, 0, -1) > spread_cuts(len(a)), -1, 0), samples
+        )
+
     def predict_uncertainty(self, x, num_samples: int | None = None, batch_size=None, verbose=0):
         """How sure the model is, and why not.
 
@@ -258,7 +277,7 @@ class SampledModel(Distributed):
         check_count("num_samples", num_samples, MOST_SAMPLES)
         key = (kind, num_samples)
         if key not in self._samplers():
-            sampler = _Sampler(self, kind, num_samples)
+            sampler = Sampler(self, kind, num_samples)
             sampler.compile(jit_compile=False)
             self._samplers()[key] = sampler
         return self._samplers()[key]
@@ -329,92 +348,6 @@ class SampledModel(Distributed):
         if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
             return self.network.load_weights(filepath, **kwargs)
         return super().load_weights(filepath, **kwargs)
-
-
-class _Sampler(Distributed):
-    """Runs S draws of a `SampledModel`'s network for one batch, in one compiled call."""
-
-    def __init__(self, model, kind, num_samples):
-        super().__init__(name=f"{kind}_of_{num_samples}")
-        self.model, self.kind, self.num_samples = model, kind, num_samples  # tracked: JAX passes its variables
-        self.built = True
-
-    def by_slices(self, x, batch_size, verbose):
-        """`predict`; of arrays slice by slice into results made once, where Keras holds 3.5 times the results."""
-        leaves, size = keras.tree.flatten(x), batch_size or 32
-        step = size * -(-SLICE // size)
-        lengths = {len(leaf) for leaf in leaves} if all(isinstance(leaf, np.ndarray) for leaf in leaves) else set()
-        count = lengths.pop() if len(lengths) == 1 else 0  # Keras says what is wrong with others
-        if count <= step:
-            return self.predict(x, batch_size=batch_size, verbose=verbose)
-        bar, results = keras.utils.Progbar(count, verbose=1 if verbose == "auto" else int(verbose)), None
-        for start in range(0, count, step):
-            part = keras.tree.map_structure(lambda a, start=start: a[start : start + step], x)
-            found = self.predict(part, batch_size=batch_size, verbose=0)
-            if results is None:
-                results = keras.tree.map_structure(lambda a: np.empty((count, *a.shape[1:]), a.dtype), found)
-            for whole, piece in zip(keras.tree.flatten(results), keras.tree.flatten(found), strict=True):
-                whole[start : start + step] = piece
-            bar.update(min(start + step, count))
-        return results
-
-    def call(self, inputs):
-        with self.model.graph.sharing():
-            return self._array(inputs) if self.kind == "samples" else self._sums(inputs)
-
-    def _array(self, inputs):
-        """The samples' outputs: (batch, samples, ...)."""
-        first, (start, write, whole) = self._draw(inputs, 0), _rows_written_once(self.num_samples)
-
-        def step(i, state):
-            rows = zip(state, keras.tree.flatten(self._draw(inputs, i)), strict=True)
-            return [write(written, i, x) for written, x in rows]
-
-        state = [start(x) for x in keras.tree.flatten(first)]
-        state = one_after_another(step, state, 1, self.num_samples, self.model.network.non_trainable_variables)
-        return keras.tree.pack_sequence_as(first, [ops.moveaxis(whole(rows), 0, 1) for rows in state])
-
-    def _sums(self, inputs):
-        """Mean and entropies by running sums: no (samples, batch, ...) array."""
-        outputs, first = self.model.outputs_of_samples, self._draw(inputs, 0)
-        start = keras.tree.flatten(first)
-
-        def terms(drawn):
-            return [*keras.tree.flatten(drawn), *outputs.spreads(drawn, start)]
-
-        def add(i, state):
-            return [total + x for total, x in zip(state, terms(self._draw(inputs, i)), strict=True)]
-
-        sums = one_after_another(add, terms(first), 1, self.num_samples, self.model.network.non_trainable_variables)
-        means = [total / self.num_samples for total in sums]
-        results = outputs.uncertainties(means[: len(start)], means[len(start) :], start)
-        if len(results) == 1:
-            return results[0]
-        if self.kind == "served":  # a signature has no structure: "name_mean", ...
-            named = zip(names_of_outputs(self.model.network), results, strict=True)
-            return {f"{name}_{key}": value for name, result in named for key, value in result.items()}
-        return keras.tree.pack_sequence_as(first, results)
-
-    def _draw(self, inputs, sample):
-        return self.model.outputs_of_samples.as_probabilities(self.model.one_draw(inputs, False, sample))
-
-
-def _rows_written_once(count):
-    """`rows = start(row 0)`, `rows = write(rows, i, row)`, `whole(rows)`: of (count, ...), each row written once.
-
-    TensorFlow's scatter and its XLA slice update copy the whole array at each step of a loop: count times count rows.
-    """
-    if keras.backend.backend() != "tensorflow":  # JAX updates in place
-        return (
-            lambda row: ops.repeat(row[None], count, axis=0),
-            lambda rows, i, row: ops.slice_update(rows, (i, *(0 for _ in row.shape)), row[None]),
-            lambda rows: rows,
-        )
-    return (
-        lambda row: tf.TensorArray(row.dtype, count).write(0, row),
-        lambda rows, i, row: rows.write(i, row),
-        lambda rows: rows.stack(),
-    )
 
 
 def settle_batch_norm(network: keras.Model, how: str) -> None:

@@ -43,7 +43,7 @@ def bayesian_network(
         estimator=recipe.estimator,
         posterior=posterior,
         initial_scale=absolute if recipe.initial_scale is None else recipe.initial_scale,
-        relative="entry" if not gaussian and recipe.scale_start == "relative" else False,
+        relative=False if gaussian else {"relative": "entry", "layer": True}.get(recipe.scale_start, False),
         untransformed_scale_initializer=rho,
         prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
         prior_at_loc=recipe.prior_at == "weight",

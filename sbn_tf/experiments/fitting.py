@@ -209,6 +209,7 @@ def fit(
     seed: int,
     folder: str | os.PathLike,
     augment: str | None = None,
+    rater: str | None = None,
     keep: str = "last",
     callbacks: Sequence[keras.callbacks.Callback] = (),
     verbose: bool = True,
@@ -219,7 +220,7 @@ def fit(
         model: compiled `keras.Model`, as at the start of training.
         train, val: `datasets.Split`; `val=None` to leave validation out.
         epochs: in all, those of an interrupted call included.
-        batch_size, seed, augment: of the stream.
+        batch_size, seed, augment, rater: of the stream.
         folder: where the checkpoint lies.
         keep: "last", or "best": the model ends with the weights of the epoch with the lowest validation loss.
         callbacks: more Keras callbacks.
@@ -259,7 +260,9 @@ def fit(
         try:
             with measured() as used:
                 model.fit(
-                    train.batches(batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment),
+                    train.batches(
+                        batch_size, seed=seed, initial_epoch=done, epochs=epochs, augment=augment, rater=rater
+                    ),
                     steps_per_epoch=train.steps(batch_size),
                     initial_epoch=done,
                     epochs=epochs,

@@ -44,13 +44,16 @@ class Recipe:
         class_weights: "none", or "paper": negatives/positives per label; 10 for the foreground where there are raters;
             where one class excludes the others, every class the same weight in all.
         augment: None or an augmentation of `datasets.Split.batches`.
+        targets: the masks of several raters to learn from: "random" (one rater's, drawn again each epoch) or "mean".
+        ema: momentum of the weights' moving average, which the training gives back, 0..1; None: its last weights.
         score: saliency score of step 2.
         num_samples, estimator: posterior draws a step, and how the batch is shared among them.
         beta_start, beta_stop: factor of the KL in the first and the last epoch.
         kl_reduction: "sum" (the ELBO) or "mean" (the paper's code).
         initial_scale: where every scale starts; None: the paper's untransformed scales, N(-3, 1).
         scale_start: of what `initial_scale` is a multiple: "absolute" (of 1), "relative" (of |loc|, at least of 1e-3),
-            "fisher" (of the diagonal Laplace approximation's, `(num_train * fisher + 1) ** -0.5`).
+            "layer" (of members and mixtures: of |loc|, at least of the layer's root mean square), "fisher" (of the
+            diagonal Laplace approximation's, `(num_train * fisher + 1) ** -0.5`).
         prior_scale: standard deviation of the prior N(0, prior_scale), in the weights' unit.
         prior_at: where the prior has its loc: "zero", or each trained "weight" (`weight_decay` still pulls to 0).
         trains: what step 3 trains: "all" weights; "bayesian": the locs and scales of Bayesian entries; "scales".
@@ -60,6 +63,7 @@ class Recipe:
         eligible: "all" weights but normalisation's, "kernels" without biases, or "biases" alone.
         batch_norm: "frozen", "statistics" or "train" in step 3. The last two need estimator "all" where a batch norm
             comes after a Bayesian weight.
+        branch_at: share of `epochs` after which the members of "branched" part, 0..1.
         keep: the weights that a run gives back: "last", or "best": of the epoch with the lowest validation loss (the
             first of equals), which in step 3 includes the KL.
 
@@ -81,6 +85,8 @@ class Recipe:
     scale_learning_rate: float = 0.01
     class_weights: str = "none"
     augment: str | None = None
+    targets: str = "random"
+    ema: float | None = None
     score: str = "fisher"
     num_samples: int = 5
     estimator: str = "all"
@@ -96,6 +102,7 @@ class Recipe:
     fan_out: float | None = None
     eligible: str = "all"
     batch_norm: str = "frozen"
+    branch_at: float = 0.2
     keep: str = "last"
 
     def __post_init__(self):
@@ -112,6 +119,11 @@ class Recipe:
             check_number("weight_decay", self.weight_decay, least=0.0)
         if self.fan_out is not None:
             check_fraction("fan_out", self.fan_out)
+        check_fraction("branch_at", self.branch_at)
+        if self.ema is not None:
+            check_fraction("ema", self.ema)
+            if self.keep == "best":
+                raise ValueError('Expected keep="last" with ema, which averages over epochs. Received: keep="best"')
         if self.scale_start != "absolute" and self.initial_scale is None:
             raise ValueError(f"Expected initial_scale, a factor of {self.scale_start!r} scales. Received: None")
         for field, known in _CHOICES.items():
@@ -125,10 +137,11 @@ _CHOICES = {
     "decay": ("none", "cosine"),
     "class_weights": ("none", "paper"),
     "augment": (None, "flips_and_quarter_turns"),
+    "targets": ("random", "mean"),
     "score": ("fisher", "paper", "per_example", "magnitude", "taylor", "random"),
-    "estimator": ("all", "split", "flipout", "local"),
+    "estimator": ("all", "split", "turns", "flipout", "local"),
     "kl_reduction": ("sum", "mean"),
-    "scale_start": ("absolute", "relative", "fisher"),
+    "scale_start": ("absolute", "relative", "layer", "fisher"),
     "prior_at": ("zero", "weight"),
     "trains": ("all", "bayesian", "scales"),
     "scope": ("global", "layer", "channel", "one_per_channel"),
@@ -421,6 +434,7 @@ def optimizer_for(
     momentum: float = 0.0,
     weight_decay: float | None = None,
     decay: str = "none",
+    ema: float | None = None,
     steps: int = 1,
     cycle_steps: Iterable[int] | None = None,
 ) -> keras.optimizers.Optimizer:
@@ -430,6 +444,7 @@ def optimizer_for(
     rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps) if decay == "cosine" else learning_rate
     if cycle_steps is not None:
         rate = CosineCycles(learning_rate, cycle_steps)
+    shared = {"weight_decay": weight_decay, "use_ema": ema is not None, "ema_momentum": ema or 0.0}
     if name == "sgd":
-        return keras.optimizers.SGD(rate, momentum=momentum, weight_decay=weight_decay)
-    return keras.optimizers.Adam(rate, weight_decay=weight_decay)
+        return keras.optimizers.SGD(rate, momentum=momentum, **shared)
+    return keras.optimizers.Adam(rate, **shared)

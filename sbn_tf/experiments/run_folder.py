@@ -133,6 +133,7 @@ class RunFolder:
             seed=self.seed,
             folder=self.path,
             augment=self.recipe.augment,
+            rater=self.recipe.targets if self.data.train.num_raters > 1 else None,
             keep=self.recipe.keep,
             callbacks=[*callbacks(model), *cycles, *self.callbacks],
             verbose=self.verbose,

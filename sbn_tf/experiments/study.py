@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
 import sys
 import traceback
@@ -32,7 +31,7 @@ def read(path: str | os.PathLike) -> Plan:
     """Read the plan of a study.
 
     Raises:
-        ValueError: not such a file, no question, several datasets or folds, or an unknown name.
+        ValueError: not such a file, no question, several datasets, or an unknown name.
         FileNotFoundError: no such file.
     """
     found = plan.read(path)
@@ -44,10 +43,10 @@ def read(path: str | os.PathLike) -> Plan:
 
 
 def _dataset(study: Plan) -> tuple[str, Dataset]:
-    """The one dataset of a study."""
+    """The one dataset of a study, of which it may have several folds."""
     ((name, data), *others) = study.datasets.items()
-    if others or len(data.folds) > 1:
-        raise ValueError(f"Expected one dataset with one fold in a study. Received: {len(others) + 1} datasets")
+    if others:
+        raise ValueError(f"Expected one dataset in a study. Received: {len(others) + 1}")
     return name, data
 
 
@@ -68,9 +67,9 @@ def check_names(study: Plan) -> None:
         recipes.parse_changes(changes)
 
 
-def _experiment(study: Plan, **options) -> compare.Experiment:
+def _experiment(study: Plan, fold: int, **options) -> compare.Experiment:
     name, data = _dataset(study)
-    return compare.experiment(name, study.recipe, **{**options, **data.arguments(data.folds[0])})
+    return compare.experiment(name, study.recipe, **{**options, **data.arguments(fold)})
 
 
 def run_study(
@@ -79,6 +78,7 @@ def run_study(
     runs: str | os.PathLike | None = None,
     table: str | os.PathLike | None = None,
     seeds: Sequence[int] | None = None,
+    folds: Sequence[int] | None = None,
     names: Collection[str] | None = None,
     split: str = "val",
     verbose: bool = False,
@@ -89,7 +89,7 @@ def run_study(
         study: from `read`.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         table: path of the CSV; None: the plan's, or `results/<name>.csv`.
-        seeds: of these only; None: all of the study.
+        seeds, folds: of these only; None: all of the study.
         names: questions of these names only; None: all.
         split: what is scored: "val", or "test" once all is chosen.
         verbose: show the progress of each training.
@@ -103,29 +103,33 @@ def run_study(
     if unknown := [name for name in names or () if name not in study.questions]:
         raise ValueError(f"Expected questions among {', '.join(study.questions)}. Received: {unknown}")
     place = folders.repository() / (study.table or f"results/{study.name}.csv") if table is None else Path(table)
-    base = _experiment(study, runs=runs, split=split, num_resamples=200, verbose=verbose)
-    if split == "val":
-        base = dataclasses.replace(base, shifts={}, swapped=None)  # nothing is chosen by these
-    seeds = _dataset(study)[1].seeds if seeds is None else seeds
-    for seed in seeds:  # predictors that ignore the image, and level sets of one map
-        trivial = compare.trivial_rows(dataclasses.replace(base, seed=seed))
-        results.write_csv(results.frame(trivial.values()), place)
-    failed, done = [], set()
-    for name, seed in itertools.product(names or study.questions, seeds):
-        for variant in study.questions[name].variants:
-            if (same := (variant.model_copy(update={"label": ""}), seed)) in done:
-                continue
-            done.add(same)
-            try:
-                row = _row(dataclasses.replace(base, seed=seed), variant)
-            except Exception as error:  # of one variant: the others go on
-                traceback.print_exc()
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                failed.append(f"{name}: {variant.label}, seed {seed}: {reason}")
-                continue
-            results.write_csv(results.frame([row]), place)
-            print(f"{name:<10} seed {seed}  {variant.label:<44} NLL {row.metrics['nll']:.5f}", flush=True)
+    data = _dataset(study)[1]
+    seeds, folds = data.seeds if seeds is None else seeds, data.folds if folds is None else folds
+    asked = [variant for name in names or study.questions for variant in study.questions[name].variants]
+    variants = list({one.model_copy(update={"label": ""}): one for one in reversed(asked)}.values())[::-1]
+    failed = []
+    for fold in folds:
+        base = _experiment(study, fold, runs=runs, split=split, num_resamples=200, verbose=verbose)
+        if split == "val":
+            base = dataclasses.replace(base, shifts={}, swapped=None)  # nothing is chosen by these
+        for settings in [dataclasses.replace(base, seed=seed) for seed in seeds]:
+            # Predictors that ignore the image, and level sets of one map.
+            results.write_csv(results.frame(compare.trivial_rows(settings).values()), place)
+            failed += [found for variant in variants if (found := _add_row(settings, variant, fold, place))]
     return failed
+
+
+def _add_row(settings, variant, fold, place) -> str:
+    """Add a variant's row to the table; what failed, or ""."""
+    where = f"{variant.label}, seed {settings.seed}" + (f", fold {fold}" if fold >= 0 else "")
+    try:
+        row = _row(settings, variant)
+    except Exception as error:  # of one variant: the others go on
+        traceback.print_exc()
+        return f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    results.write_csv(results.frame([row]), place)
+    print(f"NLL {row.metrics['nll']:.5f}  {where}", flush=True)
+    return ""
 
 
 def _row(base, variant):
@@ -155,7 +159,8 @@ def stability(
         A row for each score and seed: "score", "seed", "halves" (scores from the two halves of the training images),
         "other_seed" (from the network of the next seed) and "early" (from the network of fewer epochs).
     """
-    base = dataclasses.replace(_experiment(study, runs=runs, verbose=False), swapped=None)
+    fold = _dataset(study)[1].folds[0]
+    base = dataclasses.replace(_experiment(study, fold, runs=runs, verbose=False), swapped=None)
     seeds = list(_dataset(study)[1].seeds if seeds is None else seeds)
     loss, data, found = recipes.loss_for(base.recipe, base.data), base.data, []
     middle = data.train.num_examples // 2
@@ -236,6 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", help="a YAML file with questions")
     parser.add_argument("--questions", help="names with commas between; default: all")
     parser.add_argument("--seeds", help="integers with commas between; default: those of the plan")
+    parser.add_argument("--folds", help="integers with commas between; default: those of the plan")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="what is scored")
     parser.add_argument("--masks", action="store_true", help="only: how far the choice of weights repeats itself")
     parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
@@ -253,7 +259,10 @@ def run(given: argparse.Namespace) -> int:
         print(f"{len(rows)} rows in {place}")
         return 0
     names = None if given.questions is None else [name.strip() for name in given.questions.split(",")]
-    failed = run_study(study, runs=given.runs, table=given.table, seeds=seeds, names=names, split=given.split)
+    folds = None if given.folds is None else compare.parse_seeds(given.folds)
+    failed = run_study(
+        study, runs=given.runs, table=given.table, seeds=seeds, folds=folds, names=names, split=given.split
+    )
     for line in [f"{len(failed)} failed:", *failed] if failed else ():
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -44,9 +44,12 @@ __all__ = [
     "untrained_network",
 ]
 
-_OF_TRAINING = ("batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay", "class_weights")
+_OF_TRAINING = (
+    *("batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay", "ema"),
+    *("class_weights", "targets"),
+)
 _OF_SCALES = ("scale_optimizer", "scale_learning_rate", "num_samples", "initial_scale", "scale_start", "beta_start")
-_OF_MASKS = ("scope", "fan_out", "eligible")  # the digest of the masks says how they were chosen
+_OF_MASKS = ("scope", "fan_out", "eligible", "branch_at")  # the digest of the masks, and step 1, say what they did
 
 
 def deterministic_run(
@@ -336,7 +339,8 @@ def untrained_network(
 def _compiled_with_scales(model, data, recipe):
     """Compile a model for step 3: one optimiser for the locs, one for the scales."""
     steps = recipe.bayes_epochs * data.train.steps(recipe.batch_size)
-    scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, momentum=recipe.momentum)
+    momenta = {"momentum": recipe.momentum, "ema": recipe.ema}
+    scales = optimizer_for(recipe.scale_optimizer, recipe.scale_learning_rate, **momenta)
     model.compile(LocScaleOptimizer(_optimizer(_gentle(recipe), steps), scales), loss_for(recipe, data))
     return model
 
@@ -431,6 +435,7 @@ def _optimizer(recipe, steps, cycle_steps=None):
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         decay=recipe.decay,
+        ema=recipe.ema,
         steps=steps,
         cycle_steps=cycle_steps,
     )

@@ -47,6 +47,7 @@ class Method:
     takes_r_bayes = takes_samples = False
     sets: tuple[str, ...] = ()
     num_networks = 1  # that are stored
+    needs_step1 = True  # the recipe's, which methods share
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class Method:
             data: `datasets.Data`, or its sizes: no image is read.
         """
         parts = parts_of(self.recipe, data, self.network)
-        trainings = {"step1": parts.first, **self._trainings(parts)}
+        trainings = ({"step1": parts.first} if self.needs_step1 else {}) | self._trainings(parts)
         return Estimate(trainings, self.num_samples * parts.one_pass, self._memory(parts))
 
     # ---- below: a method overrides these ----

@@ -8,7 +8,7 @@ from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import write_json
 from sbn_tf.experiments.methods.base import Method
 
-__all__ = ["Ensemble", "EnsembleLonger", "Snapshot"]
+__all__ = ["Budget2", "Budget3", "Budget5", "Ensemble", "EnsembleLonger", "Snapshot"]
 
 MAX_CYCLES = 5
 
@@ -34,7 +34,7 @@ class Networks(Method):
     def _train_members(self, data):
         """Train the members of step 1, each a run of `deterministic` by itself."""
         options = {"num_members": self.num_members, "network": self.network, **self._options()}
-        members = training.ensemble_runs(data, self.recipe, **options)
+        members = training.ensemble_runs(data, self.recipe_used, **options)
         self.step1 = members[0]
         self._hold(members, data)
         return members
@@ -68,6 +68,45 @@ class Ensemble(Networks):
 
     def _trainings(self, parts):
         return {f"member{index}": parts.first for index in range(1, self.num_members)}
+
+
+class Budget2(Ensemble):
+    """Networks that together have the epochs of one: what a posterior at the price of one training has to beat."""
+
+    name, title = "budget_2", "two networks, half of the epochs each"
+    sets = ("epochs",)
+    needs_step1 = False
+    share = 2
+
+    def _count_samples(self, num_samples):
+        self.num_members = self.share
+        return self.share
+
+    def _train(self, data):
+        self._use(epochs=self._epochs())
+        super()._train(data)
+
+    def _epochs(self):
+        return max(1, round(self.recipe.epochs / self.share))
+
+    def _paper_flops(self):
+        return None
+
+    def _trainings(self, parts):
+        member = parts.first / self.recipe.epochs * self._epochs()
+        return {f"{self.name}_member{index}": member for index in range(self.share)}
+
+
+class Budget3(Budget2):
+    """Three of them."""
+
+    name, title, share = "budget_3", "three networks, a third of the epochs each", 3
+
+
+class Budget5(Budget2):
+    """Five of them."""
+
+    name, title, share = "budget_5", "five networks, a fifth of the epochs each", 5
 
 
 class EnsembleLonger(Networks):

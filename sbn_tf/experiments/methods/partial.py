@@ -19,6 +19,7 @@ from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency
 __all__ = [
     "Bayes",
     "BayesNormal",
+    "Branched",
     "FirstLast",
     "FirstLayer",
     "LastLayer",
@@ -61,9 +62,11 @@ class Partial(Method):
     def _train_posterior(self, data):
         method = None if self.name == "partial" else self.name
         options = {"method": method, "posterior": self.posterior, **self._options()}
-        members = self.posterior != "gaussian"
-        recipe = self._use(**_MEMBERS, beta_stop=self.recipe.beta_start) if members else self.recipe
-        return training.partial_run(self.step1, self.masks, data, recipe, **options)
+        return training.partial_run(self.step1, self.masks, data, self._use(**self._settings()), **options)
+
+    def _settings(self):
+        """What the posterior sets of the recipe."""
+        return {} if self.posterior == "gaussian" else {**_MEMBERS, "beta_stop": self.recipe.beta_start}
 
     def _take(self, run):
         self.trained = [self.step1, run]
@@ -177,6 +180,35 @@ class Members(Partial):
         return None
 
 
+class Branched(Members):
+    """A sparse ensemble that parts early: one network first, then members for the rest of step 1's epochs.
+
+    The first `branch_at` of the recipe's `epochs` train one network at a constant learning rate. There the saliency
+    chooses the weights, and the members train together for the epochs that are left, at the same rate, with the
+    recipe's decay. So all of it costs what step 1 costs by itself, and the saliency pass.
+    """
+
+    name, title = "branched", "sparse ensemble that parts early"
+    sets = (*SET_BY_MEMBERS, "bayes_epochs", "bayes_learning_rate")
+    needs_step1 = False
+
+    def _train_step1(self, data):
+        stem = dataclasses.replace(self.recipe, epochs=self._stem_epochs(), decay="none")
+        self.step1 = training.deterministic_run(data, stem, network=self.network, **self._options())
+
+    def _stem_epochs(self):
+        return min(max(1, round(self.recipe.branch_at * self.recipe.epochs)), max(1, self.recipe.epochs - 1))
+
+    def _settings(self):
+        rest = max(1, self.recipe.epochs - self._stem_epochs())
+        return {**super()._settings(), "bayes_epochs": rest, "bayes_learning_rate": None}
+
+    def _trainings(self, parts):
+        share = self._stem_epochs() / self.recipe.epochs
+        members = parts.bayesian / self.recipe.bayes_epochs * self._settings()["bayes_epochs"]
+        return {"stem": share * parts.first, "saliency_of_stem": parts.saliency, self.name: members}
+
+
 class Mixture(Partial):
     """As many Gaussians as samples at each salient weight, of equal weight, one draw of each in a prediction."""
 
@@ -252,7 +284,7 @@ class BayesNormal(Partial):
 
     name, title = "bayes_normal", "fully Bayesian, means from N(0, 1), as the paper's code starts it"
     sets = ("bayes_epochs", "bayes_learning_rate", "batch_norm", "estimator")
-    takes_r_bayes = uses_scores = False
+    takes_r_bayes = uses_scores = needs_step1 = False
 
     def _train(self, data):
         recipe = self.recipe
@@ -274,11 +306,6 @@ class BayesNormal(Partial):
 
     def _paper_flops(self):
         return 15.0
-
-    def estimate(self, data):
-        """As of every method, without a step 1."""
-        found = super().estimate(data)
-        return dataclasses.replace(found, trainings={self.name: found.trainings[self.name]})
 
     def _trainings(self, parts):
         return {self.name: parts.from_nothing}
