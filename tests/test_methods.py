@@ -121,7 +121,8 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
     method = fitted(name)
     samples = method.predict_samples(images)
     deterministic = name in ("deterministic", "deterministic_longer", "temperature")
-    assert method.num_samples == (1 if deterministic or name == "snapshot" else 2)
+    several = {"budget_3": 3, "budget_5": 5}.get(name, 2)
+    assert method.num_samples == (1 if deterministic or name == "snapshot" else several)
     assert samples.shape == (method.num_samples, 7, 8, 8) and samples.dtype == np.float32
     assert samples.min() >= 0 and samples.max() <= 1
     if method.num_samples > 1:
@@ -456,6 +457,37 @@ def test_the_longer_ensemble_is_of_longer_trained_members(data, runs):
         assert alone.folder.name == name.split("/")[2]
         np.testing.assert_array_equal(ensemble.predict_samples(images)[index], alone.predict_samples(images)[0])
     assert len(names) == 2 and len(ensemble.trained) == 4
+
+
+def test_members_that_part_early_cost_one_training(data, runs):
+    masks = data["segmentation"]
+    recipe = recipe_of(masks, epochs=5, branch_at=0.4)
+    method = made("branched", masks, runs, recipe, r_bayes=0.1).fit(masks)
+    stem, members = method.trained
+    assert [len(run.history["loss"]) for run in (stem, members)] == [2, 3]
+    alone = dataclasses.replace(recipe, epochs=2, decay="none")  # one network at a constant rate
+    again = training.deterministic_run(masks, alone, network="tiny_masks", runs=runs, verbose=False)
+    assert again.folder == stem.folder
+    assert method.masks.digest() == training.masks_run(again, masks, alone, 0.1).digest()
+    rates = members.model.optimizer.loc_optimizer.get_config()["learning_rate"]["config"]
+    assert rates["initial_learning_rate"] == pytest.approx(recipe.learning_rate)
+    assert rates["decay_steps"] == 3 * masks.train.steps(5)
+    steps = [cost.training_flops(run.model, 5) for run in (stem, members)]
+    spent = 2 * steps[0] + 3 * steps[1] + cost.saliency_flops(stem.model, recipes.loss_for(recipe, masks), 5)
+    assert method.cost()["train_flops"] == pytest.approx(masks.train.num_examples * spent)
+
+
+@pytest.mark.parametrize(("name", "number"), [("budget_2", 2), ("budget_3", 3), ("budget_5", 5)])
+def test_networks_of_one_budget_are_deterministic_runs_of_fewer_epochs(name, number, data, runs):
+    masks = data["segmentation"]
+    method = made(name, masks, runs, recipe_of(masks, epochs=6)).fit(masks)
+    short = recipe_of(masks, epochs=round(6 / number))
+    for index, run in enumerate(method.trained):
+        seed = training.member_seed(0, index)
+        alone = training.deterministic_run(masks, short, seed=seed, network="tiny_masks", runs=runs, verbose=False)
+        assert alone.folder == run.folder
+    assert method.cost()["train_flops_ratio"] == pytest.approx(number * round(6 / number) / 6)
+    assert method.cost()["num_weights"] == number * cost.parameters(alone.model)["num_weights"]
 
 
 def test_the_papers_recipe_as_coded(data, tmp_path):

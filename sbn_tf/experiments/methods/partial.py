@@ -185,11 +185,11 @@ class Branched(Members):
 
     The first `branch_at` of the recipe's `epochs` train one network at a constant learning rate. There the saliency
     chooses the weights, and the members train together for the epochs that are left, at the same rate, with the
-    recipe's decay. So all of it costs what step 1 costs by itself, and the saliency pass.
+    recipe's decay, estimator and batch norm. So all of it costs what step 1 costs by itself, and the saliency pass.
     """
 
     name, title = "branched", "sparse ensemble that parts early"
-    sets = (*SET_BY_MEMBERS, "bayes_epochs", "bayes_learning_rate")
+    sets = (*SET_BY_MEMBERS[2:], "bayes_epochs", "bayes_learning_rate")
     needs_step1 = False
 
     def _train_step1(self, data):
@@ -201,7 +201,8 @@ class Branched(Members):
 
     def _settings(self):
         rest = max(1, self.recipe.epochs - self._stem_epochs())
-        return {**super()._settings(), "bayes_epochs": rest, "bayes_learning_rate": None}
+        own = {"estimator": self.recipe.estimator, "batch_norm": self.recipe.batch_norm}
+        return {**super()._settings(), **own, "bayes_epochs": rest, "bayes_learning_rate": None}
 
     def _trainings(self, parts):
         share = self._stem_epochs() / self.recipe.epochs
