@@ -14,13 +14,23 @@ import importlib
 
 from sbn_tf.core.quiet import quiet_tensorflow
 
-__all__ = ["CalibrationError", "LocScaleOptimizer", "Masks", "__version__", "load", "to_partial_bayes", "top_k"]
+__all__ = [
+    "CalibrationError",
+    "LocScaleOptimizer",
+    "Masks",
+    "__version__",
+    "fit_branched",
+    "load",
+    "to_partial_bayes",
+    "top_k",
+]
 __version__ = "0.2.0"
 
 _HOMES = {
     "CalibrationError": "core.calibration",
     "LocScaleOptimizer": "partial_bayes",
     "Masks": "saliency",
+    "fit_branched": "experiments.branched",
     "load": "core.loading",
     "to_partial_bayes": "partial_bayes",
     "top_k": "saliency",

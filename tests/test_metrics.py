@@ -275,6 +275,14 @@ def test_energy_distance_by_hand():
     np.testing.assert_array_equal(empty, [0])
 
 
+def test_masks_cut_at_every_level_keep_what_one_map_is_unsure_of():
+    # One map, twice: .3 and .6. At 1/2 both samples are {b}; at 1/4 and 3/4 they are {a, b} and {}. Raters {a, b}, {}.
+    probs, masks = np.full((2, 1, 1, 2), [0.3, 0.6]), np.array([[[[1, 0], [1, 0]]]])
+    whole = 2 * (0.5 + 1 + 0.5 + 1) / 4 - 0 - 0.5
+    np.testing.assert_allclose(metrics.generalised_energy_distance(masks, probs), [whole])
+    np.testing.assert_allclose(metrics.generalised_energy_distance(masks, probs, spread=True), [0])
+
+
 def test_hungarian_iou_by_hand():
     # Two samples {a}, {a, b}, one rater {a}: both are matched with it, (1 + 1/2) / 2.
     probs = np.array([[[[1, 0]]], [[[1, 1]]]])

@@ -80,6 +80,15 @@ def test_brier_skill_is_against_the_training_prevalence():
     assert perfect["brier_skill"] == 1 and perfect["auc"] == 1 and perfect["ece"] == 0
 
 
+def test_a_samples_own_nll_is_the_mean_of_scikit_learns():
+    row = scoring.evaluate(LABEL_PROBS, LABELS, "multi-label")
+    each = [sk.log_loss(LABELS.ravel(), probs.ravel()) for probs in LABEL_PROBS.astype("float64")]
+    assert row["member_nll"] == pytest.approx(np.mean(each)) and row["member_nll"] > row["nll"]
+    row, whole = scoring.evaluate(CLASS_PROBS, ONE_HOT, "multi-class"), CLASS_PROBS.astype("float64")
+    whole /= whole.sum(-1, keepdims=True)
+    assert row["member_nll"] == pytest.approx(np.mean([sk.log_loss(CLASSES, probs) for probs in whole]))
+
+
 # Binary, and classes that exclude one another
 
 

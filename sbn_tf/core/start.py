@@ -239,6 +239,11 @@ class Start:
             optimizer = "rmsprop" if cls is None else LocScaleOptimizer(cls.from_config(dict(config)))
         return optimizer, loss, others
 
+    def unguard(self) -> None:
+        """Compare nothing in the next `fit`: its draws start far from the trained weights on purpose."""
+        self.guard = Guard(())
+        self.guard.own = math.nan
+
     def guarded(self, model: keras.Model, x: Any, y: Any, batch_size: int | None, callbacks: Any) -> Any:
         """The callbacks of `fit` with the guard, if there are examples: of the arrays, else of those known before."""
         check_callbacks(callbacks)

@@ -1,0 +1,103 @@
+"""Train any compiled model and part it early into members: an ensemble of some weights for one training's cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+
+from sbn_tf.core.checks import check_count, check_fraction, check_number
+from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
+
+__all__ = ["fit_branched"]
+
+
+def fit_branched(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    epochs: int,
+    branch_at: float = 0.2,
+    r_bayes: float = 0.2,
+    num_members: int = 5,
+    apart: float = 1.0,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    verbose: Any = "auto",
+    **options: Any,
+) -> PartialBayes:
+    """Train a network, part it early into members that differ in its salient weights, and train these together.
+
+    One network trains for the first `branch_at` of the epochs at the learning rate of its optimiser. The weights of
+    the highest Fisher score become `num_members` values each; each member then sees its part of every batch, and the
+    rate falls to 0 by a cosine over the epochs that are left. In all it takes the operations of `model.fit` for
+    `epochs`, and those of one pass over the data for the scores.
+
+    Args:
+        model: built and compiled, not trained yet, its learning rate a number. It is trained for the first epochs.
+        x, y: as `model.fit` takes them: arrays, a finite `tf.data.Dataset` or another iterable of batches.
+        epochs: of both parts together. >= 2.
+        branch_at: share of the epochs after which the members part, 0..1; either part has one epoch at least.
+        r_bayes: share of the eligible weights that the members have each for themselves, 0..1.
+        num_members: >= 2. A batch has one example for each at least.
+        apart: where members start: standard deviation of their distance from the weight, in sizes of the weight (at
+            least the root mean square of its layer). > 0.
+        batch_size: of arrays; None: 32.
+        seed: of the members' start.
+        verbose: as of `model.fit`.
+        options: other arguments of `model.fit`, for both parts, such as `validation_data` and `callbacks`.
+
+    Returns:
+        The members as one `PartialBayes`, compiled and trained, with the `History` of its `fit` as `history`.
+
+    Raises:
+        ValueError: a model that is not compiled or whose learning rate is a schedule, or a number out of its range.
+
+    Reference: `nbs/09_what_works.ipynb`, which measured when, where and how far members should part.
+    """
+    check_count("epochs", epochs)
+    check_count("num_members", num_members)
+    check_fraction("branch_at", branch_at)
+    check_fraction("r_bayes", r_bayes)
+    check_number("apart", apart, above=0.0)
+    if epochs < 2 or num_members < 2:
+        raise ValueError(f"Expected epochs >= 2 and num_members >= 2. Received: {epochs} and {num_members}")
+    rate = _learning_rate(model)
+    stem = min(max(1, round(branch_at * epochs)), epochs - 1)
+    both = {"batch_size": batch_size, "verbose": verbose, **options}
+    model.fit(x, y, epochs=stem, **both)
+    members = to_partial_bayes(
+        model,
+        r_bayes=r_bayes,
+        data=x if y is None else (x, y),
+        posterior="members",
+        num_samples=num_members,
+        estimator="split",
+        initial_scale=apart,
+        relative=True,
+        seed=seed,
+        verbose=bool(verbose),
+    )
+    members.compile()
+    members.start.unguard()
+    decay = keras.callbacks.LearningRateScheduler(
+        lambda epoch, _: 0.5 * rate * (1 + math.cos(math.pi * (epoch - stem) / (epochs - stem)))
+    )
+    callbacks = [decay, *keras.tree.flatten(both.pop("callbacks", None) or [])]
+    members.fit(x, y, initial_epoch=stem, epochs=epochs, callbacks=callbacks, **both)
+    return members
+
+
+def _learning_rate(model) -> float:
+    """The constant rate of a compiled model's optimiser."""
+    if not (isinstance(model, keras.Model) and model.built and model.compiled):
+        raise ValueError(f"Expected a keras.Model that is built and compiled. Received: {model!r}")
+    rate = model.optimizer.get_config().get("learning_rate")
+    if not isinstance(rate, float | int):
+        raise ValueError(
+            "Expected an optimiser with a number as its learning rate: it is constant first, then falls by a cosine. "
+            f"Received: {type(model.optimizer).__name__} with {rate!r}"
+        )
+    return float(rate)
