@@ -367,9 +367,7 @@ def dice_raters(masks: ArrayLike, predicted: ArrayLike, rater_valid: ArrayLike |
 
 
 # %%
-def generalised_energy_distance(
-    masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None, spread: bool = False
-) -> np.ndarray:
+def generalised_energy_distance(masks, probs, rater_valid=None, spread: bool = False) -> np.ndarray:
     """Squared distance between the sampled masks and the raters', for each image; 0 if they are identical.
 
     Samples are cut at 1/2; `spread`: sample m of M at (m - 1/2)/M, which keeps what each is unsure of. All pairs count,

@@ -92,8 +92,16 @@ def test_the_package_alone_loads_no_backend():
 def test_the_face_offers_its_names_lazily():
     code = "import sbn_tf\nprint(*(getattr(sbn_tf, n).__name__ for n in sbn_tf.__all__ if n[0] != '_'), *dir(sbn_tf))"
     names = in_a_fresh_process(code)
-    assert names[:6] == ["CalibrationError", "LocScaleOptimizer", "Masks", "load", "to_partial_bayes", "top_k"]
-    assert {"LocScaleOptimizer", "Masks", "load", "to_partial_bayes", "top_k", "__version__"} < set(names[6:])
+    assert names[:7] == [
+        "CalibrationError",
+        "LocScaleOptimizer",
+        "Masks",
+        "fit_branched",
+        "load",
+        "to_partial_bayes",
+        "top_k",
+    ]
+    assert {"LocScaleOptimizer", "Masks", "load", "to_partial_bayes", "top_k", "__version__"} < set(names[7:])
     modules = ("layers", "saliency", "partial_bayes", "cost", "metrics", "datasets")
     code = f"import sbn_tf\nprint(*dir(sbn_tf), *(getattr(sbn_tf, n).__name__ for n in {modules}))"
     names = in_a_fresh_process(code)

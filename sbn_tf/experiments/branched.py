@@ -30,10 +30,9 @@ def fit_branched(
 ) -> PartialBayes:
     """Train a network, part it early into members that differ in its salient weights, and train these together.
 
-    One network trains for the first `branch_at` of the epochs at the learning rate of its optimiser. The weights of
-    the highest Fisher score become `num_members` values each; each member then sees its part of every batch, and the
-    rate falls to 0 by a cosine over the epochs that are left. In all it takes the operations of `model.fit` for
-    `epochs`, and those of one pass over the data for the scores.
+    One network trains for the first `branch_at` of the epochs. The weights of the highest Fisher score become
+    `num_members` values each; a member then sees its part of each batch, and the learning rate falls to 0 by a cosine.
+    All of it takes the operations of `model.fit` for `epochs`, and one pass over the data for the scores.
 
     Args:
         model: built and compiled, not trained yet, its learning rate a number. It is trained for the first epochs.
@@ -57,41 +56,39 @@ def fit_branched(
 
     Reference: `nbs/09_what_works.ipynb`, which measured when, where and how far members should part.
     """
-    check_count("epochs", epochs)
-    check_count("num_members", num_members)
-    check_fraction("branch_at", branch_at)
-    check_fraction("r_bayes", r_bayes)
+    rate = _checked_rate(model, epochs, num_members, branch_at=branch_at, r_bayes=r_bayes)
     check_number("apart", apart, above=0.0)
-    if epochs < 2 or num_members < 2:
-        raise ValueError(f"Expected epochs >= 2 and num_members >= 2. Received: {epochs} and {num_members}")
-    rate = _learning_rate(model)
     stem = min(max(1, round(branch_at * epochs)), epochs - 1)
     both = {"batch_size": batch_size, "verbose": verbose, **options}
     model.fit(x, y, epochs=stem, **both)
+    start = {"posterior": "members", "estimator": "split", "initial_scale": apart, "relative": True, "seed": seed}
+    data = x if y is None else (x, y)
     members = to_partial_bayes(
-        model,
-        r_bayes=r_bayes,
-        data=x if y is None else (x, y),
-        posterior="members",
-        num_samples=num_members,
-        estimator="split",
-        initial_scale=apart,
-        relative=True,
-        seed=seed,
-        verbose=bool(verbose),
+        model, r_bayes=r_bayes, data=data, num_samples=num_members, verbose=bool(verbose), **start
     )
     members.compile()
     members.start.unguard()
-    decay = keras.callbacks.LearningRateScheduler(
-        lambda epoch, _: 0.5 * rate * (1 + math.cos(math.pi * (epoch - stem) / (epochs - stem)))
-    )
+    decay = _cosine(rate, stem, epochs)
     callbacks = [decay, *keras.tree.flatten(both.pop("callbacks", None) or [])]
     members.fit(x, y, initial_epoch=stem, epochs=epochs, callbacks=callbacks, **both)
     return members
 
 
-def _learning_rate(model) -> float:
-    """The constant rate of a compiled model's optimiser."""
+def _cosine(rate, start, stop):
+    """The rate of each epoch, from `rate` at the first to 0 after the last."""
+    return keras.callbacks.LearningRateScheduler(
+        lambda epoch, _: 0.5 * rate * (1 + math.cos(math.pi * (epoch - start) / (stop - start)))
+    )
+
+
+def _checked_rate(model, epochs, num_members, **fractions) -> float:
+    """The constant learning rate of a compiled model, once all is checked."""
+    for name, count in (("epochs", epochs), ("num_members", num_members)):
+        check_count(name, count)
+        if count < 2:
+            raise ValueError(f"Expected {name} >= 2. Received: {name}={count}")
+    for name, value in fractions.items():
+        check_fraction(name, value)
     if not (isinstance(model, keras.Model) and model.built and model.compiled):
         raise ValueError(f"Expected a keras.Model that is built and compiled. Received: {model!r}")
     rate = model.optimizer.get_config().get("learning_rate")

@@ -14,10 +14,21 @@ MAX_CYCLES = 5
 
 
 class Networks(Method):
-    """Several sets of weights of one network, each a sample."""
+    """Several sets of weights of one network, each a sample; here each a run of `deterministic` by itself."""
+
+    number: int | None = None  # of networks; None: `num_members`
+    share = 1  # each has one `share`-th of the recipe's epochs
 
     def _count_samples(self, num_samples):
+        self.num_members = self.number or self.num_members
         return self.num_members
+
+    def _epochs(self):
+        return max(1, round(self.recipe.epochs / self.share))
+
+    def _train(self, data):
+        self._use(epochs=self._epochs())
+        self.trained = self._train_members(data)
 
     def _samples(self, images):
         samples = []
@@ -25,6 +36,11 @@ class Networks(Method):
             self.model.set_weights(weights)
             samples.append(super()._samples(images))
         return np.concatenate(samples)
+
+    def _trainings(self, parts):
+        first, member = 0 if self.share > 1 else 1, parts.first / self.recipe.epochs * self._epochs()
+        kind = "member" if self.share == 1 else f"{self.name}_member"
+        return {f"{kind}{index}": member for index in range(first, self.num_members)}
 
     @property
     def num_networks(self):
@@ -60,53 +76,32 @@ class Ensemble(Networks):
 
     name, title = "ensemble", "deep ensemble"
 
-    def _train(self, data):
-        self.trained = self._train_members(data)
-
     def _paper_flops(self):
         return float(self.num_members)
 
-    def _trainings(self, parts):
-        return {f"member{index}": parts.first for index in range(1, self.num_members)}
 
-
-class Budget2(Ensemble):
+class Budget2(Networks):
     """Networks that together have the epochs of one: what a posterior at the price of one training has to beat."""
 
     name, title = "budget_2", "two networks, half of the epochs each"
-    sets = ("epochs",)
-    needs_step1 = False
-    share = 2
-
-    def _count_samples(self, num_samples):
-        self.num_members = self.share
-        return self.share
-
-    def _train(self, data):
-        self._use(epochs=self._epochs())
-        super()._train(data)
-
-    def _epochs(self):
-        return max(1, round(self.recipe.epochs / self.share))
-
-    def _paper_flops(self):
-        return None
-
-    def _trainings(self, parts):
-        member = parts.first / self.recipe.epochs * self._epochs()
-        return {f"{self.name}_member{index}": member for index in range(self.share)}
+    sets, needs_step1 = ("epochs",), False
+    number = share = 2
 
 
-class Budget3(Budget2):
+class Budget3(Networks):
     """Three of them."""
 
-    name, title, share = "budget_3", "three networks, a third of the epochs each", 3
+    name, title = "budget_3", "three networks, a third of the epochs each"
+    sets, needs_step1 = ("epochs",), False
+    number = share = 3
 
 
-class Budget5(Budget2):
+class Budget5(Networks):
     """Five of them."""
 
-    name, title, share = "budget_5", "five networks, a fifth of the epochs each", 5
+    name, title = "budget_5", "five networks, a fifth of the epochs each"
+    sets, needs_step1 = ("epochs",), False
+    number = share = 5
 
 
 class EnsembleLonger(Networks):

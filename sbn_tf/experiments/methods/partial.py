@@ -180,7 +180,7 @@ class Members(Partial):
         return None
 
 
-class Branched(Members):
+class Branched(Partial):
     """A sparse ensemble that parts early: one network first, then members for the rest of step 1's epochs.
 
     The first `branch_at` of the recipe's `epochs` train one network at a constant learning rate. There the saliency
@@ -190,7 +190,14 @@ class Branched(Members):
 
     name, title = "branched", "sparse ensemble that parts early"
     sets = (*SET_BY_MEMBERS[2:], "bayes_epochs", "bayes_learning_rate")
-    needs_step1 = False
+    takes_samples = needs_step1 = False
+    posterior = "members"
+
+    def _count_samples(self, num_samples):
+        return self.recipe.num_samples
+
+    def _paper_flops(self):
+        return None
 
     def _train_step1(self, data):
         stem = dataclasses.replace(self.recipe, epochs=self._stem_epochs(), decay="none")
