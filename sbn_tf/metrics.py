@@ -367,7 +367,9 @@ def dice_raters(masks: ArrayLike, predicted: ArrayLike, rater_valid: ArrayLike |
 
 
 # %%
-def generalised_energy_distance(masks, probs, rater_valid=None, spread: bool = False) -> np.ndarray:
+def generalised_energy_distance(
+    masks: ArrayLike, probs: ArrayLike, rater_valid: ArrayLike | None = None, spread: bool = False
+) -> np.ndarray:
     """Squared distance between the sampled masks and the raters', for each image; 0 if they are identical.
 
     Samples are cut at 1/2; `spread`: sample m of M at (m - 1/2)/M, which keeps what each is unsure of. All pairs count,
@@ -478,14 +480,14 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
 # plt.show()
 
 # %% [markdown]
-# *Reading*: a flat curve is an uncertainty that knows nothing; the right end is the plain error rate. The area mixes
-# how often a method is wrong with how well it knows; the excess and the AUROC show the second alone.
+# *Reading*: a flat curve knows nothing; its right end is the plain error rate. The area mixes how often a method is
+# wrong with how well it knows; the excess and the AUROC show the second alone.
 #
 # ## 8. The registry
 # Two kinds of metrics: the mean of a value of each image, made by a function of a `Case` (some images: probabilities,
 # truth, decisions), and a statistic that pools labels or pixels. Both take a *weight* for each image: a bootstrap
-# resample is a weighting, and a paired test is two methods under the same weights. The paper's are in
-# `core/paper_metrics.py`. To add one, define it above and add an entry; scores, intervals, tests and tables follow.
+# resample is a weighting, a paired test two methods under the same. The paper's are in `core/paper_metrics.py`. To
+# add one, define it above and add an entry; scores, intervals, tests and tables follow.
 
 
 # %%
@@ -493,8 +495,7 @@ def image_nll(case: Case, samples: bool = False) -> np.ndarray:
     """Log score of each image, of classes that of the true one: of the mean prediction, or the mean of all samples'."""
     probs = case.probs if samples else case.mean_probs
     if case.task in EXCLUSIVE:
-        scores = -np.log(np.maximum(probs[..., case.targets == 1], LOG_CLIP))
-        return scores.mean(0) if samples else scores
+        return np.atleast_2d(-np.log(np.maximum(probs[..., case.targets == 1], LOG_CLIP))).mean(0)
     return case.mean(log_score(case.truth, probs), samples)
 
 
@@ -579,12 +580,10 @@ METRICS: dict[str, Metric] = {entry[0]: of.metric(*entry) for entry in [*_ENTRIE
 # | does it know its wrong images? | `excess_aurc`, `error_auroc` | 0.5 (AUROC) | how many mistakes there are |
 # | does it know its wrong pixels? | `pixel_error_auroc` | the mean mask's: 0.93 | was anything seen? |
 #
-# The mean mask's numbers are of `phantom_nodule`'s test split. It is unsure where lesions usually end, and raters
-# differ and errors lie nowhere else: both numbers reward location alone.
+# The mean mask's numbers are of `phantom_nodule`'s test split: it is unsure where lesions end, where errors lie.
 #
 # ## Summary
-# Put the trivial predictor's score beside every number. Proper scores (NLL, Brier) judge the whole; ECE, AUC, entropy
-# a part. With several raters the target is a random one, and level sets are a baseline.
+# Put the trivial predictor's score beside every number. Proper scores judge the whole; ECE, AUC and entropy a part.
 #
 # ## Exercises
 # 1. All 14 probabilities are 0.5. What are `accuracy`, `ece` and `paper_entropy` if 5 % of the labels are 1?

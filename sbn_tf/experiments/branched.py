@@ -61,11 +61,9 @@ def fit_branched(
     stem = min(max(1, round(branch_at * epochs)), epochs - 1)
     both = {"batch_size": batch_size, "verbose": verbose, **options}
     model.fit(x, y, epochs=stem, **both)
-    start = {"posterior": "members", "estimator": "split", "initial_scale": apart, "relative": True, "seed": seed}
-    data = x if y is None else (x, y)
-    members = to_partial_bayes(
-        model, r_bayes=r_bayes, data=data, num_samples=num_members, verbose=bool(verbose), **start
-    )
+    start: dict[str, Any] = {"estimator": "split", "initial_scale": apart, "relative": True, "seed": seed}
+    start |= {"r_bayes": r_bayes, "data": x if y is None else (x, y), "verbose": bool(verbose)}
+    members = to_partial_bayes(model, posterior="members", num_samples=num_members, **start)
     members.compile()
     members.start.unguard()
     decay = _cosine(rate, stem, epochs)
