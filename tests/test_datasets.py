@@ -1,11 +1,13 @@
 """The data contract: shapes, the laws of the streams, phantoms in their stated ranges, readers, messages."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -454,3 +456,12 @@ def test_an_image_in_two_splits_is_refused():
         Data(card, split("train", ["a", "b"]), split("val", ["c", "d"]), split("test", ["b", "e"]))
     with pytest.raises(ValueError, match="groups of every split"):
         Data(card, split("train", None, [1, 2]), split("val", None), split("test", None))
+
+
+def test_a_card_is_a_table_in_a_notebook():
+    card = dataclasses.replace(datasets.card("lidc_patches"), title="a < b", notes="")
+    shown = ElementTree.fromstring(card._repr_html_())
+    assert shown.find("caption").text == "lidc_patches: a < b"
+    rows = {row.find("th").text: row.find("td").text for row in shown.iter("tr")}
+    assert rows["classes"] == "nodule" and rows["raters"].startswith("4") and "notes" not in rows
+    assert all(f"{key} " in str(card) and value in str(card) for key, value in rows.items())

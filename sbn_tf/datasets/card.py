@@ -1,5 +1,6 @@
 """What a dataset is: its task and its card."""
 
+import html
 from dataclasses import dataclass
 
 __all__ = ["BINARY", "EXCLUSIVE", "MULTI_CLASS", "MULTI_LABEL", "ORDINAL", "SEGMENTATION", "TASKS", "Card"]
@@ -15,7 +16,7 @@ EXCLUSIVE = (MULTI_CLASS, ORDINAL)  # one class an image: targets are one-hot
 
 @dataclass(frozen=True)
 class Card:
-    """What a dataset is, where it comes from and under which terms. `print(card)` shows it.
+    """What a dataset is, where it comes from and under which terms. `print(card)` shows it, in a notebook `card` does.
 
     Args:
         name: name that `load` takes.
@@ -54,7 +55,8 @@ class Card:
     paper_normalisation: tuple[float, float] | None = None
     checksums: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self):
+    def _rows(self):
+        """What is known of it: (what, in words)."""
         kind = self.task
         if self.task in (*EXCLUSIVE, MULTI_LABEL):
             kind += f", {len(self.classes)} {'labels' if self.task == MULTI_LABEL else 'classes'}"
@@ -75,5 +77,12 @@ class Card:
             ("cite", self.citation),
             ("notes", self.notes),
         ]
-        lines = [f"{self.name}: {self.title}"]
-        return "\n".join(lines + [f"  {key:<8} {value}" for key, value in rows if value])
+        return [(key, value) for key, value in rows if value]
+
+    def __str__(self):
+        return "\n".join([f"{self.name}: {self.title}", *(f"  {key:<8} {value}" for key, value in self._rows())])
+
+    def _repr_html_(self):
+        cell = '<td style="text-align: left">{}</td>'
+        rows = (f"<tr><th>{key}</th>{cell.format(html.escape(value))}</tr>" for key, value in self._rows())
+        return f"<table><caption>{html.escape(f'{self.name}: {self.title}')}</caption>{''.join(rows)}</table>"
