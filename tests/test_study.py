@@ -1,5 +1,6 @@
 """Studies: what a file asks for is run once, told in a table, and found again by its label."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_a_study_is_run_once_and_its_rows_are_found_by_label(tmp_path, monkeypat
     before = (tmp_path / "t.csv").read_bytes()
     assert study.run_study(plan, **options, names=["rivals"]) == []
     assert (tmp_path / "t.csv").read_bytes() == before
+
+
+def test_each_fold_runs_each_variant_once_for_each_seed(tmp_path, monkeypatch):
+    data = {"lidc": {"size": 16, "network": "tiny_masks", "folds": [1, 3]}}
+    plan = study.read(written(tmp_path, {**CONTENT, "datasets": data, "seeds": [0, 4]}))
+    asked = []
+
+    def row(settings, method):
+        asked.append((settings.options["fold"], settings.seed, method))
+        raise ValueError("not run here")
+
+    made = compare.experiment("phantom_nodule", size=16, limit=4)
+    monkeypatch.setattr(compare, "experiment", lambda *_, options, **__: dataclasses.replace(made, options=options))
+    monkeypatch.setattr(compare, "trivial_rows", lambda settings: {})
+    monkeypatch.setattr(compare, "row", row)
+    failed = study.run_study(plan, table=tmp_path / "t.csv", names=["rivals"])
+    variants = ["deterministic", "partial", "partial"]
+    assert asked == [(fold, seed, method) for fold in (1, 3) for seed in (0, 4) for method in variants]
+    assert failed[0] == "one, seed 0, fold 1: not run here" and len(failed) == len(asked)
+    asked.clear()
+    study.run_study(plan, table=tmp_path / "t.csv", names=["rivals"], folds=[3], seeds=[4])
+    assert asked == [(3, 4, method) for method in variants]
 
 
 def test_of_the_test_split_shifts_are_told_too(tmp_path):
