@@ -100,7 +100,7 @@ __all__ = [
 
 # %% [markdown]
 # > **Misconception: "the trained number $\rho$ is the standard deviation."** The softplus comes after it: at $\rho = 0$
-# > the scale is 0.693, not 0, and a negative $\rho$ is no mistake. Read `layer.scale(name)`.
+# > the scale is 0.693, not 0, and a negative $\rho$ is no mistake. `layer.scale(name)` gives the scale.
 #
 # ## 2. How far is the posterior from the prior?
 #
@@ -261,7 +261,8 @@ class MaskedGaussian(WithPosteriors):
     Args:
         num_bayesian: how many entries are Bayesian, chosen at random: an int (for the first of `posterior_weights`)
             or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
-        mask: instead of a number, the entries themselves: a boolean array (for the first weight) or a dict of arrays.
+        mask: instead of `num_bayesian`, which entries are Bayesian: a boolean array (for the first weight) or a dict
+            of such arrays.
         seed: int; fixes the random mask, the initial values and the noise.
         kwargs: the fields of `sbn_tf.core.posterior.PosteriorOptions` (`kl_weight`, which is required if any entry
             is Bayesian, `initial_scale`, `prior`, `posterior`, ...), and the stock layer's arguments.
@@ -485,9 +486,9 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # *Reading*: the grey bars follow the curve: centred at the trained weight, with a standard deviation of 0.1.
 
 # %% [markdown]
-# ### What does a wrong call say?
+# ### What message does a wrong call give?
 #
-# The KL's weight has no default, since a guess that is wrong by the number of pixels ruins training without a warning.
+# The KL's weight has no default, since a guess that is off by the number of pixels ruins training without a warning.
 
 # %% tags=["active-ipynb"]
 # try:

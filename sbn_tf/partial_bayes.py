@@ -82,8 +82,8 @@ __all__ = [
 # %% [markdown]
 # ## 2. What is the loss, and what is its KL divided by?
 #
-# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the
-# number of terms that the loss averages over, with $S$ draws $w_s$ of the weights. The NLL is the negative
+# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the number
+# of terms that the loss averages over, and estimated with $S$ draws $w_s$ of the weights. The NLL is the negative
 # log-likelihood of the targets, the KL says how far the posterior $q$ is from the prior $p$ (layers, section 2), and
 # $\beta$ is a factor, 1 in the ELBO:
 #
@@ -241,8 +241,8 @@ class PartialBayes(SampledModel):
 # samples are an array (samples, batch, height, width, 1); the four results have no samples axis: each is one picture
 # per image. With classes, the three entropies have no class axis either; the mean keeps it.
 #
-# By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
-# the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
+# By hand: two samples that say 0 and 1 are each sure (entropy 0), but their mean 0.5 is not ($\ln 2 = 0.693$ nats): all
+# of the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.outputs import entropy
@@ -258,9 +258,9 @@ class PartialBayes(SampledModel):
 #
 # | trap | what happens | guard |
 # |---|---|---|
-# | KL over `num_train` alone, loss a mean over pixels | hundreds of times too strong | section 2; wrong counts warn |
+# | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
-# | batch norm in training mode after a draw, except `"all"`, `"turns"` | several draws or 1/S of a batch | refused |
+# | batch norm in training after a draw (not `"all"`, `"turns"`) | it sees several draws or 1/S of a batch | refused |
 # | scales of one size for all | .01 is ten times some weights: ruins the network | relative, narrowed by `data` |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
@@ -287,7 +287,7 @@ def to_partial_bayes(
             fit the first examples of `data`; `prior`, ...) and arguments of `PartialBayes` (`estimator`, ...).
 
     Raises:
-        ValueError: masks of another model, no masks and no r_bayes with data, a wrong option, or a trap of the table.
+        ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
@@ -530,7 +530,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # - *Scales that hardly moved.* Then the spread of the samples comes from the initial scale, a guess. Look at
 #   `bnn.scales()`.
 # - *Mutual information near 0.* Then the posterior adds nothing to the mean probability.
-# - *One seed, five samples.* Both are noise: repeat before you believe a difference.
+# - *One seed, five samples.* Both are noisy: repeat before you believe a difference.
 # - *A number without its trivial row*, the row of a predictor that ignores the image. Where a label is true of 6 % of
 # the images, always saying no is right on 94 %.
 #
@@ -562,8 +562,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #    <details><summary>Answer</summary>
 #
 #    The KL now outweighs the data: the scales go towards the prior's 1 (0.93 when this was written) and the accuracy
-#    falls (from 94 % to 85 %). The locs hardly move: their rate is small, and the points compensate for the noise. A
-#    KL whose division was forgotten looks like this.
+#    falls (from 94 % to 85 %). The locs hardly move: their rate is small, and the point entries compensate for the
+#    noise. A KL whose division was forgotten looks like this.
 #    </details>
 #
 # ## References

@@ -21,7 +21,7 @@
 # Why these? The loss is most sensitive to them: the same noise changes predictions most when it is added to them, so a
 # few are enough to make samples differ. But weights that the loss is sensitive to are also well determined by the data,
 # and an exact posterior would be narrowest here. It is the paper's claim, not a theorem, that one should choose by
-# sensitivity. [What works](../09_what_works.ipynb) compares it with a random choice.
+# sensitivity. [What works](../09_what_works.ipynb) compares this with a random choice.
 #
 # - *You will see*: six scores, the gradient pass, the selection of the top k, where these lie, and what they cost.
 # - *Words*: a *weight* is, as in Keras, an array such as a kernel; an *entry* is one number of it. A *Bayesian* entry
@@ -169,8 +169,8 @@ class _Gradients:
 
 
 # %% [markdown]
-# The pass goes through the data batch by batch, or example by example for `per_example`, and adds up. `add_up` (in
-# `core/passes.py`) cuts arrays into batches, compiles the step, checks each batch and stops at a NaN.
+# The pass goes through the data batch by batch, or example by example for `per_example`, and adds to the sums. `add_up`
+# (in `core/passes.py`) cuts arrays into batches, compiles the step, checks each batch and stops at a NaN.
 
 
 # %%
@@ -230,8 +230,8 @@ def saliency(
 # ## 3. Do the scores need a pass of their own?
 #
 # No: the last epoch of training computes the gradient of every batch. A callback adds $T \leftarrow T + n_b\, g_b^2$ as
-# the optimiser receives them. Two things differ from a separate pass: the weights still move, and the network runs in
-# training mode. `EpochRecorder` (in `core/recorder.py`) listens to the optimiser; the sums are those of section 1.
+# the optimiser receives each gradient. Two things differ from a separate pass: the weights still move, and the network
+# runs in training mode. `EpochRecorder` (`core/recorder.py`) listens to the optimiser; the sums are those of section 1.
 
 
 # %%
@@ -433,8 +433,8 @@ def top_k(
 #
 # Single entries are scattered over a kernel. Entries that fill whole output channels make the random part of a
 # convolution a small dense convolution, which is cheap, but this choice loses saliency. Each channel has $n_c$ entries
-# and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, each that
-# still fits within k entries. By the sum $s_c$ alone the widest layers would win.
+# and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, and
+# skips those that no longer fit within k entries. By the sum $s_c$ alone the widest layers would win.
 #
 # By hand: a layer with 2 inputs and 3 outputs has three channels of two kernel entries and one bias entry each. Their
 # sums are 3, 6 and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme: one entry in every
@@ -477,7 +477,7 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers of 8, 8 and 4 multiply-adds each have two salient entries, with scores 6, 3 and 1 in this order.
+# By hand: three layers, with 8, 8 and 4 multiply-adds, have two salient entries each, with scores 6, 3 and 1 in order.
 # Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
@@ -520,7 +520,7 @@ def saliency_against_cost(
 #     return network
 
 # %% [markdown]
-# Each score chooses 10 % of the entries, from each half of the data and from all. By chance 10 % would be in common.
+# Each score chooses 10 % of the entries, from each half of the data and from all. Random choices would share 10 %.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def choose(network, x, y, score):
@@ -542,13 +542,13 @@ def saliency_against_cost(
 # %% [markdown]
 # *Reading*: `fisher` chooses nearly the same entries from half of the data as from all (0.94 or more when this was
 # written), `paper` does not (0.24 to 0.56): over all data its sum has nearly cancelled. Why, then, can the *two halves*
-# agree under `paper`? At an optimum the halves' sums are opposite, $\sum_A g \approx -\sum_B g$, and their squares
-# equal. That agreement is a property of the optimum, not of the weights.
+# agree under `paper`? At an optimum the halves' sums are opposite, $\sum_A g \approx -\sum_B g$, so their squares
+# are equal. That agreement is a property of the optimum, not of the weights.
 #
 # ## 7. Where do the chosen weights lie?
 #
 # The pictures are of the last of the three networks: the share of each weight's entries that `fisher` chose (left), and
-# the saliency lost by cheaper choices (right; of 4 % of the entries, since the last layer has no more than that).
+# the saliency lost by cheaper choices (right; 4 % are chosen, since the last layer has no more entries than that).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
