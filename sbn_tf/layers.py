@@ -488,7 +488,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # %% [markdown]
 # ### What message does a wrong call give?
 #
-# The KL's weight has no default, since a guess that is off by the number of pixels ruins training without a warning.
+# The KL's weight has no default, since a guess that is off by a factor, the number of
+# pixels, ruins training without a warning.
 
 # %% tags=["active-ipynb"]
 # try:

@@ -260,7 +260,7 @@ class PartialBayes(SampledModel):
 # |---|---|---|
 # | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
-# | batch norm in training after a draw (not `"all"`, `"turns"`) | it sees several draws or 1/S of a batch | refused |
+# | batch norm that trains after a draw (not `"all"`, `"turns"`) | it sees several draws or 1/S of a batch | refused |
 # | scales of one size for all | .01 is ten times some weights: ruins the network | relative, narrowed by `data` |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
@@ -322,7 +322,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     several = isinstance(own, dict | list) or (loss is None and len(getattr(model, "outputs", ())) > 1)
     loss = compiled_loss(model) if several else own
     idle = biases_before_batch_norm(model) if trains_batch_norm else ()
-    exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias could not be chosen anyway
+    exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias is not eligible anyway
     return top_k(saliency(model, data, loss, exclude=exclude or None, verbose=verbose), r_bayes)
 
 

@@ -477,7 +477,7 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers, with 8, 8 and 4 multiply-adds, have two salient entries each, with scores 6, 3 and 1 in order.
+# By hand: three layers, with 8, 8 and 4 multiply-adds, have two salient entries each, of scores 6, 3 and 1 in turn.
 # Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
