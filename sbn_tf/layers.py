@@ -13,21 +13,21 @@
 # ---
 
 # %% [markdown]
-# # Layers: a weight of which only some entries are random
+# # Layers: a weight in which only some entries are random
 #
-# **A masked weight keeps its trained value as `loc` and gives a distribution to `k` of its entries only; new
+# **A masked weight keeps its trained value as `loc` and gives a distribution to only `k` of its entries; new
 # parameters, optimiser slots, noise and KL grow with `k`, not with the size `n` of the weight.**
 #
 # - *You will see*: the sparse posterior of one weight, the reparameterization trick, the KL term and its scale, and
 #   Dense, Conv, Embedding and other stock Keras layers with such weights.
 # - *Words*: an entry with a distribution is *Bayesian*, one that stays a number is a *point*; `r_bayes` is the share of
-#   a network's eligible entries (all that train, except those of normalisation) that is Bayesian. *Nats* are units of
+#   Bayesian entries among the eligible ones of a network (trainable, outside normalisation). *Nats* are units of
 #   entropy and KL with the natural logarithm: 1 bit is 0.69. More words: [glossary](../../docs/glossary.md).
 # - *You need*: Keras layers, the normal distribution.
 # - *Runs in*: 30 seconds (CPU).
 
 # %%
-"""Masked variational layers: stock Keras layers of which chosen weight entries are random.
+"""Masked variational layers: stock Keras layers in which chosen weight entries are random.
 
 `kernel = loc + softplus(untransformed_scale) * eps` at the masked entries, `kernel = loc` elsewhere.
 """
@@ -100,26 +100,26 @@ __all__ = [
 
 # %% [markdown]
 # > **Misconception: "the trained number $\rho$ is the standard deviation."** The softplus comes after it: at $\rho = 0$
-# > the scale is 0.693, not 0, and a negative $\rho$ is no mistake. Read `layer.scale(name)`.
+# > the scale is 0.693, not 0, and a negative $\rho$ is no mistake. `layer.scale(name)` gives the scale.
 #
 # ## 2. How far is the posterior from the prior?
 #
-# Fitting the data alone would drive every scale to 0. The *evidence lower bound* (ELBO) is maximised instead. It is the
+# Fitting the data alone would drive every scale to 0. So we maximise the *evidence lower bound* (ELBO) instead: the
 # expected log-likelihood minus a penalty, the KL (Blundell et al. 2015, equations 1 and 2)
 #
 # $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big] : $$
 #
 # how far, in nats, the *posterior* $q$ (our belief after training) has moved from the *prior* $p$ (our belief before
-# any data). Scales shrink where the fit gains more than the penalty, and grow elsewhere. The penalty covers the
-# masked entries alone: a point has no KL here (the paper, section 2.3). For $q = \mathcal{N}(\mu, \sigma^2)$ and the
-# default prior $p = \mathcal{N}(0, 1)$ it is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats an entry.
+# any data). Scales shrink where that improves the fit more than it costs in KL, and grow elsewhere. The penalty covers
+# the masked entries alone: a point has no KL here (the paper, section 2.3). For $q = \mathcal{N}(\mu, \sigma^2)$ and
+# the default prior $p = \mathcal{N}(0, 1)$ it is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats per entry.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
 # The prior N(0, 1) ignores the values that training found: it charges $\mu^2 / 2$ for every Bayesian entry, and pulls
 # it to 0. With `prior_at_loc` the prior lies around the value $m$ that the weight had at the
 # start: the KL is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same prior. By hand: with $m = \mu$ the term
-# $\mu^2 / 2 = 0.125$ is gone, 1.808 nats are left.
+# $\mu^2 / 2 = 0.125$ is gone, and 1.808 nats are left.
 
 # %% tags=["active-ipynb"]
 # by_hand = 0.5 * (0.5**2 + 0.1**2 - 1) - np.log(0.1)
@@ -132,9 +132,9 @@ __all__ = [
 # %% [markdown]
 # ## 3. What is a posterior?
 #
-# An object with the entries of one weight: it makes their variables, draws them and knows their KL. `Posterior`
-# (`sbn_tf.core.posterior`) stores the positions and is the interface; the Gaussian one adds the two formulas above.
-# Two more have the same interface: a few trained values an entry ("members"), and a mixture of Gaussians.
+# An object for the entries of one weight: it makes their variables, draws them and computes their KL. `Posterior`
+# (`sbn_tf.core.posterior`) stores the positions and defines the interface; the Gaussian one adds the two formulas
+# above. Two more have the same interface: a few trained values per entry ("members"), and a mixture of Gaussians.
 
 
 # %%
@@ -161,7 +161,7 @@ class GaussianPosterior(Posterior):
         return kl_normal(self.from_prior(), self.scale_of_entries(), self.options.prior)
 
     def centre(self):
-        """Start again from the current loc: the prior's centres, and scales that are relative to the loc."""
+        """Set the prior's centres, and scales relative to the loc, again from the current loc."""
         super().centre()
         if self.options.relative:
             self.untransformed_scale.assign(softplus_inverse(self._start_scales()))
@@ -172,7 +172,7 @@ class GaussianPosterior(Posterior):
         return make_normal(self.loc(), self.scale_of_entries())
 
     def _first_scales(self):
-        """Initializer of the scales. Keras's seeded ones repeat, so each weight has its own seed."""
+        """Initializer of the scales. A seeded Keras one repeats its values, so each weight has its own seed."""
         initializer = self.options.untransformed_scale_initializer
         if initializer is None:
             return lambda shape, dtype: ops.cast(softplus_inverse(self._start_scales()), dtype)
@@ -191,19 +191,19 @@ POSTERIORS["gaussian"] = GaussianPosterior
 #
 # ## 4. How does a stock layer get such a weight?
 #
-# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property answers with this call's
-# draw; *outside* it answers with the loc. A draw is a dense tensor of the weight's shape, made and dropped within the
-# call: parameters, optimiser slots, noise and KL grow with `k`, the arithmetic of the layer does not shrink. So one
+# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property returns this call's
+# draw; *outside* it returns the loc. A draw is a dense tensor of the weight's shape, made and dropped within the
+# call: parameters, optimiser slots, noise and KL grow with `k`; the arithmetic of the layer stays as it was. So one
 # mixin serves every layer with its stock signature, dtype policy and config, and nothing that reads `layer.kernel`
 # (Keras's own saving, for one) ever stores a random draw.
 
 
 # %%
 def _seam(name: str, stock):
-    """Property that answers with this call's draw inside the layer's `call`, with the loc outside.
+    """Property that returns this call's draw inside the layer's `call`, and the loc outside.
 
     Most stock layers keep the loc in a plain attribute, which Keras sets in `build`. Where the stock class has a
-    property of that name (`kernel` of Dense and of the convolutions), that property still answers for the loc.
+    property of that name (`kernel` of Dense and of the convolutions), that property still returns the loc.
     """
     stored = f"_{name}_loc"
 
@@ -227,7 +227,7 @@ def _seam(name: str, stock):
 
 # %%
 def add_seams(cls):
-    """Give a masked class its properties, and a signature with the stock layer's arguments beside ours."""
+    """Give a masked class its properties, and a signature with the stock layer's arguments and ours."""
     if not cls.__dict__.get("posterior_weights"):
         return
     stock = cls.stock_class = next(one for one in cls.__mro__ if not issubclass(one, WithPosteriors))
@@ -244,26 +244,27 @@ def add_seams(cls):
 
 
 # %% [markdown]
-# The KL is the *regularizer* of the scale variable: Keras evaluates it once a step however often the layer is called,
-# so five samples do not charge it five times, and it works in a plain `compile` and `fit`. Its weight has no default:
-# `1 / num_train` is the ELBO's for a loss averaged over images; for a loss averaged over pixels it is
-# `1 / (num_train * pixels)`.
+# The KL is the *regularizer* of the scale variable: Keras evaluates it once per step however often the layer is called,
+# so five samples do not add it five times, and it works in a plain `compile` and `fit`. Its weight has no default: the
+# ELBO needs `1 / num_train` for a loss averaged over images, and `1 / (num_train * pixels)` for a loss averaged over
+# pixels.
 #
-# The mixin, in the order of a Keras layer: look at `call`, which is the stock layer's own with drawn weights.
+# The mixin follows, in the order of a Keras layer. Look at `call`: it is the stock layer's own, with drawn weights.
 
 
 # %%
 class MaskedGaussian(WithPosteriors):
-    """Mixin: a stock Keras layer of which chosen weight entries are random, the rest points.
+    """Mixin: a stock Keras layer in which chosen weight entries are random, the rest points.
 
     `weight = loc + scatter(index, offsets)` in `call`; each call draws new offsets from the weight's posterior.
 
     Args:
-        num_bayesian: how many entries are Bayesian, chosen at random: an int (of the first of `posterior_weights`)
+        num_bayesian: how many entries are Bayesian, chosen at random: an int (for the first of `posterior_weights`)
             or a dict such as `{"kernel": 10, "bias": 2}`. 0: the stock layer.
-        mask: which entries are Bayesian instead: a boolean array (of the first weight) or a dict of such arrays.
-        seed: int; fixes the mask chosen at random, the start and the noise.
-        kwargs: the fields of `sbn_tf.core.posterior.PosteriorOptions` (`kl_weight`, which is required where an entry
+        mask: instead of `num_bayesian`, which entries are Bayesian: a boolean array (for the first weight) or a dict
+            of such arrays.
+        seed: int; fixes the random mask, the initial values and the noise.
+        kwargs: the fields of `sbn_tf.core.posterior.PosteriorOptions` (`kl_weight`, which is required if any entry
             is Bayesian, `initial_scale`, `prior`, `posterior`, ...), and the stock layer's arguments.
 
     Regularizers and constraints of the stock layer act on the loc, an `activity_regularizer` on the draw's outputs.
@@ -393,7 +394,7 @@ class Conv3DTranspose(MaskedGaussian, keras.layers.Conv3DTranspose):  # noqa: D1
 
 
 # %% [markdown]
-# Depthwise and separable ones. A separable layer has two kernels, and each may have Bayesian entries.
+# Depthwise and separable convolutions. A separable layer has two kernels, and each may have Bayesian entries.
 
 
 # %%
@@ -418,7 +419,7 @@ class SeparableConv2D(MaskedGaussian, keras.layers.SeparableConv2D):  # noqa: D1
 
 
 # %% [markdown]
-# The masked layers of a whole model, for those who convert one:
+# One function finds the masked layers of a whole model, such as a converted one:
 
 
 # %%
@@ -446,7 +447,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # assert np.array_equal(layer(x), stock(x)) and not layer.losses
 
 # %% [markdown]
-# ### With some, are mean and variance right?
+# ### With Bayesian entries, are mean and variance right?
 #
 # A Dense output is linear in its weights, so its mean is $x^\top \mu$ and its variance $\sum_i x_i^2 \sigma_i^2$, the
 # sum over the masked entries of its column.
@@ -466,7 +467,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # assert abs(outputs.var() - variance) < 4 * variance * np.sqrt(2 / draws)
 
 # %% [markdown]
-# The same for one entry of the kernel: its draws against its normal density. `call` uses `posteriors.draw`.
+# The same check for one entry of the kernel: do its draws follow its normal density? (`call` uses `posteriors.draw`.)
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -485,9 +486,10 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # *Reading*: the grey bars follow the curve: centred at the trained weight, with a standard deviation of 0.1.
 
 # %% [markdown]
-# ### What does a wrong call say?
+# ### What message does a wrong call give?
 #
-# The KL's weight has no default, since a guess that is wrong by the number of pixels ruins training without a word.
+# The KL's weight has no default, since a guess that is off by a factor, the number of
+# pixels, ruins training without a warning.
 
 # %% tags=["active-ipynb"]
 # try:
@@ -499,8 +501,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## 7. How does it go into your own model?
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
-# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold?
-# The bias is among the Bayesian entries, so every input sees noise, even if all eight Bayesian kernel entries see 0.
+# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? The bias is among the Bayesian entries, so
+# every input sees noise, even if all eight Bayesian kernel entries are multiplied by 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)
@@ -515,9 +517,9 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # print("the loss fell:", history.history["loss"][-1] < history.history["loss"][0])
 
 # %% [markdown]
-# Each call, and each batch of `model.predict`, is one draw: call it a few times, and the mean of the
-# probabilities is the prediction, their spread says how sure it is. (The lesson on partial Bayes has a model that does
-# this for you.) `posterior_mean()` gives the answer of the trained weights themselves.
+# Each call, and each batch of `model.predict`, uses one draw. Call the model a few times: the mean of the probabilities
+# is the prediction, and their spread says how sure it is. (The lesson on partial Bayes has a model that does this for
+# you.) `posterior_mean()` gives the answer of the trained weights themselves.
 
 # %% tags=["active-ipynb"]
 # logits = np.stack([model(x) for _ in range(20)])  # (samples, batch, 1)
@@ -532,14 +534,15 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## Summary
 #
 # - A masked weight is its stock variable (the loc) with `k` positions and `k` scales beside it; the rest stays a point.
-# - Each call draws; within `posterior_sample()` each weight draws once; outside `call`, and in every saved file, the
+# - Each call draws; within `posterior_sample()` each weight is drawn once; outside `call`, and in every saved file, the
 #   weight is its loc.
 # - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
-# - With no Bayesian entry each layer is its stock Keras layer, bit for bit; with all of them it needs no index.
+# - With no Bayesian entry each layer is its stock Keras layer, bit for bit; if all entries are Bayesian, it needs no
+#   index.
 #
 # ## Exercises
 #
-# 1. A network segments images of 64 x 64 pixels, with 1,000 of them to train on; its loss is a mean over pixels. Which
+# 1. A network segments images of 64 x 64 pixels, 1,000 of them for training; its loss is a mean over pixels. Which
 #    `kl_weight` gives the ELBO?
 #
 #    <details><summary>Answer</summary>

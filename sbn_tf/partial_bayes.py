@@ -22,7 +22,7 @@
 #   and the six traps that ruin training, each with its guard.
 # - *Words*: a *Bayesian* entry of a weight has a distribution, by default a Gaussian with a mean (*loc*) and a standard
 #   deviation (*scale*); a *point* is one number. All these distributions together are the *posterior*; a *sample* or
-#   *draw* is one network, each Bayesian entry drawn once. A *mask* says which entries are Bayesian. More words:
+#   *draw* is one network, with each Bayesian entry drawn once. A *mask* says which entries are Bayesian. More words:
 #   [glossary](../../docs/glossary.md).
 # - *You need*: the lessons on [layers](layers.ipynb) and on [saliency](saliency.ipynb).
 # - *Runs in*: 30 seconds (CPU).
@@ -64,11 +64,11 @@ __all__ = [
 ]
 
 # %% [markdown]
-# ## 1. Which network comes out?
+# ## 1. Which network do you get?
 #
 # A copy: same layers, same names, same trained values. Each layer with a masked weight is replaced by its *masked
-# twin*, the layer of the same name in `sbn_tf.layers`; a layer without a twin (an LSTM, an attention) is put into a
-# wrapper that draws its weights. The original never changes. `sbn_tf.core.conversion` makes the copy.
+# twin*, the layer of the same name in `sbn_tf.layers`; a layer without a twin (an LSTM, an attention layer) is put into
+# a wrapper that draws its weights. The original never changes. `sbn_tf.core.conversion` makes the copy.
 
 # %% tags=["active-ipynb"]
 # import numpy as np
@@ -80,19 +80,19 @@ __all__ = [
 #     print(f"{layer.name:<8}{type(layer).__module__.split('.')[0]:<8}{dict(getattr(layer, 'num_bayesian', {}))}")
 
 # %% [markdown]
-# ## 2. What is the loss, and what divides its KL?
+# ## 2. What is the loss, and what is its KL divided by?
 #
-# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the
-# number of terms that the loss averages over, with $S$ draws $w_s$ of the weights. The NLL is the negative
+# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the number
+# of terms that the loss averages over, and estimated with $S$ draws $w_s$ of the weights. The NLL is the negative
 # log-likelihood of the targets, the KL says how far the posterior $q$ is from the prior $p$ (layers, section 2), and
 # $\beta$ is a factor, 1 in the ELBO:
 #
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
-# averages over: 1 for a loss averaged over images, the number of pixels for one averaged over pixels too, of labels for
-# one over labels. A mean squared error is no NLL: the NLL is that error over $2 s^2$ ($s$: the noise's sd), so give
-# `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
+# averages over: 1 for a loss averaged over images, the number of pixels if it also averages over pixels, of labels if
+# it averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$ ($s$: the
+# noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
 # $1 / 1{,}024{,}000$. Where the data decide $T$ (masked padding, an `ignore_class`, a mean over sample weights), the
 # terms of the batches trained on are counted, and $T$ is their mean.
 
@@ -104,16 +104,16 @@ __all__ = [
 # assert terms == 1024 and loss_terms(keras.losses.CategoricalCrossentropy(), (None, 7)) == 1
 
 # %% [markdown]
-# > **Misconception: "the KL is divided by `num_train`, and that is all."** Under a mean over 32 x 32 pixels it is then
-# > 1,024 times too strong, which ruins training. The KL is that of the weights, once for the whole training set; the
-# > loss beside it is the mean of all terms of all images.
+# > **Misconception: "the KL is divided by `num_train`, and that is all."** With a loss averaged over 32 x 32 pixels the
+# > KL is then 1,024 times too strong, which ruins training. The KL of the weights counts once for the whole training
+# > set; the loss beside it is a mean over all terms of all images.
 #
 # > **Misconception: "mean or sum over the weights is a matter of taste."** The ELBO has the *sum* of the KL over the
-# > Bayesian entries. `kl_reduction="mean"`, the paper's code, takes the mean over the $k$ entries of each weight and
-# > divides by neither images nor pixels. That is $N T / k$ times the ELBO's KL: for the images above and $k = 100$ it
-# > is 10,240 times as strong, before $\beta$ reduces it.
+# > Bayesian entries. `kl_reduction="mean"`, as in the paper's code, takes the mean over the $k$ entries of each weight
+# > and divides by neither images nor pixels. That is $N T / k$ times the ELBO's KL: for the images above and $k = 100$
+# > it is 10,240 times as strong, before $\beta$ reduces it.
 #
-# Sum and mean of one weight's KL, of six entries: the ratio must be six.
+# A check: for a weight of six entries the sum of the KL must be six times its mean.
 
 # %% tags=["active-ipynb"]
 # nats, every = {}, {"first/kernel": np.ones((3, 2), bool)}
@@ -145,8 +145,8 @@ class PartialBayes(SampledModel):
     Args:
         network: with masked layers; num_samples, probabilities, from_logits, batch_norm: as in `SampledModel`.
         num_train, beta, kl_reduction, terms_per_example: what multiplies the KL, as in `KLWeight`.
-        estimator: "all" (each draw sees the batch), "split" (draw s sees part s of it), "turns" (one draw a step sees
-            the batch, in turn), "flipout" or "local" (each example sees a draw of its own), see section 6.
+        estimator: "all" (each draw sees the batch), "split" (draw s sees part s of it), "turns" (each step one draw, in
+            turn, sees the batch), "flipout" or "local" (each example sees a draw of its own), see section 6.
 
     Raises:
         ValueError: an option out of range, a `stateful=True` layer that runs for each draw, or a trap of section 5.
@@ -174,7 +174,7 @@ class PartialBayes(SampledModel):
     )
 
     def call(self, inputs, training=None):
-        """In training what the estimator's draws return; else the posterior predictive mean of `num_samples` draws."""
+        """In training, the outputs of the estimator's draws; else the predictive mean of `num_samples` draws."""
         if not training:
             return super().call(inputs)
         refuse_as_a_part(self)
@@ -199,7 +199,7 @@ class PartialBayes(SampledModel):
         return data + sum(ops.cast(one, data.dtype) for one in weighted_losses(self))
 
     def compile(self, optimizer=None, loss=None, **kwargs):
-        """`keras.Model.compile`; without optimiser or loss by the trained network's own, the optimiser gentler."""
+        """`keras.Model.compile`; by default with the trained network's loss and its optimiser at a lower rate."""
         optimizer, loss, kwargs = self.start.filled(optimizer, loss, kwargs)
         self.kl.settle(loss, self.network)
         self.outputs_of_samples.settle(loss)
@@ -208,7 +208,7 @@ class PartialBayes(SampledModel):
         spare_scales(self.optimizer, self.trainable_variables)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
-        """`keras.Model.fit`; compiles itself if need be; warns if scales stay, or the network gets far worse."""
+        """`keras.Model.fit`; compiles first if needed; warns if scales do not move or the network gets far worse."""
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
@@ -232,17 +232,17 @@ class PartialBayes(SampledModel):
 #
 # *Aleatoric* uncertainty is in the data: more of them would not remove it (raters differ, classes overlap). *Epistemic*
 # uncertainty is the model's own: another draw of its weights would have said something else. For a predictive mean
-# $\bar p = \frac1S \sum_s p_s$ the entropy splits in two (Depeweg et al. 2018):
+# $\bar p = \frac1S \sum_s p_s$ the entropy splits into two parts (Depeweg et al. 2018):
 #
 # $$ \underbrace{H[\bar p]}_{\text{total}} = \underbrace{\tfrac1S \textstyle\sum_s H[p_s]}_{\text{aleatoric}}
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
-# samples are an array (samples, batch, height, width, 1); the four results have no axis of samples: each is one picture
-# an image. Over classes the three entropies have no axis of classes either; the mean keeps it.
+# samples are an array (samples, batch, height, width, 1); the four results have no samples axis: each is one picture
+# per image. With classes, the three entropies have no class axis either; the mean keeps it.
 #
-# By hand: two samples that say 0 and 1 are each sure (entropy 0), their mean 0.5 is not ($\ln 2 = 0.693$ nats): all of
-# the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
+# By hand: two samples that say 0 and 1 are each sure (entropy 0), but their mean 0.5 is not ($\ln 2 = 0.693$ nats): all
+# of the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.outputs import entropy
@@ -254,15 +254,15 @@ class PartialBayes(SampledModel):
 # assert np.allclose(total, np.log(2)) and np.allclose(aleatoric, [0, np.log(2)])
 
 # %% [markdown]
-# ## 5. How do masks become a model, past six traps?
+# ## 5. How do masks become a model, and which six traps must be avoided?
 #
 # | trap | what happens | guard |
 # |---|---|---|
-# | KL over `num_train` under a mean over pixels | it is hundreds of times too strong | section 2; wrong counts warn |
-# | a Bayesian bias before a batch norm in training mode | no effect there: the KL inflates its scale | refused |
-# | batch norm in training mode after a draw, unless by `"all"` | it sees several draws, or 1/S of the batch | refused |
-# | scales of one size for all | .01 is ten times some weights: the network is ruined | relative, by `data` narrower |
-# | scales under plain SGD | they never move: the initial scale is the answer | `fit` warns; `LocScaleOptimizer` |
+# | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
+# | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
+# | batch norm that trains after a draw (not `"all"`, `"turns"`) | it sees several draws or 1/S of a batch | refused |
+# | scales of one size for all | .01 is ten times some weights: ruins the network | relative, narrowed by `data` |
+# | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
 
@@ -281,13 +281,13 @@ def to_partial_bayes(
         r_bayes: share of the eligible entries that is Bayesian, 0 to 1: those of the highest Fisher score on `data`.
         data: (x, y), a `tf.data.Dataset` or an iterable of batches of training examples, for the scores.
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
-        posterior: "gaussian" (the paper's), "members" (`num_samples` trained values an entry) or "mixture".
-        seed: int, fixes start and noise. verbose: whether to show the progress of the pass over `data`.
+        posterior: "gaussian" (the paper's), "members" (`num_samples` trained values per entry) or "mixture".
+        seed: int, fixes initial values and noise. verbose: whether to show the progress of the pass over `data`.
         options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's size, halved until draws
             fit the first examples of `data`; `prior`, ...) and arguments of `PartialBayes` (`estimator`, ...).
 
     Raises:
-        ValueError: masks of another model, no masks and no r_bayes with data, a wrong option, or a trap of the table.
+        ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
 
     Reference: Abboud, Lombaert, Kadoury (2024), section 2.3.
     """
@@ -310,7 +310,7 @@ def to_partial_bayes(
 
 
 # %% [markdown]
-# Without masks they are chosen here, by the Fisher score of the lesson on [saliency](saliency.ipynb).
+# If no masks are given, they are chosen here, by the Fisher score of the lesson on [saliency](saliency.ipynb).
 
 
 # %%
@@ -322,7 +322,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     several = isinstance(own, dict | list) or (loss is None and len(getattr(model, "outputs", ())) > 1)
     loss = compiled_loss(model) if several else own
     idle = biases_before_batch_norm(model) if trains_batch_norm else ()
-    exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias could not be chosen anyway
+    exclude = [key for key in eligible_weights(model) if key in idle]  # a frozen bias is not eligible anyway
     return top_k(saliency(model, data, loss, exclude=exclude or None, verbose=verbose), r_bayes)
 
 
@@ -349,7 +349,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 
 # %% [markdown]
 # In training, dropout and everything after it also runs S times. The results equal those of running everything S
-# times, to float rounding. A subclassed network is one operation: it runs S times.
+# times, up to float rounding. A subclassed network is one operation: it runs S times.
 #
 # ### How do several draws share one pass?
 #
@@ -360,17 +360,18 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # | `estimator` | who sees which draw | passes | where |
 # |---|---|---|---|
 # | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
-# | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls where axis 0 may be mixed) |
+# | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls if a layer may mix examples) |
 # | `"turns"` | one draw a step sees the whole batch, the next step another | 1 | everywhere |
 # | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
-# | `"local"` (Kingma et al. 2015) | each output of a Dense layer has noise; elsewhere flipout | 1 to 2 | as flipout |
+# | `"local"` (Kingma et al. 2015) | each Dense output has noise; else as flipout | 1 to 2 | axis 0 is the batch |
 #
 # *Which one?* `"split"` costs least; `"flipout"` has the least variance of gradients for its time in
-# `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for yours). Take `"all"` where the batch is
+# `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for your own). Take `"all"` where the batch is
 # smaller than S, or where most of the network runs once.
 #
-# By the closed form: a linear network with squared loss has
-# $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree.
+# A check against the closed form: a linear network with squared loss has
+# $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree with
+# it.
 
 # %% tags=["active-ipynb"]
 # rng = np.random.default_rng(0)
@@ -388,7 +389,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 #     assert abs(losses.mean() - exact) < 4 * standard_error
 
 # %% [markdown]
-# ### How does it reach other programs?
+# ### How do other programs use the model?
 #
 # `bnn.export(path, outputs="uncertainty")` writes a SavedModel with the S draws inside: its `serve` gives what
 # `predict_uncertainty` gives. The states of the noise seeds are stored too, so a fresh load repeats the same sequence.
@@ -396,11 +397,11 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # %% [markdown]
 # ## 7. Why two learning rates, and a schedule?
 #
-# Locs start trained and want small steps; scales start at a guess and want large ones. `LocScaleOptimizer(a, b)`
-# gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes the network's own loss,
-# metrics and optimiser, at a tenth of its learning rate (a hundredth beside frozen batch norm), and `Adam(0.01)` for
-# the scales. `BetaSchedule` anneals beta over the epochs, which acts at once, also on a compiled model: the paper's
-# segmentation runs go from 0.2 to 0.01.
+# Locs start at trained values and need small steps; scales start at a guess and need large ones.
+# `LocScaleOptimizer(a, b)` gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes
+# the network's own loss, metrics and optimiser, at a tenth of its learning rate (a hundredth with frozen batch norm),
+# and `Adam(0.01)` for the scales. `BetaSchedule` changes beta over the epochs, and this acts at once, even on a
+# compiled model: the paper's segmentation runs go from 0.2 to 0.01.
 
 
 # %%
@@ -437,10 +438,10 @@ class BetaSchedule(keras.callbacks.Callback):
 
 
 # %% [markdown]
-# ## 8. What comes out, once through?
+# ## 8. What does the whole procedure give?
 #
-# From a trained network to uncertainty, on two noisy half-moons: a network of 337 weights, one in ten of them Bayesian.
-# No step is new: train, score, select, convert, fit, predict.
+# From a trained network to uncertainty, on two noisy half-moons, with 337 weights, one in ten of them Bayesian. No step
+# is new: train, score, select, convert, fit, predict.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.saliency import saliency, top_k
@@ -475,7 +476,7 @@ class BetaSchedule(keras.callbacks.Callback):
 
 # %% [markdown]
 # The scales left their initial 0.01, which was a guess and too narrow: the KL falls as they grow towards the prior's 1,
-# until the loss of the data holds them back, soonest where it is most sensitive.
+# until the loss of the data stops them, first where it is most sensitive.
 #
 # ### Where is the model unsure, and why?
 
@@ -515,7 +516,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # ## Summary
 #
 # - `to_partial_bayes` copies a trained model; masked weights become Gaussian, everything else stays a point. Every loc
-# and point starts as trained, and *all* of them train on.
+# and point starts as trained, and *all* of them are trained further.
 # - The KL is divided by `num_train` *and* by the terms that the loss averages over in each example.
 # - Training averages the samples' losses; prediction averages their probabilities.
 # - Layers before the first Bayesian weight run once; `estimator="split"` serves all draws in about one pass.
@@ -524,13 +525,14 @@ class BetaSchedule(keras.callbacks.Callback):
 #
 # ## When not to trust it
 #
-# - *Far from the data.* Evaluate section 8 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0. A few
-# Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
-# - *Scales that hardly moved.* Then the spread of the samples is the initial scale, a guess. Look at `bnn.scales()`.
+# - *Far from the data.* Evaluate the model of section 8 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0.
+#   A few Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
+# - *Scales that hardly moved.* Then the spread of the samples comes from the initial scale, a guess. Look at
+#   `bnn.scales()`.
 # - *Mutual information near 0.* Then the posterior adds nothing to the mean probability.
-# - *One seed, five samples.* Both are noise: repeat before you believe a difference.
-# - *A number without its trivial row*, that of a predictor that ignores the image. Where a label is true of 6 % of the
-# images, "never" is right on 94 %.
+# - *One seed, five samples.* Both are noisy: repeat before you believe a difference.
+# - *A number without its trivial row*, the row of a predictor that ignores the image. Where a label is true of 6 % of
+# the images, always saying no is right on 94 %.
 #
 # ## Exercises
 #
@@ -548,20 +550,20 @@ class BetaSchedule(keras.callbacks.Callback):
 #    The mean is 0.5: total $\ln 2 = 0.693$. The samples' entropies are 0.325, 0.693 and 0.325: aleatoric 0.448. The
 #    difference, 0.245 nats, is epistemic.
 #    </details>
-# 3. Why does the ELBO average the samples' losses and not take the loss of the averaged probability?
+# 3. Why does the ELBO average the samples' losses instead of taking the loss of the averaged probability?
 #
 #    <details><summary>Answer</summary>
 #
 #    The ELBO has the *expected* log-likelihood, $\mathbb{E}_q[\log p(y \mid x, w)]$. By Jensen's inequality the log
-#    of the mean probability is larger: its loss gives no such bound, and samples may disagree at no cost.
+#    of the mean probability is larger: a loss on that mean gives no such bound, and samples may disagree at no cost.
 #    </details>
-# 4. Set `beta=20` in section 8 and fit again. What becomes of the scales and of the accuracy?
+# 4. Set `beta=20` in section 8 and fit again. What happens to the scales and to the accuracy?
 #
 #    <details><summary>Answer</summary>
 #
 #    The KL now outweighs the data: the scales go towards the prior's 1 (0.93 when this was written) and the accuracy
-#    falls (from 94 % to 85 %). The locs hardly move: their rate is small, and the points make up for the noise. It is
-#    what a KL with a forgotten division looks like.
+#    falls (from 94 % to 85 %). The locs hardly move: their rate is small, and the point entries compensate for the
+#    noise. A KL whose division was forgotten looks like this.
 #    </details>
 #
 # ## References

@@ -18,16 +18,16 @@
 # **The weights with large gradients matter most to the loss; the top `k = round(r_bayes * n)` of them become
 # Bayesian.**
 #
-# Why these? The loss is most sensitive to them: the same noise changes predictions most where it falls on them, so a
+# Why these? The loss is most sensitive to them: the same noise changes predictions most when it is added to them, so a
 # few are enough to make samples differ. But weights that the loss is sensitive to are also well determined by the data,
-# and an exact posterior would be narrowest here. To choose by sensitivity is the paper's claim, not a theorem.
-# [What works](../09_what_works.ipynb) compares it with a random choice.
+# and an exact posterior would be narrowest here. It is the paper's claim, not a theorem, that one should choose by
+# sensitivity. [What works](../09_what_works.ipynb) compares this with a random choice.
 #
-# - *You will see*: six scores, the gradient pass, the selection of the top k, where it falls, and what it costs.
+# - *You will see*: six scores, the gradient pass, the selection of the top k, where these lie, and what they cost.
 # - *Words*: a *weight* is, as in Keras, an array such as a kernel; an *entry* is one number of it. A *Bayesian* entry
 #   has a distribution. A *mask* says which entries are Bayesian. A *sample* is the network with each Bayesian entry
-#   drawn once. `r_bayes` is the share of the *eligible* entries that become Bayesian, and `n` counts those: trainable
-#   entries outside normalisation layers. More words: [glossary](../../docs/glossary.md).
+#   drawn once. `r_bayes` is the share of the *eligible* entries that become Bayesian, and `n` counts all eligible ones:
+#   the trainable entries outside normalisation layers. More words: [glossary](../../docs/glossary.md).
 # - *You need*: gradients of a loss. *Runs in*: 30 seconds (CPU).
 
 # %%
@@ -91,11 +91,11 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 #
 # The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model; the
 # *empirical* one takes the labels of the data. (Sung et al. 2021 use it to choose the weights to train.) Near an
-# optimum, where the gradients of independent examples average out, `fisher` ranks nearly as `per_example` does, at the
-# price of one pass. Why $n_b$? Without it a last batch of one example, whose squared noise is 32 times that of a batch
-# of 32, would make up more than half of the score of an epoch of 20 batches.
+# optimum, where the gradients of independent examples average out, `fisher` ranks weights nearly as `per_example` does,
+# at the cost of one pass. Why $n_b$? Without it a last batch of one example, whose squared noise is 32 times that of a
+# batch of 32, would make up more than half of the score of an epoch of 20 batches.
 #
-# In code, the sums over batches and the scores that follow from them. Two scores need no gradients:
+# The code adds up the batches, then computes the scores from the sums. Two scores need no gradients:
 
 
 # %%
@@ -139,7 +139,7 @@ def _without_data(weights, score, seed):
 # ## 2. How are the gradients taken?
 #
 # By TensorFlow's `GradientTape`, one batch at a time. The layers run inside `keras.StatelessScope`: what they assign
-# (running statistics, the next seed of a dropout) stays in the scope, so the model cannot change. Only the seeds are
+# (running statistics, dropout's next seed) stays in the scope, so the model cannot change. Only the seeds are
 # carried from batch to batch, in copies; otherwise every batch would get the same dropout mask.
 
 
@@ -169,8 +169,8 @@ class _Gradients:
 
 
 # %% [markdown]
-# The pass goes through the data batch by batch, or example by example for `per_example`, and adds up. `add_up` (in
-# `core/passes.py`) cuts arrays into batches, compiles the step, checks each batch and stops at a NaN.
+# The pass goes through the data batch by batch, or example by example for `per_example`, and adds to the sums. `add_up`
+# (in `core/passes.py`) cuts arrays into batches, compiles the step, checks each batch and stops at a NaN.
 
 
 # %%
@@ -193,11 +193,11 @@ def saliency(
     Args:
         model: built `keras.Model`, at its trained weights.
         data: batches of (x, y) or (x, y, sample_weight), or a tuple of arrays, taken in their order: shuffle arrays
-            that are sorted by class. "magnitude" and "random" need none.
+            that are sorted by class. "magnitude" and "random" need no data.
         loss: Keras loss, its name, or a callable (y, y_pred) -> losses; None: the compiled loss, without regularisers.
         score: "fisher", "paper", "per_example" (as slow as batches of one), "magnitude", "taylor" or "random".
-        batch_statistics: run in training mode (batch norm by the batch, dropout on). None: for "paper" only.
-        max_batches: None: all. batch_size: for a tuple of arrays. seed: for "random".
+        batch_statistics: run in training mode (batch norm uses the batch, dropout is on). None: for "paper" only.
+        max_batches: at most this many; None: all. batch_size: for a tuple of arrays. seed: for "random".
         include, exclude: patterns on keys, see `eligible_weights`.
 
     Raises:
@@ -214,9 +214,9 @@ def saliency(
 
 
 # %% [markdown]
-# To check: if the loss is the output, the gradients are the inputs. With the inputs of section 1 the scores are
-# those worked by hand. A weight's key is the path of layer names that leads to it; `eligible_weights` lists the keys,
-# and `include="decoder*"` or `exclude=["*/bias"]` leave only some of them to be chosen.
+# A check: if the loss is the output of a linear layer, the gradients are its inputs. With the gradients of section 1 as
+# inputs, the scores must be those worked out by hand. A weight's key is the path of layer names that leads to it;
+# `eligible_weights` lists the keys, and `include="decoder*"` or `exclude=["*/bias"]` restrict the choice.
 
 # %% tags=["active-ipynb"]
 # network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, name="out")])
@@ -227,24 +227,24 @@ def saliency(
 #     assert np.allclose(found["out/kernel"].ravel(), values)
 
 # %% [markdown]
-# ## 3. Must it be a pass of its own?
+# ## 3. Do the scores need a pass of their own?
 #
-# No: the last epoch of training computes the gradient of every batch. A callback adds up $T \leftarrow T + n_b\, g_b^2$
-# as the optimiser gets them. Two things differ from a pass of its own: the weights still move, and the network runs in
-# training mode. `EpochRecorder` (in `core/recorder.py`) listens to the optimiser; the sums are those of section 1.
+# No: the last epoch of training computes the gradient of every batch. A callback adds $T \leftarrow T + n_b\, g_b^2$ as
+# the optimiser receives each gradient. Two things differ from a separate pass: the weights still move, and the network
+# runs in training mode. `EpochRecorder` (`core/recorder.py`) listens to the optimiser; the sums are those of section 1.
 
 
 # %%
 class SaliencyRecorder(EpochRecorder):
     """Scores of `saliency` from the gradients of an epoch of `fit`, without a pass of their own.
 
-    Other epochs cost nothing, and the model is as before afterwards, also when `fit` raises. The gradients are those of
+    Other epochs cost nothing, and afterwards the model is as before, even if `fit` raises. The gradients are those of
     training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted; other
     losses that layers add stay in. Under `tf.distribute` a batch is the global one.
 
     Args:
         score: "fisher", "paper" or "taylor" (with the weights as they are after the epoch).
-        epoch: "last"; "every" (the sums restart each epoch, so that early stopping may end anywhere); or one epoch's
+        epoch: "last"; "every" (the sums restart each epoch, so training may stop early at any epoch); or one epoch's
             number, from 0.
         include, exclude: patterns on keys, see `eligible_weights`.
     """
@@ -258,7 +258,7 @@ class SaliencyRecorder(EpochRecorder):
 
 # %% [markdown]
 # The oracle is the pass of section 2. With a learning rate of 0 the weights stand still, so both must agree. Clipping
-# comes after the recorder and must not be seen.
+# comes after the recorder and must not affect it.
 
 # %% tags=["active-ipynb"]
 # rng = np.random.default_rng(0)
@@ -276,8 +276,8 @@ class SaliencyRecorder(EpochRecorder):
 # ## 4. Which entries are chosen?
 #
 # Exactly `k = round(r_bayes * n)`: those with the largest scores, and among equal scores the earlier ones. A threshold
-# would take more than asked where scores are equal, and dead units all have 0. `np.partition` finds the k-th largest
-# value without sorting; the rest is counting.
+# would take more than asked where scores are equal, and those of dead units are all 0. `np.partition` finds the k-th
+# largest value without sorting; the rest is counting.
 
 
 # %%
@@ -398,7 +398,7 @@ def top_k(
         scores: key -> array, from `saliency`.
         r_bayes: fraction of all scored entries to be Bayesian, 0..1.
         scope: "global" (one ranking), "layer" (the same share of each weight, k entries in all), or "channel" (whole
-            output channels by saliency per entry: every one that still fits, so at most k entries).
+            output channels, the most salient per entry first, if they still fit: at most k entries).
         model: the network of the scores; needed by "channel" and `cost_aware`.
         cost_aware: highest share of the network's operations that may run again for each sample, 0..1; None: any.
 
@@ -432,12 +432,13 @@ def top_k(
 # ## 5. What do whole channels and late weights cost?
 #
 # Single entries are scattered over a kernel. Entries that fill whole output channels make the random part of a
-# convolution a small dense convolution, which is cheap, but they leave saliency behind. Each channel has $n_c$ entries
-# and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, each that
-# still fits into k entries. By the sum $s_c$ alone the widest layers would win.
+# convolution a small dense convolution, which is cheap, but this choice loses saliency. Each channel has $n_c$ entries
+# and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, and
+# skips those that no longer fit within k entries. By the sum $s_c$ alone the widest layers would win.
 #
-# By hand: a layer from 2 to 3 has three channels of two kernel entries and one bias entry each. Their sums are 3, 6
-# and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme: one entry in every channel.)
+# By hand: a layer with 2 inputs and 3 outputs has three channels of two kernel entries and one bias entry each. Their
+# sums are 3, 6 and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme: one entry in every
+# channel.)
 
 # %% tags=["active-ipynb"]
 # small = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a")])
@@ -448,11 +449,11 @@ def top_k(
 # assert channels["a/kernel"].tolist() == [[False, True, False]] * 2 and channels.num_bayesian == 3
 
 # %% [markdown]
-# Why are late weights cheaper? Layers before the first Bayesian weight give the same for every sample and run once.
-# The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come after
-# one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries of most saliency
-# whose weights have $f(W) \le$ `cost_aware`. In a chain of layers that is exact, since the
-# best set is the whole tail that the bound admits. Where the graph branches, it takes the best of two or three sets.
+# Why are late weights cheaper? Layers before the first Bayesian weight give the same output for every sample and run
+# once. The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come
+# after one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries with most
+# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers that is exact, since the best set is the
+# whole tail that the bound admits. Where the graph branches, it takes the best of two or three sets.
 
 
 # %%
@@ -476,8 +477,8 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers of 8, 8 and 4 multiply-adds with two salient entries each, of scores 6, 3 and 1. One is chosen.
-# From the last layer it costs $1 + 4 \cdot 4/20 = 1.8$ passes, from the second $1 + 4 \cdot 12/20 = 3.4$.
+# By hand: three layers, with 8, 8 and 4 multiply-adds, have two salient entries each, of scores 6, 3 and 1 in turn.
+# Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
 # layers = [keras.layers.Dense(n, use_bias=False, name=name) for n, name in ((4, "a"), (2, "b"), (2, "c"))]
@@ -497,15 +498,15 @@ def saliency_against_cost(
 # + \underbrace{\frac1B \sum_b (g_b - \bar g)^2}_{\text{spread between batches}},
 # \qquad \bar g = \frac1B \sum_b g_b . $$
 #
-# For batches of one size `fisher` has both, `paper` the first alone. The first weight of section 1: $3^2 = 0^2 + 3^2$.
+# With batches of equal size `fisher` has both parts, `paper` only the first. In section 1, weight 1: $3^2 = 0^2 + 3^2$.
 #
 # > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
 # > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left is
 # > $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum). It says where the optimiser happened to
-# > stop, and its square ranks noise. The spread between batches vanishes only if every example is fitted exactly.
+# > stop, so its square ranks noise. The spread between batches vanishes only if every example is fitted exactly.
 #
-# Is it so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection that
-# means something should be nearly the same when it is made from half of the training data.
+# Is that so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection
+# that means something should be nearly the same when it is made from half of the training data.
 
 # %% tags=["active-ipynb"]
 # def trained_network(x, y, seed):
@@ -519,7 +520,7 @@ def saliency_against_cost(
 #     return network
 
 # %% [markdown]
-# Each score chooses 10 % from each half of the data and from all. By chance two choices have 10 % in common.
+# Each score chooses 10 % of the entries, from each half of the data and from all. Random choices would share 10 %.
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # def choose(network, x, y, score):
@@ -540,14 +541,14 @@ def saliency_against_cost(
 
 # %% [markdown]
 # *Reading*: `fisher` chooses nearly the same entries from half of the data as from all (0.94 or more when this was
-# written), `paper` does not (0.24 to 0.56): over all data its sum has nearly cancelled. Why then may the *two halves*
-# agree under `paper`? At an optimum the halves' sums are opposite, $\sum_A g \approx -\sum_B g$, and their squares
-# equal. That agreement is a property of the optimum, not of the weights.
+# written), `paper` does not (0.24 to 0.56): over all data its sum has nearly cancelled. Why, then, can the *two halves*
+# agree under `paper`? At an optimum the halves' sums are opposite, $\sum_A g \approx -\sum_B g$, so their squares
+# are equal. That agreement is a property of the optimum, not of the weights.
 #
 # ## 7. Where do the chosen weights lie?
 #
-# The last of the three networks: the share of each weight's entries that `fisher` chose (left), and the saliency that
-# cheaper samples lose (right; 4 % of the entries, since the last layer has no more than that).
+# The pictures are of the last of the three networks: the share of each weight's entries that `fisher` chose (left), and
+# the saliency lost by cheaper choices (right; 4 % are chosen, since the last layer has no more entries than that).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -562,8 +563,8 @@ def saliency_against_cost(
 
 # %% [markdown]
 # *Reading*: a bar beyond the dashed line is a weight with more than its share of the 10 %. Nearly all chosen entries
-# are in the first layer, which sees the data. Each point on the right is the best selection at its price: the last
-# layer alone is cheap, and leaves nearly all saliency behind. Does the recorder, in one more epoch, choose the same?
+# are in the first layer, which sees the data. Each point on the right is the best selection at its cost: the last
+# layer alone is cheap, but loses nearly all saliency. Does the recorder, in one more epoch, choose the same?
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # recorder = SaliencyRecorder()
@@ -575,7 +576,7 @@ def saliency_against_cost(
 #
 # - `saliency` passes once over the training data; `SaliencyRecorder` takes the same scores from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses exactly `round(r_bayes * n)` entries. `cost_aware` keeps the choice to late, cheap weights.
+# - `top_k` chooses exactly `round(r_bayes * n)` entries. `cost_aware` restricts the choice to late, cheap weights.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises
@@ -586,7 +587,7 @@ def saliency_against_cost(
 # 2. Why does `top_k` not take every score above a threshold?
 #    <details><summary>Answer</summary>Equal scores fall on the same side of it, so the number chosen can be far from
 #    what was asked: with half of all scores 0, no threshold gives 70 %.</details>
-# 3. Train the networks for 2 epochs instead of 40. What becomes of the overlap under `paper`?
+# 3. Train the networks for 2 epochs instead of 40. What happens to the overlap under `paper`?
 #    <details><summary>Answer</summary>It rises: far from the optimum the batch gradients point the same way.</details>
 #
 # ## References
