@@ -461,11 +461,10 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
 
 
 # %% tags=["active-ipynb"]
-# order, errors = [1, 2, 3, 4], [0, 1, 0, 1]
-# print("curve", risk_coverage(order, errors)[1].round(3))
-# print(f"area {area_under_risk_coverage(order, errors):.3f}, excess {excess_area(order, errors):.3f}")
-# print(f"AUROC {error_auroc(order, errors):.2f}, of no errors {error_auroc(order, [0, 0, 0, 0])}")
-# assert np.isclose(area_under_risk_coverage(order, errors), risk_coverage(order, errors)[1].mean())
+# pair = [1, 2, 3, 4], [0, 1, 0, 1]  # uncertainties, and who is wrong
+# print("curve", risk_coverage(*pair)[1].round(3), f"area {area_under_risk_coverage(*pair):.3f}")
+# print(f"excess {excess_area(*pair):.3f}, AUROC {error_auroc(*pair):.2f}, of no errors {error_auroc(pair[0], [0] * 4)}")
+# assert np.isclose(area_under_risk_coverage(*pair), risk_coverage(*pair)[1].mean())
 # wrong_a, wrong_b = rng.random(2000) < 0.05, rng.random(2000) < 0.2
 # curves = {"A": (rng.random(2000), wrong_a), "B": (rng.normal(size=2000) + 1.5 * wrong_b, wrong_b)}
 # curves["oracle of B"] = (wrong_b, wrong_b)
