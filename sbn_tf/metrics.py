@@ -461,9 +461,9 @@ def risk_coverage(uncertainty: ArrayLike, risk: ArrayLike) -> tuple[np.ndarray, 
 
 
 # %% tags=["active-ipynb"]
-# pair = [1, 2, 3, 4], [0, 1, 0, 1]  # uncertainties, and who is wrong
+# pair, none = ([1, 2, 3, 4], [0, 1, 0, 1]), [0, 0, 0, 0]  # uncertainties, and who is wrong
 # print("curve", risk_coverage(*pair)[1].round(3), f"area {area_under_risk_coverage(*pair):.3f}")
-# print(f"excess {excess_area(*pair):.3f}, AUROC {error_auroc(*pair):.2f}, of no errors {error_auroc(pair[0], [0] * 4)}")
+# print(f"excess {excess_area(*pair):.3f}, AUROC {error_auroc(*pair):.2f}, of no errors {error_auroc(pair[0], none)}")
 # assert np.isclose(area_under_risk_coverage(*pair), risk_coverage(*pair)[1].mean())
 # wrong_a, wrong_b = rng.random(2000) < 0.05, rng.random(2000) < 0.2
 # curves = {"A": (rng.random(2000), wrong_a), "B": (rng.normal(size=2000) + 1.5 * wrong_b, wrong_b)}
