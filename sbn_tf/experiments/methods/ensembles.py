@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from sbn_tf.experiments import training
@@ -27,7 +29,6 @@ class Networks(Method):
         return max(1, round(self.recipe.epochs / self.share))
 
     def _train(self, data):
-        self._use(epochs=self._epochs())
         self.trained = self._train_members(data)
 
     def _samples(self, images):
@@ -50,7 +51,7 @@ class Networks(Method):
     def _train_members(self, data):
         """Train the members of step 1, each a run of `deterministic` by itself."""
         options = {"num_members": self.num_members, "network": self.network, **self._options()}
-        members = training.ensemble_runs(data, self.recipe_used, **options)
+        members = training.ensemble_runs(data, dataclasses.replace(self.recipe, epochs=self._epochs()), **options)
         self.step1 = members[0]
         self._hold(members, data)
         return members
@@ -84,7 +85,7 @@ class Budget2(Networks):
     """Networks that together have the epochs of one: what a posterior at the price of one training has to beat."""
 
     name, title = "budget_2", "two networks, half of the epochs each"
-    sets, needs_step1 = ("epochs",), False
+    needs_step1 = False
     number = share = 2
 
 
@@ -92,7 +93,7 @@ class Budget3(Networks):
     """Three of them."""
 
     name, title = "budget_3", "three networks, a third of the epochs each"
-    sets, needs_step1 = ("epochs",), False
+    needs_step1 = False
     number = share = 3
 
 
@@ -100,7 +101,7 @@ class Budget5(Networks):
     """Five of them."""
 
     name, title = "budget_5", "five networks, a fifth of the epochs each"
-    sets, needs_step1 = ("epochs",), False
+    needs_step1 = False
     number = share = 5
 
 
