@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sbn_tf.core.files import check_archive, replacing
 from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SampledModel
-from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.split import normalise
@@ -119,6 +119,10 @@ class Prediction:
             return [card.classes[int(np.argmax(probs))]]
         found = probs.max() if card.task == SEGMENTATION else probs
         return [name for name, p in zip(card.classes, np.atleast_1d(found), strict=True) if p > card.threshold]
+
+    def decision(self) -> str:
+        """`labels` as one text; "not ..." or "none" where there are none."""
+        return ";".join(self.labels()) or (f"not {self.card.classes[0]}" if self.card.task == BINARY else "none")
 
     def at_own_size(self, values: np.ndarray) -> np.ndarray:
         """A map of the network's square at the image's own size, as `decoding.square` undone."""

@@ -14,12 +14,13 @@ from sbn_tf.core.predictions import EXCLUSIVE
 from sbn_tf.datasets.decoding import FITS
 from sbn_tf.datasets.folder import is_folder
 from sbn_tf.experiments import recipes, report, results
-from sbn_tf.experiments.compare import fitted, row
+from sbn_tf.experiments.compare import all_rows, fitted
 from sbn_tf.experiments.experiment import Experiment, experiment
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
 from sbn_tf.experiments.methods.plain import fit_temperature, recovered_logits
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
+from sbn_tf.experiments.training_page import write_training_page
 
 __all__ = ["add_arguments", "predictor_of", "run"]
 
@@ -114,12 +115,15 @@ def run(given: argparse.Namespace) -> None:
     options = {"fit": given.fit}
     settings = experiment(given.folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
-    rows = [row(settings, method) for method in dict.fromkeys((*CONTROLS, given.method))]
-    predictor_of(settings, fitted(settings, given.method), given.fit).save(out)
+    rows = all_rows(settings, dict.fromkeys((*CONTROLS, given.method)))
+    predictor = predictor_of(settings, fitted(settings, given.method), given.fit)
+    predictor.save(out)
     frame = results.frame(rows)
     frame.to_csv(out / "results.csv", index=False)
+    write_training_page(out / "report.html", settings, predictor, frame, given.method)
     title, table = next(iter(report.tables(frame, settings.task).items()))
     print(f"\n## {title}, {settings.data.test.num_examples} test images\n\n{report.to_markdown(table)}")
     print(
-        f"\nThe network is in {out}, {METHODS[given.method].title}. New images: sbn-tf predict {out} IMAGES --out DIR"
+        f"\nThe report is {out / 'report.html'}. The network is in {out}, {METHODS[given.method].title}. "
+        f"New images: sbn-tf predict {out} IMAGES --out DIR"
     )
