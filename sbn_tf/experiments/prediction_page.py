@@ -105,7 +105,8 @@ def _reasons(flagged, card):
 def _sentences(number, flagged, flag):
     if not number or not 0 < flag < 1:
         return []
-    share = f"{100 * flagged / number:.0f} % are flagged; of images like those of validation it would be about {100 * flag:g} %."
+    share, usual = f"{100 * flagged / number:.0f} % are flagged", f"{100 * flag:g} %"
+    share += f"; of images like those of validation it would be about {usual}."
     if binomtest(flagged, number, flag, alternative="greater").pvalue < UNUSUAL:
         return [f"{share} That many are a hint that these images differ from the training images: look at them first."]
     return [share]

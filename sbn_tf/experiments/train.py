@@ -12,8 +12,9 @@ from sbn_tf import metrics
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.predictions import EXCLUSIVE
 from sbn_tf.datasets.decoding import FITS
-from sbn_tf.datasets.folder import is_folder
+from sbn_tf.datasets.folder import Folder, is_folder
 from sbn_tf.experiments import recipes, report, results
+from sbn_tf.experiments.check_data import add_folder_arguments
 from sbn_tf.experiments.compare import all_rows, fitted
 from sbn_tf.experiments.experiment import Experiment, experiment
 from sbn_tf.experiments.methods import METHODS
@@ -100,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="at most so many images a split")
+    add_folder_arguments(parser)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -113,7 +115,8 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
     chosen = {key: getattr(given, key) for key in keys}
     options = {"fit": given.fit}
-    settings = experiment(given.folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
+    folder = Folder(given.folder, given.threshold, given.skip_broken)
+    settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit)

@@ -35,6 +35,12 @@ CONTROL = "deterministic_longer"
 PLAIN = {"deterministic": "plain network", CONTROL: "plain network, trained as long"}
 CASES = 6  # pictures of a kind
 FEW = 30  # test images
+TEMPERED = "ours, with its temperature"
+LEGEND = (
+    "The least certain by their entropy, the worst by the share of wrong labels.",
+    "Truth and hits are green, false alarms blue, misses red. Uncertainty is the entropy of each pixel, from 0 (dark) "
+    "to ln 2 nats (yellow).",
+)
 
 
 def write_training_page(
@@ -61,9 +67,7 @@ def write_training_page(
     records = {label: _record(found[label]) for label in dict.fromkeys((ours, label_of(frame, CONTROL) or ours))}
     record = records[ours]
     saved = record if predictor.card.temperature == 1 else saved_record(settings, predictor)
-    reliable = records | ({} if saved is record else {"ours, with its temperature": saved})
-    risk = saved["risk"]
-    split, groups = settings.scored, settings.scored.groups
+    split = settings.scored
     pages.write_page(
         path,
         "training.html",
@@ -73,13 +77,13 @@ def write_training_page(
         scores=_described(table(frame, JUDGED[task])),
         against=pages.rows_of(_as_table(tests), "ours minus"),
         use=_described(table(frame, USED)),
-        reliability=pages.chart(_reliability(reliable)),
+        reliability=pages.chart(_reliability(records | ({} if saved is record else {TEMPERED: saved}))),
         coverage=pages.chart(_coverage(records)),
         tempered="" if saved is record else _tempered(predictor.card.temperature, record, saved),
-        unsure=_cases(settings, predictor, np.argsort(-saved["entropy"], kind="stable")[:CASES], risk),
-        worst=_cases(settings, predictor, np.argsort(-risk, kind="stable")[:CASES], risk),
-        legend=_legend(task),
-        patients=None if groups is None else pages.rows_of(by_patient(split, saved), "patient"),
+        unsure=_cases(settings, predictor, saved, "entropy"),
+        worst=_cases(settings, predictor, saved, "risk"),
+        legend=LEGEND[task == SEGMENTATION],
+        patients=None if split.groups is None else pages.rows_of(by_patient(split, saved), "patient"),
         settings=pages.settings_table(_settings(settings, predictor, frame)),
     )
 
@@ -163,14 +167,15 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     found = {row.label: row for row in rows(frame)}
     control, trivial = label_of(frame, CONTROL), [row.label for row in found.values() if row.is_trivial]
     budgets = [label for label, row in found.items() if row.runs["method"].str.startswith("budget_").any()]
-    compared = [(key, label) for key in tests for label in trivial if not np.isnan(tests[key].loc[label, "difference"])]
-    useless = list(dict.fromkeys(key for key, label in compared if tests[key].loc[label, "outcome"] != "better"))
+    # The training frequencies are calibrated, which is no merit.
+    compared = {key: test.loc[trivial].dropna(subset=["difference"]) for key, test in tests.items() if key != "ece"}
+    useless = [key for key, test in compared.items() if (test["outcome"] != "better").any()]
     sentences = [_sentence(found, ours, label, tests) for label in (control, *budgets) if label not in (None, ours)]
-    if compared:
+    if any(map(len, compared.values())):
         sentences.append(
             f"A predictor that ignores the image is as good, as far as these images show, in {', '.join(useless)}."
             if useless
-            else "It is better than every predictor that ignores the image, in all scores."
+            else f"It is better than every predictor that ignores the image in {', '.join(compared)}."
         )
     kind, headline = ("", "There is no plain network to compare it with.")
     if control is not None and control != ours:
@@ -286,8 +291,9 @@ def _coverage(records):
 # ---- pictures
 
 
-def _cases(settings, predictor, chosen, risk):
-    """Pictures of some test images, for the template."""
+def _cases(settings, predictor, record, key):
+    """Pictures of the test images that have the most of a statistic, for the template."""
+    chosen, risk = np.argsort(-record[key], kind="stable")[:CASES], record["risk"]
     split, card, made = settings.scored, predictor.card, []
     for row in chosen.tolist():
         (one,) = predictor.predict_batch(split.normalised(slice(row, row + 1)))
@@ -309,15 +315,6 @@ def _cases(settings, predictor, chosen, risk):
         tiles = [{"name": key, "source": pages.picture(value)} for key, value in tiles]
         made.append({"name": name, "tiles": tiles, "lines": lines})
     return made
-
-
-def _legend(task):
-    if task != SEGMENTATION:
-        return "Sorted by uncertainty, and by the share of wrong labels."
-    return (
-        "Truth and hits are green, false alarms blue, misses red. Uncertainty is the entropy of each pixel, from 0 "
-        "(dark) to ln 2 nats (yellow)."
-    )
 
 
 # ---- settings
