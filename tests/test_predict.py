@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -169,6 +170,8 @@ def test_a_folder_becomes_masks_maps_and_a_table(places, network, tmp_path, caps
     assert main([*arguments, "--masks", "2", "--flag", "1"]) == 1
     said = capsys.readouterr()
     assert "5 images, 5 flagged, 1 skipped" in said.out and "truncated" in said.err
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == 5 * 3 and "deeper/né w 0.png" in page
     table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("image")
     assert sorted(table.index) == sorted(path.name for path in (places / "new").iterdir())
     assert pd.read_csv(tmp_path / "out" / "skipped.csv")["image"].tolist() == ["deeper/né w 0.png"]
@@ -386,3 +389,20 @@ def test_results_are_those_of_compare(places):
     stored = json.loads(run.read_text())["metrics"]["nll"]
     found = table[(table["method"] == "members") & (table["metric"] == "nll")]["value"]
     np.testing.assert_allclose(found, [stored])
+
+
+def test_the_report_has_the_numbers_of_the_test_images(places, network):
+    """The page's Dice and NLL are those of the network without its temperature, found from the files by hand."""
+    test = datasets.load(str(places / "data"), size=16).test
+    probs = Predictor(network.model, network.card.model_copy(update={"temperature": 1.0})).samples(test.normalised())
+    mean, truth = probs.astype("float64").mean(0), test.targets[..., 0] > 0
+    marked = mean > 0.5
+    dice = 2 * (marked & truth).sum((1, 2)) / (marked.sum((1, 2)) + truth.sum((1, 2)))
+    nll = -np.log(np.where(truth, mean, 1 - mean)).mean()
+    page = (places / "network" / "report.html").read_text("utf-8")
+    row = page.split("<td>ours (members)</td>")[1].split("</tr>")[0]
+    shown = [float(number) for number in re.findall(r"<td>(\d+\.\d+)", row)]
+    np.testing.assert_allclose(shown[:2], [dice.mean(), nll], atol=6e-3)
+    assert (
+        page.count("data:image/png;base64,") == 2 + 2 * 3 * 4
+    )  # two charts, and four pictures of each of three images

@@ -87,26 +87,26 @@ def read_csv(path):
     for name in header:
         if name not in KNOWN and name.lower() in KNOWN:
             raise wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
-    _check_patient_column(header, rows, path)
     if "image" not in header:
         advice = "Rename the column of the images' file names."
         raise wrong(path, "a column image", f"columns {', '.join(header)}", advice)
     return header, rows
 
 
-def _check_patient_column(header, rows, path):
+def _check_patient_column(column, path):
     """Asks about a column that looks like patients under another name: without it a patient is in several splits."""
-    for k, name in enumerate(header):
+    for name, cells in column.items():
         plain = re.sub("[^a-z]", "", name.lower())
         alike = difflib.get_close_matches(plain, ("patient", "patientid", "subjectid"), 1, 0.8)
-        labels = {row[k] for row in rows} <= {"0", "1", "0.0", "1.0"}
-        if alike and not labels and name not in KNOWN and "patient" not in header:
+        is_label = {"0", "1", "0.0", "1.0"} >= set(cells)
+        if alike and not is_label and name not in KNOWN and "patient" not in column:
             advice = f"Did you mean `patient`? Rename {name!r}: without it one patient's images are in several splits."
             raise wrong(path, "the patients in a column patient", repr(name), advice)
 
 
 def targets_of(column, path):
     """Task, classes, targets `(N, L)` uint8 or None, masks or None, and a note for the card."""
+    _check_patient_column(column, path)
     others = [name for name in column if name not in ("image", "split", "patient")]
     named = [name for name in others if name.lower().startswith("mask")]
     raters = ["mask"] if named == ["mask"] else [f"mask_{k + 1}" for k in range(len(named))]
@@ -221,9 +221,8 @@ def _check_patients(splits, patients, path):
 
 def _check_cells(cells, right, expected, path, *advice):
     """Refuses the cells of a column that are not right, by their rows."""
-    wrong = [(cell, row + 1) for row, cell in enumerate(cells) if not right(cell)]
-    if wrong:
-        received = [f"{cell!r} in row {row} below the header" for cell, row in wrong]
+    received = [f"{cell!r} in row {row + 1} below the header" for row, cell in enumerate(cells) if not right(cell)]
+    if received:
         raise Faults([wrong(path, expected, one, *advice) for one in received])
 
 

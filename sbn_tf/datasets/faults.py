@@ -49,14 +49,16 @@ def unreadable(
     for row, (image, *masks) in enumerate(tqdm(pairs, "reading files", total, leave=False, delay=2, unit="image")):
         whole = None
         for path in (image, *masks):
+            if path is None:
+                continue
             try:
-                if path is not None and not path.exists():
+                if not path.exists():
                     raise FileNotFoundError(
-                        "Expected the file. Received: it is not there.\nPut it there, or its row out."
+                        "Expected the file. Received: it is not there.\nPut it there, or take out its row."
                     )
                 if path is image:
                     whole = read_image(path, 8, "pad", 1)[1]
-                elif path is not None and whole is not None:
+                elif whole is not None:
                     read_mask(path, 8, "pad", whole, threshold)
             except (ValueError, OSError) as error:
                 name = path.relative_to(folder).as_posix()

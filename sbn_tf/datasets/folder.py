@@ -174,6 +174,7 @@ class _Table:
     channels: int
     note: str
     threshold: int | None
+    broken: dict[int, list[Fault]]
 
     def card(self):
         base = self.folder.resolve().name
@@ -206,6 +207,8 @@ class _Table:
 def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
     """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used."""
     check_option("fit", fit, FITS)
+    for fault in (fault for those in table.broken.values() for fault in those):
+        logger.warning("%s: row left out: %s: %s", table.folder / CSV, fault.file, fault.fault)
     if table.splits is None:
         rows_of = _drawn(table, seed)
     else:
@@ -234,8 +237,6 @@ def _read_table(given):
     path = csv_of(folder)
     header, rows = read_csv(path)
     broken = given.broken if given.skip_broken else {}
-    for fault in (fault for those in broken.values() for fault in those):
-        logger.warning("%s: row left out: %s: %s", path, fault.file, fault.fault)
     column = columns_of(header, [row for number, row in enumerate(rows) if number not in broken])
     if len(broken) == len(rows):
         raise wrong(path, "a row whose files can be read", "none")
@@ -250,7 +251,9 @@ def _read_table(given):
         masks = [tuple(there.get(mask) for mask in row) for row in masks]
     check_masks_folder(column, path)
     channels = 1 if all([_is_grey(image) for image in images.values()]) else 3
-    return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, note, given.threshold)
+    return _Table(
+        folder, images, task, classes, targets, masks, splits, patients, channels, note, given.threshold, broken
+    )
 
 
 # ---- the files
