@@ -199,7 +199,7 @@ def predicted(folder, names, **columns):
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((400, 300, 3), 10 * number, "uint8")).save(path, "PNG")
+        Image.fromarray(np.full((400, 300, 3), 5 * number, "uint8")).save(path, "PNG")
     total = np.linspace(0.01, 0.99, len(names))
     content = {"image": names, "prediction": "a", "confidence": 0.5, "total": total, "aleatoric": total / 4}
     return pd.DataFrame(content | {"epistemic": 3 * total / 4, "flag": total > 0.9} | columns)
