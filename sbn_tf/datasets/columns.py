@@ -30,10 +30,12 @@ logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
+HELP = "from sbn_tf import datasets; help(datasets.folder) shows all columns."
+Columns = dict[str, list[str]]  # name of a column -> its cells
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
 
 
-def csv_of(folder):
+def csv_of(folder: Path) -> Path:
     """The path of a folder's images.csv; a FileNotFoundError where there is none."""
     path = folder / CSV
     if not path.is_file():
@@ -45,43 +47,43 @@ def csv_of(folder):
     return path
 
 
-def columns_of(header, rows):
+def columns_of(header: list[str], rows: list[tuple[str, ...]]) -> Columns:
     """Name of a column -> its cells."""
     return {name: [row[k] for row in rows] for k, name in enumerate(header)}
 
 
-def names_of(column, path):
+def names_of(column: Columns, path: Path) -> list[str]:
     """File name of each row's image; refuses one outside the folder and one that comes twice."""
     names = [_inside(name, "image", path) for name in column["image"]]
     _check_unique(names, "row for each image", path)
     return names
 
 
-def splits_of(column, path):
+def splits_of(column: Columns, path: Path) -> list[str] | None:
     """Split of each row, checked; None: to be drawn."""
     if (splits := column.get("split")) is not None:
         _check_splits(splits, path)
     return splits
 
 
-def patients_of(column, path):
+def patients_of(column: Columns, path: Path) -> np.ndarray | None:
     """Patient of each row, checked: none is in two splits; None: not known."""
-    if (patients := column.get("patient")) is None:
+    if "patient" not in column:
         return None
-    _check_cells(patients, bool, "a patient in every row, or no column patient", path)
-    patients = np.array(patients)
+    _check_cells(column["patient"], bool, "a patient in every row, or no column patient", path)
+    patients = np.array(column["patient"])
     _check_patients(column.get("split"), patients, path)
     return patients
 
 
-def check_masks_folder(column, path):
+def check_masks_folder(column: Columns, path: Path) -> None:
     """Refuses a folder of masks that no column names."""
     if not any(name.lower().startswith("mask") for name in column) and (path.parent / MASKS).exists():
         advice = f"Name each image's mask there, or move the folder {MASKS} elsewhere."
         raise wrong(path, "a column mask", f"columns {', '.join(column)}, and a folder {MASKS}", advice)
 
 
-def read_csv(path):
+def read_csv(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of an images.csv; refuses names of columns that are probably others."""
     header, rows = read_table(path)
     for name in header:
@@ -104,7 +106,9 @@ def _check_patient_column(column, path):
             raise wrong(path, "the patients in a column patient", repr(name), advice)
 
 
-def targets_of(column, path):
+def targets_of(
+    column: Columns, path: Path
+) -> tuple[str, tuple[str, ...], np.ndarray | None, list[tuple[str | None, ...]] | None, str]:
     """Task, classes, targets `(N, L)` uint8 or None, masks or None, and a note for the card."""
     _check_patient_column(column, path)
     others = [name for name in column if name not in ("image", "split", "patient")]
@@ -173,7 +177,7 @@ def _grades(cells, path):
     return ORDINAL, tuple(map(str, range(count))), np.eye(count, dtype="uint8")[numbers], None, ""
 
 
-def is_inside(name):
+def is_inside(name: str) -> bool:
     """Whether it is the name of a file below a folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not (name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0])
@@ -226,6 +230,6 @@ def _check_cells(cells, right, expected, path, *advice):
         raise Faults([wrong(path, expected, one, *advice) for one in received])
 
 
-def wrong(path, expected, received, advice="from sbn_tf import datasets; help(datasets.folder) shows all columns."):
+def wrong(path: Path, expected: str, received: str, advice: str = HELP) -> ValueError:
     """An error about an images.csv: what was expected in it, what was received, what to do."""
     return ValueError(f"Expected {expected} in {path}. Received: {received}.\n{advice}")
