@@ -162,7 +162,7 @@ def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:
     """A table as Markdown that also reads well as plain text, and its notes below it.
 
     Args:
-        table: of any kind; its index is the first column.
+        table: of any kind; its index, with its name, is the first column.
         digits: of floats, after the decimal point; a number that this would show as 0 keeps two significant ones.
 
     Returns:
@@ -178,7 +178,7 @@ def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:
 
     columns = [list(map(text, table[key])) for key in table.columns]
     lines = [
-        ["", *map(str, table.columns)],
+        [str(table.index.name or ""), *map(str, table.columns)],
         *([str(name), *cells] for name, *cells in zip(table.index, *columns, strict=True)),
     ]
     widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(lines[0]))]
