@@ -76,15 +76,16 @@ def test_the_cut_of_masks_by_hand():
     cuts = np.array([0, 0.2, 0.45, 0.5, 0.55, 1])
     losses = false_negative_rates(probs, masks, cuts)
     np.testing.assert_allclose(losses, [[0, 0, 0.5, 0.5, 0.5, 1], [0, 0, 0, 0, 1, 1], [0] * 6])
-    assert conformal.risk_cut(losses, 0.375) == 3  # (0.5 + 1) / 4, no less
-    assert conformal.risk_cut(losses, 0.374) == 1
-    assert conformal.risk_cut(losses, 0.625) == 4  # (1.5 + 1) / 4
-    assert conformal.risk_cut(losses, 0.5, [0, 0, 1]) == 3  # patients: (0.5 / 2 + 0 + 1) / 3
-    assert conformal.risk_cut(losses, 0.4, [0, 0, 1]) == 1
+    risk, patients = conformal.mean_risk(losses), conformal.mean_risk(losses, [0, 0, 1])
+    assert conformal.risk_cut(*risk, 0.375) == 3  # (0.5 + 1) / 4, no less
+    assert conformal.risk_cut(*risk, 0.374) == 1
+    assert conformal.risk_cut(*risk, 0.625) == 4  # (1.5 + 1) / 4
+    assert conformal.risk_cut(*patients, 0.417) == 3  # (0.5 / 2 + 0 + 1) / 3
+    assert conformal.risk_cut(*patients, 0.416) == 1
     with pytest.raises(ValueError, match=r"Expected 4 .*Received: 3"):
-        conformal.risk_cut(losses, 0.2)
+        conformal.risk_cut(*risk, 0.2)
     with pytest.raises(ValueError, match="do not fall"):
-        conformal.risk_cut(losses[:, ::-1], 0.5)
+        conformal.risk_cut(risk[0][::-1], 3, 0.5)
     with pytest.raises(ValueError, match="probs and masks"):
         false_negative_rates(probs, masks[:2], cuts)
 
@@ -184,7 +185,7 @@ def test_the_cut_is_that_of_mapie():
     for alpha in (0.1, 0.2, 0.4):
         bounds = methods.get_r_hat_plus(losses, cuts, "crc", None, None, None)[1]
         expected = methods.find_best_predict_param(cuts, bounds, np.array([alpha]))
-        assert cuts[conformal.risk_cut(losses, alpha)] == expected
+        assert cuts[conformal.risk_cut(*conformal.mean_risk(losses), alpha)] == expected
 
 
 # Against the laws of coverage
@@ -266,7 +267,7 @@ def test_the_risk_of_masks_is_controlled():
     misses = []
     for run in range(600):
         _, losses = masks_of(50, seed=run)
-        misses.append(losses[-1, conformal.risk_cut(losses[:-1], 0.2)])
+        misses.append(losses[-1, conformal.risk_cut(*conformal.mean_risk(losses[:-1]), 0.2)])
     error = np.std(misses, ddof=1) / np.sqrt(len(misses))
     assert 0.2 - 2 / 50 - 0.01 - 3 * error < np.mean(misses) < 0.2 + 3 * error
 

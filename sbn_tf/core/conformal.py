@@ -31,6 +31,7 @@ __all__ = [
     "aps_scores",
     "class_limits",
     "limit",
+    "mean_risk",
     "needed",
     "needed_to_refer",
     "one_of_each",
@@ -145,35 +146,45 @@ def class_limits(
     return found
 
 
-def risk_cut(losses: ArrayLike, alpha: float, groups: ArrayLike | None = None) -> int:
-    """Which of some cuts, from safe to bold, is the boldest whose mean loss on a new image is at most alpha.
-
-    Conformal risk control: the last cut with `(n R + 1) / (n + 1) <= alpha`, R the mean of the losses over n images,
-    or over n patients of the means over their images. The mean is over calibration sets and new images.
+def mean_risk(losses: ArrayLike, groups: ArrayLike | None = None) -> tuple[np.ndarray, int]:
+    """Mean losses (cuts,) over images, or over patients of the means over their images, and how many these are.
 
     Args:
-        losses: (images, cuts), in 0..1, of each calibration image: they do not fall from one cut to the next, and
-            are 0 at the first. The cuts were chosen without these images.
-        alpha: the risk, between 0 and 1.
+        losses: (images, cuts) of each calibration image, such as `overlap.false_negative_rates`.
         groups: (images,) patient of each image; None: one image a patient.
+    """
+    losses = float64(losses)
+    weights, num = _weights(groups, len(losses))
+    return weights @ losses / num, num
+
+
+def risk_cut(risk: ArrayLike, num: int, alpha: float) -> int:
+    """Which of some cuts, from safe to bold, is the boldest whose mean loss on a new image is at most alpha.
+
+    Conformal risk control: the last cut with `(n R + 1) / (n + 1) <= alpha`. The guarantee is a mean over calibration
+    sets and new images, for losses in 0..1 that do not fall from one cut to the next.
+
+    Args:
+        risk: (cuts,) the mean losses R, see `mean_risk`: 0 at the first. The cuts were chosen without these images.
+        num: the number n of calibration images (patients).
+        alpha: the risk, between 0 and 1.
 
     Returns:
         The position of the cut.
 
     Raises:
-        ValueError: losses outside 0..1, or that fall; too few calibration images: how many are needed.
+        ValueError: mean losses outside 0..1, or that fall; too few calibration images: how many are needed.
 
     Reference: Angelopoulos, Bates, Fisch, Lei and Schuster (2024), "Conformal risk control", equation 4, theorem 1.
     """
-    losses = float64(losses)
-    weights, num = _weights(groups, len(losses))
+    risk = float64(risk)
     _check_enough(num, needed(alpha), f"alpha={alpha:g}")
-    if losses.ndim != 2 or (np.diff(losses, axis=1) < 0).any() or losses[:, 0].any() or losses.max() > 1:
+    if risk.ndim != 1 or (np.diff(risk) < -ROUNDING).any() or risk[0] or risk[-1] > 1 + ROUNDING:
         raise ValueError(
-            "Expected losses (images, cuts) that are 0 at the first cut, do not fall and are at most 1. "
-            f"Received: shape {losses.shape}, values from {losses.min()} to {losses.max()}"
+            "Expected mean losses (cuts,) that are 0 at the first cut, do not fall and are at most 1. "
+            f"Received: shape {risk.shape}, values from {risk.min()} to {risk.max()}"
         )
-    return int(np.flatnonzero(weights @ losses + 1 <= alpha * (num + 1) + ROUNDING)[-1])
+    return int(np.flatnonzero(num * risk + 1 <= alpha * (num + 1) + ROUNDING)[-1])
 
 
 def needed_to_refer(rate: float, confidence: float = 0.9) -> int:

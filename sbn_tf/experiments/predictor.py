@@ -22,6 +22,7 @@ from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.folders import read_json, write_json
+from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.metrics import uncertainty
 
@@ -45,6 +46,7 @@ class NetworkCard(BaseModel):
         threshold: where probabilities are cut into labels and masks.
         num_samples: draws of a prediction.
         quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
+        calibration: what the validation images say about errors; None: unknown.
         crc32: of the weights, set by `Predictor.save`: card and network belong together.
     """
 
@@ -62,6 +64,7 @@ class NetworkCard(BaseModel):
     threshold: float = Field(gt=0, lt=1)
     num_samples: int = Field(gt=0)
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    calibration: Calibration | None = None
     crc32: int = 0
 
 

@@ -13,6 +13,7 @@ from sbn_tf.datasets.folder import is_folder
 from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.compare import fitted, row
 from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
@@ -24,7 +25,7 @@ ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose pr
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
-    """A fitted method as a network that reads image files; its quantiles are those of the validation images.
+    """A fitted method as a network that reads image files; its quantiles and calibration are of the validation images.
 
     Args:
         settings: the experiment that it was fitted in.
@@ -50,9 +51,11 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
     )
     predictor = Predictor(made.model, card)
     batches = (data.val.normalised(slice(i, i + size)) for i in range(0, data.val.num_examples, size))
-    scores = [one.means["total"] for batch in batches for one in predictor.predict_batch(batch)]
-    quantiles = tuple(np.quantile(scores, np.linspace(0, 1, 101)).tolist())
-    return Predictor(made.model, card.model_copy(update={"quantiles": quantiles}))
+    found = (one for batch in batches for one in predictor.predict_batch(batch))
+    seen = ((one.probabilities, one.means["total"]) for one in found)
+    calibration = calibrated(data.val, seen, card.threshold)
+    quantiles = tuple(np.quantile(calibration.total, np.linspace(0, 1, 101)).tolist())
+    return Predictor(made.model, card.model_copy(update={"quantiles": quantiles, "calibration": calibration}))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
