@@ -1066,7 +1066,7 @@ def test_corruptions_grow_with_their_severity_and_stay_pixels(kind, channels):
     if kind == "desaturate" and channels == 1:
         pytest.skip("grey images have no colour")
     up, across = np.mgrid[:24, :24] / 24
-    pixels = np.stack([up, across, up * across][:channels], -1)[None] * 0.8 + 0.1
+    pixels = np.stack([up * across, up, across][:channels], -1)[None] * 0.8 + 0.1
     mean, sd = np.linspace(0.4, 0.6, channels), np.full(channels, 0.2)
     images = ((pixels - mean) / sd).astype("float32")
     changes = []
@@ -1098,7 +1098,7 @@ def test_corruptions_by_their_definitions():
     assert (done("impulse_noise", 5) != 0.5).mean() == pytest.approx(0.07, rel=0.2)
     edge = np.zeros((1, 5, 9, 1))
     edge[:, :, 4] = 1
-    np.testing.assert_allclose(shifts.shifted(edge, "motion_blur", 2)[0, 2, :, 0], [0, 0, 0, *[1 / 3] * 3, 0, 0, 0])
+    np.testing.assert_allclose(shifts.shifted(edge, "motion_blur", 1)[0, 2, :, 0], [0, 0, 0, *[1 / 3] * 3, 0, 0, 0])
     colours = RNG.random((1, 4, 4, 3))
     grey = np.repeat(colours.mean(-1, keepdims=True), 3, -1)
     np.testing.assert_allclose(shifts.shifted(colours, "desaturate", 5), grey, rtol=1e-5)

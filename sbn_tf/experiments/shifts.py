@@ -59,7 +59,7 @@ CORRUPTIONS: dict[str, tuple[tuple[float, ...], Callable]] = {
     "shot_noise": ((500, 250, 100, 75, 50), lambda x, photons, rng: rng.poisson(x * photons) / photons),
     "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), _impulses),
     "speckle_noise": ((0.06, 0.1, 0.12, 0.16, 0.2), lambda x, sd, rng: x + x * rng.normal(0, sd, x.shape)),
-    "motion_blur": ((2, 3, 5, 7, 9), lambda x, length, rng: ndimage.uniform_filter1d(x, length, axis=1)),
+    "motion_blur": ((3, 5, 7, 9, 11), lambda x, length, rng: ndimage.uniform_filter1d(x, length, axis=1)),
     "brightness_up": ((0.05, 0.1, 0.15, 0.2, 0.3), lambda x, more, rng: x + more),
     "brightness_down": ((0.05, 0.1, 0.15, 0.2, 0.3), lambda x, less, rng: x - less),
     "gamma_up": ((1.2, 1.4, 1.7, 2.0, 2.5), lambda x, power, rng: x**power),
