@@ -92,7 +92,8 @@ def calibrated(split: Split, predictions: Iterable[tuple[np.ndarray, float]], th
     if masks:
         found["missed"] = conformal.mean_risk(np.stack(losses), owners)[0].tolist()
     else:
-        outputs, targets = (two_classes(part, split.task) for part in (np.stack(probs), np.asarray(split.targets)))
+        outputs = two_classes(np.stack(probs).astype("float64"), split.task)
+        targets = two_classes(np.asarray(split.targets), split.task)
         found["images"] = [np.flatnonzero(column).tolist() for column in targets.T]
         found["scores"] = [(1 - outputs[targets[:, k] > 0, k]).tolist() for k in range(targets.shape[1])]
     return Calibration.model_validate(found)
