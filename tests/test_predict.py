@@ -17,6 +17,7 @@ import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
 from sbn_tf.experiments import predict, predictor
+from sbn_tf.experiments.guarantees import CUTS
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
 from sbn_tf.experiments.train import predictor_of
@@ -187,6 +188,27 @@ def test_a_folder_becomes_masks_maps_and_a_table(places, network, tmp_path, caps
         assert np.isclose(row["total"], square.entropy().mean(), rtol=1e-4)
         sampled = np.asarray(Image.open(tmp_path / "out" / "samples_2" / f"{name}.png"))
         np.testing.assert_array_equal(sampled > 0, one.sample(1) > 0.5)
+
+
+def test_decisions_with_a_guarantee(places, network, tmp_path, capsys):
+    """Three validation images are enough for a risk of 1/4."""
+    found = network.card.calibration
+    val = datasets.load(str(places / "data"), size=16).val
+    assert (found.unit, found.num) == ("images", 3) == ("images", val.num_examples)
+    inside = network.predict_batch(val.normalised())
+    missed = [
+        (one.probabilities[mask > 0] < network.card.threshold).mean()
+        for one, mask in zip(inside, val.majority()[..., 0], strict=True)
+    ]
+    assert np.isclose(np.interp(network.card.threshold, CUTS, found.missed), np.mean(missed), atol=0.05)
+    arguments = ["predict", str(places / "network"), str(places / "new"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--alpha", "0.25", "--refer", "0.6"]) == 0
+    said = capsys.readouterr().out
+    assert "masks_fnr: 0.25 of the true pixels missed at most, in the mean over new images drawn as the 3" in said
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert table["refer"].dtype == bool and len(list((tmp_path / "out" / "masks_fnr").iterdir())) == len(table) == 5
+    assert main([*arguments[:-1], str(tmp_path / "o"), "--alpha", "0.1"]) == 2
+    assert "Expected 9 or more calibration images" in capsys.readouterr().err
 
 
 def test_an_interrupted_prediction_goes_on_to_the_same_table(places, network, tmp_path, monkeypatch):

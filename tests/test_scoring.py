@@ -1063,11 +1063,57 @@ def test_blur_and_contrast_by_their_definitions():
         ((images_of(), "blur", -1), "severity=-1"),
         ((images_of(), "noise", np.inf), "severity=inf"),
         ((images_of(), "contrast", 1.5), r"in 0\.\.1 for 'contrast'.*1.5"),
+        ((images_of(), "jpeg", 6), "1, 2, 3, 4 or 5 for 'jpeg'.*6"),
+        ((images_of(), "desaturate", 1), "in colour"),
     ],
 )
 def test_shifts_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         shifts.shifted(*arguments)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", shifts.CORRUPTIONS)
+def test_corruptions_grow_with_their_severity_and_stay_pixels(kind, channels):
+    if kind == "desaturate" and channels == 1:
+        pytest.skip("grey images have no colour")
+    up, across = np.mgrid[:24, :24] / 24
+    pixels = np.stack([up * across, up, across][:channels], -1)[None] * 0.8 + 0.1
+    mean, sd = np.linspace(0.4, 0.6, channels), np.full(channels, 0.2)
+    images = ((pixels - mean) / sd).astype("float32")
+    changes = []
+    for severity in range(6):
+        moved = shifts.shifted(images, kind, severity, mean=mean, sd=sd)
+        assert moved.shape == images.shape and moved.dtype == np.float32
+        back = moved * sd + mean
+        assert back.min() > -1e-6 and back.max() < 1 + 1e-6
+        changes.append(np.abs(back - pixels).mean())
+    assert changes[0] < 1e-6 and min(changes[1:]) > 10 * changes[0]
+    if kind not in ("jpeg", "pixelate"):  # on a smooth picture some coarser grids fit better
+        assert (np.diff(changes) > -1e-3 * changes[5]).all() and changes[5] > 1.2 * changes[1]
+    twice = shifts.shifted(np.repeat(images, 2, 0), kind, 3, mean=mean, sd=sd)
+    alone = shifts.shifted(images, kind, 3, offset=1, mean=mean, sd=sd)
+    np.testing.assert_array_equal(twice[1:], alone)
+
+
+def test_corruptions_by_their_definitions():
+    pixels = np.full((1, 64, 64, 1), 0.5)
+
+    def done(kind, severity=3):
+        return shifts.shifted(pixels, kind, severity)
+
+    np.testing.assert_allclose(done("brightness_down"), 0.35, rtol=1e-6)
+    np.testing.assert_allclose(done("gamma_up", 4), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(done("motion_blur"), 0.5, rtol=1e-6)
+    assert done("shot_noise").var() == pytest.approx(0.5 / 100, rel=0.1)  # Poisson of 50, over 100
+    assert done("speckle_noise").std() == pytest.approx(0.5 * 0.12, rel=0.05)
+    assert (done("impulse_noise", 5) != 0.5).mean() == pytest.approx(0.07, rel=0.2)
+    edge = np.zeros((1, 5, 9, 1))
+    edge[:, :, 4] = 1
+    np.testing.assert_allclose(shifts.shifted(edge, "motion_blur", 1)[0, 2, :, 0], [0, 0, 0, *[1 / 3] * 3, 0, 0, 0])
+    colours = RNG.random((1, 4, 4, 3))
+    grey = np.repeat(colours.mean(-1, keepdims=True), 3, -1)
+    np.testing.assert_allclose(shifts.shifted(colours, "desaturate", 5), grey, rtol=1e-5)
 
 
 def test_shift_auroc_agrees_with_scikit_learn():

@@ -7,15 +7,38 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sbn_tf.core.predictions import SEGMENTATION, check, check_targets, check_valid, mask_pair, rater_mean
+from sbn_tf.core.predictions import SEGMENTATION, check, check_targets, check_valid, float64, mask_pair, rater_mean
 
-__all__ = ["overlap"]
+__all__ = ["false_negative_rates", "overlap"]
 
 
 def overlap(truth, predicted) -> tuple[np.ndarray, np.ndarray]:
     """Pixels in both masks, and those of one plus those of the other, for each image."""
     truth, predicted = mask_pair(truth, predicted)
     return (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
+
+
+def false_negative_rates(probs: ArrayLike, masks: ArrayLike, cuts: ArrayLike) -> np.ndarray:
+    """The share of an image's true pixels that a mask of the pixels with `p >= cut` misses; 0 where none is true.
+
+    Args:
+        probs: (batch, height, width), in 0..1.
+        masks: (batch, height, width), 0 or 1.
+        cuts: (cuts,), in 0..1.
+
+    Returns:
+        float64 (batch, cuts), in 0..1; it grows with the cut.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    probs, masks, cuts = float64(probs), np.asarray(masks) > 0.5, float64(cuts)
+    if probs.ndim != 3 or probs.shape != masks.shape:
+        raise ValueError(
+            f"Expected probs and masks (batch, height, width). Received: shapes {probs.shape} and {masks.shape}"
+        )
+    true = [np.sort(one[mask]) for one, mask in zip(probs, masks, strict=True)]
+    return np.stack([np.searchsorted(one, cuts, "left") / max(len(one), 1) for one in true])
 
 
 def outline_distances(one, other) -> np.ndarray:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.experiments.decisions import Decider
 from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
 
@@ -28,7 +29,14 @@ TABLE, SKIPPED, SETTINGS, REPORT = "predictions.csv", "skipped.csv", "settings.j
 
 
 def predict_folder(
-    predictor: Predictor, images: str | os.PathLike, out: str | os.PathLike, *, flag: float = 0.1, masks: int = 0
+    predictor: Predictor,
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    flag: float = 0.1,
+    masks: int = 0,
+    alpha: float | None = None,
+    refer: float | None = None,
 ) -> pd.DataFrame:
     """Predict every image of a folder, and write what `sbn-tf predict` promises; begun work goes on.
 
@@ -39,12 +47,13 @@ def predict_folder(
         flag: images are flagged whose total uncertainty is above that of all but this share of the validation images,
             0..1: 0.1 is above 90 % of them.
         masks: sampled masks to write for each image, of a segmentation.
+        alpha, refer: see `decisions.Decider`; None: without.
 
     Returns:
         The table of `predictions.csv`.
 
     Raises:
-        ValueError: no image, or an `out` that holds something else.
+        ValueError: no image, an `out` that holds something else, or too few validation images for `alpha` or `refer`.
         OSError: a full disk, or an `out` that cannot be written; what is done stays.
     """
     check_fraction("flag", flag)
@@ -54,7 +63,9 @@ def predict_folder(
     files, place, source = image_files(images), Path(out), Path(images).resolve()
     if place.resolve().is_relative_to(source):
         raise ValueError(f"Expected --out outside of the images' folder {source}. Received: {place}")
-    _begin(place, {"images": str(source), "network": predictor.crc32(), "flag": flag, "masks": masks})
+    decider = Decider(predictor.card, alpha, refer)
+    settings = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer}
+    _begin(place, {"images": str(source), "network": predictor.crc32(), **settings})
     finished = set(_read(place / TABLE).get("image", ()))
     rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
@@ -63,8 +74,8 @@ def predict_folder(
             part = rest[start : start + BATCH]
             found = list(_predicted(predictor, {name: files[name] for name in part}, skipped))
             for name, one in found:
-                _write_pictures(place, name, one, masks)
-            _append(place / TABLE, [_row(name, one, flag) for name, one in found])
+                _write_pictures(place, name, one, masks, decider.cut)
+            _append(place / TABLE, [_row(name, one, flag) | decider.columns(one) for name, one in found])
             bar.update(len(part))
     table = pd.DataFrame(skipped.items(), columns=["image", "reason"])
     write_atomically(place / SKIPPED, lambda file: table.to_csv(file, index=False))
@@ -97,11 +108,13 @@ def _row(name, one, flag):
     return row | one.means | {"flag": bool(flag > 0 and one.means["total"] > limit)}
 
 
-def _write_pictures(out, name, one, masks):
-    """Of a segmentation: the mask, the maps (white is ln 2 nats, the most), and sampled masks."""
+def _write_pictures(out, name, one, masks, cut=None):
+    """Of a segmentation: the masks, the maps (white is ln 2 nats, the most), and sampled masks."""
     if one.card.task != SEGMENTATION:
         return
     pictures = {"masks": 255 * (one.probabilities > one.card.threshold)}
+    if cut is not None:
+        pictures["masks_fnr"] = 255 * (one.probabilities >= cut)
     for kind in ("entropy", "mutual_information"):
         pictures[kind] = np.rint(255 * np.clip(one.entropy(kind) / math.log(2), 0, 1))
     for s in range(masks):
@@ -136,7 +149,7 @@ def _read(path):
     if not text.endswith(b"\n"):
         text = text[: text.rfind(b"\n") + 1]
         write_atomically(path, lambda file: file.write(text))
-    names = {"image": str, "prediction": str}
+    names = dict.fromkeys(("image", "prediction", "set"), str)
     return pd.read_csv(io.BytesIO(text), dtype=names, keep_default_na=False) if text else pd.DataFrame()
 
 
@@ -161,16 +174,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="flag what is less sure than all but this share of validation",
     )
     parser.add_argument("--masks", type=int, default=0, help="sampled masks for each image, of a segmentation")
+    parser.add_argument(
+        "--alpha", type=float, help="sets that have the truth but for this risk; masks that miss this share at most"
+    )
+    parser.add_argument("--refer", type=float, help="refer so much that at most this share of the others is wrong")
 
 
 def run(given: argparse.Namespace) -> int:
     """Predict a folder; 1 where a file was skipped."""
     predictor = Predictor.load(given.network)
-    table = predict_folder(predictor, given.images, given.out, flag=given.flag, masks=given.masks)
+    options = {key: getattr(given, key) for key in ("flag", "masks", "alpha", "refer")}
+    table = predict_folder(predictor, given.images, given.out, **options)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0
     write_prediction_page(Path(given.out, REPORT), predictor, given.images, given.out, table, skipped, given.flag)
     print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, REPORT)}")
+    for line in Decider(predictor.card, given.alpha, given.refer).promises():
+        print(line)
     for name, reason in zip(skipped.get("image", ()), skipped.get("reason", ()), strict=True):
         print(f"skipped {name}: {reason}", file=sys.stderr)
     return 1 if len(skipped) else 0

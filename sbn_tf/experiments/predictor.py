@@ -22,6 +22,7 @@ from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.folders import read_json, write_json
+from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.metrics import uncertainty
@@ -48,6 +49,7 @@ class NetworkCard(BaseModel):
         temperature: the logits of every draw are divided by it, > 0; 1 where that does not lower the validation NLL.
         quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
         aleatoric_quantiles, epistemic_quantiles: those of its two parts.
+        calibration: what the validation images say about errors; None: unknown.
         crc32: of the weights, set by `Predictor.save`: card and network belong together.
     """
 
@@ -68,6 +70,7 @@ class NetworkCard(BaseModel):
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     aleatoric_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     epistemic_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    calibration: Calibration | None = None
     crc32: int = 0
 
 

@@ -200,7 +200,7 @@ def score(
         part = slice(start, start + batch_size)
         images = split.normalised(part)
         if shift:
-            images = shifted(images, *shift, offset=start)
+            images = shifted(images, *shift, offset=start, mean=split.mean, sd=split.sd)
         probs = predicted(predict_samples, images, split, start)
         targets = split.targets[part]
         extra = {key: part_of(getattr(split, key), part) for key in ("rater_valid", "groups", "ids")}

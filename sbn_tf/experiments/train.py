@@ -17,6 +17,7 @@ from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.check_data import add_folder_arguments
 from sbn_tf.experiments.compare import all_rows, fitted
 from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
 from sbn_tf.experiments.methods.plain import fit_temperature, recovered_logits
@@ -26,11 +27,17 @@ from sbn_tf.experiments.training_page import write_training_page
 __all__ = ["add_arguments", "predictor_of", "run"]
 
 CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
-ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose predictions come from one saved model
+ONE_NETWORK = (
+    "members",
+    "branched",
+    "mixture",
+    "partial",
+    CONTROLS[0],
+)  # methods whose predictions come from one saved model
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
-    """A fitted method as a network that reads image files; temperature and quantiles are of the validation images.
+    """A fitted method as a network that reads image files; what it says of certainty is of the validation images.
 
     The temperature is fitted to the mean probability (`plain.fit_temperature`), and kept only if dividing the logits of
     every draw by it, as `Predictor.samples` does, lowers the NLL of the validation images; else it is 1.
@@ -61,11 +68,19 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
     plain = Predictor(made.model, card)
     card = card.model_copy(update={"temperature": _temperature(plain, data, size)})
     predictor = Predictor(made.model, card)
-    found = [one.means for images, _ in validation(data, size) for one in predictor.predict_batch(images)]
+    means: list[dict] = []
+
+    def seen():
+        for images, _ in validation(data, size):
+            for one in predictor.predict_batch(images):
+                means.append(one.means)
+                yield one.probabilities, one.means["total"]
+
+    calibration = calibrated(data.val, seen(), card.threshold)
     names = {"total": "quantiles", "aleatoric": "aleatoric_quantiles", "epistemic": "epistemic_quantiles"}
     steps = np.linspace(0, 1, 101)
-    quantiles = {key: tuple(np.quantile([one[part] for one in found], steps).tolist()) for part, key in names.items()}
-    return Predictor(made.model, card.model_copy(update=quantiles))
+    found = {key: tuple(np.quantile([one[part] for one in means], steps).tolist()) for part, key in names.items()}
+    return Predictor(made.model, card.model_copy(update={**found, "calibration": calibration}))
 
 
 def _temperature(predictor, data, batch_size) -> float:
@@ -100,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rivals", default="", help="other methods to train and compare, such as budget_2,ensemble")
     parser.add_argument("--limit", type=int, help="at most so many images a split")
     add_folder_arguments(parser)
 
@@ -118,7 +134,8 @@ def run(given: argparse.Namespace) -> None:
     folder = Folder(given.folder, given.threshold, given.skip_broken)
     settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
-    rows = all_rows(settings, dict.fromkeys((*CONTROLS, given.method)))
+    rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
+    rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit)
     predictor.save(out)
     frame = results.frame(rows)
