@@ -1,4 +1,7 @@
-"""Image files and their masks, decoded and resized to squares once, into the array cache."""
+"""Image files and their masks, decoded and resized to squares once, into the array cache.
+
+Pixels of 8 bits stay uint8. Those of 16 bits are float32 on the 0..1 scale, divided by 65535, whatever the largest is.
+"""
 
 import contextlib
 import logging
@@ -16,7 +19,7 @@ from . import cache as array_cache
 from . import files
 from .arrays import DiskArray
 
-__all__ = ["decoded", "read_image", "square"]
+__all__ = ["decoded", "grey_and_deep", "read_image", "square"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ BROKEN = (
 )
 CHUNK = 16  # images decoded at a time; an interruption costs no more than these
 MODES = {1: "L", 3: "RGB"}
+GREY = ("1", "L", "LA")
+DEEP = ("I;16", "I;16B", "I;16L")  # Pillow reads 16 bits in full where there is one channel
 MAX_BYTES = 1_500_000_000  # that decoding one image may take; half of it for several at a time
 MAX_FILE_BYTES = 2**29
 
@@ -45,8 +50,11 @@ def decoded(
     fit: str,
     channels: int,
     cache: str | os.PathLike | None = None,
+    deep: bool = False,
 ) -> dict[str, DiskArray]:
-    """Images `(N, size, size, C)` and masks `(N, size, size, R)`, uint8, of files, through the array cache.
+    """Images `(N, size, size, C)` and masks `(N, size, size, R)` of files, through the array cache: uint8.
+
+    Where any image is `deep` all are float32 on the 0..1 scale.
 
     Args:
         name: of the cache.
@@ -55,9 +63,10 @@ def decoded(
         fit: one of `FITS`.
         channels: 1 (grey) or 3 (RGB).
         cache: see `cache.cache_folder`.
+        deep: whether `grey_and_deep` says so of any image.
 
     Raises:
-        ValueError: a file that is corrupt, too large or of more than 8 bits a channel; a mask that is not of its
+        ValueError: a file that is corrupt, too large or deeper than can be read in full; a mask that is not of its
             image's size or not of two values.
     """
     raters = len(pairs[0]) - 1
@@ -65,9 +74,12 @@ def decoded(
     missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
     source = {"files": array_cache.fingerprint(present), "size": size, "fit": fit, "channels": channels}
     source["missing"] = missing
+    if deep:
+        source["deep"] = True
 
     def one(pair):
         image, whole = read_image(pair[0], size, fit, channels)
+        image = _of_depth(image, deep, pair[0])
         empty = np.zeros((size, size), "uint8"), 0.0
         found = [empty if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
         masks, lost = zip(*found, strict=True) if found else ((), ())
@@ -87,7 +99,8 @@ def decoded(
             images, masks, lost = zip(*together(pairs[first : first + CHUNK]), strict=True)
             yield {"images": np.stack(images)} | ({"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {})
 
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), "uint8")}
+    dtype = "float32" if deep else "uint8"
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), dtype)}
     if raters:
         arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
@@ -100,10 +113,17 @@ def decoded(
 
 
 def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file as `(size, size, C)` uint8, bilinear and antialiased, and its own (width, height)."""
+    """A file as `(size, size, C)`, bilinear and antialiased, and its own (width, height).
+
+    uint8 of 0 to 255, or float32 of 0 to 1 where `grey_and_deep` says that it is deep.
+    """
     mode = MODES[channels]
     with _verified(path) as image:
         whole = image.size
+        if image.mode in DEEP:
+            pixels = np.asarray(image).astype("float32") / np.float32(65535)
+            grey = square(Image.fromarray(pixels), size, fit, Image.Resampling.BILINEAR, 1)
+            return np.repeat(grey, channels, -1), whole
         image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
         grey_or_rgb = image if image.mode == mode else image.convert(mode)
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
@@ -123,6 +143,8 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
                 f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
                 f"Received: {mask.size[0]} x {mask.size[1]} in {path}.\nMake it of its image's size."
             )
+        if mask.mode in DEEP:
+            raise _too_deep(path, "16 bits")
         marks = _marks(_grey(mask, path), path)
     lost, total = 0.0, marks.histogram()[1]
     if fit == "crop" and total:
@@ -148,17 +170,29 @@ def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, 
     return np.asarray(out).reshape(size, size, channels)
 
 
+def grey_and_deep(path: str | os.PathLike) -> tuple[bool, bool]:
+    """Whether an image file is grey, and whether it is deep, of more than 8 bits a channel; raises as `opened`."""
+    with opened(path) as image:
+        return image.mode in GREY + DEEP, image.mode in DEEP
+
+
+def _of_depth(image, deep, path):
+    """An image in the depth of all of its dataset."""
+    if deep and image.dtype == np.uint8:
+        return image.astype("float32") / np.float32(255)
+    if image.dtype != (np.float32 if deep else np.uint8):
+        raise _too_deep(path, "16 bits")
+    return image
+
+
 def _check_header(image, file, path):
-    """Refuses an image that would not be read as it looks: several frames, turned, more than 8 bits a channel."""
+    """Refuses an image that would not be read as it looks: several frames, turned, deeper than Pillow reads it."""
     # A camera's JPEG may hold its preview too: Pillow calls that MPO.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded for it
-    deep = _too_deep(image, file)
-    if deep:
-        raise ValueError(
-            f"Expected an image of 8 bits a channel. Received: {deep} in {path}.\n"
-            "Window it to 0..255 and save it again."
-        )
+    depth = _depth(image, file)
+    if depth and not (depth == "16 bits" and image.mode in DEEP):
+        raise _too_deep(path, depth)
     if frames > 1:
         raise ValueError(f"Expected one image in a file. Received: {frames} in {path}.\nSave each as its own file.")
     if turned not in (0, 1):
@@ -170,7 +204,14 @@ def _check_header(image, file, path):
         raise _too_large(path, f"{image.width} x {image.height} pixels, decoded {_memory(image):,} bytes")
 
 
-def _too_deep(image, file):
+def _too_deep(path, depth):
+    return ValueError(
+        f"Expected an image of 8 bits a channel, or a grey one of 16. Received: {depth} in {path}.\n"
+        "Window it to 0..255 and save it again; a mask needs 8 bits."
+    )
+
+
+def _depth(image, file):
     """What the file says of its depth, if it is not 8 bits; Pillow's mode may be RGB, without the lower ones of 16."""
     bits, signs = (8,), (1,)
     if image.format == "PNG":
@@ -185,8 +226,11 @@ def _too_deep(image, file):
 
 
 def _memory(image):
-    """Bytes that decoding and converting an image take at most: twice four a pixel; a JPEG's coefficients too."""
-    return image.width * image.height * (16 if image.format in ("JPEG", "MPO") else 8)
+    """Bytes that decoding and converting an image take at most: twice four a pixel; a JPEG's coefficients too.
+
+    One of 16 bits also becomes numbers of 32.
+    """
+    return image.width * image.height * (16 if image.format in ("JPEG", "MPO") or image.mode in DEEP else 8)
 
 
 def _too_large(path, received):
@@ -215,8 +259,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         if "\n" in str(error):  # explained already
             raise
         raise ValueError(
-            f"Expected a png, jpg, tif or bmp image of 8 bits a channel. Received: {path}, which is truncated or "
-            f"corrupt, or another.\nGet it again or convert it."
+            f"Expected a png, jpg, tif or bmp image of 8 bits a channel, or a grey one of 16. Received: {path}, "
+            f"which is truncated or corrupt, or another.\nGet it again or convert it."
         ) from error
 
 

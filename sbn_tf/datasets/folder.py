@@ -2,7 +2,8 @@
 
     my_data/
       images.csv         one row an image
-      images/            the files: png, jpg, tif or bmp, 8 bits a channel, grey or RGB; hidden files do not count
+      images/            the files: png, jpg, tif or bmp, grey or RGB, of 8 bits a channel, or grey of 16, which are
+                         divided by 65535; hidden files do not count
       masks/             for segmentation alone
 
 Columns of images.csv, with commas between them, in UTF-8:
@@ -46,7 +47,7 @@ from .base import (
     Parts,
     first_in_seeded_order,
 )
-from .decoding import FITS, decoded, opened
+from .decoding import FITS, decoded, grey_and_deep
 from .files import check_option, listed
 from .registry import names
 from .tables import read_table
@@ -58,7 +59,6 @@ logger = logging.getLogger(__name__)
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
 KNOWN = ("image", "split", "patient", "mask", "label", "grade")
-GREY = ("1", "L", "LA")
 
 
 def is_folder(name: str | os.PathLike) -> bool:
@@ -91,6 +91,7 @@ class _Table:
     splits: list[str] | None
     patients: np.ndarray | None
     channels: int
+    deep: bool
     note: str
 
     def card(self):
@@ -134,7 +135,7 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
     every = np.sort(np.concatenate(list(rows_of.values())))
     names, paths = np.array(list(table.images)), list(table.images.values())
     pairs = [(paths[row], *(() if table.masks is None else table.masks[row])) for row in every]
-    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache)
+    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.deep)
     masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
     return Parts.of(
         table.task,
@@ -177,8 +178,9 @@ def _read_table(folder):
     elif (folder / MASKS).exists():
         advice = f"Name each image's mask there, or move the folder {MASKS} elsewhere."
         raise _wrong(path, "a column mask", f"columns {', '.join(header)}, and a folder {MASKS}", advice)
-    channels = 1 if all([_is_grey(image) for image in images.values()]) else 3
-    return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, note)
+    grey, deep = zip(*map(grey_and_deep, images.values()), strict=True)
+    channels = 1 if all(grey) else 3
+    return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, any(deep), note)
 
 
 def _read_csv(path):
@@ -332,12 +334,6 @@ def _found(folder, names, what):
             f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
         )
     return {name: there[name] for name in names}
-
-
-def _is_grey(path):
-    """Whether an image file is grey, by its header; refuses a file that would not be read as it looks."""
-    with opened(path) as image:
-        return image.mode in GREY
 
 
 # ---- the splits
