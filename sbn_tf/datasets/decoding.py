@@ -1,6 +1,7 @@
 """Image files and their masks, decoded and resized to squares once, into the array cache.
 
-Pixels of 8 bits stay uint8. Those of 16 bits are float32 on the 0..1 scale, divided by 65535, whatever the largest is.
+Pixels of 8 bits stay uint8. Those of 16 bits are float32 on the 0..1 scale, divided by 65535, whatever the largest is;
+those of DICOM and NIfTI are float32 too, see `medical`.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from . import cache as array_cache
-from . import files
+from . import files, medical
 from .arrays import DiskArray
 
 __all__ = ["decoded", "grey_and_deep", "read_image", "square"]
@@ -51,6 +52,7 @@ def decoded(
     channels: int,
     cache: str | os.PathLike | None = None,
     deep: bool = False,
+    window: tuple[float, float] | None = None,
 ) -> dict[str, DiskArray]:
     """Images `(N, size, size, C)` and masks `(N, size, size, R)` of files, through the array cache: uint8.
 
@@ -64,6 +66,7 @@ def decoded(
         channels: 1 (grey) or 3 (RGB).
         cache: see `cache.cache_folder`.
         deep: whether `grey_and_deep` says so of any image.
+        window: what becomes 0 and 1, of DICOM and NIfTI; None: as `medical` says.
 
     Raises:
         ValueError: a file that is corrupt, too large or deeper than can be read in full; a mask that is not of its
@@ -72,13 +75,18 @@ def decoded(
     raters = len(pairs[0]) - 1
     present = [path for pair in pairs for path in pair if path is not None]
     missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
-    source = {"files": array_cache.fingerprint(present), "size": size, "fit": fit, "channels": channels}
+    source = {
+        "files": array_cache.fingerprint(map(medical.file_of, present)),
+        "size": size,
+        "fit": fit,
+        "channels": channels,
+    }
     source["missing"] = missing
     if deep:
-        source["deep"] = True
+        source["deep"] = [os.path.basename(path) for path in present if medical.is_medical(path)], window
 
     def one(pair):
-        image, whole = read_image(pair[0], size, fit, channels)
+        image, whole = read_image(pair[0], size, fit, channels, window)
         image = _of_depth(image, deep, pair[0])
         empty = np.zeros((size, size), "uint8"), 0.0
         found = [empty if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
@@ -112,18 +120,22 @@ def decoded(
     return found
 
 
-def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_image(
+    path: str | os.PathLike, size: int, fit: str, channels: int, window: tuple[float, float] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """A file as `(size, size, C)`, bilinear and antialiased, and its own (width, height).
 
-    uint8 of 0 to 255, or float32 of 0 to 1 where `grey_and_deep` says that it is deep.
+    uint8 of 0 to 255, or float32 of 0 to 1 where `grey_and_deep` says that it is deep. `window`: see `medical.read`.
     """
+    if medical.is_medical(path):
+        pixels = medical.read(path, window)
+        return _floats_square(pixels, size, fit, channels), pixels.shape[1::-1]
     mode = MODES[channels]
     with _verified(path) as image:
         whole = image.size
         if image.mode in DEEP:
             pixels = np.asarray(image).astype("float32") / np.float32(65535)
-            grey = square(Image.fromarray(pixels), size, fit, Image.Resampling.BILINEAR, 1)
-            return np.repeat(grey, channels, -1), whole
+            return _floats_square(pixels, size, fit, channels), whole
         image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
         grey_or_rgb = image if image.mode == mode else image.convert(mode)
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
@@ -137,7 +149,7 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
         size, fit: as for its image.
         whole: (width, height) of its image.
     """
-    with _verified(path) as mask:
+    with _mask_image(path) as mask:
         if mask.size != whole:
             raise ValueError(
                 f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
@@ -152,6 +164,15 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
         left, top = (whole[0] - side) // 2, (whole[1] - side) // 2
         lost = 1 - marks.crop((left, top, left + side, top + side)).histogram()[1] / total
     return square(marks, size, fit, Image.Resampling.NEAREST, 1)[..., 0], lost
+
+
+def _floats_square(pixels, size, fit, channels):
+    """`square` of floats (height, width), or (height, width, 3) of colours; grey of colours as Pillow weighs them."""
+    if pixels.ndim == 3 and channels == 1:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114], "float32")
+    planes = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else [pixels]
+    squares = [square(Image.fromarray(plane), size, fit, Image.Resampling.BILINEAR, 1) for plane in planes]
+    return np.concatenate(squares * (channels // len(squares)), -1)
 
 
 def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, channels: int) -> np.ndarray:
@@ -171,7 +192,9 @@ def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, 
 
 
 def grey_and_deep(path: str | os.PathLike) -> tuple[bool, bool]:
-    """Whether an image file is grey, and whether it is deep, of more than 8 bits a channel; raises as `opened`."""
+    """Whether an image file is grey, and whether it is read as floats; raises as `opened` and `medical.read`."""
+    if medical.is_medical(path):
+        return medical.is_grey(path), True
     with opened(path) as image:
         return image.mode in GREY + DEEP, image.mode in DEEP
 
@@ -264,6 +287,12 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         ) from error
 
 
+def _mask_image(path):
+    if medical.is_medical(path):
+        return contextlib.nullcontext(Image.fromarray(medical.mask(path)))
+    return _verified(path)
+
+
 @contextlib.contextmanager
 def _verified(path):
     with opened(path) as image:
@@ -277,6 +306,8 @@ def _verified(path):
 
 def _needed(path):
     """Bytes that reading an image file takes at most: a PNG's chunk, joined from pieces, or its pixels."""
+    if medical.is_medical(path):
+        return MAX_BYTES // 2  # one at a time: a volume is read as a whole
     with opened(path) as image:
         return max(_memory(image), 2 * os.path.getsize(path))
 

@@ -3,7 +3,7 @@
     my_data/
       images.csv         one row an image
       images/            the files: png, jpg, tif or bmp, grey or RGB, of 8 bits a channel, or grey of 16, which are
-                         divided by 65535; hidden files do not count
+                         divided by 65535; dcm, nii, nii.gz, see `sbn_tf.datasets.medical`; hidden files do not count
       masks/             for segmentation alone
 
 Columns of images.csv, with commas between them, in UTF-8:
@@ -49,6 +49,7 @@ from .base import (
 )
 from .decoding import FITS, decoded, grey_and_deep
 from .files import check_option, listed
+from .medical import file_of
 from .registry import names
 from .tables import read_table
 
@@ -122,8 +123,11 @@ class _Table:
         )
 
 
-def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
-    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used."""
+def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=None):
+    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used.
+
+    `window`: what becomes 0 and 1 of DICOM and NIfTI, (low, high).
+    """
     check_option("fit", fit, FITS)
     if table.splits is None:
         rows_of = _drawn(table, seed)
@@ -135,7 +139,7 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
     every = np.sort(np.concatenate(list(rows_of.values())))
     names, paths = np.array(list(table.images)), list(table.images.values())
     pairs = [(paths[row], *(() if table.masks is None else table.masks[row])) for row in every]
-    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.deep)
+    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.deep, window)
     masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
     return Parts.of(
         table.task,
@@ -320,20 +324,21 @@ def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(d
 def _found(folder, names, what):
     """The path of each name; refuses a row without its file and a file without its row."""
     there = listed(folder, deep=True)
-    missing = [name for name in names if name not in there]
+    files = {name: file_of(name).as_posix() for name in names}  # of a slice, a.nii#3, the volume
+    missing = [name for name in names if files[name] not in there]
     if missing:
         raise FileNotFoundError(
             f"Expected the {what}s that {CSV} names in {folder}. "
             f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
             "Put them there, or correct the names: below that folder, with ending; small and capital letters count."
         )
-    strange = sorted(set(there) - set(names))
+    strange = sorted(set(there) - set(files.values()))
     if strange:
         raise ValueError(
             f"Expected a row of {CSV} for every file in {folder}. Received: {len(strange)} without one, as "
             f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
         )
-    return {name: there[name] for name in names}
+    return {name: Path(f"{there[files[name]]}{name.removeprefix(files[name])}") for name in names}
 
 
 # ---- the splits
