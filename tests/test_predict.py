@@ -3,19 +3,22 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from scipy.special import entr
+from scipy.special import entr, expit, log_softmax, logit
 
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
 from sbn_tf.experiments import predict, predictor
+from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
+from sbn_tf.experiments.train import predictor_of
 
 SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
 CARD = {
@@ -30,7 +33,8 @@ CARD = {
     "sd": [0.2],
     "threshold": 0.5,
     "num_samples": 1,
-    "quantiles": np.linspace(0, 0.7, 101).tolist(),
+    "temperature": 1.0,
+    **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), np.linspace(0, 0.7, 101).tolist()),
 }
 
 
@@ -106,6 +110,7 @@ def test_predictions_are_those_of_the_model(places, network):
     samples = sbn_tf.load(places / "network").model.predict_samples(x, batch_size=len(x))[..., 0]
     inside = network.predict_batch(x)
     for i, one in enumerate(inside):
+        samples[:, i] = expit(logit(samples[:, i].astype("float64")) / network.card.temperature)
         mean = samples[:, i].mean(0)
         np.testing.assert_allclose(one.probabilities, mean, rtol=1e-5)
         np.testing.assert_allclose(one.entropy(), entr(mean) + entr(1 - mean), rtol=1e-4)
@@ -122,6 +127,9 @@ def test_the_card_has_the_quantiles_of_validation(places, network):
     scores = [one.means["total"] for one in network.predict(files)]  # of the files, at their own sizes
     np.testing.assert_allclose(network.card.quantiles[50], np.median(scores), rtol=1e-4)
     np.testing.assert_allclose(network.card.quantiles[100], np.max(scores), rtol=1e-4)
+    for part in ("aleatoric", "epistemic"):
+        scores = [one.means[part] for one in network.predict(files)]
+        np.testing.assert_allclose(getattr(network.card, f"{part}_quantiles")[100], np.max(scores), rtol=1e-3)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
@@ -239,6 +247,60 @@ def test_card_and_weights_of_two_trainings_are_refused(tmp_path):
     shutil.copy(tmp_path / "b" / "network.json", tmp_path / "a" / "network.json")
     with pytest.raises(ValueError, match="of one training"):
         sbn_tf.load(tmp_path / "a")
+
+
+def test_the_temperature_divides_the_logits_of_every_draw(places, network):
+    files = sorted((places / "new").iterdir())[:2]
+    x = np.stack([network.read(path)[0] for path in files])
+    raw = Predictor(network.model, network.card.model_copy(update={"temperature": 1.0})).samples(x)
+    warm = Predictor(network.model, network.card.model_copy(update={"temperature": 2.0}))
+    by_hand = expit(logit(raw.astype("float64")) / 2)  # of each draw, then their mean
+    assert len(raw) > 1
+    for i, one in enumerate(warm.predict_batch(x)):
+        mean = by_hand[:, i].mean(0)
+        np.testing.assert_allclose(one.samples, by_hand[:, i], rtol=1e-4)
+        np.testing.assert_allclose(one.values["probabilities"], mean, rtol=1e-4)
+        np.testing.assert_allclose(one.values["entropy"], entr(mean) + entr(1 - mean), rtol=1e-4)
+        expected = (entr(by_hand[:, i]) + entr(1 - by_hand[:, i])).mean(0)
+        np.testing.assert_allclose(one.values["expected_entropy"], expected, rtol=1e-4)
+
+
+def settings_of(images, targets, task):
+    """As much of an experiment as `predictor_of` reads; every split has the same images."""
+    data = datasets.from_arrays(*[(images, targets)] * 3, task=task)
+    return SimpleNamespace(data=data, threshold=0.5, recipe=SimpleNamespace(batch_size=64))
+
+
+@pytest.mark.parametrize("task", ["binary", "multi-class"])
+def test_the_temperature_has_the_lowest_nll_on_validation(task):
+    rng, one = np.random.default_rng(0), plain(task, 1 if task == "binary" else 3)
+    images = rng.integers(0, 256, (400, 8, 8, 1), "uint8")
+    kernel = one.model.get_weights()[0]
+    x = datasets.split.normalise(images, np.float32(images.mean() / 255), np.float32(images.std() / 255))
+    logits = (x.reshape(400, -1) @ kernel).astype("float64")
+    noisy = logits / 4 + rng.logistic(size=logits.shape)  # so the network is overconfident
+    targets = (noisy > 0).astype("uint8") if task == "binary" else np.eye(3, dtype="uint8")[noisy.argmax(1)]
+    made = SimpleNamespace(model=one.model, title="made", num_samples=1)
+    found = predictor_of(settings_of(images, targets, task), made, "pad").card.temperature
+    grid = np.geomspace(0.5, 20, 2000)
+    if task == "binary":
+        nll = [np.logaddexp(0, (1 - 2.0 * targets) * logits / t).mean() for t in grid]
+    else:
+        nll = [-log_softmax(logits / t, -1)[targets == 1].mean() for t in grid]
+    np.testing.assert_allclose(found, grid[np.argmin(nll)], rtol=0.01)
+    assert found > 2
+
+
+def test_a_temperature_that_raises_the_nll_of_the_draws_is_not_kept(monkeypatch):
+    """Two draws say 0.3 and 0.9, the truth is 0.9: a T of 0.18 makes 0.9 of their mean, but 0.5 of sharper draws."""
+    one, draws = plain("binary", 1), np.array([0.3, 0.9], "float32")[:, None, None]
+    monkeypatch.setattr(
+        Predictor, "samples", lambda self, x: tempered(draws.repeat(len(x), 1), self.card.temperature, "binary")
+    )
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "uint8")
+    targets = (np.arange(100) % 10 > 0).astype("uint8")[:, None]
+    made = SimpleNamespace(model=one.model, title="made", num_samples=2)
+    assert predictor_of(settings_of(images, targets, "binary"), made, "pad").card.temperature == 1
 
 
 def test_flags_are_those_less_sure_than_validation(tmp_path):

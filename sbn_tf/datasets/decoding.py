@@ -51,6 +51,7 @@ def decoded(
     fit: str,
     channels: int,
     cache: str | os.PathLike | None = None,
+    threshold: int | None = None,
     deep: bool = False,
     window: tuple[float, float] | None = None,
 ) -> dict[str, DiskArray]:
@@ -65,6 +66,7 @@ def decoded(
         fit: one of `FITS`.
         channels: 1 (grey) or 3 (RGB).
         cache: see `cache.cache_folder`.
+        threshold: as for `read_mask`.
         deep: whether `grey_and_deep` says so of any image.
         window: what becomes 0 and 1, of DICOM and NIfTI; None: as `medical` says.
 
@@ -81,7 +83,7 @@ def decoded(
         "fit": fit,
         "channels": channels,
     }
-    source["missing"] = missing
+    source |= {"missing": missing} | ({} if threshold is None else {"threshold": threshold})
     if deep:
         source["deep"] = [os.path.basename(path) for path in present if medical.is_medical(path)], window
 
@@ -89,12 +91,11 @@ def decoded(
         image, whole = read_image(pair[0], size, fit, channels, window)
         image = _of_depth(image, deep, pair[0])
         empty = np.zeros((size, size), "uint8"), 0.0
-        found = [empty if path is None else read_mask(path, size, fit, whole) for path in pair[1:]]
+        found = [empty if path is None else read_mask(path, size, fit, whole, threshold) for path in pair[1:]]
         masks, lost = zip(*found, strict=True) if found else ((), ())
         return image, np.stack(masks, -1) if masks else None, np.array(lost, "float32")
 
-    def together(part):
-        """`one` of each pair, by as many threads as there is memory for."""
+    def together(part):  # by as many threads as there is memory for
         needed = max(_needed(path) for pair in part for path in pair if path is not None)
         threads = min(len(part), (os.cpu_count() or 1) + 4, MAX_BYTES // 2 // needed)
         if threads < 2:  # not in a thread of its own: that would keep some of its memory
@@ -141,13 +142,16 @@ def read_image(
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
-def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int]) -> tuple[np.ndarray, float]:
+def read_mask(
+    path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int], threshold: int | None = None
+) -> tuple[np.ndarray, float]:
     """A mask file as `(size, size)` uint8 of 0 and 1, nearest pixel; and the share of it that a crop cuts off.
 
     Args:
         path: the file; 0 is background and one other value, 1 or 255, foreground.
         size, fit: as for its image.
         whole: (width, height) of its image.
+        threshold: foreground is what is at least so bright, 1 to 255; None: other values than two are refused.
     """
     with _mask_image(path) as mask:
         if mask.size != whole:
@@ -157,7 +161,7 @@ def read_mask(path: str | os.PathLike, size: int, fit: str, whole: tuple[int, in
             )
         if mask.mode in DEEP:
             raise _too_deep(path, "16 bits")
-        marks = _marks(_grey(mask, path), path)
+        marks = _marks(_grey(mask, path), path, threshold)
     lost, total = 0.0, marks.histogram()[1]
     if fit == "crop" and total:
         side = min(whole)
@@ -332,13 +336,15 @@ def _grey(mask, path):
     return grey
 
 
-def _marks(grey, path):
-    """A grey mask's pixels as 0 and 1; refuses other values than two."""
+def _marks(grey, path, threshold):
+    """A grey mask's pixels as 0 and 1; refuses other values than two where there is no threshold."""
     *others, high = np.flatnonzero(grey.histogram()).tolist()
+    if threshold is not None and high > 1:
+        return grey.point([0] * threshold + [1] * (256 - threshold))
     strange = [value for value in others if value] or [high] * (high not in (0, 1, 255))
     if strange:
         raise ValueError(
             f"Expected a mask of 0 and 1 or of 0 and 255. Received: a value of {strange[0]} in {path}.\n"
-            "Cut it at the value that means foreground, and save it as png: jpg blurs it."
+            "Cut it at the value that means foreground (128: --threshold 128), and save it as png: jpg blurs it."
         )
     return grey.point([0] + [1] * 255)

@@ -3,7 +3,7 @@
     my_data/
       images.csv         one row an image
       images/            the files: png, jpg, tif or bmp, grey or RGB, of 8 bits a channel, or grey of 16, which are
-                         divided by 65535; dcm, nii, nii.gz, see `sbn_tf.datasets.medical`; hidden files do not count
+                         divided by 65535; dcm, nii, nii.gz (see `sbn_tf.datasets.medical`); hidden files do not count
       masks/             for segmentation alone
 
 Columns of images.csv, with commas between them, in UTF-8:
@@ -27,39 +27,121 @@ import functools
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from .base import (
-    BINARY,
     EXCLUSIVE,
-    MULTI_CLASS,
-    MULTI_LABEL,
-    ORDINAL,
     SEGMENTATION,
     SPLITS,
     Card,
     Parts,
     first_in_seeded_order,
 )
+from .columns import (
+    CSV,
+    IMAGES,
+    MASKS,
+    check_masks_folder,
+    columns_of,
+    csv_of,
+    is_inside,
+    names_of,
+    patients_of,
+    read_csv,
+    splits_of,
+    targets_of,
+    wrong,
+)
 from .decoding import FITS, decoded, grey_and_deep
-from .files import check_option, listed
+from .faults import Fault, Faults, fault_of, unreadable
+from .files import check_option, is_integer, listed
 from .medical import file_of
 from .registry import names
-from .tables import read_table
 
-__all__ = ["folder_dataset", "is_folder"]
+__all__ = ["Folder", "faults", "folder_dataset", "is_folder"]
 
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
-CSV, IMAGES, MASKS = "images.csv", "images", "masks"
-KNOWN = ("image", "split", "patient", "mask", "label", "grade")
+
+@dataclass(frozen=True)
+class Folder(os.PathLike):
+    """A folder of images, and how its files are read; taken wherever its path is.
+
+    Args:
+        path: of the folder.
+        threshold: pixels of a mask at least so bright are foreground, 1 to 255, for masks with soft edges; None: masks
+            of other values than two are refused.
+        skip_broken: leave out the rows whose files are missing or cannot be read, with a warning for each; every file
+            is decoded first.
+
+    Raises:
+        ValueError: a threshold out of its range.
+    """
+
+    path: str | os.PathLike
+    threshold: int | None = None
+    skip_broken: bool = False
+
+    def __post_init__(self):
+        if self.threshold is not None and not (is_integer(self.threshold, 1) and self.threshold <= 255):
+            raise ValueError(f"Expected threshold, a grey value 1 to 255, or None. Received: {self.threshold!r}")
+
+    def __fspath__(self):
+        return os.fspath(self.path)
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return Path(self.path).expanduser()
+
+    @functools.cached_property
+    def broken(self) -> dict[int, list[Fault]]:
+        """Row of images.csv, from 0 -> what is wrong with its files."""
+        header, rows = read_csv(self.root / CSV)
+        raters = [name for name in header if name.lower().startswith("mask")]
+        there = {part: listed(self.root / part, deep=True) for part in (IMAGES, MASKS)}
+
+        def path(part, name):
+            if not name or not is_inside(name):
+                return None
+            return _at(there[part].get(_file(name), self.root / part / _file(name)), name)
+
+        cells = (dict(zip(header, row, strict=True)) for row in rows)
+        pairs = ((path(IMAGES, row["image"]), *(path(MASKS, row[name]) for name in raters)) for row in cells)
+        return unreadable(pairs, self.root, self.threshold, len(rows))
+
+
+def faults(name: str | os.PathLike) -> list[Fault]:
+    """Everything that is wrong with a folder's images.csv and files, not the first of it alone; [] where nothing is.
+
+    Args:
+        name: of the folder, or a `Folder`.
+    """
+    given = name if isinstance(name, Folder) else Folder(name)
+    folder, path = given.root, given.root / CSV
+    try:
+        column = columns_of(*read_csv(csv_of(folder)))
+        found = [fault for those in given.broken.values() for fault in those]
+        there = {part: listed(folder / part, deep=True) for part in (IMAGES, MASKS)}
+    except (ValueError, OSError) as error:
+        return [fault_of(error, CSV, folder)]
+    for check in (names_of, targets_of, splits_of, patients_of, check_masks_folder):
+        try:
+            check(column, path)
+        except Faults as error:
+            found += [fault_of(one, CSV, folder) for one in error.errors]
+        except ValueError as error:
+            found.append(fault_of(error, CSV, folder))
+    masks = [cells for name, cells in column.items() if name.lower().startswith("mask")]
+    for part, named in ((IMAGES, [column["image"]]), (MASKS, masks)):
+        strange = sorted(set(there[part]) - {_file(name) for cells in named for name in cells}) if named else []
+        says = f"Expected a row of {CSV} for it. Received: none.", "Add a row, or move the file elsewhere."
+        found += [Fault(f"{part}/{one}", *says) for one in strange]
+    return found
 
 
 def is_folder(name: str | os.PathLike) -> bool:
@@ -75,7 +157,7 @@ def folder_dataset(name: str | os.PathLike) -> tuple[Card, Callable[..., Parts]]
         FileNotFoundError: the folder, its images.csv or a file that it names is not there.
         ValueError: an images.csv that is not as the module's docstring says, or a file that no row names.
     """
-    table = _read_table(Path(name).expanduser())
+    table = _read_table(name if isinstance(name, Folder) else Folder(name))
     return table.card(), functools.partial(_load, table)
 
 
@@ -94,6 +176,7 @@ class _Table:
     channels: int
     deep: bool
     note: str
+    threshold: int | None
 
     def card(self):
         base = self.folder.resolve().name
@@ -126,7 +209,7 @@ class _Table:
 def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=None):
     """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used.
 
-    `window`: what becomes 0 and 1 of DICOM and NIfTI, (low, high).
+    `window` (low, high) is what becomes 0 and 1 of DICOM and NIfTI, else see `medical`.
     """
     check_option("fit", fit, FITS)
     if table.splits is None:
@@ -139,7 +222,7 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=
     every = np.sort(np.concatenate(list(rows_of.values())))
     names, paths = np.array(list(table.images)), list(table.images.values())
     pairs = [(paths[row], *(() if table.masks is None else table.masks[row])) for row in every]
-    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.deep, window)
+    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.threshold, table.deep, window)
     masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
     return Parts.of(
         table.task,
@@ -152,193 +235,63 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=
     )
 
 
-# ---- the csv
-
-
-def _read_table(folder):
-    path = folder / CSV
-    if not path.is_file():
-        received = f"no {CSV} in it" if folder.is_dir() else f"no such folder (from {Path.cwd()})"
-        raise FileNotFoundError(
-            f"Expected a folder with an {CSV}. Received: {folder}, {received}.\n"
-            "Write one with a row for each image: image,split,label, or with mask for segmentation."
-        )
-    header, rows = _read_csv(path)
-    column = {name: [row[k] for row in rows] for k, name in enumerate(header)}
-    names = [_inside(name, "image", path) for name in column["image"]]
-    _check_unique(names, "row for each image", path)
-    task, classes, targets, masks, note = _targets(column, path)
-    splits, patients = column.get("split"), column.get("patient")
-    if splits is not None:
-        _check_splits(splits, path)
-    if patients is not None:
-        _check_cells(patients, bool, "a patient in every row, or no column patient", path)
-        patients = np.array(patients)
-        _check_patients(splits, patients, path)
-    images = _found(folder / IMAGES, names, "image")
+def _read_table(given):
+    folder = given.root
+    path = csv_of(folder)
+    header, rows = read_csv(path)
+    broken = given.broken if given.skip_broken else {}
+    for fault in (fault for those in broken.values() for fault in those):
+        logger.warning("%s: row left out: %s: %s", path, fault.file, fault.fault)
+    column = columns_of(header, [row for number, row in enumerate(rows) if number not in broken])
+    if len(broken) == len(rows):
+        raise wrong(path, "a row whose files can be read", "none")
+    names = names_of(column, path)
+    task, classes, targets, masks, note = targets_of(column, path)
+    splits, patients = splits_of(column, path), patients_of(column, path)
+    left_out = set().union(*(rows[number] for number in broken))
+    images = _found(folder / IMAGES, names, "image", left_out)
     if masks is not None:
-        there = _found(folder / MASKS, [mask for row in masks for mask in row if mask is not None], "mask")
+        cells = [mask for row in masks for mask in row if mask is not None]
+        there = _found(folder / MASKS, cells, "mask", left_out)
         masks = [tuple(there.get(mask) for mask in row) for row in masks]
-    elif (folder / MASKS).exists():
-        advice = f"Name each image's mask there, or move the folder {MASKS} elsewhere."
-        raise _wrong(path, "a column mask", f"columns {', '.join(header)}, and a folder {MASKS}", advice)
+    check_masks_folder(column, path)
     grey, deep = zip(*map(grey_and_deep, images.values()), strict=True)
     channels = 1 if all(grey) else 3
-    return _Table(folder, images, task, classes, targets, masks, splits, patients, channels, any(deep), note)
-
-
-def _read_csv(path):
-    header, rows = read_table(path)
-    for name in header:
-        if name not in KNOWN and name.lower() in KNOWN:
-            raise _wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
-    if "image" not in header:
-        advice = "Rename the column of the images' file names."
-        raise _wrong(path, "a column image", f"columns {', '.join(header)}", advice)
-    return header, rows
-
-
-def _targets(column, path):
-    """Task, classes, targets `(N, L)` uint8 or None, masks or None, and a note for the card."""
-    others = [name for name in column if name not in ("image", "split", "patient")]
-    named = [name for name in others if name.lower().startswith("mask")]
-    raters = ["mask"] if named == ["mask"] else [f"mask_{k + 1}" for k in range(len(named))]
-    if named and set(named) != set(raters):
-        expected = "the columns mask, or mask_1, mask_2, ... without a gap"
-        raise _wrong(path, expected, f"columns {', '.join(named)}", "Rename the columns of the masks' file names.")
-    single = [name for name in ("label", "grade") if name in others]
-    kinds = bool(named) + len(single) + bool(set(others) - set(named) - set(single))
-    if kinds > 1:
-        expected = "either mask columns, or label, or grade, or columns of 0 and 1"
-        raise _wrong(path, expected, f"columns {', '.join(others)}", "Leave out columns that are not to be learnt.")
-    if kinds == 0:
-        raise _wrong(path, "mask columns, or label, or grade, or columns of 0 and 1", f"columns {', '.join(column)}")
-    if named:
-        return SEGMENTATION, ("foreground",), None, _masks(column, raters, path), ""
-    if single == ["label"]:
-        return _labels(column["label"], path)
-    if single == ["grade"]:
-        return _grades(column["grade"], path)
-    values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
-    advice = f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
-    for name in others:
-        _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
-    targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
-    return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""
-
-
-def _masks(column, raters, path):
-    rows = []
-    for row, cells in enumerate(zip(*(column[name] for name in raters), strict=True)):
-        if not any(cells):
-            raise _wrong(path, "one mask or more in each row", f"none in row {row + 1} below the header")
-        rows.append(tuple(_inside(cell, "mask", path) if cell else None for cell in cells))
-    _check_unique([mask for row in rows for mask in row if mask is not None], "cell for each mask", path)
-    return rows
-
-
-def _labels(cells, path):
-    _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
-    classes = sorted(set(cells))
-    _check_spelling(classes, lambda name: Decimal(name) if NUMBER.fullmatch(name) else name.lower(), "class", path)
-    if len(classes) < 2:
-        raise _wrong(path, "two classes or more in column label", f"{classes[0]!r} alone")
-    if all(map(NUMBER.fullmatch, classes)):
-        classes.sort(key=Decimal)
-    number = {name: k for k, name in enumerate(classes)}
-    numbers = np.array([number[cell] for cell in cells])
-    if len(classes) == 2:
-        note = f"1 is {classes[1]!r}, 0 is {classes[0]!r}."
-        return BINARY, (classes[1],), numbers[:, None].astype("uint8"), None, note
-    return MULTI_CLASS, tuple(classes), np.eye(len(classes), dtype="uint8")[numbers], None, ""
-
-
-def _grades(cells, path):
-    grade = re.compile(r"[0-9]{1,4}(\.0)?")
-    _check_cells(cells, grade.fullmatch, "a grade 0, 1, 2, ... in each cell of grade", path)
-    numbers = np.array([int(float(cell)) for cell in cells])
-    count = int(numbers.max()) + 1
-    absent = sorted(set(range(count)) - set(numbers.tolist()))
-    if count < 2 or 2 * len(absent) > count:
-        raise _wrong(path, "grades from 0 to K-1 in column grade", f"{sorted(set(numbers.tolist()))[:5]} alone")
-    if absent:
-        logger.warning("%s: no image is of grade %s", path, ", ".join(map(str, absent)))
-    return ORDINAL, tuple(map(str, range(count))), np.eye(count, dtype="uint8")[numbers], None, ""
-
-
-def _inside(name, what, path):
-    """The file's name with single slashes; refuses one outside the folder."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
-        advice = "Write it with / and without .. or a drive, as in a/b.png."
-        raise _wrong(path, f"the name of a file below the folder {what}s/ in column {what}", repr(name), advice)
-    return str(PurePosixPath(name))
-
-
-def _check_unique(names, what, path):
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise _wrong(path, f"one {what}", f"{name} in {count} of them")
-
-
-def _check_spelling(names, plain, what, path):
-    """Refuses two names of one thing, of the same `plain` name, such as 0 and 0.0 where csv files were joined."""
-    first = {}
-    for name in names:
-        same = first.setdefault(plain(name), name)
-        if same != name:
-            raise _wrong(path, f"one spelling of each {what}", f"{same!r} and {name!r}", "Write all of them one way.")
-
-
-def _check_splits(splits, path):
-    _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
-    for part in SPLITS:
-        if part not in splits:
-            raise _wrong(path, "images of train, val and test", f"none of {part}")
-
-
-def _check_patients(splits, patients, path):
-    _check_spelling(patients.tolist(), lambda name: re.sub(r"\.0+$", "", name), "patient", path)
-    first = {}
-    for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
-        if first.setdefault(patient, part) != part:
-            received = f"{patient!r} in {first[patient]} and {part}"
-            advice = "Move them into one, or leave the column split out: one by patient is then drawn."
-            raise _wrong(path, "all images of a patient in one split", received, advice)
-
-
-def _check_cells(cells, right, expected, path, *advice):
-    """Refuses the first cell of a column that is not right, by its row."""
-    for row, cell in enumerate(cells):
-        if not right(cell):
-            raise _wrong(path, expected, f"{cell!r} in row {row + 1} below the header", *advice)
-
-
-def _wrong(path, expected, received, advice="from sbn_tf import datasets; help(datasets.folder) shows all columns."):
-    return ValueError(f"Expected {expected} in {path}. Received: {received}.\n{advice}")
+    return _Table(
+        folder, images, task, classes, targets, masks, splits, patients, channels, any(deep), note, given.threshold
+    )
 
 
 # ---- the files
 
 
-def _found(folder, names, what):
-    """The path of each name; refuses a row without its file and a file without its row."""
+def _found(folder, names, what, left_out):
+    """The path of each name; refuses a row without its file and a file without its row, but for those left out."""
     there = listed(folder, deep=True)
-    files = {name: file_of(name).as_posix() for name in names}  # of a slice, a.nii#3, the volume
-    missing = [name for name in names if files[name] not in there]
+    missing = [name for name in names if _file(name) not in there]
     if missing:
         raise FileNotFoundError(
             f"Expected the {what}s that {CSV} names in {folder}. "
             f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
             "Put them there, or correct the names: below that folder, with ending; small and capital letters count."
         )
-    strange = sorted(set(there) - set(files.values()))
+    strange = sorted(set(there) - {_file(name) for name in [*names, *left_out] if name})
     if strange:
         raise ValueError(
             f"Expected a row of {CSV} for every file in {folder}. Received: {len(strange)} without one, as "
             f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
         )
-    return {name: Path(f"{there[files[name]]}{name.removeprefix(files[name])}") for name in names}
+    return {name: _at(there[_file(name)], name) for name in names}
+
+
+def _file(name):
+    """The name of the file that an image is in: of the slice a.nii#3 it is a.nii."""
+    return file_of(name).as_posix()
+
+
+def _at(path, name):
+    """The path of a file with the number of the slice that an image's name has."""
+    return path.with_name(path.name + name.removeprefix(_file(name)))
 
 
 # ---- the splits

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from sbn_tf import datasets
+import pandas as pd
 
-__all__ = ["add_arguments", "run"]
+from sbn_tf import datasets
+from sbn_tf.datasets.folder import Folder, faults, is_folder
+from sbn_tf.experiments import report
+
+__all__ = ["add_arguments", "add_folder_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,11 +19,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="image side in pixels; default: the dataset's own")
     parser.add_argument("--max-images", type=int, help="look at so many images of each split; default: all")
     parser.add_argument("--data-root", help="folder of the real data; default: SBN_TF_DATA, or data/")
+    add_folder_arguments(parser)
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how the files of a folder are read."""
+    parser.add_argument(
+        "--threshold", type=int, help="of a folder: mask pixels at least so bright, 1 to 255, are foreground"
+    )
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="of a folder: leave out rows whose files cannot be read, and say so"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print the report of a dataset; 1 where it has a problem, 0 where it has none."""
-    data = datasets.load(given.dataset, root=given.data_root, size=given.size)
-    report = datasets.check(data, max_images=given.max_images)
-    print(report)
-    return 1 if report.problems else 0
+    """Print all faults of a folder's files, then the report of the dataset; 1 where there is a problem, else 0."""
+    name, found = given.dataset, []
+    if is_folder(name):
+        name = Folder(name, given.threshold, given.skip_broken)
+        found = faults(name)
+    elif given.threshold is not None or given.skip_broken:
+        raise ValueError(f"Expected --threshold and --skip-broken with a folder. Received: the dataset {name!r}")
+    if found:
+        print(f"{len(found)} fault{'s' * (len(found) > 1)}:\n")
+        print(report.to_markdown(pd.DataFrame(found).set_index("file")), flush=True)
+        if not given.skip_broken:
+            return 1
+    data = datasets.load(name, root=given.data_root, size=given.size)
+    about = datasets.check(data, max_images=given.max_images)
+    print(about)
+    return 1 if found or about.problems else 0

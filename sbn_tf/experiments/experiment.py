@@ -97,7 +97,7 @@ class Experiment:
 
 
 def experiment(
-    dataset: str,
+    dataset: str | os.PathLike,
     recipe: str = "quick",
     *,
     network: str | None = None,
@@ -152,7 +152,9 @@ def experiment(
     )
 
 
-def recipe_of(dataset: str, recipe: str = "quick", *, changes: str | dict = "", **others) -> recipes.Recipe:
+def recipe_of(
+    dataset: str | os.PathLike, recipe: str = "quick", *, changes: str | dict = "", **others
+) -> recipes.Recipe:
     """The recipe that `experiment` would use with these arguments; arguments that are no field of it are ignored."""
     changes = recipes.parse_changes(changes) if isinstance(changes, str) else dict(changes)
     named = {key: value for key, value in others.items() if key in _NAMED and value is not None}

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
-from sbn_tf.datasets.base import BINARY, SEGMENTATION
+from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
 
 __all__ = ["add_arguments", "predict_folder", "run"]
 
-TABLE, SKIPPED, SETTINGS = "predictions.csv", "skipped.csv", "settings.json"
+TABLE, SKIPPED, SETTINGS, REPORT = "predictions.csv", "skipped.csv", "settings.json", "report.html"
 
 
 def predict_folder(
@@ -86,8 +87,7 @@ def _predicted(predictor, files, skipped) -> Iterator[tuple[str, Prediction]]:
 def _row(name, one, flag):
     """A line of `predictions.csv`."""
     card, probs = one.card, one.probabilities
-    nothing = f"not {card.classes[0]}" if card.task == BINARY else "none"
-    row = {"image": name, "prediction": ";".join(one.labels()) or nothing, "confidence": one.confidence}
+    row = {"image": name, "prediction": one.decision(), "confidence": one.confidence}
     if card.task == SEGMENTATION:
         marked = probs > card.threshold
         row |= {"area_pixels": int(marked.sum()), "area": float(marked.mean())}
@@ -169,7 +169,8 @@ def run(given: argparse.Namespace) -> int:
     table = predict_folder(predictor, given.images, given.out, flag=given.flag, masks=given.masks)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0
-    print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, TABLE)}")
+    write_prediction_page(Path(given.out, REPORT), predictor, given.images, given.out, table, skipped, given.flag)
+    print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, REPORT)}")
     for name, reason in zip(skipped.get("image", ()), skipped.get("reason", ()), strict=True):
         print(f"skipped {name}: {reason}", file=sys.stderr)
     return 1 if len(skipped) else 0

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sbn_tf.core.files import check_archive, replacing
 from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SampledModel
-from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.folders import read_json, write_json
+from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.metrics import uncertainty
 
@@ -44,7 +45,9 @@ class NetworkCard(BaseModel):
         mean, sd: of each channel on the 0..1 scale.
         threshold: where probabilities are cut into labels and masks.
         num_samples: draws of a prediction.
+        temperature: the logits of every draw are divided by it, > 0; 1 where that does not lower the validation NLL.
         quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
+        aleatoric_quantiles, epistemic_quantiles: those of its two parts.
         crc32: of the weights, set by `Predictor.save`: card and network belong together.
     """
 
@@ -61,7 +64,10 @@ class NetworkCard(BaseModel):
     sd: tuple[float, ...]
     threshold: float = Field(gt=0, lt=1)
     num_samples: int = Field(gt=0)
+    temperature: float = Field(gt=0)
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    aleatoric_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    epistemic_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     crc32: int = 0
 
 
@@ -113,6 +119,10 @@ class Prediction:
             return [card.classes[int(np.argmax(probs))]]
         found = probs.max() if card.task == SEGMENTATION else probs
         return [name for name, p in zip(card.classes, np.atleast_1d(found), strict=True) if p > card.threshold]
+
+    def decision(self) -> str:
+        """`labels` as one text; "not ..." or "none" where there are none."""
+        return ";".join(self.labels()) or (f"not {self.card.classes[0]}" if self.card.task == BINARY else "none")
 
     def at_own_size(self, values: np.ndarray) -> np.ndarray:
         """A map of the network's square at the image's own size, as `decoding.square` undone."""
@@ -211,15 +221,23 @@ class Predictor:
             pixels, whole = read_image(image, card.size, card.fit, card.channels)
         return normalise(pixels, np.asarray(card.mean, "float32"), np.asarray(card.sd, "float32")), whole
 
-    def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
-        """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
-        card = self.card
+    def samples(self, inputs: np.ndarray) -> np.ndarray:
+        """Probabilities of each draw for one batch of normalised inputs: (samples, batch, classes), or maps.
+
+        The card's temperature divides the logits of every draw. So the mean probability, both parts of the entropy and
+        the sampled masks all follow from the same tempered draws, and total = aleatoric + epistemic still.
+        """
         if self._sampled is None:
             samples = np.asarray(self.model.predict_on_batch(inputs))[None]
         else:
-            samples = self._sampled.samples(inputs, card.num_samples)
-        if card.task == SEGMENTATION:
+            samples = self._sampled.samples(inputs, self.card.num_samples)
+        if self.card.task == SEGMENTATION:
             samples = samples[..., 0]
+        return samples if self.card.temperature == 1 else tempered(samples, self.card.temperature, self.card.task)
+
+    def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
+        """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
+        card, samples = self.card, self.samples(inputs)
         parts = uncertainty(samples, card.task)
         maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
         return [

@@ -6,16 +6,22 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from scipy.special import log_softmax
 
+from sbn_tf import metrics
 from sbn_tf.core.checks import check_fraction
+from sbn_tf.core.predictions import EXCLUSIVE
 from sbn_tf.datasets.decoding import FITS
-from sbn_tf.datasets.folder import is_folder
+from sbn_tf.datasets.folder import Folder, is_folder
 from sbn_tf.experiments import recipes, report, results
-from sbn_tf.experiments.compare import fitted, row
+from sbn_tf.experiments.check_data import add_folder_arguments
+from sbn_tf.experiments.compare import all_rows, fitted
 from sbn_tf.experiments.experiment import Experiment, experiment
 from sbn_tf.experiments.methods import METHODS
-from sbn_tf.experiments.methods.base import Method
+from sbn_tf.experiments.methods.base import Method, validation
+from sbn_tf.experiments.methods.plain import fit_temperature, recovered_logits
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
+from sbn_tf.experiments.training_page import write_training_page
 
 __all__ = ["add_arguments", "predictor_of", "run"]
 
@@ -24,7 +30,10 @@ ONE_NETWORK = ("members", "mixture", "partial", CONTROLS[0])  # methods whose pr
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
-    """A fitted method as a network that reads image files; its quantiles are those of the validation images.
+    """A fitted method as a network that reads image files; temperature and quantiles are of the validation images.
+
+    The temperature is fitted to the mean probability (`plain.fit_temperature`), and kept only if dividing the logits of
+    every draw by it, as `Predictor.samples` does, lowers the NLL of the validation images; else it is 1.
 
     Args:
         settings: the experiment that it was fitted in.
@@ -45,14 +54,37 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
             "sd": np.asarray(data.sd).tolist(),
             "threshold": settings.threshold,
             "num_samples": made.num_samples,
-            "quantiles": [0.0] * 101,
+            "temperature": 1.0,
+            **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), [0.0] * 101),
         }
     )
+    plain = Predictor(made.model, card)
+    card = card.model_copy(update={"temperature": _temperature(plain, data, size)})
     predictor = Predictor(made.model, card)
-    batches = (data.val.normalised(slice(i, i + size)) for i in range(0, data.val.num_examples, size))
-    scores = [one.means["total"] for batch in batches for one in predictor.predict_batch(batch)]
-    quantiles = tuple(np.quantile(scores, np.linspace(0, 1, 101)).tolist())
-    return Predictor(made.model, card.model_copy(update={"quantiles": quantiles}))
+    found = [one.means for images, _ in validation(data, size) for one in predictor.predict_batch(images)]
+    names = {"total": "quantiles", "aleatoric": "aleatoric_quantiles", "epistemic": "epistemic_quantiles"}
+    steps = np.linspace(0, 1, 101)
+    quantiles = {key: tuple(np.quantile([one[part] for one in found], steps).tolist()) for part, key in names.items()}
+    return Predictor(made.model, card.model_copy(update=quantiles))
+
+
+def _temperature(predictor, data, batch_size) -> float:
+    """The temperature of the mean probability of the validation images, or 1 where it does not lower their NLL."""
+    card = predictor.card
+
+    def means(predictor):
+        found = [(predictor.samples(images).mean(0), targets) for images, targets in validation(data, batch_size)]
+        return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+    def nll(probs, targets):
+        if card.task in EXCLUSIVE:
+            return -log_softmax(recovered_logits(probs, card.task), -1)[targets == 1].mean()
+        return metrics.nll(targets, probs)
+
+    probs, targets = means(predictor)
+    temperature = fit_temperature(recovered_logits(probs, card.task), targets.astype("float32"), card.task)
+    tempered = Predictor(predictor.model, card.model_copy(update={"temperature": temperature}))
+    return temperature if nll(*means(tempered)) < nll(probs, targets) else 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="at most so many images a split")
+    add_folder_arguments(parser)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -82,14 +115,18 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
     chosen = {key: getattr(given, key) for key in keys}
     options = {"fit": given.fit}
-    settings = experiment(given.folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
+    folder = Folder(given.folder, given.threshold, given.skip_broken)
+    settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
-    rows = [row(settings, method) for method in dict.fromkeys((*CONTROLS, given.method))]
-    predictor_of(settings, fitted(settings, given.method), given.fit).save(out)
+    rows = all_rows(settings, dict.fromkeys((*CONTROLS, given.method)))
+    predictor = predictor_of(settings, fitted(settings, given.method), given.fit)
+    predictor.save(out)
     frame = results.frame(rows)
     frame.to_csv(out / "results.csv", index=False)
+    write_training_page(out / "report.html", settings, predictor, frame, given.method)
     title, table = next(iter(report.tables(frame, settings.task).items()))
     print(f"\n## {title}, {settings.data.test.num_examples} test images\n\n{report.to_markdown(table)}")
     print(
-        f"\nThe network is in {out}, {METHODS[given.method].title}. New images: sbn-tf predict {out} IMAGES --out DIR"
+        f"\nThe report is {out / 'report.html'}. The network is in {out}, {METHODS[given.method].title}. "
+        f"New images: sbn-tf predict {out} IMAGES --out DIR"
     )

@@ -1,0 +1,161 @@
+"""The page that `sbn-tf predict` writes: what is flagged and why, what was skipped, and the least certain images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.stats import binomtest
+
+from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.datasets.decoding import opened
+from sbn_tf.experiments import pages
+from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
+
+__all__ = ["share_below", "stands_out", "write_prediction_page"]
+
+CASES = 12
+UNUSUAL = 0.01  # probability of so many flags, if the images were like those of validation
+
+
+def write_prediction_page(
+    path: str | os.PathLike,
+    predictor: Predictor,
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    table: pd.DataFrame,
+    skipped: pd.DataFrame,
+    flag: float,
+) -> None:
+    """Write the report of the images that a network predicted. At most one whole image is in memory at a time.
+
+    Args:
+        path: of the page.
+        predictor: the network.
+        images: the images' folder.
+        out: the results' folder, with the masks and maps of a segmentation.
+        table: `predictions.csv`; empty where no image could be read.
+        skipped: columns image and reason.
+        flag: share of the validation images whose uncertainty is above the limit of a flag, 0..1.
+
+    Raises:
+        OSError: a full disk, or no permission; a page that was there before stays.
+    """
+    card, files = predictor.card, image_files(images)
+    unsure = table.sort_values("total", ascending=False, kind="stable") if len(table) else table
+    flagged = unsure[unsure["flag"]] if len(table) else table
+    legend = "Total uncertainty is the mean entropy in nats; it is aleatoric plus epistemic."
+    if card.task == SEGMENTATION:
+        legend += " The mask is green. Uncertainty: the entropy of each pixel, from 0 (dark) to ln 2 nats (yellow)."
+    pages.write_page(
+        path,
+        "prediction.html",
+        title=f"{len(table):,} images, predicted by a network trained on {card.dataset}",
+        headline=f"{len(table):,} images: {len(flagged):,} flagged, {len(skipped):,} skipped.",
+        sentences=_sentences(len(table), len(flagged), flag),
+        limit=f"{100 * (1 - flag):g} %",
+        flagged=pages.rows_of(_reasons(flagged, card), "image"),
+        skipped=pages.rows_of(
+            skipped.set_index("image") if len(skipped) else pd.DataFrame(columns=["reason"]), "image"
+        ),
+        unsure=[_case(row, card, files.get(row["image"]), Path(out)) for _, row in unsure.head(CASES).iterrows()],
+        legend=legend,
+        settings=pages.settings_table(_settings(predictor, images, flag)),
+    )
+
+
+def share_below(quantiles: tuple[float, ...], value: float) -> int:
+    """Per cent of the validation images that a value is above, by their 0 %, 1 %, ... 100 % quantiles."""
+    return max(0, int(np.searchsorted(quantiles, value)) - 1)
+
+
+def stands_out(card: NetworkCard, aleatoric: float, epistemic: float) -> str:
+    """Which part of an image's uncertainty is higher beside the validation images' than the other one, in words."""
+    if card.num_samples == 1:
+        return "one draw: aleatoric alone"
+    ours = {
+        "aleatoric": share_below(card.aleatoric_quantiles, aleatoric),
+        "epistemic": share_below(card.epistemic_quantiles, epistemic),
+    }
+    first, second = sorted(ours, key=ours.__getitem__, reverse=True)
+    if ours[first] == ours[second]:
+        return f"both parts, {_above(ours[first])}"
+    return f"{first}, {_above(ours[first])}; {second} {_above(ours[second])}"
+
+
+def _above(share):
+    return "above all" if share == 100 else f"above {share} %"
+
+
+def _reasons(flagged, card):
+    made = {
+        row["image"]: {
+            **({"marked": f"{100 * row['area']:.1f} %"} if "area" in row else {"prediction": row["prediction"]}),
+            "uncertainty": f"{row['total']:.3f} nats, {_above(share_below(card.quantiles, row['total']))}",
+            "what stands out": stands_out(card, row["aleatoric"], row["epistemic"]),
+        }
+        for _, row in flagged.iterrows()
+    }
+    return pd.DataFrame.from_dict(made, orient="index")
+
+
+def _sentences(number, flagged, flag):
+    if not number or not 0 < flag < 1:
+        return []
+    share, usual = f"{100 * flagged / number:.0f} % are flagged", f"{100 * flag:g} %"
+    share += f"; of images like those of validation it would be about {usual}."
+    if binomtest(flagged, number, flag, alternative="greater").pvalue < UNUSUAL:
+        return [f"{share} That many are a hint that these images differ from the training images: look at them first."]
+    return [share]
+
+
+def _case(row, card, path, out):
+    """Pictures and numbers of an image."""
+    name = row["image"]
+    tiles = [] if path is None else _tiles(name, card, path, out)
+    lines = [
+        f"{row['prediction']} (confidence {row['confidence']:.2f})",
+        f"uncertainty {row['total']:.3f} nats: aleatoric {row['aleatoric']:.3f}, epistemic {row['epistemic']:.3f}",
+    ]
+    return {"name": name, "tiles": [{"name": key, "source": pages.picture(one)} for key, one in tiles], "lines": lines}
+
+
+def _tiles(name, card, path, out):
+    try:
+        image = _small(path)
+        if card.task != SEGMENTATION:
+            return [("image", image)]
+        mask, entropy = (_small(out / kind / f"{name}.png", "L") for kind in ("masks", "entropy"))
+    except (ValueError, OSError):  # gone or changed since it was predicted
+        return []
+    maps = {"prediction": pages.marked(image, mask > 127), "uncertainty": pages.heat(entropy / 255 * np.log(2))}
+    return [("image", image), *maps.items()]
+
+
+def _small(path, mode="RGB"):
+    """An image file as a thumbnail, uint8 (height, width[, 3])."""
+    with opened(path) as image:
+        scale = min(1, pages.SIDE / max(image.size))
+        size = [max(1, round(scale * side)) for side in image.size]  # the same for an image and its maps
+        image.draft(mode, size)  # a JPEG need not be decoded in full
+        same = image if image.mode == mode else image.convert(mode)
+        return np.asarray(same.resize(size, Image.Resampling.BILINEAR))
+
+
+def _settings(predictor, images, flag):
+    card = predictor.card
+    return [
+        ("images", Path(images).resolve()),
+        ("flag", f"{flag:g} of the validation images are above the limit"),
+        ("network trained on", card.dataset),
+        ("method", card.method),
+        ("classes", ", ".join(card.classes)),
+        ("input", f"{card.size} x {card.size} x {card.channels}, fit {card.fit}"),
+        ("draws of a prediction", card.num_samples),
+        ("threshold", f"{card.threshold:g}"),
+        ("temperature", f"{card.temperature:.4g}"),
+        ("weights, crc32", predictor.crc32()),
+    ]
