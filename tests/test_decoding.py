@@ -76,14 +76,49 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("read", [decoding.read_image, decoding.read_mask], ids=["image", "mask"])
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [(name, decoding.read_mask) for name in DEEP]
+    + [(name, decoding.read_image) for name in DEEP if name not in ("png grey", "tiff grey")],
+)
 def test_more_than_8_bits_are_refused_whatever_the_mode(tmp_path, name, read):
     """Pillow calls RGB of 16 bits "RGB", and keeps the higher eight: values of 0 to 4095 become 0 to 15."""
     path = DEEP[name](tmp_path / "a.png")
     with Image.open(path) as image:
         image.load()  # a whole file: nothing but its depth is wrong
-    refused(path, r"8 bits a channel. Received: (16|32) bits.*\nWindow it", read)
+    refused(path, r"8 bits a channel, or a grey one of 16. Received: (16|32) bits.*\nWindow it", read)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_is_read_at_full_depth(tmp_path, ending, channels):
+    """scikit-image's way to floats, `img_as_float`: uint16 divided by 65535."""
+    stored = np.array([[0, 1, 2, 255], [256, 257, 4095, 4096], [65534, 65535, 7, 8], [9, 10, 11, 12]], "uint16")
+    Image.fromarray(stored).save(tmp_path / f"a.{ending}")
+    found, whole = decoding.read_image(tmp_path / f"a.{ending}", 4, "stretch", channels)
+    assert found.dtype == np.float32 and whole == (4, 4) and found.shape == (4, 4, channels)
+    for k in range(channels):
+        np.testing.assert_array_equal(np.rint(found[..., k].astype("float64") * 65535), stored)
+    assert decoding.grey_and_deep(tmp_path / f"a.{ending}") == (True, True)
+
+
+def test_a_tiff_of_16_bits_with_the_high_byte_first(tmp_path):
+    stored = np.arange(16, dtype=">u2").reshape(4, 4) * 257
+    Image.frombytes("I;16B", (4, 4), stored.tobytes()).save(tmp_path / "a.tif")
+    found = decoding.read_image(tmp_path / "a.tif", 4, "stretch", 1)[0][..., 0]
+    np.testing.assert_allclose(found, stored / 65535, rtol=1e-6)
+
+
+def test_both_depths_in_one_dataset_have_one_scale(tmp_path):
+    eight = np.arange(16, dtype="uint8").reshape(4, 4) * 17
+    Image.fromarray(eight).save(tmp_path / "a.png")
+    Image.fromarray(eight.astype("uint16") * 257).save(tmp_path / "b.png")
+    pairs = [(tmp_path / name,) for name in ("a.png", "b.png")]
+    found = np.asarray(decoding.decoded("x", pairs, 4, "stretch", 1, tmp_path / "cache", deep=True)["images"])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[..., 0], np.stack([eight / 255] * 2), rtol=1e-6)
+    with pytest.raises(ValueError, match="Received: 16 bits"):
+        decoding.decoded("y", pairs, 4, "stretch", 1, tmp_path / "cache")
 
 
 def test_signed_pixels_are_refused(tmp_path):

@@ -76,6 +76,16 @@ def test_pixels_come_through(tmp_path, mode, suffix):
     assert k == 12
 
 
+def test_one_image_of_16_bits_makes_all_of_them_floats(tmp_path):
+    path = make(tmp_path / "my_data", {"split": SPLITS, "label": list("abcabcabcabc")})
+    deep = pixels(3).astype("uint16") * 256 + 3
+    Image.fromarray(deep).save(path / "images" / "i03.png")
+    found = load(path).train.images
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[3, ..., 0], deep / 65535, rtol=1e-6)
+    np.testing.assert_allclose(found[2, ..., 0], pixels(2) / 255, rtol=1e-6)
+
+
 def test_jpeg_is_read_as_pillow_reads_it(tmp_path):
     path = make(tmp_path / "my_data", {"split": SPLITS, "label": list("abcabcabcabc")}, "RGB", "jpg")
     expected = np.asarray(Image.open(path / "images" / "i03.jpg"))
@@ -418,7 +428,10 @@ BAD_LABELS = {
     "no image at all": (lambda path: (path / "images/i05.png").write_text("hello"), "truncated or corrupt"),
     "empty file": (lambda path: (path / "images/i05.png").write_bytes(b""), "truncated or corrupt"),
     "gif": (save("images/i05.png", pixels(5), format="GIF"), "Expected a png, jpg, tif or bmp"),
-    "16 bits": (save("images/i05.png", pixels(5).astype("uint16") * 256), "Expected an image of 8 bits"),
+    "32 bits": (
+        lambda path: Image.fromarray(pixels(5).astype("float32")).save(path / "images/i05.png", format="TIFF"),
+        "Expected an image of 8 bits",
+    ),
     "turned": (turned(), "Expected an image that is stored upright"),
     "pages": (
         lambda path: Image.fromarray(pixels(1)).save(

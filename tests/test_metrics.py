@@ -235,6 +235,14 @@ def test_hausdorff95_agrees_with_all_pairs_of_outline_pixels(share):
     np.testing.assert_allclose(metrics.hausdorff95(a, b), expected)
 
 
+def test_hausdorff95_in_millimetres():
+    """A mask moved by 2 rows of 3 mm: 6 mm everywhere; against nothing the diagonal of 10 x 3 and 10 x 1 mm."""
+    one = np.zeros((1, 10, 10), bool)
+    one[:, 3] = True
+    np.testing.assert_allclose(metrics.hausdorff95(one, np.roll(one, 2, 1), spacing=(3, 1)), [6])
+    np.testing.assert_allclose(metrics.hausdorff95(one, one & False, spacing=(3, 1)), [np.hypot(30, 10)])
+
+
 def test_hausdorff95_by_hand():
     a, b = np.zeros((2, 5, 6, 8), bool)
     a[0, 1:4, 1:4], b[0, 1:4, 4:7] = True, True  # a square of 3, moved by 3: distances 1, 2 and 3

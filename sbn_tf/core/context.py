@@ -28,6 +28,7 @@ __all__ = [
     "kept_draw",
     "posterior_mean",
     "posterior_sample",
+    "recorded_draws",
     "weights_drawn",
 ]
 
@@ -70,7 +71,7 @@ _batch: contextvars.ContextVar[BatchDraws | None] = contextvars.ContextVar("sbn_
 
 
 @contextlib.contextmanager
-def posterior_sample(sample=None) -> Iterator[None]:
+def posterior_sample(sample=None, fixed: dict | None = None) -> Iterator[None]:
     """Within this context each masked weight is drawn once: a layer used twice has the same weight both times.
 
     Outside it every call makes a new draw. In a loop that TensorFlow itself traces (`tf.while_loop`) the draw is the
@@ -79,14 +80,22 @@ def posterior_sample(sample=None) -> Iterator[None]:
     Args:
         sample: number of the draw, an int or an integer tensor, >= 0: of a posterior of M members, draw s is member
             s modulo M. None: a member at random. Other posteriors ignore it.
+        fixed: (id of the layer's posteriors, name of the weight) -> array that is its draw, see `recorded_draws`.
     """
-    kept, batch, number = _kept.set({}), _batch.set(None), _sample.set(sample)
+    kept, batch, number = _kept.set(dict(fixed or {})), _batch.set(None), _sample.set(sample)
     try:
         yield
     finally:
         _kept.reset(kept)
         _batch.reset(batch)
         _sample.reset(number)
+
+
+def recorded_draws(call: Callable[[], Any], sample: int) -> dict:
+    """What `posterior_sample(sample)` drew of each weight while `call` ran eagerly, as its `fixed` takes it."""
+    with posterior_sample(sample):
+        call()
+        return {key[:2]: keras.ops.convert_to_numpy(draw) for key, draw in (_kept.get() or {}).items()}
 
 
 @contextlib.contextmanager
@@ -148,6 +157,8 @@ def kept_draw(layer: keras.layers.Layer, name: str, make: Callable[[], Any]) -> 
     kept = _kept.get()
     if kept is None:
         return make()
+    if (id(layer), name) in kept:
+        return keras.ops.convert_to_tensor(kept[id(layer), name])  # a constant of the graph that is traced
     key = (id(layer), name, current_graph())  # a tensor made within a traced loop is unknown outside it
     if key not in kept:
         kept[key] = make()

@@ -41,25 +41,26 @@ def false_negative_rates(probs: ArrayLike, masks: ArrayLike, cuts: ArrayLike) ->
     return np.stack([np.searchsorted(one, cuts, "left") / max(len(one), 1) for one in true])
 
 
-def outline_distances(one, other) -> np.ndarray:
+def outline_distances(one, other, spacing=(1.0, 1.0)) -> np.ndarray:
     """Distance of each outline pixel of two masks (height, width) to the other's outline, both directions pooled."""
     from scipy import ndimage
 
     if not one.any() or not other.any():
-        return np.array([0.0 if one.any() == other.any() else np.hypot(*one.shape)])
+        return np.array([0.0 if one.any() == other.any() else np.hypot(*np.multiply(one.shape, spacing))])
     box = ndimage.find_objects((one | other).astype("uint8"))[0]  # an empty margin changes no distance
     one, other = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (one, other))
-    return np.concatenate([ndimage.distance_transform_edt(~b)[a] for a, b in ((one, other), (other, one))])
+    return np.concatenate([ndimage.distance_transform_edt(~b, spacing)[a] for a, b in ((one, other), (other, one))])
 
 
-def hausdorff95(truth: ArrayLike, predicted: ArrayLike) -> np.ndarray:
+def hausdorff95(truth: ArrayLike, predicted: ArrayLike, spacing: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
     """95th percentile of the distances between the outlines, in pixels, for each image, (batch,).
 
     An outline is the foreground's pixels with a background pixel, or the image's edge, above, below, left or right.
-    0 if both masks are empty; the image's diagonal, more than any distance within it, if one of them is.
+    0 if both masks are empty; the image's diagonal, more than any distance within it, if one of them is. With
+    `spacing`, height and width of a pixel in millimetres, distances are in millimetres.
     """
     pairs = zip(*mask_pair(truth, predicted), strict=True)
-    return np.array([np.percentile(outline_distances(*pair), 95) for pair in pairs])
+    return np.array([np.percentile(outline_distances(*pair, spacing), 95) for pair in pairs])
 
 
 def _soft_mask(masks, rater_valid):

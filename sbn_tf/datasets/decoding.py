@@ -1,4 +1,8 @@
-"""Image files and their masks, decoded and resized to squares once, into the array cache."""
+"""Image files and their masks, decoded and resized to squares once, into the array cache.
+
+Pixels of 8 bits stay uint8. Those of 16 bits are float32 on the 0..1 scale, divided by 65535, whatever the largest is;
+those of DICOM and NIfTI are float32 too, see `medical`.
+"""
 
 import contextlib
 import logging
@@ -13,10 +17,10 @@ import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from . import cache as array_cache
-from . import files
+from . import files, medical
 from .arrays import DiskArray
 
-__all__ = ["decoded", "read_image", "square"]
+__all__ = ["decoded", "grey_and_deep", "read_image", "square"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ BROKEN = (
 )
 CHUNK = 16  # images decoded at a time; an interruption costs no more than these
 MODES = {1: "L", 3: "RGB"}
+GREY = ("1", "L", "LA")
+DEEP = ("I;16", "I;16B", "I;16L")  # Pillow reads 16 bits in full where there is one channel
 MAX_BYTES = 1_500_000_000  # that decoding one image may take; half of it for several at a time
 MAX_FILE_BYTES = 2**29
 
@@ -46,8 +52,12 @@ def decoded(
     channels: int,
     cache: str | os.PathLike | None = None,
     threshold: int | None = None,
+    deep: bool = False,
+    window: tuple[float, float] | None = None,
 ) -> dict[str, DiskArray]:
-    """Images `(N, size, size, C)` and masks `(N, size, size, R)`, uint8, of files, through the array cache.
+    """Images `(N, size, size, C)` and masks `(N, size, size, R)` of files, through the array cache: uint8.
+
+    Where any image is `deep` all are float32 on the 0..1 scale.
 
     Args:
         name: of the cache.
@@ -57,19 +67,29 @@ def decoded(
         channels: 1 (grey) or 3 (RGB).
         cache: see `cache.cache_folder`.
         threshold: as for `read_mask`.
+        deep: whether `grey_and_deep` says so of any image.
+        window: what becomes 0 and 1, of DICOM and NIfTI; None: as `medical` says.
 
     Raises:
-        ValueError: a file that is corrupt, too large or of more than 8 bits a channel; a mask that is not of its
+        ValueError: a file that is corrupt, too large or deeper than can be read in full; a mask that is not of its
             image's size or not of two values.
     """
     raters = len(pairs[0]) - 1
     present = [path for pair in pairs for path in pair if path is not None]
     missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
-    source = {"files": array_cache.fingerprint(present), "size": size, "fit": fit, "channels": channels}
+    source = {
+        "files": array_cache.fingerprint(map(medical.file_of, present)),
+        "size": size,
+        "fit": fit,
+        "channels": channels,
+    }
     source |= {"missing": missing} | ({} if threshold is None else {"threshold": threshold})
+    if deep:
+        source["deep"] = [os.path.basename(path) for path in present if medical.is_medical(path)], window
 
     def one(pair):
-        image, whole = read_image(pair[0], size, fit, channels)
+        image, whole = read_image(pair[0], size, fit, channels, window)
+        image = _of_depth(image, deep, pair[0])
         empty = np.zeros((size, size), "uint8"), 0.0
         found = [empty if path is None else read_mask(path, size, fit, whole, threshold) for path in pair[1:]]
         masks, lost = zip(*found, strict=True) if found else ((), ())
@@ -88,7 +108,8 @@ def decoded(
             images, masks, lost = zip(*together(pairs[first : first + CHUNK]), strict=True)
             yield {"images": np.stack(images)} | ({"masks": np.stack(masks), "lost": np.stack(lost)} if raters else {})
 
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), "uint8")}
+    dtype = "float32" if deep else "uint8"
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {"images": ((size, size, channels), dtype)}
     if raters:
         arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
@@ -100,11 +121,22 @@ def decoded(
     return found
 
 
-def read_image(path: str | os.PathLike, size: int, fit: str, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file as `(size, size, C)` uint8, bilinear and antialiased, and its own (width, height)."""
+def read_image(
+    path: str | os.PathLike, size: int, fit: str, channels: int, window: tuple[float, float] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file as `(size, size, C)`, bilinear and antialiased, and its own (width, height).
+
+    uint8 of 0 to 255, or float32 of 0 to 1 where `grey_and_deep` says that it is deep. `window`: see `medical.read`.
+    """
+    if medical.is_medical(path):
+        pixels = medical.read(path, window)
+        return _floats_square(pixels, size, fit, channels), pixels.shape[1::-1]
     mode = MODES[channels]
     with _verified(path) as image:
         whole = image.size
+        if image.mode in DEEP:
+            pixels = np.asarray(image).astype("float32") / np.float32(65535)
+            return _floats_square(pixels, size, fit, channels), whole
         image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
         grey_or_rgb = image if image.mode == mode else image.convert(mode)
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
@@ -121,12 +153,14 @@ def read_mask(
         whole: (width, height) of its image.
         threshold: foreground is what is at least so bright, 1 to 255; None: other values than two are refused.
     """
-    with _verified(path) as mask:
+    with _mask_image(path) as mask:
         if mask.size != whole:
             raise ValueError(
                 f"Expected a mask of {whole[0]} x {whole[1]} pixels like its image. "
                 f"Received: {mask.size[0]} x {mask.size[1]} in {path}.\nMake it of its image's size."
             )
+        if mask.mode in DEEP:
+            raise _too_deep(path, "16 bits")
         marks = _marks(_grey(mask, path), path, threshold)
     lost, total = 0.0, marks.histogram()[1]
     if fit == "crop" and total:
@@ -134,6 +168,15 @@ def read_mask(
         left, top = (whole[0] - side) // 2, (whole[1] - side) // 2
         lost = 1 - marks.crop((left, top, left + side, top + side)).histogram()[1] / total
     return square(marks, size, fit, Image.Resampling.NEAREST, 1)[..., 0], lost
+
+
+def _floats_square(pixels, size, fit, channels):
+    """`square` of floats (height, width), or (height, width, 3) of colours; grey of colours as Pillow weighs them."""
+    if pixels.ndim == 3 and channels == 1:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114], "float32")
+    planes = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else [pixels]
+    squares = [square(Image.fromarray(plane), size, fit, Image.Resampling.BILINEAR, 1) for plane in planes]
+    return np.concatenate(squares * (channels // len(squares)), -1)
 
 
 def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, channels: int) -> np.ndarray:
@@ -152,17 +195,31 @@ def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, 
     return np.asarray(out).reshape(size, size, channels)
 
 
+def grey_and_deep(path: str | os.PathLike) -> tuple[bool, bool]:
+    """Whether an image file is grey, and whether it is read as floats; raises as `opened` and `medical.read`."""
+    if medical.is_medical(path):
+        return medical.is_grey(path), True
+    with opened(path) as image:
+        return image.mode in GREY + DEEP, image.mode in DEEP
+
+
+def _of_depth(image, deep, path):
+    """An image in the depth of all of its dataset."""
+    if deep and image.dtype == np.uint8:
+        return image.astype("float32") / np.float32(255)
+    if image.dtype != (np.float32 if deep else np.uint8):
+        raise _too_deep(path, "16 bits")
+    return image
+
+
 def _check_header(image, file, path):
-    """Refuses an image that would not be read as it looks: several frames, turned, more than 8 bits a channel."""
+    """Refuses an image that would not be read as it looks: several frames, turned, deeper than Pillow reads it."""
     # A camera's JPEG may hold its preview too: Pillow calls that MPO.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     turned = 1 if image.format == "PNG" else image.getexif().get(ORIENTATION, 1)  # a PNG would be decoded for it
-    deep = _too_deep(image, file)
-    if deep:
-        raise ValueError(
-            f"Expected an image of 8 bits a channel. Received: {deep} in {path}.\n"
-            "Window it to 0..255 and save it again."
-        )
+    depth = _depth(image, file)
+    if depth and not (depth == "16 bits" and image.mode in DEEP):
+        raise _too_deep(path, depth)
     if frames > 1:
         raise ValueError(f"Expected one image in a file. Received: {frames} in {path}.\nSave each as its own file.")
     if turned not in (0, 1):
@@ -174,7 +231,14 @@ def _check_header(image, file, path):
         raise _too_large(path, f"{image.width} x {image.height} pixels, decoded {_memory(image):,} bytes")
 
 
-def _too_deep(image, file):
+def _too_deep(path, depth):
+    return ValueError(
+        f"Expected an image of 8 bits a channel, or a grey one of 16. Received: {depth} in {path}.\n"
+        "Window it to 0..255 and save it again; a mask needs 8 bits."
+    )
+
+
+def _depth(image, file):
     """What the file says of its depth, if it is not 8 bits; Pillow's mode may be RGB, without the lower ones of 16."""
     bits, signs = (8,), (1,)
     if image.format == "PNG":
@@ -189,8 +253,11 @@ def _too_deep(image, file):
 
 
 def _memory(image):
-    """Bytes that decoding and converting an image take at most: twice four a pixel; a JPEG's coefficients too."""
-    return image.width * image.height * (16 if image.format in ("JPEG", "MPO") else 8)
+    """Bytes that decoding and converting an image take at most: twice four a pixel; a JPEG's coefficients too.
+
+    One of 16 bits also becomes numbers of 32.
+    """
+    return image.width * image.height * (16 if image.format in ("JPEG", "MPO") or image.mode in DEEP else 8)
 
 
 def _too_large(path, received):
@@ -219,9 +286,15 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         if "\n" in str(error):  # explained already
             raise
         raise ValueError(
-            f"Expected a png, jpg, tif or bmp image of 8 bits a channel. Received: {path}, which is truncated or "
-            f"corrupt, or another.\nGet it again or convert it."
+            f"Expected a png, jpg, tif or bmp image of 8 bits a channel, or a grey one of 16. Received: {path}, "
+            f"which is truncated or corrupt, or another.\nGet it again or convert it."
         ) from error
+
+
+def _mask_image(path):
+    if medical.is_medical(path):
+        return contextlib.nullcontext(Image.fromarray(medical.mask(path)))
+    return _verified(path)
 
 
 @contextlib.contextmanager
@@ -237,6 +310,8 @@ def _verified(path):
 
 def _needed(path):
     """Bytes that reading an image file takes at most: a PNG's chunk, joined from pieces, or its pixels."""
+    if medical.is_medical(path):
+        return MAX_BYTES // 2  # one at a time: a volume is read as a whole
     with opened(path) as image:
         return max(_memory(image), 2 * os.path.getsize(path))
 

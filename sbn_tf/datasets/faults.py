@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .decoding import read_image, read_mask
+from .medical import file_of
 
 __all__ = ["Fault", "Faults", "fault_of", "unreadable"]
 
@@ -52,7 +53,7 @@ def unreadable(
             if path is None:
                 continue
             try:
-                if not path.exists():
+                if not file_of(path).exists():
                     raise FileNotFoundError(
                         "Expected the file. Received: it is not there.\nPut it there, or take out its row."
                     )

@@ -2,7 +2,8 @@
 
     my_data/
       images.csv         one row an image
-      images/            the files: png, jpg, tif or bmp, 8 bits a channel, grey or RGB; hidden files do not count
+      images/            the files: png, jpg, tif or bmp, grey or RGB, of 8 bits a channel, or grey of 16, which are
+                         divided by 65535; dcm, nii, nii.gz (see `sbn_tf.datasets.medical`); hidden files do not count
       masks/             for segmentation alone
 
 Columns of images.csv, with commas between them, in UTF-8:
@@ -55,16 +56,15 @@ from .columns import (
     targets_of,
     wrong,
 )
-from .decoding import FITS, decoded, opened
+from .decoding import FITS, decoded, grey_and_deep
 from .faults import Fault, Faults, fault_of, unreadable
 from .files import check_option, is_integer, listed
+from .medical import file_of
 from .registry import names
 
 __all__ = ["Folder", "faults", "folder_dataset", "is_folder"]
 
 logger = logging.getLogger(__name__)
-
-GREY = ("1", "L", "LA")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class Folder(os.PathLike):
         there = {part: listed(self.root / part, deep=True) for part in (IMAGES, MASKS)}
 
         def path(part, name):
-            return there[part].get(name, self.root / part / name) if name and is_inside(name) else None
+            if not name or not is_inside(name):
+                return None
+            return _at(there[part].get(_file(name), self.root / part / _file(name)), name)
 
         cells = (dict(zip(header, row, strict=True)) for row in rows)
         pairs = ((path(IMAGES, row["image"]), *(path(MASKS, row[name]) for name in raters)) for row in cells)
@@ -136,7 +138,7 @@ def faults(name: str | os.PathLike) -> list[Fault]:
             found.append(fault_of(error, CSV, folder))
     masks = [cells for name, cells in column.items() if name.lower().startswith("mask")]
     for part, named in ((IMAGES, [column["image"]]), (MASKS, masks)):
-        strange = sorted(set(there[part]) - set().union(*named)) if named else []
+        strange = sorted(set(there[part]) - {_file(name) for cells in named for name in cells}) if named else []
         says = f"Expected a row of {CSV} for it. Received: none.", "Add a row, or move the file elsewhere."
         found += [Fault(f"{part}/{one}", *says) for one in strange]
     return found
@@ -172,6 +174,7 @@ class _Table:
     splits: list[str] | None
     patients: np.ndarray | None
     channels: int
+    deep: bool
     note: str
     threshold: int | None
     broken: dict[int, list[Fault]]
@@ -204,8 +207,11 @@ class _Table:
         )
 
 
-def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
-    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used."""
+def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=None):
+    """Three splits of a folder; `fit` as for isic2018, but by default nothing is cut off. `root` is not used.
+
+    `window` (low, high) is what becomes 0 and 1 of DICOM and NIfTI, else see `medical`.
+    """
     check_option("fit", fit, FITS)
     for fault in (fault for those in table.broken.values() for fault in those):
         logger.warning("%s: row left out: %s: %s", table.folder / CSV, fault.file, fault.fault)
@@ -219,7 +225,7 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad"):
     every = np.sort(np.concatenate(list(rows_of.values())))
     names, paths = np.array(list(table.images)), list(table.images.values())
     pairs = [(paths[row], *(() if table.masks is None else table.masks[row])) for row in every]
-    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.threshold)
+    arrays = decoded(table.card().name, pairs, size, fit, table.channels, cache, table.threshold, table.deep, window)
     masks = None if table.masks is None else np.array([[m is not None for m in table.masks[row]] for row in every])
     return Parts.of(
         table.task,
@@ -250,9 +256,10 @@ def _read_table(given):
         there = _found(folder / MASKS, cells, "mask", left_out)
         masks = [tuple(there.get(mask) for mask in row) for row in masks]
     check_masks_folder(column, path)
-    channels = 1 if all([_is_grey(image) for image in images.values()]) else 3
+    grey, deep = zip(*map(grey_and_deep, images.values()), strict=True)
+    channels, cut = 1 if all(grey) else 3, given.threshold
     return _Table(
-        folder, images, task, classes, targets, masks, splits, patients, channels, note, given.threshold, broken
+        folder, images, task, classes, targets, masks, splits, patients, channels, any(deep), note, cut, broken
     )
 
 
@@ -262,26 +269,30 @@ def _read_table(given):
 def _found(folder, names, what, left_out):
     """The path of each name; refuses a row without its file and a file without its row, but for those left out."""
     there = listed(folder, deep=True)
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if _file(name) not in there]
     if missing:
         raise FileNotFoundError(
             f"Expected the {what}s that {CSV} names in {folder}. "
             f"Received: {len(missing)} of {len(names)} are not there, as {missing[0]}.\n"
             "Put them there, or correct the names: below that folder, with ending; small and capital letters count."
         )
-    strange = sorted(set(there) - set(names) - left_out)
+    strange = sorted(set(there) - {_file(name) for name in [*names, *left_out] if name})
     if strange:
         raise ValueError(
             f"Expected a row of {CSV} for every file in {folder}. Received: {len(strange)} without one, as "
             f"{strange[0]}.\nAdd the rows, or move the files elsewhere."
         )
-    return {name: there[name] for name in names}
+    return {name: _at(there[_file(name)], name) for name in names}
 
 
-def _is_grey(path):
-    """Whether an image file is grey, by its header; refuses a file that would not be read as it looks."""
-    with opened(path) as image:
-        return image.mode in GREY
+def _file(name):
+    """The name of the file that an image is in: of the slice a.nii#3 it is a.nii."""
+    return file_of(name).as_posix()
+
+
+def _at(path, name):
+    """The path of a file with the number of the slice that an image's name has."""
+    return path.with_name(path.name + name.removeprefix(_file(name)))
 
 
 # ---- the splits

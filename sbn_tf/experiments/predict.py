@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.datasets.medical import pixel_spacing
 from sbn_tf.experiments.decisions import Decider
 from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
@@ -75,7 +76,8 @@ def predict_folder(
             found = list(_predicted(predictor, {name: files[name] for name in part}, skipped))
             for name, one in found:
                 _write_pictures(place, name, one, masks, decider.cut)
-            _append(place / TABLE, [_row(name, one, flag) | decider.columns(one) for name, one in found])
+            rows = [_row(name, one, flag, files[name]) | decider.columns(one) for name, one in found]
+            _append(place / TABLE, rows)
             bar.update(len(part))
     table = pd.DataFrame(skipped.items(), columns=["image", "reason"])
     write_atomically(place / SKIPPED, lambda file: table.to_csv(file, index=False))
@@ -95,13 +97,15 @@ def _predicted(predictor, files, skipped) -> Iterator[tuple[str, Prediction]]:
         yield from zip(inputs, predictor.predict_batch(np.stack(list(inputs.values())), wholes), strict=True)
 
 
-def _row(name, one, flag):
+def _row(name, one, flag, path):
     """A line of `predictions.csv`."""
     card, probs = one.card, one.probabilities
     row = {"image": name, "prediction": one.decision(), "confidence": one.confidence}
     if card.task == SEGMENTATION:
         marked = probs > card.threshold
+        height, width = pixel_spacing(path) or (math.nan, math.nan)
         row |= {"area_pixels": int(marked.sum()), "area": float(marked.mean())}
+        row["area_mm2"] = row["area_pixels"] * height * width  # empty where the file does not say
     else:
         row |= {f"p_{label}": float(p) for label, p in zip(card.classes, probs, strict=True)}
     limit = card.quantiles[round(100 * (1 - flag))] if flag < 1 else -math.inf
@@ -150,7 +154,8 @@ def _read(path):
         text = text[: text.rfind(b"\n") + 1]
         write_atomically(path, lambda file: file.write(text))
     names = dict.fromkeys(("image", "prediction", "set"), str)
-    return pd.read_csv(io.BytesIO(text), dtype=names, keep_default_na=False) if text else pd.DataFrame()
+    options = {"dtype": names, "keep_default_na": False, "na_values": {"area_mm2": [""]}}
+    return pd.read_csv(io.BytesIO(text), **options) if text else pd.DataFrame()
 
 
 def _append(path, rows):
@@ -165,7 +170,7 @@ def _append(path, rows):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf predict`."""
     parser.add_argument("network", help="a folder that `sbn-tf train` made")
-    parser.add_argument("images", help="a folder of images: png, jpg, tif, bmp; folders in it count")
+    parser.add_argument("images", help="a folder of images: png, jpg, tif, bmp, dcm, nii, nii.gz; folders in it count")
     parser.add_argument("--out", required=True, help="folder of the results; the same again goes on")
     parser.add_argument(
         "--flag",

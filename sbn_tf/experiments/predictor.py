@@ -20,11 +20,14 @@ from sbn_tf.core.sampled import SampledModel
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
 from sbn_tf.datasets.files import listed
+from sbn_tf.datasets.medical import ENDINGS as MEDICAL
+from sbn_tf.datasets.medical import is_medical, slices
 from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.folders import read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.methods.sampled import Sampled
+from sbn_tf.experiments.served import export_served
 from sbn_tf.metrics import uncertainty
 
 __all__ = ["NetworkCard", "Prediction", "Predictor", "image_files"]
@@ -43,6 +46,7 @@ class NetworkCard(BaseModel):
         task: a task of `datasets.base.TASKS`.
         classes: names of the outputs.
         size, channels, fit: side of the network's square images, 1 (grey) or 3 (RGB), and a fit of `decoding.FITS`.
+        window: what became 0 and 1 of DICOM and NIfTI, (low, high); None: as `datasets.medical` says.
         mean, sd: of each channel on the 0..1 scale.
         threshold: where probabilities are cut into labels and masks.
         num_samples: draws of a prediction.
@@ -62,6 +66,7 @@ class NetworkCard(BaseModel):
     size: int = Field(gt=0)
     channels: Literal[1, 3]
     fit: Literal["crop", "pad", "stretch"]
+    window: tuple[float, float] | None = None
     mean: tuple[float, ...]
     sd: tuple[float, ...]
     threshold: float = Field(gt=0, lt=1)
@@ -196,6 +201,23 @@ class Predictor:
             self.model.save(temporary)
         write_json(Path(folder, CARD), {**self.card.model_dump(), "crc32": self.crc32()})
 
+    def export(self, path: str | os.PathLike, format: str = "tf_saved_model") -> None:
+        """Write the network for another runtime, with its draws and its reading of pixels in it.
+
+        It takes pixels (batch, size, size, channels), float32 of 0 to 255, and gives "mean" (probabilities),
+        "entropy" and "mutual_information" as `predict_batch` does, from the same draws in every call. Images have to
+        be made squares of the card's size before, by its `fit`.
+
+        Args:
+            path: folder of the SavedModel, or the .onnx file.
+            format: "tf_saved_model", or "onnx" with the extra `sbn_tf[onnx]`.
+
+        Raises:
+            ValueError: another format (LiteRT is not tested), or tf2onnx is not installed.
+        """
+        start = (lambda: None) if self._sampled is None else self._sampled.start
+        export_served(self.model, self.card, path, format, start)
+
     def predict(self, images) -> list[Prediction]:
         """Predictions of images, in their order.
 
@@ -221,7 +243,7 @@ class Predictor:
         if isinstance(image, np.ndarray):
             pixels, whole = _pixels(image, card), (image.shape[1], image.shape[0])
         else:
-            pixels, whole = read_image(image, card.size, card.fit, card.channels)
+            pixels, whole = read_image(image, card.size, card.fit, card.channels, card.window)
         return normalise(pixels, np.asarray(card.mean, "float32"), np.asarray(card.sd, "float32")), whole
 
     def samples(self, inputs: np.ndarray) -> np.ndarray:
@@ -259,7 +281,9 @@ class Predictor:
 
 
 def image_files(folder: str | os.PathLike) -> dict[str, Path]:
-    """The image files of a folder and of those in it: name below it -> path. Hidden files do not count.
+    """The images of a folder and of those in it: name below it -> path. Hidden files do not count.
+
+    Of a file of several frames or slices each is one, `name#number`.
 
     Raises:
         ValueError: no such folder, or no image in it.
@@ -267,10 +291,18 @@ def image_files(folder: str | os.PathLike) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"Expected a folder of images. Received: {folder}, which is not there.")
-    found = {name: path for name, path in listed(folder, deep=True).items() if path.suffix.lower() in ENDINGS}
-    if not found:
-        raise ValueError(f"Expected images ({', '.join(FORMATS)}) in {folder}. Received: none.")
-    return found
+    files = {name: path for name, path in listed(folder, deep=True).items() if name.lower().endswith(ENDINGS + MEDICAL)}
+    if not files:
+        raise ValueError(f"Expected images ({', '.join((*FORMATS, 'DICOM', 'NIfTI'))}) in {folder}. Received: none.")
+    return {f"{name}{at}": Path(f"{path}{at}") for name, path in files.items() for at in _slices(path)}
+
+
+def _slices(path):
+    """What is added to a file's name for each image in it; where it cannot be read, reading says why."""
+    try:
+        return slices(path) if is_medical(path) else [""]
+    except (ValueError, OSError):
+        return [""]
 
 
 def _items(images) -> Iterable:

@@ -27,16 +27,10 @@ from sbn_tf.experiments.training_page import write_training_page
 __all__ = ["add_arguments", "predictor_of", "run"]
 
 CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
-ONE_NETWORK = (
-    "members",
-    "branched",
-    "mixture",
-    "partial",
-    CONTROLS[0],
-)  # methods whose predictions come from one saved model
+ONE_NETWORK = ("members", "branched", "mixture", "partial", CONTROLS[0])  # they predict from one saved model
 
 
-def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
+def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[float, float] | None = None) -> Predictor:
     """A fitted method as a network that reads image files; what it says of certainty is of the validation images.
 
     The temperature is fitted to the mean probability (`plain.fit_temperature`), and kept only if dividing the logits of
@@ -46,6 +40,7 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
         settings: the experiment that it was fitted in.
         made: a method with one network.
         fit: how the data made squares of the images, see `decoding.FITS`.
+        window: what became 0 and 1 of DICOM and NIfTI.
     """
     data, size = settings.data, settings.recipe.batch_size
     card = NetworkCard.model_validate(
@@ -57,6 +52,7 @@ def predictor_of(settings: Experiment, made: Method, fit: str) -> Predictor:
             "size": data.input_shape[0],
             "channels": data.input_shape[2],
             "fit": fit,
+            "window": window,
             "mean": np.asarray(data.mean).tolist(),
             "sd": np.asarray(data.sd).tolist(),
             "threshold": settings.threshold,
@@ -112,6 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", help="a name of sbn_tf.experiments.networks.NETWORKS; default: the recipe's")
     parser.add_argument("--size", type=int, help="side of the network's images in pixels; default: 64")
     parser.add_argument("--fit", choices=FITS, default="pad", help="how an image becomes a square; default: pad")
+    parser.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="what becomes 0 and 1 of DICOM and NIfTI (CT: Hounsfield units); default: the file's own window",
+    )
     parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
@@ -130,13 +133,13 @@ def run(given: argparse.Namespace) -> None:
     if not is_folder(given.folder):
         raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
     chosen = {key: getattr(given, key) for key in keys}
-    options = {"fit": given.fit}
+    options = {"fit": given.fit} | ({"window": given.window} if given.window else {})
     folder = Folder(given.folder, given.threshold, given.skip_broken)
     settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
     rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
-    predictor = predictor_of(settings, fitted(settings, given.method), given.fit)
+    predictor = predictor_of(settings, fitted(settings, given.method), given.fit, given.window)
     predictor.save(out)
     frame = results.frame(rows)
     frame.to_csv(out / "results.csv", index=False)

@@ -24,10 +24,14 @@ class Sampled:
         self.model = model
         self.noise = [(state, ops.convert_to_numpy(state)) for state in noise_states(model)]
 
-    def samples(self, images: np.ndarray, num_samples: int) -> np.ndarray:
-        """Outputs of one batch: (num_samples, batch, ...)."""
+    def start(self) -> None:
+        """Set the noise to where it was when this was made."""
         for state, start in self.noise:
             state.assign(start)
+
+    def samples(self, images: np.ndarray, num_samples: int) -> np.ndarray:
+        """Outputs of one batch: (num_samples, batch, ...)."""
+        self.start()
         return self.model.predict_samples(images, num_samples=num_samples, batch_size=len(images))
 
     def flops(self, batch: int, num_samples: int) -> float:
