@@ -34,14 +34,12 @@ def check_gradients(what: str) -> None:
 
 
 def state(value: Any, **options) -> Any:
-    """A variable that no optimiser trains, of the value's shape and dtype: of TensorFlow there, of Keras elsewhere.
-
-    Args:
-        value: an array or tensor; options: of a `tf.Variable`.
-    """
+    """A `tf.Variable` (with these options) or `keras.Variable` that starts as a copy of an array or tensor."""
     if BACKEND == "tensorflow":
         return tf.Variable(value, **{"trainable": False, **options})
-    return keras.Variable(value, trainable=False, dtype=keras.backend.standardize_dtype(value.dtype))
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    copy = np.array(ops.convert_to_numpy(value))  # torch would share the memory of a weight
+    return keras.Variable(copy, trainable=False, dtype=dtype)
 
 
 def zeros(shape: tuple, **options) -> Any:
