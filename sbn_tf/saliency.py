@@ -48,6 +48,7 @@ import numpy as np
 from sbn_tf.core import masks as masks_core
 from sbn_tf.core import passes, selection
 from sbn_tf.core.checks import check_fraction
+from sbn_tf.core.gradients import add_scaled, dense, seed_copies, value_and_gradients, zeros
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.recorder import EpochRecorder, first_replica
 from sbn_tf.core.selection import captured, overlap
@@ -104,15 +105,14 @@ class _Sums:
 
     def __init__(self, weights, score, **options):
         self.weights, self.score = weights, score
-        self.totals = {key: tf.Variable(tf.zeros(w.variable.shape), **options) for key, w in weights.items()}
+        self.totals = {key: zeros(weight.variable.shape, **options) for key, weight in weights.items()}
 
     def add(self, gradients, num_examples):
         for key, gradient in gradients.items():
-            gradient = tf.cast(tf.convert_to_tensor(gradient), "float32")
             if self.score == "paper":
-                passes.add_scaled(self.totals[key], 1, gradient)
+                add_scaled(self.totals[key], 1, dense(gradient))
             else:
-                passes.add_scaled(self.totals[key], num_examples, tf.square(gradient))
+                add_scaled(self.totals[key], num_examples, keras.ops.square(dense(gradient)))
 
     def scores(self, num_examples):
         totals = {key: first_replica(total) for key, total in self.totals.items()}
@@ -138,9 +138,9 @@ def _without_data(weights, score, seed):
 # %% [markdown]
 # ## 2. How are the gradients taken?
 #
-# By TensorFlow's `GradientTape`, one batch at a time. The layers run inside `keras.StatelessScope`: what they assign
-# (running statistics, dropout's next seed) stays in the scope, so the model cannot change. Only the seeds are
-# carried from batch to batch, in copies; otherwise every batch would get the same dropout mask.
+# By TensorFlow's `GradientTape`, one batch at a time (on JAX and torch: `core/gradients.py`). The layers run inside
+# `keras.StatelessScope`: what they assign (running statistics, dropout's next seed) stays in the scope, so the model
+# cannot change. Only the seeds are carried on, in copies; otherwise every batch would get the same dropout mask.
 
 
 # %%
@@ -148,29 +148,34 @@ class _Gradients:
     """Loss of one batch and its gradients; the model stays as it is."""
 
     def __init__(self, model, weights, loss, training):
-        self.model, self.weights, self.loss, self.training = model, weights, loss, training
-        of_weights = {id(v) for v in model.weights}
-        seeds = [v for v in model.variables if id(v) not in of_weights]
-        self.seeds = [(v, tf.Variable(v.value, trainable=False)) for v in seeds]
-        self.missing = []
+        self.model, self.loss, self.training = model, loss, training
+        self.variables = {key: weight.variable for key, weight in weights.items()}
+        self.seeds, self.missing = seed_copies(model), []  # pairs (variable, copy)
 
     def __call__(self, x, y, sample_weight=None):
-        variables = {key: weight.variable.value for key, weight in self.weights.items()}
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(list(variables.values()))
-            with keras.StatelessScope(self.seeds) as scope:
+        def loss_of(values=()):
+            with keras.StatelessScope([*values, *self.seeds]) as scope:
                 y_pred = self.model(x, training=self.training)
             loss = passes.mean_loss(self.loss, y, y_pred, sample_weight)
-        for seed, copy in self.seeds:
-            copy.assign(scope.get_current_value(seed))
-        gradients = tape.gradient(loss, variables)
+            return loss, [scope.get_current_value(seed) for seed, _ in self.seeds]
+
+        loss, seeds, gradients = value_and_gradients(loss_of, self.variables, self.model.variables, _by_tape)
+        for (_, copy), seed in zip(self.seeds, seeds, strict=True):
+            copy.assign(seed)
         self.missing = [key for key, gradient in gradients.items() if gradient is None]
         return loss, {key: gradient for key, gradient in gradients.items() if gradient is not None}
 
 
+def _by_tape(loss_of, variables):
+    values = {key: variable.value for key, variable in variables.items()}
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(list(values.values()))
+        loss, seeds = loss_of()
+    return loss, seeds, tape.gradient(loss, values)
+
+
 # %% [markdown]
-# The pass goes through the data batch by batch, or example by example for `per_example`, and adds to the sums. `add_up`
-# (in `core/passes.py`) cuts arrays into batches, compiles the step, checks each batch and stops at a NaN.
+# `add_up` (in `core/passes.py`) goes through the data: it cuts batches, compiles the step and stops at a NaN.
 
 
 # %%
@@ -214,9 +219,8 @@ def saliency(
 
 
 # %% [markdown]
-# A check: if the loss is the output of a linear layer, the gradients are its inputs. With the gradients of section 1 as
-# inputs, the scores must be those worked out by hand. A weight's key is the path of layer names that leads to it;
-# `eligible_weights` lists the keys, and `include="decoder*"` or `exclude=["*/bias"]` restrict the choice.
+# If the loss is the output, the gradients are the inputs, and the scores are those of section 1. A weight's key is the
+# path of layer names to it; `include="decoder*"` and `exclude=["*/bias"]` limit the keys that `eligible_weights` lists.
 
 # %% tags=["active-ipynb"]
 # network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, name="out")])
@@ -361,8 +365,7 @@ class Masks(Mapping):
 
 
 # %% [markdown]
-# Now the choice. `scope` says how the k entries are spread: one ranking of all, the same share of each weight, or whole
-# channels (section 5).
+# Now the choice. `scope`: one ranking of all, the same share of each weight, or whole channels (section 5).
 
 
 # %%

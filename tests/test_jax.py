@@ -19,7 +19,7 @@ from keras import layers as kl
 
 from sbn_tf.layers import masked_layers, posterior_mean
 from sbn_tf.partial_bayes import to_partial_bayes
-from sbn_tf.saliency import Masks
+from sbn_tf.saliency import Masks, saliency, top_k
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is an optional extra")
 
@@ -99,6 +99,66 @@ def numbers(bnn):
     return {"masks": masks, **{k: np.asarray(keras.ops.convert_to_numpy(v)).tolist() for k, v in found.items()}}
 
 
+def scores(model):
+    """Saliency by each gradient score: arrays, a PyDataset and a generator, with weights; the compiled loss."""
+    x, y = data()
+    weights = np.linspace(0.5, 1.5, len(x), dtype="float32")
+    parts = [(x[i : i + 3], y[i : i + 3], weights[i : i + 3]) for i in (0, 3, 6)]
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return len(parts)
+
+        def __getitem__(self, index):
+            return parts[index]
+
+    given = {
+        "fisher": (x, y, weights),
+        "paper": Batches(),  # in training mode: batch norm by the batch
+        "per_example": (x, y, weights),
+        "taylor": (part for part in parts),
+    }
+    found = {s: saliency(model, batches, score=s, batch_size=3, verbose=False) for s, batches in given.items()}
+    return {s: {key: values.tolist() for key, values in by_key.items()} for s, by_key in found.items()}
+
+
+def trained(path):
+    """A network with running statistics of its own, saved."""
+    keras.utils.set_random_seed(0)
+    model = network()
+    model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy")
+    model.fit(*data(), epochs=2, verbose=0)
+    model.save(path)
+    return model
+
+
+def assert_same_scores(ours, tensorflows):
+    for score, by_key in tensorflows.items():
+        largest = max(np.max(values) for values in by_key.values())
+        for key, values in by_key.items():  # a bias before batch norm has a score of rounding errors
+            close = {"rtol": 1e-5, "atol": 1e-6 * largest, "err_msg": f"{score} of {key}"}
+            np.testing.assert_allclose(ours[score][key], values, **close)
+
+
+def three_steps():
+    """The recipe from end to end: a trained network, its salient entries, their posterior, uncertainty."""
+    (x, y), model = data(), network()
+    model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy")
+    model.fit(x, y, epochs=2, batch_size=4, verbose=0)
+    masks = top_k(saliency(model, (x, y), verbose=False), 0.2)
+    bnn = to_partial_bayes(model, r_bayes=0.2, data=(x, y), num_samples=2, verbose=False)
+    bnn.compile()
+    losses = bnn.fit(x, y, epochs=2, batch_size=4, verbose=0).history["loss"]
+    found = bnn.predict_uncertainty(x)
+    entries = sum(int(layer.mask(name).sum()) for layer in masked_layers(bnn.network) for name in layer.posteriors)
+    return {
+        "finite": bool(np.isfinite(losses).all() and all(np.isfinite(values).all() for values in found.values())),
+        "shape": found["mean"].shape,
+        "draws_differ": float(found["mutual_information"].max()),
+        "entries": [entries, masks.num_bayesian],
+    }
+
+
 SCRIPT = """
 import sys
 for name in ("tensorflow", "tensorflow_probability", "tf_keras"):
@@ -110,7 +170,7 @@ import test_jax as here
 from sbn_tf.core.prior import make_prior
 from sbn_tf.layers import Dense
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer
-from sbn_tf.saliency import saliency, top_k
+from sbn_tf.saliency import SaliencyRecorder, saliency, top_k
 
 folder, (x, y) = pathlib.Path(sys.argv[2]), here.data()
 found = {"backend": keras.backend.backend()}
@@ -121,6 +181,10 @@ found["loaded"] = here.numbers(loaded)
 loaded.fit(x, y, batch_size=8, verbose=0)
 found["one_step"] = here.numbers(loaded)
 loaded.save(folder / "of_jax.keras")
+
+# saliency of the other backend's network; the three steps
+network = keras.saving.load_model(folder / "network.keras")
+found["scores"], found["three_steps"] = here.scores(network), here.three_steps()
 
 # noise: differs between samples, between calls and between steps of a compiled function; same seed, same result
 keras.utils.set_random_seed(0)
@@ -169,16 +233,17 @@ def refused(call):
         call()
     except ValueError as error:
         return str(error)
-network = here.network()
+recorded = dict(verbose=0, callbacks=[SaliencyRecorder()])
 layer = Dense(2, num_bayesian=2, kl_weight=1.0)
 layer.build((None, 3))
 found["refused"] = {
-    "saliency": refused(lambda: saliency(network, (x, y), "binary_crossentropy", verbose=False)),
+    "recorder": refused(lambda: network.fit(x, y, **recorded)),
     "export": refused(lambda: bnn.export(folder / "served")),
     "posterior": refused(lambda: layer.posteriors["kernel"].distribution),
     "prior_distribution": refused(lambda: make_prior(layer.posterior_options.prior)),
     "prior": refused(lambda: Dense(2, prior={"class_name": "Laplace", "config": {"loc": 0.0, "scale": 1.0}})),
 }
+found["not_finite"] = refused(lambda: saliency(network, [(x, y), (x * np.nan, y)], verbose=False))
 found["selected"] = int(top_k(saliency(network, score="magnitude"), 0.1).num_bayesian)
 print(json.dumps(found))
 """
@@ -193,11 +258,12 @@ def found(tmp_path_factory):
     bnn.save(folder / "of_tensorflow.keras")
     loaded = numbers(bnn)
     bnn.fit(x, y, batch_size=8, verbose=0)
+    model = trained(folder / "network.keras")
     done = in_jax("-c", SCRIPT, TESTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     other = keras.saving.load_model(folder / "of_jax.keras")
     return json.loads(done.stdout.strip().splitlines()[-1]) | {
-        "tensorflow": {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other)}
+        "tensorflow": {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other), "scores": scores(model)}
     }
 
 
@@ -242,11 +308,25 @@ def test_half_precision_trains_and_predicts_in_float32(found):
     assert found["bfloat16_dtypes"] == ["float32"]
 
 
-@pytest.mark.parametrize("what", ["saliency", "export", "posterior", "prior_distribution", "prior"])
+@pytest.mark.parametrize("what", ["recorder", "export", "posterior", "prior_distribution", "prior"])
 def test_what_needs_tensorflow_says_so_in_one_line(found, what):
     message = found["refused"][what]
     assert message and "\n" not in message
     assert re.search("TensorFlow|TFP", message), message
+
+
+def test_saliency_is_that_of_tensorflow(found):
+    assert_same_scores(found["scores"], found["tensorflow"]["scores"])
+
+
+def test_a_loss_that_is_not_finite_is_found(found):
+    assert re.fullmatch(r"Expected a finite loss. Received: NaN or infinity in batch 1. .*", found["not_finite"])
+
+
+def test_three_steps_from_end_to_end(found):
+    steps = found["three_steps"]
+    assert steps["finite"] and steps["shape"] == [8, 1] and steps["draws_differ"] > 1e-6
+    assert steps["entries"] == [round(0.2 * (3 * 3 * 2 + 2 + 2 * 2 * 2 + 1))] * 2
 
 
 def test_selection_by_magnitude_needs_no_gradient(found):

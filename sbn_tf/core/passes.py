@@ -7,25 +7,16 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 from tqdm import tqdm
 
 from sbn_tf.core.checks import check_choice, check_count
+from sbn_tf.core.gradients import check_gradients, compiled, state
 
-if keras.backend.backend() == "tensorflow":  # masks and selections work on other backends too
-    import tensorflow as tf
-
-__all__ = ["add_scaled", "add_up", "check_backend", "check_options", "is_endless", "is_of_arrays", "mean_loss"]
+__all__ = ["add_up", "check_options", "is_endless", "is_of_arrays", "mean_loss"]
 
 SCORES = ("fisher", "paper", "per_example", "magnitude", "taylor", "random")
-
-
-def check_backend(what: str) -> None:
-    """Raise a ValueError unless Keras runs on TensorFlow, which takes the gradients."""
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            f"Expected Keras on TensorFlow, whose GradientTape takes the gradients, for {what}. Received: "
-            f"KERAS_BACKEND={keras.backend.backend()}. There make and save the masks, here Masks.load(path)."
-        )
 
 
 def check_options(score: str, max_batches: int | None, data, loss) -> None:
@@ -38,7 +29,7 @@ def check_options(score: str, max_batches: int | None, data, loss) -> None:
     if data is None or loss is None:
         missing = "data=None" if data is None else "loss=None, and the model is not compiled"
         raise ValueError(f"Expected data and a loss for score={score!r}. Received: {missing}")
-    check_backend(f"score={score!r}")
+    check_gradients(f"score={score!r}")
 
 
 def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | None, verbose: bool) -> int:
@@ -46,7 +37,7 @@ def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | 
 
     Args:
         gradients: called on a batch's parts; returns its loss and a dict key -> gradient. `missing` lists the keys
-            without one.
+            without one, `seeds` the pairs (variable, copy) whose copies a call changes, `model` is the network.
         sums: has `totals`, a dict of variables, and `add(gradients, num_examples)`. With `score` "per_example" it gets
             the gradients of one example after another.
         data: batches of (x, y) or (x, y, sample_weight), or a tuple of arrays.
@@ -59,27 +50,18 @@ def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | 
     """
     finite = _FiniteCheck(sums.totals)
 
-    def add(batch, num_examples, number):
+    def step(batch, number):
         loss, found = gradients(*batch)
-        sums.add(found, num_examples)
+        sums.add(found, _num_examples(batch))
         finite.add(loss, number)
 
-    def step(batch, number):
-        if sums.score != "per_example":
-            return add(batch, _num_examples(batch), number)
-
-        def one(i):
-            add(keras.tree.map_structure(lambda t: t[i][None], batch), 1, number)
-            return i + 1
-
-        return tf.while_loop(lambda i: i < _num_examples(batch), one, [0], parallel_iterations=1)
-
-    compiled = tf.function(step, autograph=False, reduce_retracing=True)
+    changed = [*sums.totals.values(), finite.first, *(copy for _, copy in gradients.seeds)]
+    run = compiled(step, changed, gradients.model.variables, each=sums.score == "per_example")
     batches, total = _batches(data, batch_size, max_batches)
     num_batches = num_examples = 0
     for batch in tqdm(batches, "saliency", total, mininterval=2.0, disable=not verbose):
         batch = _checked(batch, num_batches)
-        compiled(batch, tf.constant(num_batches))
+        run(batch, ops.convert_to_tensor(num_batches, "int32"))
         num_batches += 1
         num_examples += int(_num_examples(batch))
         if num_batches % 50 == 0:  # a NaN is found early, and yet the device seldom waits for the host
@@ -105,10 +87,7 @@ def is_endless(data: Any) -> bool:
 def _batches(data, batch_size, max_batches):
     """The batches of any data, and how many there are; None where that is not known."""
     if is_of_arrays(data):
-        data = tuple(
-            tuple(part) if _is_list_of_arrays(part) else part for part in data
-        )  # else a list becomes one tensor
-        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size)
+        data = _slices(data, batch_size)
     if isinstance(data, keras.utils.PyDataset):
         total = data.num_batches  # None: endless
         max_batches = min(max_batches or total, total or max_batches)
@@ -124,12 +103,25 @@ def _batches(data, batch_size, max_batches):
     return itertools.islice(data, max_batches), min(max_batches, total or max_batches)
 
 
-def _is_list_of_arrays(part):
-    return isinstance(part, list) and any(getattr(one, "ndim", 0) for one in part)
+def _slices(data, batch_size):
+    """Batches of a tuple of arrays, as a list of views; a list of numbers is one array."""
+
+    def as_array(part):
+        return part if part is None or ops.is_tensor(part) else np.asarray(part)
+
+    def is_structure(part):
+        return isinstance(part, dict | tuple) or (isinstance(part, list) and any(getattr(a, "ndim", 0) for a in part))
+
+    parts = [keras.tree.map_structure(as_array, p) if is_structure(p) else as_array(p) for p in data if p is not None]
+    sizes = {len(a) for a in keras.tree.flatten(parts)}
+    if len(sizes) > 1:
+        raise ValueError(f"Expected as many labels and weights as inputs. Received: lengths {sorted(sizes)}.")
+    starts = range(0, max(sizes, default=0), batch_size)
+    return [tuple(keras.tree.map_structure(lambda a, i=i: a[i : i + batch_size], parts)) for i in starts]
 
 
 def _num_examples(batch):
-    return tf.shape(keras.tree.flatten(batch[0])[0])[0]
+    return ops.shape(keras.tree.flatten(batch[0])[0])[0]
 
 
 def _checked(batch, number):
@@ -139,13 +131,18 @@ def _checked(batch, number):
             f"Expected data as a tuple of arrays (x, y) or (x, y, sample_weight), or batches of these. Received: "
             f"{type(batch)} in batch {number}."
         )
-    batch = keras.tree.map_structure(tf.convert_to_tensor, tuple(part for part in batch if part is not None))
+    batch = keras.tree.map_structure(_tensor, tuple(part for part in batch if part is not None))
     shapes = [tuple(t.shape) for t in keras.tree.flatten(batch)]
     if not all(shapes):
         raise ValueError(f"Expected batches. Received: a single number in batch {number}. Call dataset.batch(32).")
     if len({shape[0] for shape in shapes}) != 1:
         raise ValueError(f"Expected one label for each example. Received: shapes {shapes} in batch {number}.")
     return batch
+
+
+def _tensor(array):
+    """A tensor of the backend, also of another framework's, such as of a `tf.data.Dataset` on JAX."""
+    return ops.convert_to_tensor(array if ops.is_tensor(array) else np.asarray(array))
 
 
 class _NamedLoss(keras.losses.Loss):
@@ -166,43 +163,48 @@ def mean_loss(loss, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         loss = keras.losses.get(loss)
         y = _fitted(getattr(loss, "__name__", type(loss).__name__), y, y_pred)
         if not isinstance(loss, keras.losses.Loss):
-            loss = _NamedLoss(loss, "float64" if y_pred.dtype == tf.float64 else "float32")
+            loss = _NamedLoss(loss, "float64" if _dtype(y_pred) == "float64" else "float32")
     elif isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras."):
         y = _fitted(type(loss).__name__, y, y_pred)
     if isinstance(loss, keras.losses.Loss):
-        return tf.reduce_mean(loss(y, y_pred, sample_weight=sample_weight))
-    y_pred = keras.tree.map_structure(lambda t: tf.cast(t, "float32") if t.dtype.size < 4 else t, y_pred)
-    dtype = keras.tree.flatten(y_pred)[0].dtype
-    y = keras.tree.map_structure(lambda t: tf.cast(t, dtype) if t.dtype.is_floating else t, y)
-    values = tf.convert_to_tensor(loss(y, y_pred))
+        return ops.mean(loss(y, y_pred, sample_weight=sample_weight))
+    half = ("float16", "bfloat16")
+    y_pred = keras.tree.map_structure(lambda t: ops.cast(t, "float32") if _dtype(t) in half else t, y_pred)
+    dtype = _dtype(keras.tree.flatten(y_pred)[0])
+    y = keras.tree.map_structure(lambda t: ops.cast(t, dtype) if keras.backend.is_float_dtype(t.dtype) else t, y)
+    values = ops.convert_to_tensor(loss(y, y_pred))
     if sample_weight is not None:
-        if not values.shape.rank:
+        if not len(values.shape):
             raise ValueError("Expected a loss for each example where data has sample weights. Received: a scalar loss.")
-        shape = [-1] + [1] * (values.shape.rank - 1)
-        values *= tf.reshape(tf.cast(sample_weight, values.dtype), shape)
-    return tf.reduce_mean(values)
+        values *= ops.reshape(ops.cast(sample_weight, values.dtype), [-1] + [1] * (len(values.shape) - 1))
+    return ops.mean(values)
+
+
+def _dtype(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype)
 
 
 def _fitted(name, y, y_pred):
     """Labels in the shape that Keras's loss of this name needs: class numbers for a sparse one, else the outputs'."""
     name = name.lower().replace("_", "")
-    if not (tf.is_tensor(y) and tf.is_tensor(y_pred)) or "ctc" in name or "generalized" in name:
+    if not (ops.is_tensor(y) and ops.is_tensor(y_pred)) or "ctc" in name or "generalized" in name:
         return y
+    shape = tuple(y_pred.shape)
     if "sparse" in name:
-        fits = any(y.shape.is_compatible_with(s) for s in (y_pred.shape[:-1], [*y_pred.shape[:-1], 1]))
+        fits = any(_agree(tuple(y.shape), s) for s in (shape[:-1], (*shape[:-1], 1)))
     else:
-        if y.shape.rank == y_pred.shape.rank - 1 and y_pred.shape[-1] == 1:
+        if len(y.shape) == len(shape) - 1 and shape[-1] == 1:
             y = y[..., None]
-        fits = y.shape.is_compatible_with(y_pred.shape)
+        fits = _agree(tuple(y.shape), shape)
     if not fits:
         kind = "class numbers, without a class axis," if "sparse" in name else "labels"
-        raise ValueError(f"Expected {kind} that fit the outputs {y_pred.shape}. Received: labels {y.shape}.")
+        raise ValueError(f"Expected {kind} that fit the outputs {shape}. Received: labels {tuple(y.shape)}.")
     return y
 
 
-def add_scaled(total: Any, factor: Any, values: Any) -> None:
-    """`total += factor * values` for a `tf.Variable`, in one pass over memory."""
-    tf.raw_ops.ResourceApplyGradientDescent(var=total.handle, alpha=-tf.cast(factor, "float32"), delta=values)
+def _agree(shape, other):
+    """Whether two shapes can be the same; None is a size that is not known."""
+    return len(shape) == len(other) and all(a == b or None in (a, b) for a, b in zip(shape, other, strict=True))
 
 
 class _FiniteCheck:
@@ -210,15 +212,15 @@ class _FiniteCheck:
 
     def __init__(self, totals):
         self.totals = totals
-        self.first = tf.Variable(tf.fill([1 + len(totals)], -1), trainable=False)
+        self.first = state(np.full(1 + len(totals), -1, "int32"))
 
     def add(self, loss, number):
-        values = [tf.cast(loss, "float32"), *map(tf.reduce_sum, self.totals.values())]
-        finite = tf.stack([tf.math.is_finite(value) for value in values])
-        self.first.assign(tf.where((self.first < 0) & ~finite, number, self.first))
+        values = [ops.cast(loss, "float32"), *map(ops.sum, self.totals.values())]
+        first, finite = ops.convert_to_tensor(self.first), ops.isfinite(ops.stack(values))
+        self.first.assign(ops.where((first < 0) & ~finite, number, first))
 
     def check(self):
-        first = self.first.numpy()
+        first = ops.convert_to_numpy(self.first)
         if (first < 0).all():
             return
         number = first[first >= 0].min()

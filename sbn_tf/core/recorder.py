@@ -10,7 +10,6 @@ import keras
 import numpy as np
 
 from sbn_tf.core.keras_internals import optimized_variables
-from sbn_tf.core.passes import check_backend
 from sbn_tf.core.weights import eligible_weights
 
 if keras.backend.backend() == "tensorflow":
@@ -57,7 +56,11 @@ class EpochRecorder(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Find the weights; forget an earlier fit."""
-        check_backend(type(self).__name__)
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                f"Expected Keras on TensorFlow for {type(self).__name__}, which listens to its training step. "
+                f"Received: KERAS_BACKEND={keras.backend.backend()}. Call saliency(model, data) after training instead."
+            )
         self._weights = eligible_weights(self.model, self.include, self.exclude)
         last = self.params["epochs"] - 1
         self._recorded = {"last": last, "every": None}.get(self.epoch, self.epoch)
@@ -218,4 +221,6 @@ def _replica():
 
 def first_replica(variable: Any) -> np.ndarray:
     """The value of a variable, or of its copy on the first replica of this process."""
+    if keras.backend.backend() != "tensorflow":
+        return keras.ops.convert_to_numpy(variable)
     return tf.distribute.get_strategy().experimental_local_results(variable)[0].numpy()

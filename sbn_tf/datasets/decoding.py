@@ -77,12 +77,8 @@ def decoded(
     raters = len(pairs[0]) - 1
     present = [path for pair in pairs for path in pair if path is not None]
     missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
-    source = {
-        "files": array_cache.fingerprint(map(medical.file_of, present)),
-        "size": size,
-        "fit": fit,
-        "channels": channels,
-    }
+    files = array_cache.fingerprint(map(medical.file_of, present))
+    source = {"files": files, "size": size, "fit": fit, "channels": channels}
     source |= {"missing": missing} | ({} if threshold is None else {"threshold": threshold})
     if deep:
         source["deep"] = [os.path.basename(path) for path in present if medical.is_medical(path)], window

@@ -71,8 +71,7 @@ def load_lidc(
     low, high = _checked_window(window)
     if spacing is not None:
         _check_spacing(spacing)
-    place = LIDC.files[0]
-    path = files.find(LIDC, root, [place, place.split("/")[1]])
+    path = files.find(LIDC, root, [LIDC.files[0], LIDC.files[0].split("/")[1]])
     forms: dict[str, npz.Form] = {
         "image": (("N", "H", "W"), "numbers"),
         "masks": (("N", 4, "H", "W"), "numbers or booleans"),
@@ -90,8 +89,7 @@ def load_lidc(
     if spacing is not None:
         image, masks = _resampled(image, masks, arrays["pixel_spacing"], size, spacing, low, path)
     image = ((np.clip(image, low, high) - low) / (high - low)).astype("float32")
-    image = image if image.ndim == 4 else image[..., None]
-    image, masks = centre(image, size), centre(masks, size)
+    image, masks = centre(image if image.ndim == 4 else image[..., None], size), centre(masks, size)
     return Parts.of(
         SEGMENTATION,
         index,
