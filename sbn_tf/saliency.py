@@ -585,8 +585,7 @@ def saliency_against_cost(
 # ## Exercises
 #
 # 1. Two weights have the batch gradients $(2, -2, 2)$ and $(1, 1, 1)$. Which ranks first under `fisher`, under `paper`?
-#    <details><summary>Answer</summary>`fisher`: 4 against 1, the first. `paper`: $2^2 = 4$ against $3^2 = 9$, the
-#    second.</details>
+#    <details><summary>Answer</summary>The first by `fisher`, 4 to 1; the second by `paper`, $3^2$ to $2^2$.</details>
 # 2. Why does `top_k` not take every score above a threshold?
 #    <details><summary>Answer</summary>Equal scores fall on the same side of it, so the number chosen can be far from
 #    what was asked: with half of all scores 0, no threshold gives 70 %.</details>
