@@ -101,7 +101,7 @@ def detection(
         predict_samples: as for `scoring.score`.
         model: the network whose features are taken.
         train: the images that the distance is from.
-        clean: the images that the others are compared with.
+        clean: the images that are not shifted.
         shifts: kind -> severities, of `shifts.shifted`.
         other: name -> images of other datasets, normalised as the clean ones.
 
