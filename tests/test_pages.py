@@ -283,3 +283,11 @@ def test_colours_of_masks_and_maps():
     assert hit.argmax() == 1 and alarm.argmax() == 2 and miss.argmax() == 0 and none.tolist() == [100] * 3
     low, high = pages.heat(np.array([[0, np.log(2)]]))[0].tolist()
     assert low == [68, 1, 84] and high == [253, 231, 37]  # the ends of viridis
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L"])
+def test_a_picture_of_16_bits_is_as_bright_as_one_of_8(mode, tmp_path):
+    eight = np.arange(256, dtype="uint8").reshape(16, 16)
+    pixels = eight if mode == "L" else eight.astype("uint16") * 257
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(prediction_page._small(tmp_path / "a.png", "L"), eight)

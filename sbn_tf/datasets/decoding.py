@@ -57,8 +57,6 @@ def decoded(
 ) -> dict[str, DiskArray]:
     """Images `(N, size, size, C)` and masks `(N, size, size, R)` of files, through the array cache: uint8.
 
-    Where any image is `deep` all are float32 on the 0..1 scale.
-
     Args:
         name: of the cache.
         pairs: for each image its file and its masks' files, the same number for each; None for a missing mask.
@@ -67,7 +65,7 @@ def decoded(
         channels: 1 (grey) or 3 (RGB).
         cache: see `cache.cache_folder`.
         threshold: as for `read_mask`.
-        deep: whether `grey_and_deep` says so of any image.
+        deep: whether `grey_and_deep` says so of any image; all are then float32 on the 0..1 scale.
         window: what becomes 0 and 1, of DICOM and NIfTI; None: as `medical` says.
 
     Raises:
@@ -75,13 +73,9 @@ def decoded(
             image's size or not of two values.
     """
     raters = len(pairs[0]) - 1
-    present = [path for pair in pairs for path in pair if path is not None]
     missing = [[k, r] for k, pair in enumerate(pairs) for r, path in enumerate(pair) if path is None]
-    files = array_cache.fingerprint(map(medical.file_of, present))
-    source = {"files": files, "size": size, "fit": fit, "channels": channels}
-    source |= {"missing": missing} | ({} if threshold is None else {"threshold": threshold})
-    if deep:
-        source["deep"] = [os.path.basename(path) for path in present if medical.is_medical(path)], window
+    source = {"size": size, "fit": fit, "channels": channels, "missing": missing}
+    source |= _source([path for pair in pairs for path in pair if path is not None], threshold, deep, window)
 
     def one(pair):
         image, whole = read_image(pair[0], size, fit, channels, window)
@@ -92,8 +86,7 @@ def decoded(
         return image, np.stack(masks, -1) if masks else None, np.array(lost, "float32")
 
     def together(part):  # by as many threads as there is memory for
-        needed = max(_needed(path) for pair in part for path in pair if path is not None)
-        threads = min(len(part), (os.cpu_count() or 1) + 4, MAX_BYTES // 2 // needed)
+        threads = _threads(part)
         if threads < 2:  # not in a thread of its own: that would keep some of its memory
             return map(one, part)
         with ThreadPoolExecutor(threads) as pool:
@@ -109,12 +102,26 @@ def decoded(
     if raters:
         arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
-    lost = np.asarray(found["lost"]) if raters else np.zeros(0)
+    if raters:
+        _warn_of_lost(name, np.asarray(found["lost"]), len(missing))
+    return found
+
+
+def _source(paths, threshold, deep, window):
+    """What the decoded arrays depend on, beside size and fit: another of these, another cache."""
+    source = {"files": array_cache.fingerprint(map(medical.file_of, paths))}
+    slices = [os.path.basename(path) for path in paths if medical.is_medical(path)]
+    if deep or slices:
+        source["deep"] = slices, window
+    return source | ({} if threshold is None else {"threshold": threshold})
+
+
+def _warn_of_lost(name, lost, missing):
+    """Say how many masks the crop to the centre square cuts."""
     if lost.any():
-        cut, wholly, masks = (lost > 0).sum(), (lost == 1).sum(), lost.size - len(missing)
+        cut, wholly, masks = (lost > 0).sum(), (lost == 1).sum(), lost.size - missing
         message = "%s: the crop to the centre square cuts %d of %d masks, %d of them wholly; fit='pad' keeps them"
         logger.warning(message, name, cut, masks, wholly)
-    return found
 
 
 def read_image(
@@ -302,6 +309,12 @@ def _verified(path):
         image.verify()  # its checksums, which decoding ignores; other formats have none
     with opened(path) as image:
         yield image
+
+
+def _threads(pairs):
+    """How many of these can be read at the same time."""
+    needed = max(_needed(path) for pair in pairs for path in pair if path is not None)
+    return min(len(pairs), (os.cpu_count() or 1) + 4, MAX_BYTES // 2 // needed)
 
 
 def _needed(path):

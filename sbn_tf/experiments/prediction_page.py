@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from sbn_tf.datasets.base import SEGMENTATION
-from sbn_tf.datasets.decoding import opened
+from sbn_tf.datasets.decoding import DEEP, opened
+from sbn_tf.datasets.medical import is_medical, read
 from sbn_tf.experiments import pages
 from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
 
@@ -125,7 +126,7 @@ def _case(row, card, path, out):
 
 def _tiles(name, card, path, out):
     try:
-        image = _small(path)
+        image = _small(path, window=card.window)
         if card.task != SEGMENTATION:
             return [("image", image)]
         mask, entropy = (_small(out / kind / f"{name}.png", "L") for kind in ("masks", "entropy"))
@@ -135,14 +136,22 @@ def _tiles(name, card, path, out):
     return [("image", image), *maps.items()]
 
 
-def _small(path, mode="RGB"):
+def _small(path, mode="RGB", window=None):
     """An image file as a thumbnail, uint8 (height, width[, 3])."""
+    if is_medical(path):
+        return _shrunk(Image.fromarray(np.rint(255 * read(path, window)).astype("uint8")), mode)
     with opened(path) as image:
-        scale = min(1, pages.SIDE / max(image.size))
-        size = [max(1, round(scale * side)) for side in image.size]  # the same for an image and its maps
-        image.draft(mode, size)  # a JPEG need not be decoded in full
-        same = image if image.mode == mode else image.convert(mode)
-        return np.asarray(same.resize(size, Image.Resampling.BILINEAR))
+        if image.mode in DEEP:
+            return _shrunk(Image.fromarray((np.asarray(image) // 257).astype("uint8")), mode)
+        return _shrunk(image, mode)
+
+
+def _shrunk(image, mode):
+    scale = min(1, pages.SIDE / max(image.size))
+    size = [max(1, round(scale * side)) for side in image.size]  # the same for an image and its maps
+    image.draft(mode, size)  # a JPEG need not be decoded in full
+    same = image if image.mode == mode else image.convert(mode)
+    return np.asarray(same.resize(size, Image.Resampling.BILINEAR))
 
 
 def _settings(predictor, images, flag):
