@@ -221,9 +221,8 @@ def _check_patients(splits, patients, path):
 
 def _check_cells(cells, right, expected, path, *advice):
     """Refuses the cells of a column that are not right, by their rows."""
-    wrong = [(cell, row + 1) for row, cell in enumerate(cells) if not right(cell)]
-    if wrong:
-        received = [f"{cell!r} in row {row} below the header" for cell, row in wrong]
+    received = [f"{cell!r} in row {row + 1} below the header" for row, cell in enumerate(cells) if not right(cell)]
+    if received:
         raise Faults([wrong(path, expected, one, *advice) for one in received])
 
 
