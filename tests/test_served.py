@@ -98,6 +98,14 @@ def test_onnx_gives_the_same(predictor, pixels, tmp_path):
         np.testing.assert_allclose(found[name], values, atol=1e-4)
 
 
+def test_litert_gives_the_same(predictor, pixels, tmp_path):
+    predictor.export(tmp_path / "a.tflite", format="litert")
+    runner = tf.lite.Interpreter(str(tmp_path / "a.tflite")).get_signature_runner()
+    found = runner(pixels=pixels[:1].astype("float32"))
+    for name, values in expected(predictor, pixels[:1]).items():
+        np.testing.assert_allclose(found[name], values, atol=1e-4)
+
+
 def test_an_operation_that_onnx_has_not_is_refused(tmp_path):
     pytest.importorskip("tf2onnx", reason="needs the extra sbn_tf[onnx]")
     network = keras.Sequential(
@@ -111,8 +119,8 @@ def test_an_operation_that_onnx_has_not_is_refused(tmp_path):
 
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     predictor = made("segmentation", None, 1.0)
-    with pytest.raises(ValueError, match="litert"):
-        predictor.export(tmp_path / "a", format="litert")
+    with pytest.raises(ValueError, match="torch"):
+        predictor.export(tmp_path / "a", format="torch")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'tf2onnx.*\npip install "sbn_tf\[onnx\]"'):
         predictor.export(tmp_path / "a.onnx", format="onnx")

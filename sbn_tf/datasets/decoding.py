@@ -102,8 +102,7 @@ def decoded(
     if raters:
         arrays |= {"masks": ((size, size, raters), "uint8"), "lost": ((raters,), "float32")}
     found = array_cache.cached(f"{name}-{size}px", source, arrays, produce, total=len(pairs), cache=cache)
-    if raters:
-        _warn_of_lost(name, np.asarray(found["lost"]), len(missing))
+    _warn_of_lost(name, np.asarray(found["lost"]) if raters else np.zeros(0), len(missing))
     return found
 
 

@@ -209,11 +209,11 @@ class Predictor:
         be made squares of the card's size before, by its `fit`.
 
         Args:
-            path: folder of the SavedModel, or the .onnx file.
-            format: "tf_saved_model", or "onnx" with the extra `sbn_tf[onnx]`.
+            path: folder of the SavedModel, or the .onnx or .tflite file.
+            format: "tf_saved_model", "litert", or "onnx" with the extra `sbn_tf[onnx]`.
 
         Raises:
-            ValueError: another format (LiteRT is not tested), or tf2onnx is not installed.
+            ValueError: another format, an operation that ONNX has not, or tf2onnx is not installed.
         """
         start = (lambda: None) if self._sampled is None else self._sampled.start
         export_served(self.model, self.card, path, format, start)

@@ -18,7 +18,7 @@ from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 
 __all__ = ["export_served"]
 
-FORMATS = ("tf_saved_model", "onnx")
+FORMATS = ("tf_saved_model", "onnx", "litert")
 
 
 class Served(keras.Model):
@@ -82,8 +82,8 @@ def export_served(
     Args:
         model: as for `Served`.
         card: the `NetworkCard`.
-        path: folder of the SavedModel, or the .onnx file.
-        format: "tf_saved_model" or "onnx".
+        path: folder of the SavedModel, or the .onnx or .tflite file.
+        format: "tf_saved_model", "onnx" or "litert".
         start: sets the noise to where predictions begin.
 
     Raises:
