@@ -16,7 +16,7 @@ from scipy.special import entr, expit, log_softmax, logit
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
-from sbn_tf.experiments import predict, predictor
+from sbn_tf.experiments import predict, predictor, tiles
 from sbn_tf.experiments.guarantees import CUTS
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
@@ -103,6 +103,71 @@ def test_a_network_reads_files_as_its_training_did(places, network):
         assert whole == SIZES[int(name.split(".")[0]) % 3]
         pixels = np.asarray(Image.open(places / "data" / "images" / name))
         np.testing.assert_array_equal(network.read(pixels)[0], expected)
+
+
+def tiled_and_whole(path, size, scale, shape, seed=1):
+    """Maps of an image by tiles, and by one pass of the same two layers over all of it."""
+    keras.utils.set_random_seed(seed)
+    layers = [
+        keras.layers.Conv2D(3, 3, padding="same", activation="tanh"),
+        keras.layers.Conv2D(1, 1, activation="sigmoid"),
+    ]
+    network = keras.Sequential([keras.Input((size, size, 1)), *layers])
+    card = NetworkCard.model_validate({**CARD, "size": size})
+    whole = keras.Sequential([keras.Input((*shape, 1)), *layers])
+    pixels = Image.open(path).resize(shape[::-1], Image.Resampling.BILINEAR)
+    x = (np.asarray(pixels, "float32") / 255 - 0.4) / 0.2
+    return tiles.predict_tiled(Predictor(network, card), path, scale), whole.predict(x[None, ..., None], verbose=0)[
+        0, ..., 0
+    ]
+
+
+def test_tiles_give_what_one_pass_over_the_image_gives(tmp_path):
+    """The network sees one pixel to each side; two of each tile's 16 do not count."""
+    write_image(tmp_path / "a.png", 61, 47, seed=3)
+    found, expected = tiled_and_whole(tmp_path / "a.png", 16, 1.0, (47, 61))
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
+    np.testing.assert_allclose(found.entropy(), entr(expected) + entr(1 - expected), atol=1e-6)
+    half, expected = tiled_and_whole(tmp_path / "a.png", 16, 0.5, (24, 30))
+    np.testing.assert_allclose(half.values["probabilities"], expected, atol=1e-6)
+    assert half.probabilities.shape == (47, 61)
+
+
+def test_all_tiles_of_an_image_meet_the_same_draws(network, tmp_path):
+    Image.fromarray(np.full((40, 56), 90, "uint8")).save(tmp_path / "grey.png")
+    found = tiles.predict_tiled(network, tmp_path / "grey.png", 1.0)
+    one = network.predict_batch(np.broadcast_to(network.read(np.full((16, 16), 90, "uint8"))[0], (1, 16, 16, 1)))[0]
+    assert found.samples.shape == (network.card.num_samples, 40, 56)
+    spread = found.samples.std(0).mean() / one.samples.std(0).mean()
+    assert 0.5 < spread < 2  # of independent draws for each tile the mean would vary less
+    np.testing.assert_allclose(
+        found.samples[:, 16:24, 24:32].mean((1, 2)), one.samples[:, 6:10, 6:10].mean((1, 2)), atol=0.05
+    )
+
+
+def test_a_folder_by_tiles(places, network, tmp_path):
+    arguments = ["predict", str(places / "network"), str(places / "new"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--tile-scale", "0.5"]) == 0
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    path = sorted((places / "new").iterdir())[0]
+    one = tiles.predict_tiled(network, path, 0.5)
+    assert table.set_index("image").loc[path.name, "total"] == pytest.approx(one.means["total"], rel=1e-4)
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{path.name}.png"))
+    np.testing.assert_array_equal(mask > 0, one.probabilities > network.card.threshold)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("binary", {"tile_scale": 1.0}, "network of a segmentation"),
+        ("segmentation", {"tile_scale": 0.0}, "tile_scale"),
+        ("segmentation", {"tile_scale": 1.0, "refer": 0.1}, "without alpha and refer"),
+    ],
+)
+def test_tiles_that_make_no_sense_are_refused(task, options, message, places, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        predict.predict_folder(plain(task), places / "new", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_are_those_of_the_model(places, network):

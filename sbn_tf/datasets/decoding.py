@@ -20,7 +20,7 @@ from . import cache as array_cache
 from . import files, medical
 from .arrays import DiskArray
 
-__all__ = ["decoded", "grey_and_deep", "read_image", "square"]
+__all__ = ["decoded", "grey_and_deep", "read_image", "read_scaled", "square"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ GREY = ("1", "L", "LA")
 DEEP = ("I;16", "I;16B", "I;16L")  # Pillow reads 16 bits in full where there is one channel
 MAX_BYTES = 1_500_000_000  # that decoding one image may take; half of it for several at a time
 MAX_FILE_BYTES = 2**29
+MAX_PIXELS = 2**26  # of an image that is not made a square
 
 
 def decoded(
@@ -144,6 +145,30 @@ def read_image(
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
 
 
+def read_scaled(
+    path: str | os.PathLike, scale: float, channels: int, window: tuple[float, float] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A file as `(height, width, C)`, `scale` times its own size, and its own (width, height); values as `read_image`.
+
+    Raises:
+        ValueError: a file that cannot be read, or more than MAX_PIXELS.
+    """
+    if medical.is_medical(path):
+        planes = _planes(medical.read(path, window), channels)
+    else:
+        with _verified(path) as image:
+            if image.mode in DEEP:
+                planes = _planes(np.asarray(image).astype("float32") / np.float32(65535), channels)
+            else:
+                planes = list(np.moveaxis(np.atleast_3d(np.asarray(image.convert(MODES[channels]))), -1, 0))
+    whole = planes[0].shape[::-1]
+    size = [max(1, round(scale * side)) for side in whole]
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _too_large(path, f"{size[0]} x {size[1]} pixels at {scale:g} times its size, of {MAX_PIXELS:,} at most")
+    found = [np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)) for plane in planes]
+    return np.stack(found * (channels // len(found)), -1), whole
+
+
 def read_mask(
     path: str | os.PathLike, size: int, fit: str, whole: tuple[int, int], threshold: int | None = None
 ) -> tuple[np.ndarray, float]:
@@ -173,12 +198,17 @@ def read_mask(
 
 
 def _floats_square(pixels, size, fit, channels):
-    """`square` of floats (height, width), or (height, width, 3) of colours; grey of colours as Pillow weighs them."""
+    """`square` of floats (height, width), or (height, width, 3) of colours."""
+    planes = map(Image.fromarray, _planes(pixels, channels))
+    squares = [square(plane, size, fit, Image.Resampling.BILINEAR, 1) for plane in planes]
+    return np.concatenate(squares * (channels // len(squares)), -1)
+
+
+def _planes(pixels, channels):
+    """Each channel of floats by itself, one of grey; grey of colours as Pillow weighs them."""
     if pixels.ndim == 3 and channels == 1:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], "float32")
-    planes = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else [pixels]
-    squares = [square(Image.fromarray(plane), size, fit, Image.Resampling.BILINEAR, 1) for plane in planes]
-    return np.concatenate(squares * (channels // len(squares)), -1)
+    return list(np.moveaxis(pixels, -1, 0)) if pixels.ndim == 3 else [pixels]
 
 
 def square(image: Image.Image, size: int, fit: str, resample: Image.Resampling, channels: int) -> np.ndarray:

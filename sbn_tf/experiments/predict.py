@@ -23,6 +23,7 @@ from sbn_tf.datasets.medical import pixel_spacing
 from sbn_tf.experiments.decisions import Decider
 from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
+from sbn_tf.experiments.tiles import check_tiles, predict_tiled
 
 __all__ = ["add_arguments", "predict_folder", "run"]
 
@@ -38,6 +39,7 @@ def predict_folder(
     masks: int = 0,
     alpha: float | None = None,
     refer: float | None = None,
+    tile_scale: float | None = None,
 ) -> pd.DataFrame:
     """Predict every image of a folder, and write what `sbn-tf predict` promises; begun work goes on.
 
@@ -49,6 +51,7 @@ def predict_folder(
             0..1: 0.1 is above 90 % of them.
         masks: sampled masks to write for each image, of a segmentation.
         alpha, refer: see `decisions.Decider`; None: without.
+        tile_scale: as `scale` of `tiles.predict_tiled`, of a segmentation; None: each image becomes one square.
 
     Returns:
         The table of `predictions.csv`.
@@ -64,16 +67,21 @@ def predict_folder(
     files, place, source = image_files(images), Path(out), Path(images).resolve()
     if place.resolve().is_relative_to(source):
         raise ValueError(f"Expected --out outside of the images' folder {source}. Received: {place}")
+    if tile_scale is not None:
+        check_tiles(predictor, tile_scale)
+        if alpha is not None or refer is not None:
+            raise ValueError("Expected tile_scale without alpha and refer, which hold for whole images. Received: both")
     decider = Decider(predictor.card, alpha, refer)
-    settings = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer}
+    settings = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer, "tile_scale": tile_scale}
     _begin(place, {"images": str(source), "network": predictor.crc32(), **settings})
     finished = set(_read(place / TABLE).get("image", ()))
     rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
     with tqdm(total=len(files), initial=len(files) - len(rest), desc="images", disable=None) as bar:
-        for start in range(0, len(rest), BATCH):
-            part = rest[start : start + BATCH]
-            found = list(_predicted(predictor, {name: files[name] for name in part}, skipped))
+        step = BATCH if tile_scale is None else 1  # images in memory
+        for start in range(0, len(rest), step):
+            part = rest[start : start + step]
+            found = list(_predicted(predictor, {name: files[name] for name in part}, skipped, tile_scale))
             for name, one in found:
                 _write_pictures(place, name, one, masks, decider.cut)
             rows = [_row(name, one, flag, files[name]) | decider.columns(one) for name, one in found]
@@ -84,11 +92,14 @@ def predict_folder(
     return _read(place / TABLE)
 
 
-def _predicted(predictor, files, skipped) -> Iterator[tuple[str, Prediction]]:
+def _predicted(predictor, files, skipped, tile_scale) -> Iterator[tuple[str, Prediction]]:
     """Name and prediction of the files that can be read; the others' reasons go into `skipped`."""
     inputs, wholes = {}, []
     for name, path in files.items():
         try:
+            if tile_scale is not None:
+                yield name, predict_tiled(predictor, path, tile_scale)
+                continue
             inputs[name], whole = predictor.read(path)
             wholes.append(whole)
         except (ValueError, OSError) as error:
@@ -182,13 +193,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=float, help="sets that have the truth but for this risk; masks that miss this share at most"
     )
+    parser.add_argument(
+        "--tile-scale",
+        type=float,
+        help="cut large images into overlapping tiles, at so many times their size, as training had them: "
+        "1 for a network trained on patches, 0.25 where training shrank images of 512 pixels to 128",
+    )
     parser.add_argument("--refer", type=float, help="refer so much that at most this share of the others is wrong")
 
 
 def run(given: argparse.Namespace) -> int:
     """Predict a folder; 1 where a file was skipped."""
     predictor = Predictor.load(given.network)
-    options = {key: getattr(given, key) for key in ("flag", "masks", "alpha", "refer")}
+    options = {key: getattr(given, key) for key in ("flag", "masks", "alpha", "refer", "tile_scale")}
     table = predict_folder(predictor, given.images, given.out, **options)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0

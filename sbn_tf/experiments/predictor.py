@@ -275,6 +275,12 @@ class Predictor:
             for i in range(len(inputs))
         ]
 
+    def prediction(self, samples: np.ndarray, whole: tuple[int, int]) -> Prediction:
+        """What draws of one image say, (samples, height, width) of any size, as maps of the size `whole`."""
+        parts = uncertainty(samples[:, None], self.card.task)
+        values = {"probabilities": parts["mean_probs"][0], **{key: parts[key][0] for key in PARTS}}
+        return Prediction(self.card.model_copy(update={"fit": "stretch"}), whole, values, samples)
+
     def _read(self, part):
         inputs, wholes = zip(*map(self.read, part), strict=True)
         return np.stack(inputs), wholes
