@@ -68,6 +68,7 @@ DEEP = {
     "png LA": lambda path: png(path, 4, 4, 16, 4),
     "png RGBA": lambda path: png(path, 4, 4, 16, 6),
     "tiff grey": lambda path: tiff(path, 16, 1, 1),
+    "tiff white is 0": lambda path: tiff(path, 16, 1, 0),
     "tiff RGB": lambda path: tiff(path, 16, 3, 2),
     "tiff RGBA": lambda path: tiff(path, 16, 4, 2),
     "tiff CMYK": lambda path: tiff(path, 16, 4, 5),

@@ -76,6 +76,19 @@ def test_a_given_window_is_in_hounsfield_units(dicom):
     np.testing.assert_allclose(whole, (units + 1024 + 32768) / 65535, atol=1e-6)
 
 
+def test_a_window_without_a_width_does_not_count_and_a_slope_below_0_turns_nothing_round(dicom, tmp_path):
+    import pydicom
+
+    path = dicom("MR_small.dcm", tmp_path / "a.dcm", WindowWidth=None)
+    stored = pydicom.dcmread(path).pixel_array.astype("float64")
+    bits = int(pydicom.dcmread(path).BitsStored)
+    low = -(2 ** (bits - 1)) if pydicom.dcmread(path).PixelRepresentation else 0
+    np.testing.assert_allclose(medical.read(path), (stored - low) / (2**bits - 1), atol=1e-6)
+    changes = {"RescaleSlope": -1, "RescaleIntercept": 0, "WindowCenter": -600, "WindowWidth": 1600}
+    path = dicom("MR_small.dcm", tmp_path / "b.dcm", **changes)
+    np.testing.assert_allclose(medical.read(path), np.clip((-stored + 600.5) / 1599 + 0.5, 0, 1), atol=1e-5)
+
+
 def test_monochrome1_is_turned_round(dicom, tmp_path):
     path = dicom("MR_small.dcm", tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_allclose(medical.read(path), 1 - medical.read(dicom("MR_small.dcm")), atol=1e-6)

@@ -588,7 +588,11 @@ def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs, fitt
 def test_methods_name_the_trainings_that_they_share(data):
     masks = data["segmentation"]
     found = {name: made(name, masks, None).estimate(masks).trainings for name in METHODS}
-    assert {name for name in METHODS if "step1" not in found[name]} == {"bayes_normal"}
+    assert {name for name in METHODS if "step1" not in found[name]} == {
+        *("bayes_normal", "branched", "budget_2", "budget_3", "budget_5")
+    }
+    assert set(found["budget_2"]) == {"budget_2_member0", "budget_2_member1"}
+    assert set(found["branched"]) == {"stem", "saliency_of_stem", "branched"}
     assert set(found["deterministic_longer"]) == {"step1", "longer0"} < set(found["ensemble_longer"])
     assert set(found["ensemble"]) == {"step1", "member1"} < set(found["ensemble_longer"])
     assert set(found["partial"]) == {"step1", "saliency_fisher", "partial"}

@@ -13,7 +13,7 @@ from keras import layers as kl
 from scipy import special, stats
 
 from sbn_tf import layers
-from sbn_tf.core import posteriors, sampled
+from sbn_tf.core import posteriors, sampler
 from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.core.losses import loss_terms
 from sbn_tf.core.outputs import entropy
@@ -805,7 +805,7 @@ def test_other_precisions_train_and_predict(policy, estimator):
 
 @pytest.mark.parametrize("kind", ["samples", "uncertainty"])
 def test_a_long_prediction_slice_by_slice_equals_keras_predict(kind, capsys, monkeypatch):
-    monkeypatch.setattr(sampled, "SLICE", 7)  # four batches of 2
+    monkeypatch.setattr(sampler, "SLICE", 7)  # four batches of 2
     model, x = network(), np.random.default_rng(0).normal(size=(21, 3)).astype("float32")
     ours, keras_own = (bayesian(model, num_samples=2, seed=3) for _ in range(2))
     if kind == "samples":

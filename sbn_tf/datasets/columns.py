@@ -99,7 +99,7 @@ def _check_patient_column(column, path):
     """Asks about a column that looks like patients under another name: without it a patient is in several splits."""
     for name, cells in column.items():
         plain = re.sub("[^a-z]", "", name.lower())
-        alike = difflib.get_close_matches(plain, ("patient", "patientid", "subjectid"), 1, 0.8)
+        alike = difflib.get_close_matches(plain, ("patient", "patientid", "subjectid"), 1, 0.85)
         is_label = {"0", "1", "0.0", "1.0"} >= set(cells)
         if alike and not is_label and name not in KNOWN and "patient" not in column:
             advice = f"Did you mean `patient`? Rename {name!r}: without it one patient's images are in several splits."

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs, as an EPS does
-BITS, ORIENTATION, SAMPLES = 258, 274, 339  # tags of TIFF, the second of EXIF too
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, the third of EXIF too
 BROKEN = (
     OSError,
     SyntaxError,
@@ -280,6 +280,8 @@ def _depth(image, file):
         file.seek(place)
     elif image.format == "TIFF":
         bits, signs = image.tag_v2.get(BITS, (1,)), image.tag_v2.get(SAMPLES, (1,))
+        if image.mode in DEEP and image.tag_v2.get(PHOTOMETRIC) == 0:  # Pillow turns it round in 8 bits alone
+            return f"{max(bits)} bits of which 0 is white"
     kind = "" if {1, 4} >= set(signs) else " with a sign or a fraction"  # 4: not said
     return f"{max(bits)} bits{kind}" if max(bits) > 8 or kind else ""
 

@@ -245,7 +245,7 @@ def _read_table(given):
     broken = given.broken if given.skip_broken else {}
     column = columns_of(header, [row for number, row in enumerate(rows) if number not in broken])
     if len(broken) == len(rows):
-        raise wrong(path, "a row whose files can be read", "none")
+        raise wrong(path, "a row whose files can be read", "none", "`sbn-tf check` says what is wrong with each.")
     names = names_of(column, path)
     task, classes, targets, masks, note = targets_of(column, path)
     splits, patients = splits_of(column, path), patients_of(column, path)
@@ -292,7 +292,7 @@ def _file(name):
 
 def _at(path, name):
     """The path of a file with the number of the slice that an image's name has."""
-    return path.with_name(path.name + name.removeprefix(_file(name)))
+    return path.with_name(path.name + Path(name).as_posix().removeprefix(_file(name)))
 
 
 # ---- the splits

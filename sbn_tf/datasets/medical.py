@@ -158,9 +158,9 @@ def _header(path, size, changed):
     return found, count
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # an image's and its mask's, in turn
 def _volume(path, size, changed):
-    """A NIfTI volume, float32 (width, height, slices), and the ends of its window: one file stays in memory."""
+    """A NIfTI volume, float32 (width, height, slices), and the ends of its window: two files stay in memory."""
     opened, count = _header(path, size, changed)
     if not np.issubdtype(opened.get_data_dtype(), np.number) or np.issubdtype(
         opened.get_data_dtype(), np.complexfloating
@@ -184,8 +184,10 @@ def _dicom(path, number, window):
         if stored.ndim == 3:  # colours
             return stored.astype("float32"), *ends, False
         found, ends = (apply_modality_lut(array, file).astype("float64") for array in (stored, ends))
-        if window is None and "WindowCenter" in file:
+        if window is None and None not in (file.get("WindowCenter"), file.get("WindowWidth")):
             found, ends = apply_windowing(found, file), apply_windowing(np.array([-1e9, 1e9]), file)
+            if ends[1] < ends[0]:  # of a RescaleSlope below 0
+                found, ends = -found, -ends
         low, high = window or sorted(ends)
         return found, low, high, file.PhotometricInterpretation == "MONOCHROME1"
 

@@ -10,7 +10,12 @@ import keras
 from sbn_tf.core.checks import check_count, check_fraction, check_number
 from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
 
-__all__ = ["fit_branched"]
+__all__ = ["fit_branched", "stem_epochs"]
+
+
+def stem_epochs(epochs: int, branch_at: float) -> int:
+    """Epochs before the members of a network part: one at least, and one fewer than all."""
+    return max(1, min(round(branch_at * epochs), epochs - 1))
 
 
 def fit_branched(
@@ -22,6 +27,7 @@ def fit_branched(
     branch_at: float = 0.2,
     r_bayes: float = 0.2,
     num_members: int = 5,
+    num_train: int | None = None,
     apart: float = 1.0,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -40,12 +46,10 @@ def fit_branched(
         epochs: of both parts together. >= 2.
         branch_at: share of the epochs after which the members part, 0..1; either part has one epoch at least.
         r_bayes: share of the eligible weights that the members have each for themselves, 0..1.
+        num_train: number of training examples; None: counted, which a `PyDataset` does not allow.
         num_members: >= 2. A batch has one example for each at least.
-        apart: where members start: standard deviation of their distance from the weight, in sizes of the weight (at
-            least the root mean square of its layer). > 0.
-        batch_size: of arrays; None: 32.
-        seed: of the members' start.
-        verbose: as of `model.fit`.
+        apart: standard deviation of the members' starts, in sizes of the weight (or of its layer's weights). > 0.
+        batch_size, verbose: as of `model.fit`; seed: of the members' start.
         options: other arguments of `model.fit`, for both parts, such as `validation_data` and `callbacks`.
 
     Returns:
@@ -56,13 +60,15 @@ def fit_branched(
 
     Reference: `nbs/09_what_works.ipynb`, which measured when, where and how far members should part.
     """
-    rate = _checked_rate(model, epochs, num_members, branch_at=branch_at, r_bayes=r_bayes)
+    if (isinstance(x, keras.utils.PyDataset) and num_train is None) or "initial_epoch" in options:
+        raise ValueError("Expected num_train= for a PyDataset, and no initial_epoch. Received: none, or initial_epoch")
     check_number("apart", apart, above=0.0)
-    stem = min(max(1, round(branch_at * epochs)), epochs - 1)
+    rate = _checked_rate(model, epochs, num_members, branch_at=branch_at, r_bayes=r_bayes)
+    stem = stem_epochs(epochs, branch_at)
     both = {"batch_size": batch_size, "verbose": verbose, **options}
     model.fit(x, y, epochs=stem, **both)
     start: dict[str, Any] = {"estimator": "split", "initial_scale": apart, "relative": True, "seed": seed}
-    start |= {"r_bayes": r_bayes, "data": x if y is None else (x, y), "verbose": bool(verbose)}
+    start |= {"r_bayes": r_bayes, "num_train": num_train, "data": x if y is None else (x, y), "verbose": bool(verbose)}
     members = to_partial_bayes(model, posterior="members", num_samples=num_members, **start)
     members.compile()
     members.start.unguard()
@@ -89,7 +95,8 @@ def _checked_rate(model, epochs, num_members, **fractions) -> float:
         check_fraction(name, value)
     if not (isinstance(model, keras.Model) and model.built and model.compiled):
         raise ValueError(f"Expected a keras.Model that is built and compiled. Received: {model!r}")
-    rate = model.optimizer.get_config().get("learning_rate")
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of one that scales the loss
+    rate = optimizer.get_config().get("learning_rate")
     if not isinstance(rate, float | int):
         raise ValueError(
             "Expected an optimiser with a number as its learning rate: it is constant first, then falls by a cosine. "

@@ -28,6 +28,9 @@ class Decider:
     def __init__(self, card: NetworkCard, alpha: float | None = None, refer: float | None = None):
         self.card, self.alpha, self.refer = card, alpha, refer
         self.limits = self.cut = self.most = None
+        for name, value in (("alpha", alpha), ("refer", refer)):
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={value!r}")
         found = card.calibration
         if found is None and (alpha is not None or refer is not None):
             raise ValueError(
@@ -43,15 +46,15 @@ class Decider:
 
     @property
     def names(self) -> list[str]:
-        """What a set may have."""
+        """The labels that a set may contain."""
         return [*((f"not {self.card.classes[0]}",) if self.card.task == BINARY else ()), *self.card.classes]
 
     def columns(self, one: Prediction) -> dict[str, str | bool]:
         """Columns of the table: "set" of labels, with semicolons between, "none" of none; "refer"."""
         row: dict[str, str | bool] = {}
         if self.limits is not None:
-            probs = two_classes(one.probabilities[None], self.card.task)[0]
-            inside = 1 - probs.astype("float64") <= self.limits
+            probs = two_classes(one.probabilities[None].astype("float64"), self.card.task)[0]
+            inside = 1 - probs <= self.limits
             row["set"] = ";".join(np.asarray(self.names)[inside]) or "none"
         if self.most is not None:
             row["refer"] = bool(one.means["total"] >= self.most)
@@ -73,7 +76,6 @@ class Decider:
                 lines.append(f"set: always with {', '.join(never)}: too few validation images have it")
         if self.most is not None:
             kept = f"{self.refer:g} of the others wrong at most, with confidence {CONFIDENCE:g}, for {drawn}"
-            lines.append(
-                f"refer: {kept if self.most > -np.inf else 'all; of no share of validation few enough are wrong'}"
-            )
+            none = "all images; every share of the validation images has too many errors"
+            lines.append(f"refer: {kept if self.most > -np.inf else none}")
         return lines

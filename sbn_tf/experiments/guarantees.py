@@ -24,8 +24,9 @@ CONFIDENCE = 0.9  # that the error rate of what is not referred holds
 class Calibration(BaseModel):
     """Of each validation image what `core.conformal` needs.
 
-    It fits new images that are drawn as the validation images were. These also chose the epoch or the threshold where
-    the recipe says so: then the guarantees are a little too good. With patients they are for a new patient.
+    It fits new images that are drawn as the validation images were. These also chose the temperature, and the epoch or
+    the threshold where the recipe says so: then the guarantees are a little too good. With patients they are for a new
+    patient.
 
     Args:
         unit: "patients", or "images" where the data have no patients: what is drawn.

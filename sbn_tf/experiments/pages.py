@@ -1,4 +1,4 @@
-"""HTML pages that need no network: a template, tables, and pictures inside the page. What data say is escaped."""
+"""HTML pages that need no internet: a template, tables, and pictures inside the page. What data say is escaped."""
 
 from __future__ import annotations
 

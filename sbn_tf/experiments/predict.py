@@ -73,7 +73,7 @@ def predict_folder(
             raise ValueError("Expected tile_scale without alpha and refer, which hold for whole images. Received: both")
     decider = Decider(predictor.card, alpha, refer)
     settings = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer, "tile_scale": tile_scale}
-    _begin(place, {"images": str(source), "network": predictor.crc32(), **settings})
+    _begin(place, {"images": str(source), "network": predictor.digest(), **settings})
     finished = set(_read(place / TABLE).get("image", ()))
     rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
@@ -187,11 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flag",
         type=float,
         default=0.1,
-        help="flag what is less sure than all but this share of validation",
+        help="flag images that are less certain than all but this share of the validation images",
     )
     parser.add_argument("--masks", type=int, default=0, help="sampled masks for each image, of a segmentation")
     parser.add_argument(
-        "--alpha", type=float, help="sets that have the truth but for this risk; masks that miss this share at most"
+        "--alpha", type=float, help="sets that miss the true label, or masks that miss true pixels, at most so often"
     )
     parser.add_argument(
         "--tile-scale",
@@ -199,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut large images into overlapping tiles, at so many times their size, as training had them: "
         "1 for a network trained on patches, 0.25 where training shrank images of 512 pixels to 128",
     )
-    parser.add_argument("--refer", type=float, help="refer so much that at most this share of the others is wrong")
+    parser.add_argument("--refer", type=float, help="refer images until at most this share of the others is wrong")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -209,9 +209,12 @@ def run(given: argparse.Namespace) -> int:
     table = predict_folder(predictor, given.images, given.out, **options)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0
-    write_prediction_page(Path(given.out, REPORT), predictor, given.images, given.out, table, skipped, given.flag)
+    promises = Decider(predictor.card, given.alpha, given.refer).promises()
+    others = {key: options[key] for key in ("alpha", "refer", "tile_scale") if options[key] is not None}
+    page = (Path(given.out, REPORT), predictor, given.images, given.out, table, skipped, given.flag)
+    write_prediction_page(*page, promises, others)
     print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, REPORT)}")
-    for line in Decider(predictor.card, given.alpha, given.refer).promises():
+    for line in promises:
         print(line)
     for name, reason in zip(skipped.get("image", ()), skipped.get("reason", ()), strict=True):
         print(f"skipped {name}: {reason}", file=sys.stderr)

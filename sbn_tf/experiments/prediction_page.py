@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +32,8 @@ def write_prediction_page(
     table: pd.DataFrame,
     skipped: pd.DataFrame,
     flag: float,
+    promises: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report of the images that a network predicted. At most one whole image is in memory at a time.
 
@@ -41,6 +45,8 @@ def write_prediction_page(
         table: `predictions.csv`; empty where no image could be read.
         skipped: columns image and reason.
         flag: share of the validation images whose uncertainty is above the limit of a flag, 0..1.
+        promises: of `decisions.Decider`: what the decisions guarantee.
+        settings: others to be named, such as {"alpha": 0.1}.
 
     Raises:
         OSError: a full disk, or no permission; a page that was there before stays.
@@ -56,7 +62,7 @@ def write_prediction_page(
         "prediction.html",
         title=f"{len(table):,} images, predicted by a network trained on {card.dataset}",
         headline=f"{len(table):,} images: {len(flagged):,} flagged, {len(skipped):,} skipped.",
-        sentences=_sentences(len(table), len(flagged), flag),
+        sentences=[*_sentences(len(table), len(flagged), flag), *promises],
         limit=f"{100 * (1 - flag):g} %",
         flagged=pages.rows_of(_reasons(flagged, card), "image"),
         skipped=pages.rows_of(
@@ -64,7 +70,7 @@ def write_prediction_page(
         ),
         unsure=[_case(row, card, files.get(row["image"]), Path(out)) for _, row in unsure.head(CASES).iterrows()],
         legend=legend,
-        settings=pages.settings_table(_settings(predictor, images, flag)),
+        settings=pages.settings_table([*_settings(predictor, images, flag), *(settings or {}).items()]),
     )
 
 
@@ -163,6 +169,7 @@ def _settings(predictor, images, flag):
         ("method", card.method),
         ("classes", ", ".join(card.classes)),
         ("input", f"{card.size} x {card.size} x {card.channels}, fit {card.fit}"),
+        *((("window", f"{card.window[0]:g} to {card.window[1]:g}"),) if card.window else ()),
         ("draws of a prediction", card.num_samples),
         ("threshold", f"{card.threshold:g}"),
         ("temperature", f"{card.temperature:.4g}"),

@@ -184,14 +184,17 @@ class Predictor:
             card = NetworkCard.model_validate(read_json(folder / CARD))
             check_archive(folder / MODEL)
         except (OSError, ValueError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
+            if isinstance(error, ValidationError):
+                reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
             raise ValueError(
-                f"Expected a folder of `sbn-tf train` with {CARD} and {MODEL}. Received: {folder} ({reason})."
+                f"Expected a folder of `sbn-tf train` with {CARD} and {MODEL}. Received: {folder} ({reason}).\n"
+                "Run `sbn-tf train` again."
             ) from None
         found = cls(load(folder / MODEL, compile=False), card)
         if card.crc32 != found.crc32():
             raise ValueError(
-                f"Expected {CARD} and {MODEL} of one training. Received: two, in {folder}. Run `sbn-tf train` again."
+                f"Expected {CARD} and {MODEL} of one training. Received: two, in {folder}.\nRun `sbn-tf train` again."
             )
         return found
 
@@ -236,6 +239,10 @@ class Predictor:
     def crc32(self) -> int:
         """A number that tells networks apart: of all weights."""
         return zlib.crc32(b"".join(np.ascontiguousarray(w).tobytes() for w in self.model.get_weights()))
+
+    def digest(self) -> int:
+        """A number that tells networks apart, and what their cards say."""
+        return zlib.crc32(self.card.model_dump_json().encode(), self.crc32())
 
     def read(self, image: str | os.PathLike | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """An image as the network's normalised input (size, size, channels), and its own (width, height)."""

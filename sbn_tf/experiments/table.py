@@ -20,7 +20,7 @@ __all__ = ["differences", "table"]
 MISSING = "missing"
 _COUNTS = ("num_images", "auc_num_labels")
 # These depend on the number of samples, whatever distribution they are drawn from.
-_OF_SAMPLES = ("ged", "hungarian_iou", "paper_iou")
+_OF_SAMPLES = ("ged", "ged_spread", "hungarian_iou", "paper_iou")
 _BOUNDED = ("nll", "brier", "brier_skill")  # only here no method can expect to beat the "bound_..." rows
 
 

@@ -290,11 +290,13 @@ def partial_run(
     seed = check_seed(seed)
     if locs not in ("trained", "normal"):
         raise ValueError(f'Expected locs "trained" or "normal". Received: locs={locs!r}')
+    if posterior == "gaussian" and recipe.scale_start == "layer":
+        raise ValueError('Expected scale_start "absolute", "relative" or "fisher" of gaussian. Received: "layer"')
     if locs == "normal" and recipe.scale_start == "fisher":
         raise ValueError('Expected scales that do not start by the curvature of other locs. Received: "fisher"')
     if posterior != "gaussian" and recipe.scale_start == "fisher":
         raise ValueError(
-            f'Expected scale_start "absolute" or "relative" of {posterior}. Received: scale_start="fisher"'
+            f'Expected scale_start "absolute", "relative" or "layer" of {posterior}. Received: scale_start="fisher"'
         )
     settings = {f: v for f, v in dataclasses.asdict(recipe).items() if f not in _OF_MASKS}
     settings |= {"step1": step1.folder.name, "masks": masks.digest(), "locs": locs, "posterior": posterior}

@@ -32,7 +32,7 @@ JUDGED = {
 }
 USED = ("aurc", "excess_aurc", "error_auroc", "error_auroc_mi")
 CONTROL = "deterministic_longer"
-PLAIN = {"deterministic": "plain network", CONTROL: "plain network, trained as long"}
+PLAIN = {"deterministic": "plain network", CONTROL: "plain network, the epochs of both steps"}
 CASES = 6  # pictures of a kind
 FEW = 30  # test images
 TEMPERED = "ours, with its temperature"
@@ -169,9 +169,10 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     budgets = [label for label, row in found.items() if row.runs["method"].str.startswith("budget_").any()]
     # The training frequencies are calibrated, which is no merit.
     compared = {key: test.loc[trivial].dropna(subset=["difference"]) for key, test in tests.items() if key != "ece"}
+    compared = {key: test for key, test in compared.items() if len(test)}
     useless = [key for key, test in compared.items() if (test["outcome"] != "better").any()]
     sentences = [_sentence(found, ours, label, tests) for label in (control, *budgets) if label not in (None, ours)]
-    if any(map(len, compared.values())):
+    if compared:
         sentences.append(
             f"A predictor that ignores the image is as good, as far as these images show, in {', '.join(useless)}."
             if useless
@@ -194,7 +195,7 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
 
 def _headline(outcomes):
     better, worse = ([key for key, one in outcomes.items() if one == kind] for kind in ("better", "worse"))
-    rival = "the plain network trained as long"
+    rival = "the plain network of both steps' epochs"
     if better and worse:
         return "", f"Better than {rival} in {', '.join(better)}, worse in {', '.join(worse)}."
     if better:

@@ -8,8 +8,9 @@
     method = methods.make("ensemble", recipe, network="unet_small").fit(data)
     probs = method.predict_samples(data.test.normalised(slice(0, 20)))  # (samples, images, height, width)
 
-All start from the same step 1, except `bayes_normal` and the other members of ensembles, and choose on the validation
-split alone. `fit` goes on after an interruption and loads a finished method; it does not read the test split.
+All start from the same step 1, except `bayes_normal`, `branched`, `budget_...` and the other members of ensembles, and
+choose on the validation split alone. `fit` goes on after an interruption and loads a finished method; it does not read
+the test split.
 """
 
 from __future__ import annotations

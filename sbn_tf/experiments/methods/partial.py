@@ -10,6 +10,7 @@ import numpy as np
 from sbn_tf import cost as costs
 from sbn_tf.datasets.base import EXCLUSIVE
 from sbn_tf.experiments import networks, training
+from sbn_tf.experiments.branched import stem_epochs
 from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.methods.sampled import Sampled, score_flops
 from sbn_tf.experiments.recipes import optimizer_for
@@ -200,19 +201,19 @@ class Branched(Partial):
         return None
 
     def _train_step1(self, data):
-        stem = dataclasses.replace(self.recipe, epochs=self._stem_epochs(), decay="none")
+        stem = dataclasses.replace(self.recipe, epochs=self._stem(), decay="none")
         self.step1 = training.deterministic_run(data, stem, network=self.network, **self._options())
 
-    def _stem_epochs(self):
-        return min(max(1, round(self.recipe.branch_at * self.recipe.epochs)), max(1, self.recipe.epochs - 1))
+    def _stem(self):
+        return stem_epochs(self.recipe.epochs, self.recipe.branch_at)
 
     def _settings(self):
-        rest = max(1, self.recipe.epochs - self._stem_epochs())
+        rest = max(1, self.recipe.epochs - self._stem())
         own = {"estimator": self.recipe.estimator, "batch_norm": self.recipe.batch_norm}
         return {**super()._settings(), **own, "bayes_epochs": rest, "bayes_learning_rate": None}
 
     def _trainings(self, parts):
-        share = self._stem_epochs() / self.recipe.epochs
+        share = self._stem() / self.recipe.epochs
         members = parts.bayesian / self.recipe.bayes_epochs * self._settings()["bayes_epochs"]
         return {"stem": share * parts.first, "saliency_of_stem": parts.saliency, self.name: members}
 
