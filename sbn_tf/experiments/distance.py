@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -88,7 +88,7 @@ class FeatureDistance:
 
 
 def detection(
-    predict_samples,
+    predict_samples: Callable,
     model: keras.Model,
     train: Split,
     clean: Split,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -75,7 +76,7 @@ class Served(keras.Model):
 
 
 def export_served(
-    model: keras.Model, card, path: str | os.PathLike, format: str, start: Callable[[], None] = lambda: None
+    model: keras.Model, card: Any, path: str | os.PathLike, format: str, start: Callable[[], None] = lambda: None
 ) -> None:
     """Write a network that takes raw pixels, float32 (batch, size, size, channels) of 0 to 255.
 

@@ -73,7 +73,13 @@ KINDS = ("noise", "blur", "contrast", *CORRUPTIONS)
 
 
 def shifted(
-    images: np.ndarray, kind: str, severity: float, seed: int = 0, offset: int = 0, mean=0.0, sd=1.0
+    images: np.ndarray,
+    kind: str,
+    severity: float,
+    seed: int = 0,
+    offset: int = 0,
+    mean: np.ndarray | float = 0.0,
+    sd: np.ndarray | float = 1.0,
 ) -> np.ndarray:
     """Make normalised images worse; severity 0 leaves them as they are.
 
