@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import sbn_tf
 from sbn_tf import to_partial_bayes
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
@@ -125,3 +126,12 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'tf2onnx.*\npip install "sbn_tf\[onnx\]"'):
         predictor.export(tmp_path / "a.onnx", format="onnx")
+
+
+@pytest.mark.parametrize("format", ["onnx", "litert"])
+def test_random_draws_go_to_no_format_that_cannot_draw(format, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid", name="d")])
+    bayes = sbn_tf.to_partial_bayes(model, {"d/kernel": np.ones((2, 1), bool)}, num_train=4)
+    with pytest.raises(ValueError, match=r"cannot draw random numbers\.\n.*sbn_tf.load"):
+        bayes.export(tmp_path / "file", format=format)
+    assert not (tmp_path / "file").exists()

@@ -246,11 +246,17 @@ class SampledModel(Distributed):
             kwargs: as in Keras.
 
         Raises:
-            ValueError: an unknown kind of outputs, outputs without an entropy, or another backend than TensorFlow.
+            ValueError: an unknown kind of outputs, outputs without an entropy, a format that cannot draw random numbers
+                (ONNX, LiteRT), or another backend than TensorFlow.
         """
         check_choice("outputs", outputs, ("mean", "uncertainty"))
         if keras.backend.backend() != "tensorflow":
             raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
+        if format in ("onnx", "litert"):
+            raise ValueError(
+                f"Expected format='tf_saved_model'. Received: {format!r}, whose graphs cannot draw random numbers.\n"
+                "Networks of `sbn-tf train` go there with fixed draws: sbn_tf.load(folder).export(path, format)."
+            )
         refuse_posterior_mean()
         if input_signature is None:
             structure = input_structure(self.network)
