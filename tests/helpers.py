@@ -10,6 +10,23 @@ from sbn_tf.datasets.base import MULTI_LABEL, SEGMENTATION
 from sbn_tf.experiments import networks, scoring
 from sbn_tf.experiments.result import Result
 
+QUANTILES = ("quantiles", "aleatoric_quantiles", "epistemic_quantiles")
+NETWORK_CARD = {  # of a `NetworkCard`
+    "dataset": "made up",
+    "method": "none",
+    "task": "segmentation",
+    "classes": ["spot"],
+    "size": 8,
+    "channels": 1,
+    "fit": "pad",
+    "mean": [0.4],
+    "sd": [0.2],
+    "threshold": 0.5,
+    "num_samples": 1,
+    "temperature": 1.0,
+    **dict.fromkeys(QUANTILES, [0.0] * 101),
+}
+
 
 def pairwise_iou(masks):
     """Mean IoU of all pairs of raters where both drew, of `(N, H, W, R)` masks."""

@@ -6,27 +6,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from helpers import NETWORK_CARD
 from PIL import Image
 
 from sbn_tf import datasets
 from sbn_tf.datasets import decoding, medical
 from sbn_tf.experiments import predict
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
-
-CARD = {
-    "dataset": "made up",
-    "method": "none",
-    "task": "segmentation",
-    "classes": ["spot"],
-    "size": 8,
-    "channels": 1,
-    "mean": [0.4],
-    "sd": [0.2],
-    "threshold": 0.5,
-    "num_samples": 1,
-    "temperature": 1.0,
-    **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), [0.0] * 101),
-}
 
 
 @pytest.fixture
@@ -166,7 +152,7 @@ def test_a_prediction_has_the_area_in_square_millimetres(dicom, nifti, tmp_path)
     Image.fromarray(np.zeros((4, 4), "uint8")).save(tmp_path / "in" / "d.png")
     network = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(1, 1, activation="sigmoid")])
     network.set_weights([np.zeros((1, 1, 1, 1)), np.array([0.1])])  # everything is foreground
-    card = NetworkCard.model_validate({**CARD, "window": None, "fit": "stretch"})
+    card = NetworkCard.model_validate({**NETWORK_CARD, "window": None, "fit": "stretch"})
     table = predict.predict_folder(Predictor(network, card), tmp_path / "in", tmp_path / "out").set_index("image")
     assert table.index.tolist() == ["a.dcm", *(f"b.nii.gz#{k}" for k in range(7)), "d.png"]
     assert table["area_pixels"].tolist() == [64 * 64, *[20] * 7, 16]

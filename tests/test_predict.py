@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import NETWORK_CARD, QUANTILES
 from PIL import Image
 from scipy.special import entr, expit, log_softmax, logit
 
@@ -23,21 +24,7 @@ from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
 from sbn_tf.experiments.train import predictor_of
 
 SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
-CARD = {
-    "dataset": "made up",
-    "method": "none",
-    "task": "segmentation",
-    "classes": ["spot"],
-    "size": 8,
-    "channels": 1,
-    "fit": "pad",
-    "mean": [0.4],
-    "sd": [0.2],
-    "threshold": 0.5,
-    "num_samples": 1,
-    "temperature": 1.0,
-    **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), np.linspace(0, 0.7, 101).tolist()),
-}
+CARD = {**NETWORK_CARD, **dict.fromkeys(QUANTILES, np.linspace(0, 0.7, 101).tolist())}
 
 
 def write_image(path, width, height, seed):

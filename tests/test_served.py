@@ -4,23 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import NETWORK_CARD
 
 import sbn_tf
 from sbn_tf import to_partial_bayes
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
-CARD = {
-    "dataset": "made up",
-    "method": "none",
-    "size": 8,
-    "channels": 3,
-    "fit": "pad",
-    "mean": [0.4, 0.5, 0.6],
-    "sd": [0.2, 0.3, 0.1],
-    "threshold": 0.5,
-    "num_samples": 3,
-    **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), [0.0] * 101),
-}
+COLOURS = {"channels": 3, "mean": [0.4, 0.5, 0.6], "sd": [0.2, 0.3, 0.1]}
+CARD = {**NETWORK_CARD, **COLOURS, "num_samples": 3}
 NAMES = {"mean": "probabilities", "entropy": "entropy", "mutual_information": "mutual_information"}
 
 

@@ -138,8 +138,7 @@ def read_image(
     with _verified(path) as image:
         whole = image.size
         if image.mode in DEEP:
-            pixels = np.asarray(image).astype("float32") / np.float32(65535)
-            return _floats_square(pixels, size, fit, channels), whole
+            return _floats_square(_of_16_bits(image), size, fit, channels), whole
         image.draft(mode, (2 * size, 2 * size))  # a JPEG of 6,000 pixels need not be decoded in full
         grey_or_rgb = image if image.mode == mode else image.convert(mode)
         return square(grey_or_rgb, size, fit, Image.Resampling.BILINEAR, channels), whole
@@ -158,7 +157,7 @@ def read_scaled(
     else:
         with _verified(path) as image:
             if image.mode in DEEP:
-                planes = _planes(np.asarray(image).astype("float32") / np.float32(65535), channels)
+                planes = _planes(_of_16_bits(image), channels)
             else:
                 planes = list(np.moveaxis(np.atleast_3d(np.asarray(image.convert(MODES[channels]))), -1, 0))
     whole = planes[0].shape[::-1]
@@ -202,6 +201,11 @@ def _floats_square(pixels, size, fit, channels):
     planes = map(Image.fromarray, _planes(pixels, channels))
     squares = [square(plane, size, fit, Image.Resampling.BILINEAR, 1) for plane in planes]
     return np.concatenate(squares * (channels // len(squares)), -1)
+
+
+def _of_16_bits(image):
+    """A grey image of 16 bits as floats, 0..1."""
+    return np.asarray(image).astype("float32") / np.float32(65535)
 
 
 def _planes(pixels, channels):

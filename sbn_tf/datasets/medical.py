@@ -135,7 +135,7 @@ def _state(path):
 
 @functools.lru_cache(maxsize=64)
 def _header(path, size, changed):
-    if path.lower().endswith(".dcm"):
+    if is_dicom(path):
         pydicom = _library("pydicom", "dicom", path)
         found = _safely(path, lambda: pydicom.dcmread(path, stop_before_pixels=True))
         if found.get("PhotometricInterpretation") not in KINDS or "SharedFunctionalGroupsSequence" in found:

@@ -251,7 +251,11 @@ class Predictor:
             pixels, whole = _pixels(image, card), (image.shape[1], image.shape[0])
         else:
             pixels, whole = read_image(image, card.size, card.fit, card.channels, card.window)
-        return normalise(pixels, np.asarray(card.mean, "float32"), np.asarray(card.sd, "float32")), whole
+        return self.normalised(pixels), whole
+
+    def normalised(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (..., channels), uint8 or floats of 0..1, as the network's input."""
+        return normalise(pixels, np.asarray(self.card.mean, "float32"), np.asarray(self.card.sd, "float32"))
 
     def samples(self, inputs: np.ndarray) -> np.ndarray:
         """Probabilities of each draw for one batch of normalised inputs: (samples, batch, classes), or maps.
@@ -269,28 +273,25 @@ class Predictor:
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
-        card, samples = self.card, self.samples(inputs)
-        parts = uncertainty(samples, card.task)
-        maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
-        return [
-            Prediction(
-                card,
-                None if wholes is None else wholes[i],
-                {key: values[i] for key, values in maps.items()},
-                samples[:, i],
-            )
-            for i in range(len(inputs))
-        ]
+        return _predictions(self.card, self.samples(inputs), [None] * len(inputs) if wholes is None else wholes)
 
     def prediction(self, samples: np.ndarray, whole: tuple[int, int]) -> Prediction:
         """What draws of one image say, (samples, height, width) of any size, as maps of the size `whole`."""
-        parts = uncertainty(samples[:, None], self.card.task)
-        values = {"probabilities": parts["mean_probs"][0], **{key: parts[key][0] for key in PARTS}}
-        return Prediction(self.card.model_copy(update={"fit": "stretch"}), whole, values, samples)
+        return _predictions(self.card.model_copy(update={"fit": "stretch"}), samples[:, None], [whole])[0]
 
     def _read(self, part):
         inputs, wholes = zip(*map(self.read, part), strict=True)
         return np.stack(inputs), wholes
+
+
+def _predictions(card, samples, wholes):
+    """What samples (samples, batch, ...) say of each image."""
+    parts = uncertainty(samples, card.task)
+    maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
+    return [
+        Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i])
+        for i, whole in enumerate(wholes)
+    ]
 
 
 def image_files(folder: str | os.PathLike) -> dict[str, Path]:

@@ -10,7 +10,6 @@ import numpy as np
 from sbn_tf.core.checks import check_number
 from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.datasets.decoding import read_scaled
-from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor
 
 __all__ = ["check_tiles", "predict_tiled"]
@@ -52,7 +51,7 @@ def predict_tiled(predictor: Predictor, path: str | os.PathLike, scale: float) -
     size = card.size
     padded = np.zeros((max(height, size), max(width, size), card.channels), pixels.dtype)
     padded[:height, :width] = pixels
-    inputs = normalise(padded, np.asarray(card.mean, "float32"), np.asarray(card.sd, "float32"))
+    inputs = predictor.normalised(padded)
     places = [(up, left) for up in _starts(len(padded), size) for left in _starts(padded.shape[1], size)]
     total = np.zeros((card.num_samples, *padded.shape[:2]), "float32")
     weight = np.zeros(padded.shape[:2], "float32")
@@ -78,4 +77,4 @@ def _weights(start, size, length):
     place, margin = np.arange(size) + 0.5, size // MARGIN
     before = np.inf if start == 0 else place - margin
     after = np.inf if start + size == length else size - place - margin
-    return np.clip(np.minimum(np.minimum(before, after), size) / size, 0, 1) * np.ones(size)
+    return np.clip(np.minimum(before, after) / size, 0, 1) * np.ones(size)

@@ -18,11 +18,10 @@ MAX_CYCLES = 5
 class Networks(Method):
     """Several sets of weights of one network, each a sample; here each a run of `deterministic` by itself."""
 
-    number: int | None = None  # of networks; None: `num_members`
-    share = 1  # each has one `share`-th of the recipe's epochs
+    share = 1  # each has one `share`-th of the recipe's epochs; above 1 they are as many, else `num_members`
 
     def _count_samples(self, num_samples):
-        self.num_members = self.number or self.num_members
+        self.num_members = self.share if self.share > 1 else self.num_members
         return self.num_members
 
     def _epochs(self):
@@ -86,7 +85,7 @@ class Budget2(Networks):
 
     name, title = "budget_2", "two networks, half of the epochs each"
     needs_step1 = False
-    number = share = 2
+    share = 2
 
 
 class Budget3(Networks):
@@ -94,7 +93,7 @@ class Budget3(Networks):
 
     name, title = "budget_3", "three networks, a third of the epochs each"
     needs_step1 = False
-    number = share = 3
+    share = 3
 
 
 class Budget5(Networks):
@@ -102,7 +101,7 @@ class Budget5(Networks):
 
     name, title = "budget_5", "five networks, a fifth of the epochs each"
     needs_step1 = False
-    number = share = 5
+    share = 5
 
 
 class EnsembleLonger(Networks):

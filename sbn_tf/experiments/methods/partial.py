@@ -48,6 +48,9 @@ class Partial(Method):
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
 
+    def _count_samples(self, num_samples):
+        return super()._count_samples(num_samples) if self.takes_samples else self.recipe.num_samples
+
     def _train(self, data):
         self._train_step1(data)
         self.masks = self._choose_masks(data)
@@ -87,7 +90,7 @@ class Partial(Method):
         return score_flops(self.step1.model, self._loss, self.recipe.score, batch) if self.uses_scores else 0.0
 
     def _paper_flops(self):
-        return float(costs.paper_flops(self.masks.r_bayes))
+        return float(costs.paper_flops(self.masks.r_bayes)) if self.posterior == "gaussian" else None
 
     def _trainings(self, parts):
         scores = {f"saliency_{self.recipe.score}": parts.saliency} if self.uses_scores else {}
@@ -174,12 +177,6 @@ class Members(Partial):
     sets = SET_BY_MEMBERS
     posterior = "members"
 
-    def _count_samples(self, num_samples):
-        return self.recipe.num_samples
-
-    def _paper_flops(self):
-        return None
-
 
 class Branched(Partial):
     """A sparse ensemble that parts early: one network first, then members for the rest of step 1's epochs.
@@ -193,12 +190,6 @@ class Branched(Partial):
     sets = (*SET_BY_MEMBERS[2:], "bayes_epochs", "bayes_learning_rate")
     takes_samples = needs_step1 = False
     posterior = "members"
-
-    def _count_samples(self, num_samples):
-        return self.recipe.num_samples
-
-    def _paper_flops(self):
-        return None
 
     def _train_step1(self, data):
         stem = dataclasses.replace(self.recipe, epochs=self._stem(), decay="none")
@@ -225,12 +216,6 @@ class Mixture(Partial):
     takes_samples = False
     sets = SET_BY_MEMBERS
     posterior = "mixture"
-
-    def _count_samples(self, num_samples):
-        return self.recipe.num_samples
-
-    def _paper_flops(self):
-        return None
 
 
 # ---------------------------------------------------------------------------
