@@ -41,9 +41,9 @@ def public_functions():
     for module in pkgutil.walk_packages(sbn_tf.__path__, "sbn_tf."):
         if module.name not in UNHINTED and not module.name.endswith("lidc_dicom"):  # needs another Python
             members = importlib.import_module(module.name)
-            for name in getattr(members, "__all__", ()):
+            for name in getattr(members, "__all__", vars(members)):  # without `__all__`: what has no underscore
                 function = getattr(members, name)
-                if inspect.isfunction(function) and function.__module__ == module.name:
+                if inspect.isfunction(function) and function.__module__ == module.name and not name.startswith("_"):
                     yield f"{module.name}.{name}", inspect.signature(function)
 
 

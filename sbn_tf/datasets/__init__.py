@@ -44,8 +44,8 @@ __all__ = [
     "register",
 ]
 
-MIN_SIZE = 8
-NORMALISATIONS = ("train", "paper")
+_MIN_SIZE = 8
+_NORMALISATIONS = ("train", "paper")
 
 
 def card(name: str | os.PathLike) -> Card:
@@ -103,7 +103,7 @@ def load(
     """
     info, reader = _registered(name)
     size = info.default_size if size is None else size
-    for what, value, least in (("size", size, MIN_SIZE), ("seed", seed, 0), ("limit", limit, 1)):
+    for what, value, least in (("size", size, _MIN_SIZE), ("seed", seed, 0), ("limit", limit, 1)):
         if not is_integer(value, least) and not (what == "limit" and value is None):
             raise ValueError(f"Expected an integer {what} >= {least}. Received: {what}={value!r}")
     mean, sd = _moments(info, normalisation)
@@ -139,8 +139,8 @@ def _registered(name) -> tuple[Card, Callable[..., Parts]]:
 
 
 def _moments(info: Card, normalisation: str) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"Expected normalisation one of {NORMALISATIONS}. Received: {normalisation!r}")
+    if normalisation not in _NORMALISATIONS:
+        raise ValueError(f"Expected normalisation one of {_NORMALISATIONS}. Received: {normalisation!r}")
     if normalisation == "train":
         return None, None
     if info.paper_normalisation is None:

@@ -26,7 +26,7 @@ __all__ = ["Data", "Parts"]
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-MEMORY_BYTES = 512 * 2**20  # splits whose images and targets take more stay on the disk
+_MEMORY_BYTES = 512 * 2**20  # splits whose images and targets take more stay on the disk
 
 
 class Parts(NamedTuple):
@@ -184,8 +184,8 @@ def first_in_seeded_order(n: int, limit: int, seed: int) -> np.ndarray:
 
 
 def read_if_small(splits: Sequence[Split], in_memory: bool | None) -> list[Split]:
-    """The splits, read into memory if `in_memory` says so; None: if they take at most `MEMORY_BYTES`."""
-    if in_memory or (in_memory is None and sum(split.nbytes for split in splits) <= MEMORY_BYTES):
+    """The splits, read into memory if `in_memory` says so; None: if they take at most `_MEMORY_BYTES`."""
+    if in_memory or (in_memory is None and sum(split.nbytes for split in splits) <= _MEMORY_BYTES):
         return [split.in_memory() for split in splits]
     return list(splits)
 

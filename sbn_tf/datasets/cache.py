@@ -24,8 +24,6 @@ from sbn_tf.core.files import write_atomically
 from . import files
 from .arrays import DiskArray, NpyWriter, row_crc32, row_sums, stored_rows
 
-__all__ = ["cached"]
-
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raised when the meaning of a cache's contents changes

@@ -3,7 +3,7 @@
 import html
 from dataclasses import dataclass
 
-__all__ = ["BINARY", "EXCLUSIVE", "MULTI_CLASS", "MULTI_LABEL", "ORDINAL", "SEGMENTATION", "TASKS", "Card"]
+__all__ = ["Card"]
 
 BINARY = "binary"
 MULTI_CLASS = "multi-class"

@@ -6,8 +6,6 @@ from . import files
 from .base import MULTI_LABEL, Card, Parts
 from .medmnist import CHEST_NORMALISATION, load_npz
 
-__all__ = ["NIH_CHEST", "load_nih_chest"]
-
 logger = logging.getLogger(__name__)
 
 _FIRST = ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax")

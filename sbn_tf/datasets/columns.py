@@ -13,26 +13,13 @@ from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, SPLIT
 from .faults import Faults
 from .tables import read_table
 
-__all__ = [
-    "check_masks_folder",
-    "columns_of",
-    "csv_of",
-    "is_inside",
-    "names_of",
-    "patients_of",
-    "read_csv",
-    "splits_of",
-    "targets_of",
-    "wrong",
-]
-
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 CSV, IMAGES, MASKS = "images.csv", "images", "masks"
-HELP = "from sbn_tf import datasets; help(datasets.folder) shows all columns."
+_HELP = "from sbn_tf import datasets; help(datasets.folder) shows all columns."
 Columns = dict[str, list[str]]  # name of a column -> its cells
-KNOWN = ("image", "split", "patient", "mask", "label", "grade")
+_KNOWN = ("image", "split", "patient", "mask", "label", "grade")
 
 
 def csv_of(folder: Path) -> Path:
@@ -87,7 +74,7 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of an images.csv; refuses names of columns that are probably others."""
     header, rows = read_table(path)
     for name in header:
-        if name not in KNOWN and name.lower() in KNOWN:
+        if name not in _KNOWN and name.lower() in _KNOWN:
             raise wrong(path, f"the column {name.lower()!r} in small letters", repr(name), "Rename it.")
     if "image" not in header:
         advice = "Rename the column of the images' file names."
@@ -101,7 +88,7 @@ def _check_patient_column(column, path):
         plain = re.sub("[^a-z]", "", name.lower())
         alike = difflib.get_close_matches(plain, ("patient", "patientid", "subjectid"), 1, 0.85)
         is_label = {"0", "1", "0.0", "1.0"} >= set(cells)
-        if alike and not is_label and name not in KNOWN and "patient" not in column:
+        if alike and not is_label and name not in _KNOWN and "patient" not in column:
             advice = f"Did you mean `patient`? Rename {name!r}: without it one patient's images are in several splits."
             raise wrong(path, "the patients in a column patient", repr(name), advice)
 
@@ -131,7 +118,7 @@ def targets_of(
     if single == ["grade"]:
         return _grades(column["grade"], path)
     values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
-    advice = f"A column that is none of {', '.join(KNOWN)} is a label; leave out all others."
+    advice = f"A column that is none of {', '.join(_KNOWN)} is a label; leave out all others."
     for name in others:
         _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
     targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
@@ -151,10 +138,10 @@ def _masks(column, raters, path):
 def _labels(cells, path):
     _check_cells(cells, lambda cell: cell.lower() not in ("", "nan"), "a class name in each cell of label", path)
     classes = sorted(set(cells))
-    _check_spelling(classes, lambda name: Decimal(name) if NUMBER.fullmatch(name) else name.lower(), "class", path)
+    _check_spelling(classes, lambda name: Decimal(name) if _NUMBER.fullmatch(name) else name.lower(), "class", path)
     if len(classes) < 2:
         raise wrong(path, "two classes or more in column label", f"{classes[0]!r} alone")
-    if all(map(NUMBER.fullmatch, classes)):
+    if all(map(_NUMBER.fullmatch, classes)):
         classes.sort(key=Decimal)
     number = {name: k for k, name in enumerate(classes)}
     numbers = np.array([number[cell] for cell in cells])
@@ -230,6 +217,6 @@ def _check_cells(cells, right, expected, path, *advice):
         raise Faults([wrong(path, expected, one, *advice) for one in received])
 
 
-def wrong(path: Path, expected: str, received: str, advice: str = HELP) -> ValueError:
+def wrong(path: Path, expected: str, received: str, advice: str = _HELP) -> ValueError:
     """An error about an images.csv: what was expected in it, what was received, what to do."""
     return ValueError(f"Expected {expected} in {path}. Received: {received}.\n{advice}")

@@ -20,14 +20,12 @@ from . import cache as array_cache
 from . import files, medical
 from .arrays import DiskArray
 
-__all__ = ["decoded", "grey_and_deep", "read_image", "read_scaled", "square"]
-
 logger = logging.getLogger(__name__)
 
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs, as an EPS does
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, the third of EXIF too
-BROKEN = (
+_BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -41,7 +39,7 @@ MODES = {1: "L", 3: "RGB"}
 GREY = ("1", "L", "LA")
 DEEP = ("I;16", "I;16B", "I;16L")  # Pillow reads 16 bits in full where there is one channel
 MAX_BYTES = 1_500_000_000  # that decoding one image may take; half of it for several at a time
-MAX_FILE_BYTES = 2**29
+_MAX_FILE_BYTES = 2**29
 MAX_PIXELS = 2**26  # of an image that is not made a square
 
 
@@ -313,14 +311,14 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         ValueError: no regular file, or one that is corrupt, too large, or would not be read as it looks.
     """
     try:
-        if files.status(path).st_size > MAX_FILE_BYTES:
-            raise _too_large(path, f"a file of more than {MAX_FILE_BYTES:,}")
+        if files.status(path).st_size > _MAX_FILE_BYTES:
+            raise _too_large(path, f"a file of more than {_MAX_FILE_BYTES:,}")
         with files.open_file(path) as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, file, path)
             yield image
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error).split(",")[0]) from error
-    except BROKEN as error:
+    except _BROKEN as error:
         if "\n" in str(error):  # explained already
             raise
         raise ValueError(

@@ -12,8 +12,6 @@ from tqdm import tqdm
 
 from . import files
 
-__all__ = ["fetch"]
-
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 4  # after an attempt that brought nothing new, until one does
 BACKOFF = 1.0  # seconds before the first retry; doubled for each further one
@@ -26,7 +24,7 @@ SHA256 = {
     "750601b1f35ba3300ea97c75c52ff8f6": "3a22d2a4625e7dd8903f0f59030e81a3d0c222bece2e5e10927456cb50efdec1",
     "0744692d530f8e62ec473284d019b0c7": "1a309fec2e33bb6aba88e7d078e5ccbb9736c84a0b415ac197eb3c8fa331e050",
 }
-TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # of HTTP
+_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # of HTTP
 
 
 def fetch(url: str, path: str | os.PathLike, md5: str, source: str) -> Path:
@@ -83,7 +81,7 @@ def _receive_all(url, path, part, source):
             _receive(url, path, part)
             return
         except urllib.error.HTTPError as error:
-            if error.code not in TRY_AGAIN:
+            if error.code not in _TRY_AGAIN:
                 raise ConnectionError(
                     f"Expected {path.name} from {url}. Received: HTTP {error.code} ({error.reason}).\n"
                     f"Get it from {source} and put it there: {path}."

@@ -10,8 +10,6 @@ from tqdm import tqdm
 from .decoding import read_image, read_mask
 from .medical import file_of
 
-__all__ = ["Fault", "Faults", "fault_of", "unreadable"]
-
 
 class Fault(NamedTuple):
     """What is wrong with a file, and what to do, a sentence each."""

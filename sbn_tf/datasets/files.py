@@ -26,7 +26,7 @@ __all__ = ["find", "resize_images"]
 logger = logging.getLogger(__name__)
 
 Folder = str | os.PathLike | None  # None: the default
-IGNORED = ("thumbs.db", "desktop.ini")  # what Windows leaves in a folder of images
+_IGNORED = ("thumbs.db", "desktop.ini")  # what Windows leaves in a folder of images
 
 
 def roots(root: str | os.PathLike | None = None) -> list[Path]:
@@ -75,7 +75,7 @@ def listed(folder: Path, pattern: str = "*", deep: bool = False) -> dict[str, Pa
         below = Path(place).relative_to(folder).as_posix() + "/"
         folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
         for file in sorted(fnmatch.filter(names, pattern)):
-            if file.startswith(".") or file.lower() in IGNORED:
+            if file.startswith(".") or file.lower() in _IGNORED:
                 continue
             name = same_text(f"{below}{file}".removeprefix("./"))
             if name in found:

@@ -62,7 +62,7 @@ from .files import check_option, is_integer, listed
 from .medical import file_of
 from .registry import names
 
-__all__ = ["Folder", "faults", "folder_dataset", "is_folder"]
+__all__ = ["Folder"]
 
 logger = logging.getLogger(__name__)
 

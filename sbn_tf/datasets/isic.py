@@ -11,13 +11,11 @@ from .base import SEGMENTATION, Card, Parts, first_in_seeded_order
 from .decoding import FITS, decoded
 from .tables import read_table
 
-__all__ = ["ISIC2018", "load_isic2018"]
-
 logger = logging.getLogger(__name__)
 
 IMAGES = "ISIC2018_Task1-2_{}_Input"
 MASKS = "ISIC2018_Task1_{}_GroundTruth"
-OFFICIAL = {"train": "Training", "val": "Validation", "test": "Test"}
+_OFFICIAL = {"train": "Training", "val": "Validation", "test": "Test"}
 
 ISIC2018 = Card(
     name="isic2018",
@@ -78,11 +76,11 @@ def _split(folder, seed):
     training = _pairs(folder, "Training")
     if (folder / "split.csv").exists():
         return _split_from_csv(folder / "split.csv", training)
-    if all((folder / IMAGES.format(OFFICIAL[p])).exists() for p in ("val", "test")):
+    if all((folder / IMAGES.format(_OFFICIAL[p])).exists() for p in ("val", "test")):
         return {"train": list(training.values())} | {
-            part: list(_pairs(folder, OFFICIAL[part]).values()) for part in ("val", "test")
+            part: list(_pairs(folder, _OFFICIAL[part]).values()) for part in ("val", "test")
         }
-    official = [OFFICIAL[p] for p in ("val", "test") if (folder / IMAGES.format(OFFICIAL[p])).exists()]
+    official = [_OFFICIAL[p] for p in ("val", "test") if (folder / IMAGES.format(_OFFICIAL[p])).exists()]
     if official:
         logger.warning(
             "isic2018: the %s folder is not used: without the other one there is no official split", *official
@@ -109,7 +107,7 @@ def _split_from_csv(path, training):
     if len(part_of) < len(rows):
         (often, _), *_ = collections.Counter(row["image_id"] for row in rows).most_common(1)
         raise ValueError(f"Expected one row for each image in {path}. Received: {often} twice or more")
-    strange = sorted(set(part_of.values()) - set(OFFICIAL), key=str)
+    strange = sorted(set(part_of.values()) - set(_OFFICIAL), key=str)
     if strange:
         raise ValueError(f"Expected split train, val or test in {path}. Received: {strange[0]!r}")
     for what, names in (
@@ -118,7 +116,7 @@ def _split_from_csv(path, training):
     ):
         if names:
             raise ValueError(f"Expected {what} of {path}. Received: none for {len(names)}, as {min(names)}")
-    return {part: [training[i] for i in sorted(training) if part_of[i] == part] for part in OFFICIAL}
+    return {part: [training[i] for i in sorted(training) if part_of[i] == part] for part in _OFFICIAL}
 
 
 def _pairs(folder, part):

@@ -10,10 +10,8 @@ from . import files, npz
 from .base import SEGMENTATION, Card, Parts
 from .base import SPLITS as PARTS
 
-__all__ = ["LIDC", "load_lidc"]
-
 WINDOW = (-1000.0, 400.0)  # Hounsfield units: air to soft tissue, the customary lung window
-PIXEL_SPACINGS = (0.1, 5.0)  # mm; what a CT slice can have, with room on both sides
+_PIXEL_SPACINGS = (0.1, 5.0)  # mm; what a CT slice can have, with room on both sides
 RATERS = ("all", "drew")
 SPLITS = ("file", "patient")
 FOLDS = 4
@@ -154,7 +152,7 @@ def split_by_group(groups: ArrayLike, fold: int, seed: int) -> dict[str, np.ndar
 
 def _resampled(images, masks, native, size, spacing, air, path):
     """Images `(N, H, W)` and masks `(N, H, W, R)` at one spacing, `(N, size, size, 1)` and `(N, size, size, R)`."""
-    low, high = PIXEL_SPACINGS
+    low, high = _PIXEL_SPACINGS
     wrong = np.flatnonzero((native < low) | (native > high))
     if len(wrong):
         raise ValueError(

@@ -14,12 +14,10 @@ from .lidc import FOLDS, RATERS, centre, check_fold, split_by_group
 from .safe_pickle import SafePickle
 from .tables import read_table
 
-__all__ = ["LIDC_PATCHES", "load_lidc_patches"]
-
 NUM_RATERS = 4
 SPLITS = ("patient", "paper")
 WIDTHS = {"key": 128, "series_uid": 64, "patient_id": 64}  # letters
-FORMS: dict[str, npz.Form] = {
+_FORMS: dict[str, npz.Form] = {
     "image": (("N", "H", "W"), "numbers in C order"),
     "masks": (("N", NUM_RATERS, "H", "W"), "numbers or booleans in C order"),
 } | {name: (("N",), "text in C order") for name in WIDTHS}
@@ -27,7 +25,7 @@ CHUNK = 32  # patches at a time; an interruption costs no more than these
 PICKLES, NPZ = (".pickle", ".pkl"), (".npz",)
 ENTRIES = ("image", "masks", "series_uid")  # of a patch in a pickle
 MAX_PIXELS = 2**24  # of a patch
-PATIENTS = "series_patients.csv"
+_PATIENTS = "series_patients.csv"
 
 LIDC_PATCHES = Card(
     name="lidc_patches",
@@ -131,7 +129,7 @@ def _groups(folder, series, patients):
                 f"Received: {patient_of[uid]!r} and {patient!r} for {uid!r}.\n"
                 "Mend the patient_id of these patches, or make the file again."
             )
-    missing, path = sorted(set(series) - set(patient_of)), folder / PATIENTS
+    missing, path = sorted(set(series) - set(patient_of)), folder / _PATIENTS
     if missing and path.exists():
         named = _patients_of_csv(path)
         other = [uid for uid in patient_of if named.get(uid, patient_of[uid]) != patient_of[uid]]
@@ -314,9 +312,9 @@ def _open_npz(paths):
     lengths, seen, tables = {}, {}, []
     for path in paths:
         with npz.whole(path) as archive:
-            npz.check_keys(archive, FORMS, path)
+            npz.check_keys(archive, _FORMS, path)
             lengths.pop("N", None)  # height and width are the same in all files
-            npz.check_forms(archive, FORMS, path, lengths)
+            npz.check_forms(archive, _FORMS, path, lengths)
             table = {name: array.tolist() for name, array in npz.read_arrays(archive, WIDTHS).items()}
         for values in zip(*table.values(), strict=True):
             _check_names(path, dict(zip(table, values, strict=True)), seen)

@@ -18,13 +18,11 @@ import numpy as np
 
 from . import files
 
-__all__ = ["ENDINGS", "file_of", "is_grey", "is_medical", "mask", "pixel_spacing", "read", "slices"]
-
 ENDINGS = (".dcm", ".nii", ".nii.gz")
 NAME = re.compile(r"(.+(?:\.dcm|\.nii|\.nii\.gz))(?:#([0-9]{1,6}))?", re.IGNORECASE | re.DOTALL)
 KINDS = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422")
-MAX_VALUES = 125_000_000  # of a file, as floats with a copy 1 GB
-MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
+_MAX_VALUES = 125_000_000  # of a file, as floats with a copy 1 GB
+_MILLIMETRES = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
 
 Window = tuple[float, float] | None
 
@@ -49,10 +47,10 @@ def slices(path: str | os.PathLike) -> list[str]:
 def is_grey(path: str | os.PathLike) -> bool:
     """Whether an image has one channel, by its header; raises as `read`."""
     _number(path)
-    return not is_dicom(path) or _opened(path)[0].PhotometricInterpretation.startswith("MONOCHROME")
+    return not _is_dicom(path) or _opened(path)[0].PhotometricInterpretation.startswith("MONOCHROME")
 
 
-def is_dicom(path: str | os.PathLike) -> bool:
+def _is_dicom(path: str | os.PathLike) -> bool:
     """Whether a file is DICOM, by its ending."""
     return file_of(path).suffix.lower() == ".dcm"
 
@@ -70,7 +68,7 @@ def read(path: str | os.PathLike, window: Window = None) -> np.ndarray:
     if window is not None and not (len(window) == 2 and -np.inf < window[0] < window[1] < np.inf):
         raise ValueError(f"Expected window (low, high), low < high. Received: window={window!r}")
     number = _number(path)
-    if is_dicom(path):
+    if _is_dicom(path):
         values, low, high, turned = _dicom(path, number, window)
     else:
         volume, low, high = _volume(*_state(path))
@@ -84,7 +82,7 @@ def read(path: str | os.PathLike, window: Window = None) -> np.ndarray:
 
 def mask(path: str | os.PathLike) -> np.ndarray:
     """A mask, (height, width) uint8, of a slice of a NIfTI volume of 0 and 1, or 0 and 255; raises as `read`."""
-    if is_dicom(path):
+    if _is_dicom(path):
         raise ValueError(f"Expected a mask as png, tif, bmp or NIfTI. Received: {path}.\nConvert it.")
     number = _number(path)
     values = _volume(*_state(path))[0][..., number].T
@@ -102,11 +100,11 @@ def pixel_spacing(path: str | os.PathLike) -> tuple[float, float] | None:
     if not is_medical(path):
         return None
     header = _opened(path)[0]
-    if is_dicom(path):
+    if _is_dicom(path):
         found = header.get("PixelSpacing")
         found = [float(value) for value in found] if found else [0.0, 0.0]
     else:
-        unit = MILLIMETRES.get(header.header.get_xyzt_units()[0], 0.0)
+        unit = _MILLIMETRES.get(header.header.get_xyzt_units()[0], 0.0)
         found = [unit * float(value) for value in header.header.get_zooms()[1::-1]]
     return (found[0], found[1]) if len(found) == 2 and min(found) > 0 else None
 
@@ -135,7 +133,7 @@ def _state(path):
 
 @functools.lru_cache(maxsize=64)
 def _header(path, size, changed):
-    if is_dicom(path):
+    if _is_dicom(path):
         pydicom = _library("pydicom", "dicom", path)
         found = _safely(path, lambda: pydicom.dcmread(path, stop_before_pixels=True))
         if found.get("PhotometricInterpretation") not in KINDS or "SharedFunctionalGroupsSequence" in found:
@@ -153,8 +151,8 @@ def _header(path, size, changed):
         if len(shape) not in (2, 3):
             raise ValueError(f"Expected a volume of 2 or 3 dimensions. Received: {shape} in {path}.\nSplit it.")
         count = shape[2] if len(shape) == 3 else 1
-    if not 0 < np.prod(shape, dtype="float64") <= MAX_VALUES:
-        raise ValueError(f"Expected 1 to {MAX_VALUES:,} values. Received: {shape} in {path}.\nSplit it.")
+    if not 0 < np.prod(shape, dtype="float64") <= _MAX_VALUES:
+        raise ValueError(f"Expected 1 to {_MAX_VALUES:,} values. Received: {shape} in {path}.\nSplit it.")
     return found, count
 
 

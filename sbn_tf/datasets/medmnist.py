@@ -22,18 +22,16 @@ from . import files, npz
 from .base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SPLITS, Card, Parts, Split
 from .download import check_official, fetch
 
-__all__ = ["NAMES", "download"]
-
 logger = logging.getLogger(__name__)
 
 _KINDS = ("path", "chest", "derma", "oct", "pneumonia", "retina", "breast", "blood", "tissue")
 NAMES = tuple(f"{kind}mnist" for kind in (*_KINDS, "organa", "organc", "organs"))
 SIZES = (28, 64, 128, 224)
-EXTRAS = ("patients", "names")
-SOURCE = "https://zenodo.org/records/10519652"
-MEDMNIST_V2 = "Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41"
+_EXTRAS = ("patients", "names")
+_SOURCE = "https://zenodo.org/records/10519652"
+_MEDMNIST_V2 = "Yang, J., et al. (2023). MedMNIST v2. Scientific Data 10:41"
 CHEST_NORMALISATION = (0.498, 0.247)  # the paper's
-TASK_OF = {
+_TASK_OF = {
     "multi-class": MULTI_CLASS,
     "binary-class": BINARY,
     "multi-label, binary-class": MULTI_LABEL,
@@ -97,7 +95,7 @@ def _installed_info():
 
 
 def _card(name, entry):
-    task = TASK_OF[entry["task"]]
+    task = _TASK_OF[entry["task"]]
     classes = tuple(entry["label"][str(k)] for k in range(len(entry["label"])))
     notes = entry["notes"]
     if task == BINARY:  # one output, the probability of 1
@@ -112,8 +110,8 @@ def _card(name, entry):
         channels=entry["n_channels"],
         num_raters=1,
         licence=f"{entry['license']} (MedMNIST v2)",
-        citation=f"{MEDMNIST_V2}; {entry['citation']}",
-        source=f"{SOURCE} (MedMNIST)",
+        citation=f"{_MEDMNIST_V2}; {entry['citation']}",
+        source=f"{_SOURCE} (MedMNIST)",
         files=tuple(_file_name(name, side) for side in sides),
         default_size=64 if 64 in sides else sides[0],
         network="resnet18",
@@ -253,7 +251,7 @@ def load_npz(
     splits, first = [], 0
     for part, n in zip(SPLITS, counts, strict=True):
         rows = images.select(slice(first, first + n))
-        groups, ids = (arrays.get(f"{part}_{key}") for key in EXTRAS)
+        groups, ids = (arrays.get(f"{part}_{key}") for key in _EXTRAS)
         splits.append(Split(part, card.task, rows, targets[part], groups=groups, ids=ids))
         first += n
     train, val, test = splits
@@ -273,7 +271,7 @@ def _inspect(card, side, path):
             counts.append(count)
         for part, count in zip(SPLITS, counts, strict=True):
             forms = {f"{part}_labels": ((count, columns), "integers")}
-            forms |= {f"{part}_{key}": ((count,), "integers or text") for key in EXTRAS if f"{part}_{key}" in found}
+            forms |= {f"{part}_{key}": ((count,), "integers or text") for key in _EXTRAS if f"{part}_{key}" in found}
             small += npz.check_forms(archive, forms, path)
         return counts, npz.read_arrays(archive, small)
 

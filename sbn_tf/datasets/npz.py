@@ -17,12 +17,10 @@ import numpy as np
 from . import files
 from .arrays import read_npy_header
 
-__all__ = ["read_npz"]
-
 PIECE_BYTES = 2**20  # decompressed at a time
 MAX_BYTES = 2**28  # of arrays of one archive that are held whole
-MAX_ROW_BYTES = 2**26
-MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
+_MAX_ROW_BYTES = 2**26
+_MAX_RATIO = 1032  # of deflate: two bits stand for 258 bytes at most
 KINDS = {  # of dtypes; "uint8" is one too
     "numbers": "fiu",
     "numbers or booleans": "bfiu",
@@ -94,13 +92,13 @@ def member(archive: zipfile.ZipFile, key: str) -> Iterator[tuple[IO[bytes], tupl
         expected = file.tell() + math.prod(shape) * dtype.itemsize
         if info.file_size != expected:
             raise ValueError(f"{key} has {info.file_size} bytes, not {expected}")
-        ratio = 1 if info.compress_type == zipfile.ZIP_STORED else MAX_RATIO
+        ratio = 1 if info.compress_type == zipfile.ZIP_STORED else _MAX_RATIO
         if info.file_size > ratio * os.path.getsize(str(archive.filename)):
             raise ValueError(f"{key} is said to have {info.file_size} bytes, more than the file can hold")
         yield file, (shape, fortran_order, dtype)
 
 
-def read_exactly(file: IO[bytes], num_bytes: int, key: str) -> bytes:
+def _read_exactly(file: IO[bytes], num_bytes: int, key: str) -> bytes:
     """So many bytes; an EOFError that names the array if there are fewer."""
     data = file.read(num_bytes)
     if len(data) != num_bytes:
@@ -115,7 +113,7 @@ def read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         data = array.reshape(-1, order="A").view("uint8").data  # in the order of memory, which is that of the file
         for first in range(0, len(data), PIECE_BYTES):
             piece = data[first : first + PIECE_BYTES]
-            piece[:] = read_exactly(file, len(piece), key)
+            piece[:] = _read_exactly(file, len(piece), key)
         return array
 
 
@@ -136,12 +134,12 @@ def read_rows(archive: zipfile.ZipFile, key: str, num_bytes: int = PIECE_BYTES) 
     """An array of an archive, in C order: some of its rows at a time, about `num_bytes` of them."""
     with member(archive, key) as (file, (shape, _, dtype)):
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        if row_bytes > MAX_ROW_BYTES:
-            raise ValueError(f"a row of {key} has {row_bytes:,} bytes, more than {MAX_ROW_BYTES:,}")
+        if row_bytes > _MAX_ROW_BYTES:
+            raise ValueError(f"a row of {key} has {row_bytes:,} bytes, more than {_MAX_ROW_BYTES:,}")
         step = max(1, num_bytes // row_bytes)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
-            rows = np.frombuffer(read_exactly(file, count * row_bytes, key), dtype)
+            rows = np.frombuffer(_read_exactly(file, count * row_bytes, key), dtype)
             yield rows.reshape(count, *shape[1:])
 
 

@@ -17,8 +17,6 @@ from .base import MULTI_LABEL, SEGMENTATION, Card, Parts, Split
 from .chest import LABELS
 from .files import is_integer
 
-__all__ = ["load_phantom_chest", "load_phantom_lesion", "load_phantom_nodule"]
-
 
 def _card(name, title, task, classes, notes, channels=1, num_raters=1):
     return Card(
@@ -65,7 +63,7 @@ PHANTOM_NODULE = _card(
 
 # Roughly ChestMNIST's own rates, none under 1.2 % so that a small split has each.
 PREVALENCE = np.array([0.12, 0.03, 0.13, 0.20, 0.06, 0.06, 0.015, 0.05, 0.045, 0.025, 0.03, 0.02, 0.035, 0.012])
-FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels, as in mined reports
+_FALSE_SHARE = 0.12  # positives of a label whose sign is not there: wrong labels, as in mined reports
 NUM_RATERS = 4
 
 
@@ -98,14 +96,14 @@ def _chest(n, size, latent, noise):
 
     A finding has a severity, 0 for most images. Its sign's contrast grows with the severity, and
     `P(label = 1 | severity) = 0.5 + 0.4 * severity` where there is a sign (severity 0.4 to 1), a small constant where
-    there is none (`FALSE_SHARE` of the positives).
+    there is none (`_FALSE_SHARE` of the positives).
     """
     x, y = _grid(size)
     image, place = _thorax(n, x, y, latent)
 
     # Present signs, severities, labels. Counts are as even as the rates allow, so that no label is absent.
-    present_rate = PREVALENCE * (1 - FALSE_SHARE) / 0.78  # 0.78: mean P(label | sign)
-    false_rate = PREVALENCE * FALSE_SHARE / (1 - present_rate)
+    present_rate = PREVALENCE * (1 - _FALSE_SHARE) / 0.78  # 0.78: mean P(label | sign)
+    false_rate = PREVALENCE * _FALSE_SHARE / (1 - present_rate)
     present = _systematic(np.tile(present_rate, (n, 1)), latent)
     severity = np.where(present, latent.uniform(0.4, 1.0, present.shape), 0.0)
     truth_probs = np.where(present, 0.5 + 0.4 * severity, false_rate)

@@ -12,11 +12,9 @@ import numpy as np
 
 from .pickle_values import ATOMS, Dtype, Name, PickledArray, RefusedError, Stored, decode, exactly, shown
 
-__all__ = ["follow"]
-
-LONG = 1024  # bytes from which on a string stays in the file
+_LONG = 1024  # bytes from which on a string stays in the file
 MAX_BYTES = 1_500_000_000  # that a pickle may take while it is followed
-OPERATION_BYTES = 160  # what one takes at most, besides its argument
+_OPERATION_BYTES = 160  # what one takes at most, besides its argument
 MAX_CALLS_BYTES = 2**28  # of what calls make: a short one may copy a long value
 
 # Operations with a length in front: (its format, what the bytes are).
@@ -103,13 +101,13 @@ def _operations(file):
         elif name in _LINES:
             argument = _line(file, _LINES[name])
         elif opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
-            lines = [file.readline(LONG) for _ in range(2 if name in ("GLOBAL", "INST") else 1)]
+            lines = [file.readline(_LONG) for _ in range(2 if name in ("GLOBAL", "INST") else 1)]
             if not all(line.endswith(b"\n") for line in lines):
-                raise EOFError(f"it ends within a line, or {name} has one of {LONG} bytes or more")
+                raise EOFError(f"it ends within a line, or {name} has one of {_LONG} bytes or more")
             argument = opcode.arg.reader(io.BytesIO(b"".join(lines)))
         else:
             argument = None if opcode.arg is None else opcode.arg.reader(file)
-        left -= OPERATION_BYTES + sys.getsizeof(argument)
+        left -= _OPERATION_BYTES + sys.getsizeof(argument)
         if left < 0:
             raise ValueError(f"more than {MAX_BYTES:,} bytes of small values")
         yield position, name, argument
@@ -120,18 +118,18 @@ def _operations(file):
 def _line(file, kind):
     """A string that ends with its line, of any length."""
     start = file.tell()
-    line = file.readline(LONG)
+    line = file.readline(_LONG)
     size, piece = len(line), line
     while not piece.endswith(b"\n"):
         piece = file.readline(2**20)
         size += len(piece)
         if not piece:
             raise EOFError("it ends within a line")
-    return decode(line[:-1], kind) if size < LONG else Stored(start, size - 1, kind)
+    return decode(line[:-1], kind) if size < _LONG else Stored(start, size - 1, kind)
 
 
 def _string(file, size, kind):
-    if size < LONG:
+    if size < _LONG:
         return decode(exactly(file, size), kind)
     position = file.tell()
     if position + size > os.fstat(file.fileno()).st_size:

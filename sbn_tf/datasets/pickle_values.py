@@ -3,14 +3,12 @@
 import codecs
 import math
 import re
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["PickledArray"]
-
-MAX_AXES = 32
-MAX_SIDE = 2**31
+_MAX_AXES = 32
+_MAX_SIDE = 2**31
 
 _PLAIN_DTYPE = re.compile(r"b1|[iu][1248]|f[248]|c8|c16|[SU][1-9]\d{0,5}")
 ATOMS = (str, bytes, int, float, complex, bool, type(None))
@@ -103,7 +101,7 @@ class PickledArray:
             raise ValueError("an array of unknown form")
         if (order == "K") != (axes is not None) or (axes is not None and type(axes) is not tuple):
             raise ValueError("an array of unknown form")
-        if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < MAX_SIDE for n in shape):
+        if len(shape) > _MAX_AXES or not all(type(n) is int and 0 <= n < _MAX_SIDE for n in shape):
             raise ValueError(f"an array of shape {shown(shape)}")
         size = math.prod(shape) * dtype.dtype.itemsize
         if type(data) is Stored:
@@ -148,7 +146,7 @@ def _tokens(state):
     return [(type(value), value if type(value) is int else None) for value in state]
 
 
-def exactly(file, size):
+def exactly(file: IO[bytes], size: int) -> bytes:
     """So many bytes of a file; an error if there are fewer."""
     if size < 0:
         raise ValueError(f"a length of {size}")
@@ -158,7 +156,7 @@ def exactly(file, size):
     return data
 
 
-def decode(data, kind):
+def decode(data: bytes, kind: str) -> Any:
     """The value that bytes of a file stand for."""
     if kind == "bytes":
         return data
@@ -170,14 +168,10 @@ def decode(data, kind):
         if len(data) < 2 or data[:1] != data[-1:] or data[:1] not in b"'\"":
             raise ValueError("text without quotes")
         return codecs.escape_decode(data[1:-1])[0].decode("latin-1")
-    if kind == "encoded":
-        return data.decode("utf-8").encode("latin-1")
-    if kind == "raw-encoded":
-        return data.decode("raw-unicode-escape").encode("latin-1")
     return data.decode(kind, "surrogatepass" if kind == "utf-8" else "strict")
 
 
-def shown(value):
+def shown(value: Any) -> str:
     """A short text for a message, whatever the value is."""
     if type(value) is Name:
         return repr(value.name)

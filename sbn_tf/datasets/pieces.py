@@ -8,10 +8,8 @@ import numpy as np
 from .arrays import DiskArray
 from .base import SEGMENTATION
 
-__all__ = ["pieces"]
-
 PIECE_BYTES = 2**22
-MOST_CLASSES = 10_000
+_MOST_CLASSES = 10_000
 
 
 def pieces(
@@ -123,4 +121,4 @@ def are_class_numbers(targets: np.ndarray) -> np.ndarray:
     """Which values are whole numbers from 0 to 9,999, bool; text is not."""
     if targets.dtype.kind not in "biuf":
         return np.zeros(targets.shape, bool)
-    return (targets >= 0) & (targets < MOST_CLASSES) & (np.floor(targets) == targets)
+    return (targets >= 0) & (targets < _MOST_CLASSES) & (np.floor(targets) == targets)

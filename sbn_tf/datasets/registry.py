@@ -5,8 +5,6 @@ from collections.abc import Callable
 from . import chest, isic, lidc, lidc_patches, medmnist, phantoms
 from .base import TASKS, Card, Parts
 
-__all__ = ["names", "register"]
-
 # name: (card, reader). A reader takes (root, size, seed[, limit][, cache]) and options of its own by keyword, and
 # gives `Parts`.
 REGISTRY: dict[str, tuple[Card, Callable[..., Parts]]] = {

@@ -27,8 +27,6 @@ from .files import open_file
 from .pickle_machine import follow
 from .pickle_values import ATOMS, PickledArray, RefusedError, Stored, shown
 
-__all__ = ["SafePickle"]
-
 
 class SafePickle(Mapping):
     """The dict that a pickle contains; an item's arrays are read when it is asked for, and not kept.

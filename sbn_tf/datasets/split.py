@@ -1,6 +1,7 @@
 """One part of a dataset: images, targets and what is known of them, in memory or on disk."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from . import stream
 from .arrays import DiskArray, Index
 from .card import BINARY, EXCLUSIVE, SEGMENTATION, TASKS
 
-__all__ = ["Split", "normalise"]
+__all__ = ["Split"]
 
 
 @dataclass(eq=False)
@@ -183,7 +184,7 @@ def normalise(images: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarra
     return found
 
 
-def rows(column, index: Index):
+def rows(column: Any, index: Index) -> Any:
     """Rows of an array, on the disk if it is a `DiskArray`; None of None."""
     if column is None:
         return None

@@ -13,8 +13,6 @@ from .card import SEGMENTATION
 if TYPE_CHECKING:
     import tensorflow as tf
 
-__all__ = ["batches"]
-
 logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("flips_and_quarter_turns",)

@@ -7,8 +7,6 @@ from collections import Counter
 
 from .files import open_file, same_text
 
-__all__ = ["read_table"]
-
 MAX_BYTES = 2**25  # 300,000 rows and more; a table in memory is many times as large as its file
 
 

@@ -9,10 +9,8 @@ from .arrays import row_sums
 from .base import EXCLUSIVE, MULTI_LABEL, SEGMENTATION
 from .pieces import are_class_numbers
 
-__all__ = ["Tally"]
-
-WALL = 24  # images that a tally keeps, for a picture
-BINS = 64
+_WALL = 24  # images that a tally keeps, for a picture
+_BINS = 64
 NONE = "none of these"
 
 
@@ -28,7 +26,7 @@ class Tally:
         self.name, self.task, self.edges = name, task, edges
         self.count, self.available, self.is_sample, self.names, self.groups = 0, 0, False, None, None
         self.low, self.high, self.sums, self.pixels = np.inf, -np.inf, 0.0, 0
-        self.histogram = np.zeros(BINS)
+        self.histogram = np.zeros(_BINS)
         self.seen, self.constant, self.not_finite = {}, [], []
         self.repeated, self.other_targets, self.first_repeated = 0, 0, None
         self.positives, self.not_one_class, self.strange = np.zeros(0, int), [], None
@@ -59,8 +57,8 @@ class Tally:
             self._count_labels(targets)
         self._look_for_repeats(images, targets)
         for k in range(len(images)):  # a sample of all that have passed, each with the same chance
-            place = self.count + k if self.count + k < WALL else int(self._random.integers(self.count + k + 1))
-            if place < WALL:
+            place = self.count + k if self.count + k < _WALL else int(self._random.integers(self.count + k + 1))
+            if place < _WALL:
                 kept = (None if part is None else part[k].copy() for part in (images, targets, valid))
                 self.wall[place : place + 1] = [tuple(kept)]
         self.count += len(images)
@@ -76,12 +74,12 @@ class Tally:
             if low.min() < start or high.max() > stop:
                 margin = 0.25 * (float(high.max()) - float(low.min()))
                 start, stop = float(low.min()) - margin, float(high.max()) + margin
-            self.edges = np.linspace(start, stop, BINS + 1)
+            self.edges = np.linspace(start, stop, _BINS + 1)
         start, stop = self.edges[[0, -1]]
         if images.dtype == np.uint8 and (start, stop) == (0, 256):  # twice as fast
-            self.histogram += np.bincount(images.ravel(), minlength=256).reshape(BINS, -1).sum(1)
+            self.histogram += np.bincount(images.ravel(), minlength=256).reshape(_BINS, -1).sum(1)
             return
-        self.histogram += np.histogram(images, BINS, (start, stop))[0]
+        self.histogram += np.histogram(images, _BINS, (start, stop))[0]
         self.histogram[0] += (images < start).sum()
         self.histogram[-1] += (images > stop).sum()
 

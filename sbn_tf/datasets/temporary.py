@@ -11,8 +11,6 @@ import weakref
 
 from .arrays import DiskArray
 
-__all__ = ["TemporaryFolder"]
-
 
 class TemporaryFolder:
     """A folder that is removed when nothing refers to this object, at the latest when the process ends.

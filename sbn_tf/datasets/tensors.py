@@ -27,8 +27,6 @@ from .pieces import PIECE_BYTES, are_class_numbers, check_ends, pieces
 from .registry import names
 from .temporary import TemporaryArray, TemporaryFolder
 
-__all__ = ["from_arrays", "from_tf_data"]
-
 logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-5  # float images may be that much outside 0..1; the excess is cut off
