@@ -21,10 +21,10 @@ from sbn_tf.core.keras_internals import (
     nodes_in_order,
     nodes_of,
     noise_states,
-    own_variables,
     traced,
 )
 from sbn_tf.core.sharing import Shared, sharing
+from sbn_tf.core.weights import all_weights
 from sbn_tf.layers import MaskedGaussian, masked_layers
 
 __all__ = ["Graph", "Operation", "layers_of"]
@@ -201,7 +201,7 @@ class Graph:
         for i, step in enumerate(self.steps):
             for variable in getattr(step.layer, "variables", ()):
                 users.setdefault(id(variable), []).append(i)
-        return {key: users.get(variable, []) for key, variable in _keys(self.model).items()}
+        return {weight.key: users.get(id(weight.variable), []) for weight in all_weights(self.model)}
 
     def _with_all_after(self):
         """For each operation itself and all that depend on it, as the bits of an int."""
@@ -251,22 +251,6 @@ def _entering(node, inner, tensors):
         (x, frozenset()) if got is None else (got[0], got[1].union(*others))
         for x, got in zip(inner.inputs, given, strict=True)
     ]
-
-
-def _keys(model) -> dict[str, int]:
-    """Key of each variable, as in `sbn_tf.saliency.named_weights` -> its id."""
-    found, seen = {}, set()
-
-    def walk(layer, path):
-        for variable in own_variables(layer):
-            if id(variable) not in seen:
-                seen.add(id(variable))
-                found["/".join([*path, variable.name])] = id(variable)
-        for child in children(layer):
-            walk(child, [*path, child.name])
-
-    walk(model, [])
-    return found
 
 
 # ---- what an operation costs ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
@@ -11,7 +11,7 @@ import numpy as np
 
 from sbn_tf.core.keras_internals import all_layers, children, nodes_of, own_variables
 
-__all__ = ["Weight", "biases_before_batch_norm", "eligible_weights", "named_weights", "weights_of"]
+__all__ = ["Weight", "all_weights", "biases_before_batch_norm", "eligible_weights", "named_weights", "weights_of"]
 
 
 class Weight(NamedTuple):
@@ -33,22 +33,27 @@ def named_weights(model: keras.Model) -> dict[str, Weight]:
     """
     if not getattr(model, "built", False):
         raise ValueError(f"Expected a built model (call it once on data, or give it an Input). Received: {model!r}")
-    found, seen = {}, set()
+    found = {}
+    for weight in all_weights(model):
+        if weight.key in found:
+            raise ValueError(f"Two weights are called {weight.key!r}. Give their layers different names.")
+        found[weight.key] = weight
+    return found
+
+
+def all_weights(model: keras.Model) -> Iterator[Weight]:
+    """As `named_weights`, of any model; two may have one key."""
+    seen = set()
 
     def walk(layer, path):
         for variable in own_variables(layer):
-            if id(variable) in seen:
-                continue
-            seen.add(id(variable))
-            key = "/".join([*path, variable.name])
-            if key in found:
-                raise ValueError(f"Two weights are called {key!r}. Give their layers different names.")
-            found[key] = Weight(key, layer, variable.name, variable)
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                yield Weight("/".join([*path, variable.name]), layer, variable.name, variable)
         for child in children(layer):
-            walk(child, [*path, child.name])
+            yield from walk(child, [*path, child.name])
 
-    walk(model, [])
-    return found
+    return walk(model, [])
 
 
 def eligible_weights(

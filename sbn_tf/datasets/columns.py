@@ -48,19 +48,29 @@ def names_of(column: Columns, path: Path) -> list[str]:
 
 def splits_of(column: Columns, path: Path) -> list[str] | None:
     """Split of each row, checked; None: to be drawn."""
-    if (splits := column.get("split")) is not None:
-        _check_splits(splits, path)
+    splits = column.get("split")
+    if splits is not None:
+        _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
+        for part in SPLITS:
+            if part not in splits:
+                raise wrong(path, "images of train, val and test", f"none of {part}")
     return splits
 
 
 def patients_of(column: Columns, path: Path) -> np.ndarray | None:
     """Patient of each row, checked: none is in two splits; None: not known."""
-    if "patient" not in column:
+    patients = column.get("patient")
+    if patients is None:
         return None
-    _check_cells(column["patient"], bool, "a patient in every row, or no column patient", path)
-    patients = np.array(column["patient"])
-    _check_patients(column.get("split"), patients, path)
-    return patients
+    _check_cells(patients, bool, "a patient in every row, or no column patient", path)
+    _check_spelling(patients, lambda name: re.sub(r"\.0+$", "", name), "patient", path)
+    first = {}
+    for patient, part in zip(patients, column.get("split", [""] * len(patients)), strict=True):
+        if first.setdefault(patient, part) != part:
+            received = f"{patient!r} in {first[patient]} and {part}"
+            advice = "Move them into one, or leave the column split out: one by patient is then drawn."
+            raise wrong(path, "all images of a patient in one split", received, advice)
+    return np.array(patients)
 
 
 def check_masks_folder(column: Columns, path: Path) -> None:
@@ -193,23 +203,6 @@ def _check_spelling(names, plain, what, path):
             raise wrong(path, f"one spelling of each {what}", f"{same!r} and {name!r}", "Write all of them one way.")
 
 
-def _check_splits(splits, path):
-    _check_cells(splits, SPLITS.__contains__, "split train, val or test", path)
-    for part in SPLITS:
-        if part not in splits:
-            raise wrong(path, "images of train, val and test", f"none of {part}")
-
-
-def _check_patients(splits, patients, path):
-    _check_spelling(patients.tolist(), lambda name: re.sub(r"\.0+$", "", name), "patient", path)
-    first = {}
-    for patient, part in zip(patients.tolist(), splits or [""] * len(patients), strict=True):
-        if first.setdefault(patient, part) != part:
-            received = f"{patient!r} in {first[patient]} and {part}"
-            advice = "Move them into one, or leave the column split out: one by patient is then drawn."
-            raise wrong(path, "all images of a patient in one split", received, advice)
-
-
 def _check_cells(cells, right, expected, path, *advice):
     """Refuses the cells of a column that are not right, by their rows."""
     received = [f"{cell!r} in row {row + 1} below the header" for row, cell in enumerate(cells) if not right(cell)]
@@ -220,3 +213,6 @@ def _check_cells(cells, right, expected, path, *advice):
 def wrong(path: Path, expected: str, received: str, advice: str = _HELP) -> ValueError:
     """An error about an images.csv: what was expected in it, what was received, what to do."""
     return ValueError(f"Expected {expected} in {path}. Received: {received}.\n{advice}")
+
+
+CHECKS = (names_of, targets_of, splits_of, patients_of, check_masks_folder)

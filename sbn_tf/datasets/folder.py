@@ -33,29 +33,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import (
-    EXCLUSIVE,
-    SEGMENTATION,
-    SPLITS,
-    Card,
-    Parts,
-    first_in_seeded_order,
-)
-from .columns import (
-    CSV,
-    IMAGES,
-    MASKS,
-    check_masks_folder,
-    columns_of,
-    csv_of,
-    is_inside,
-    names_of,
-    patients_of,
-    read_csv,
-    splits_of,
-    targets_of,
-    wrong,
-)
+from . import columns
+from .base import EXCLUSIVE, SEGMENTATION, SPLITS, Card, Parts, first_in_seeded_order
+from .columns import CSV, IMAGES, MASKS, wrong
 from .decoding import FITS, decoded, grey_and_deep
 from .faults import Fault, Faults, fault_of, unreadable
 from .files import check_option, is_integer, listed
@@ -101,12 +81,12 @@ class Folder(os.PathLike):
     @functools.cached_property
     def broken(self) -> dict[int, list[Fault]]:
         """Row of images.csv, from 0 -> what is wrong with its files."""
-        header, rows = read_csv(self.root / CSV)
+        header, rows = columns.read_csv(self.root / CSV)
         raters = [name for name in header if name.lower().startswith("mask")]
         there = {part: listed(self.root / part, deep=True) for part in (IMAGES, MASKS)}
 
         def path(part, name):
-            if not name or not is_inside(name):
+            if not name or not columns.is_inside(name):
                 return None
             return _at(there[part].get(_file(name), self.root / part / _file(name)), name)
 
@@ -124,12 +104,12 @@ def faults(name: str | os.PathLike) -> list[Fault]:
     given = name if isinstance(name, Folder) else Folder(name)
     folder, path = given.root, given.root / CSV
     try:
-        column = columns_of(*read_csv(csv_of(folder)))
+        column = columns.columns_of(*columns.read_csv(columns.csv_of(folder)))
         found = [fault for those in given.broken.values() for fault in those]
         there = {part: listed(folder / part, deep=True) for part in (IMAGES, MASKS)}
     except (ValueError, OSError) as error:
         return [fault_of(error, CSV, folder)]
-    for check in (names_of, targets_of, splits_of, patients_of, check_masks_folder):
+    for check in columns.CHECKS:
         try:
             check(column, path)
         except Faults as error:
@@ -240,22 +220,22 @@ def _load(table, root, size, seed, limit=None, cache=None, *, fit="pad", window=
 
 def _read_table(given):
     folder = given.root
-    path = csv_of(folder)
-    header, rows = read_csv(path)
+    path = columns.csv_of(folder)
+    header, rows = columns.read_csv(path)
     broken = given.broken if given.skip_broken else {}
-    column = columns_of(header, [row for number, row in enumerate(rows) if number not in broken])
+    column = columns.columns_of(header, [row for number, row in enumerate(rows) if number not in broken])
     if len(broken) == len(rows):
         raise wrong(path, "a row whose files can be read", "none", "`sbn-tf check` says what is wrong with each.")
-    names = names_of(column, path)
-    task, classes, targets, masks, note = targets_of(column, path)
-    splits, patients = splits_of(column, path), patients_of(column, path)
+    names = columns.names_of(column, path)
+    task, classes, targets, masks, note = columns.targets_of(column, path)
+    splits, patients = columns.splits_of(column, path), columns.patients_of(column, path)
     left_out = set().union(*(rows[number] for number in broken))
     images = _found(folder / IMAGES, names, "image", left_out)
     if masks is not None:
         cells = [mask for row in masks for mask in row if mask is not None]
         there = _found(folder / MASKS, cells, "mask", left_out)
         masks = [tuple(there.get(mask) for mask in row) for row in masks]
-    check_masks_folder(column, path)
+    columns.check_masks_folder(column, path)
     grey, deep = zip(*map(grey_and_deep, images.values()), strict=True)
     channels, cut = 1 if all(grey) else 3, given.threshold
     return _Table(
