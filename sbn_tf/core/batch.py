@@ -14,15 +14,7 @@ from sbn_tf.core.keras_internals import logits_of, mask_of, set_logits, set_mask
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-__all__ = [
-    "first_rows",
-    "join_batch",
-    "join_outputs",
-    "part_bounds",
-    "part_of_example",
-    "split_batch",
-    "with_attached",
-]
+__all__ = ["first_rows", "join_batch", "join_outputs", "part_bounds", "part_of_example", "split_batch", "with_attached"]
 
 
 def part_bounds(batch_size, num_samples: int) -> list[tuple]:

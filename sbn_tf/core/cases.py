@@ -175,22 +175,22 @@ def mass_error(record):
     return statistics.mass_calibration(probs.ravel(), targets.ravel(), images=images)
 
 
-def label_width_error(record):
+def _label_width_error(record):
     """Calibration error of each label or class in bins of equal width: the second number."""
     return statistics.width_calibration(record["mean_probs"], float64(record["targets"]))
 
 
-def label_mass_error(record):
+def _label_mass_error(record):
     """Calibration error of each label or class in bins of equal count."""
     return statistics.column_mass_calibration(record["mean_probs"], float64(record["targets"]))
 
 
-def region_error(record):
+def _region_error(record):
     """Calibration error of the pixels that any rater or the prediction marks."""
     return histograms.width_error(record["calibration_region"][:, 1], record["calibration_region"][:, 0].sum(1))
 
 
-def confidence_error(record):
+def _confidence_error(record):
     """Calibration error of the more probable outcome."""
     if record.task == SEGMENTATION:
         return histograms.width_error(record["paper_gap"], record["calibration"][:, 0].sum(1))
@@ -207,18 +207,18 @@ def areas(record):
     return statistics.areas(*(record[name].round(statistics.DECIMALS) for name in ("entropy", "risk")))
 
 
-def errors_by_entropy(record):
+def _errors_by_entropy(record):
     """AUROC of an image's entropy for its being wrong."""
     return statistics.ranking(record["entropy"].round(statistics.DECIMALS), record["error"])
 
 
-def errors_by_information(record):
+def _errors_by_information(record):
     """AUROC of an image's mutual information for its being wrong."""
     scores = record["mutual_information"].round(statistics.DECIMALS)
     return None if record.alike else statistics.ranking(scores, record["error"])
 
 
-def labels_by_entropy(record):
+def _labels_by_entropy(record):
     """AUROC of a label's entropy for its being wrong: p and 1 - p have one entropy."""
     probs = record["mean_probs"]
     wrong, images = (probs > record.threshold) != (record["targets"] > 0.5), np.arange(probs.size) // probs.shape[1]
@@ -226,12 +226,12 @@ def labels_by_entropy(record):
     return statistics.ranking(scores.ravel(), wrong.ravel(), images)
 
 
-def pixels_by_entropy(record):
+def _pixels_by_entropy(record):
     """AUROC of a pixel's entropy for its being wrong."""
     return histograms.pixel_ranking(histograms.by_entropy(record["logit_count"], record["entropy_wrong"]))
 
 
-def pixels_by_information(record):
+def _pixels_by_information(record):
     """AUROC of a pixel's mutual information for its being wrong."""
     return None if record.alike else histograms.pixel_ranking(record["information_count"])
 
@@ -239,19 +239,19 @@ def pixels_by_information(record):
 # Why a record has no value.
 
 
-def no_skill(record, weights):
+def _no_skill(record, weights):
     """Of the Brier skill."""
     known = "reference_brier" in record.arrays
     return "the training prevalence predicts these targets without error" if known else "train_prevalence was not given"
 
 
-def one_sided(record, weights):
+def _one_sided(record, weights):
     """Of a ranking of errors."""
     number = "every" if weights @ record["error"] else "no"
     return f"{number} image {'has Dice below 0.5' if record.task == SEGMENTATION else 'is wrong'}"
 
 
-def alike_or(reason):
+def _alike_or(reason):
     """Of a ranking by mutual information: the samples are alike, or that reason."""
     return lambda record, weights: record.alike or (reason if isinstance(reason, str) else reason(record, weights))
 
@@ -259,7 +259,7 @@ def alike_or(reason):
 ONE_RATER = "no image has two or more valid raters"
 
 
-def no_correlation(record, weights):
+def _no_correlation(record, weights):
     """Of the correlation with disagreement."""
     rated = (weights @ record["moments"])[0]
     return "the entropy or the raters' variance is the same at every pixel" if rated else ONE_RATER
@@ -278,20 +278,20 @@ def of_raters(score, decided=False, **options):
     return image
 
 
-NO_PAIR = "no label occurs as both 0 and 1"
+_NO_PAIR = "no label occurs as both 0 and 1"
 NO_LABEL, NO_PIXEL = "no label is wrong, or every one", "no pixel is wrong, or every one"
 COUNT = Pooled(count, 0, None)
-SKILL = Pooled(skill, undefined=no_skill)
+SKILL = Pooled(skill, undefined=_no_skill)
 KAPPA = Pooled(kappa, undefined="every grade, predicted and true, is the same one")
-AUC, PRECISION = Pooled(rankings, undefined=NO_PAIR), Pooled(rankings, 1, undefined=NO_PAIR)
+AUC, PRECISION = Pooled(rankings, undefined=_NO_PAIR), Pooled(rankings, 1, undefined=_NO_PAIR)
 NUM_LABELS = Pooled(rankings, 2, None)
-ECE, ECE_MASS, PAPER_ECE = (Pooled(made, 0, "basic") for made in (width_error, mass_error, confidence_error))
-ECE_LABEL, ECE_LABEL_MASS = Pooled(label_width_error, 1, "basic"), Pooled(label_mass_error, 0, "basic")
-ECE_REGION = Pooled(region_error, 0, "basic", "no rater and no prediction marks a pixel")
-CORRELATION = Pooled(correlation, undefined=no_correlation)
+ECE, ECE_MASS, PAPER_ECE = (Pooled(made, 0, "basic") for made in (width_error, mass_error, _confidence_error))
+ECE_LABEL, ECE_LABEL_MASS = Pooled(_label_width_error, 1, "basic"), Pooled(_label_mass_error, 0, "basic")
+ECE_REGION = Pooled(_region_error, 0, "basic", "no rater and no prediction marks a pixel")
+CORRELATION = Pooled(correlation, undefined=_no_correlation)
 AREA, EXCESS = Pooled(areas), Pooled(areas, 1)
-ERRORS = Pooled(errors_by_entropy, undefined=one_sided)
-ERRORS_MI = Pooled(errors_by_information, undefined=alike_or(one_sided))
-LABEL_ERRORS = Pooled(labels_by_entropy, undefined=NO_LABEL)
-PIXEL_ERRORS = Pooled(pixels_by_entropy, undefined=NO_PIXEL)
-PIXEL_ERRORS_MI = Pooled(pixels_by_information, undefined=alike_or(NO_PIXEL))
+ERRORS = Pooled(_errors_by_entropy, undefined=_one_sided)
+ERRORS_MI = Pooled(_errors_by_information, undefined=_alike_or(_one_sided))
+LABEL_ERRORS = Pooled(_labels_by_entropy, undefined=NO_LABEL)
+PIXEL_ERRORS = Pooled(_pixels_by_entropy, undefined=NO_PIXEL)
+PIXEL_ERRORS_MI = Pooled(_pixels_by_information, undefined=_alike_or(NO_PIXEL))

@@ -100,11 +100,7 @@ def limit(scores: ArrayLike, alpha: float, groups: ArrayLike | None = None) -> f
 
 
 def class_limits(
-    scores: Sequence[ArrayLike],
-    alpha: float,
-    groups: Sequence[ArrayLike] | None = None,
-    *,
-    pool: bool = True,
+    scores: Sequence[ArrayLike], alpha: float, groups: Sequence[ArrayLike] | None = None, *, pool: bool = True
 ) -> np.ndarray:
     """A limit for each class: among the new images of a class, the set has it with probability >= 1 - alpha.
 

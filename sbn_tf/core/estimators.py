@@ -16,7 +16,7 @@ from sbn_tf.layers import masked_layers
 __all__ = ["ESTIMATORS", "check_estimator", "refuse_as_a_part", "train_in_turns"]
 
 
-def all_draws(model: keras.Model, inputs) -> dict:
+def _all_draws(model: keras.Model, inputs) -> dict:
     """Each draw sees the whole batch: `{"samples": [one output a draw]}`."""
     num_samples = model.num_samples
     with model.graph.sharing(training=True) as losses:
@@ -34,7 +34,7 @@ def one_pass(model: keras.Model, inputs):
         return model.network(inputs, training=True)
 
 
-def one_in_turn(model: keras.Model, inputs):
+def _one_in_turn(model: keras.Model, inputs):
     """One draw sees the whole batch; the next step is the next draw's."""
     outputs = model.one_draw(inputs, True, ops.convert_to_tensor(model.turn))
     model.turn.assign(model.turn + 1)
@@ -42,7 +42,7 @@ def one_in_turn(model: keras.Model, inputs):
     return outputs
 
 
-ESTIMATORS = {"all": all_draws, "split": one_pass, "flipout": one_pass, "local": one_pass, "turns": one_in_turn}
+ESTIMATORS = {"all": _all_draws, "split": one_pass, "flipout": one_pass, "local": one_pass, "turns": _one_in_turn}
 
 
 def refuse_as_a_part(model: keras.Model) -> None:

@@ -18,8 +18,7 @@ except ImportError:  # Windows, which refuses by itself to delete a file that is
 
 __all__ = ["check_archive", "remove_leftovers", "replacing", "write_atomically"]
 
-# Of `replacing`; and of versions before it.
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp(\..+)?|saving[0-9a-f]{8}\.keras")
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.tmp(\..+)?")  # of `replacing`
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def false_negative_rates(probs: ArrayLike, masks: ArrayLike, cuts: ArrayLike) ->
     return np.stack([np.searchsorted(one, cuts, "left") / max(len(one), 1) for one in true])
 
 
-def outline_distances(one, other, spacing=(1.0, 1.0)) -> np.ndarray:
+def _outline_distances(one, other, spacing=(1.0, 1.0)) -> np.ndarray:
     """Distance of each outline pixel of two masks (height, width) to the other's outline, both directions pooled."""
     from scipy import ndimage
 
@@ -60,7 +60,7 @@ def hausdorff95(truth: ArrayLike, predicted: ArrayLike, spacing: tuple[float, fl
     `spacing`, height and width of a pixel in millimetres, distances are in millimetres.
     """
     pairs = zip(*mask_pair(truth, predicted), strict=True)
-    return np.array([np.percentile(outline_distances(*pair, spacing), 95) for pair in pairs])
+    return np.array([np.percentile(_outline_distances(*pair, spacing), 95) for pair in pairs])
 
 
 def _soft_mask(masks, rater_valid):

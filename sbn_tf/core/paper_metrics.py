@@ -31,7 +31,7 @@ def paper_accuracy(labels: ArrayLike, probs: ArrayLike) -> float:
     return float((vote(probs) == (labels > 0.5)).mean())
 
 
-def second_softmax(probs: np.ndarray) -> np.ndarray:
+def _second_softmax(probs: np.ndarray) -> np.ndarray:
     """Probabilities after one more softmax over (background, foreground): a certain 1 becomes 0.731."""
     return 1 / (1 + np.exp(1 - 2 * probs))
 
@@ -49,7 +49,7 @@ def paper_brier(targets: ArrayLike, probs: ArrayLike, softmax_twice: bool = Fals
             code does for its deterministic and ensemble segmentation rows: even a perfect map then scores 0.0723.
     """
     targets, probs = samples_pair(targets, probs)
-    return float(np.square((second_softmax(probs) if softmax_twice else probs) - targets).mean())
+    return float(np.square((_second_softmax(probs) if softmax_twice else probs) - targets).mean())
 
 
 def paper_entropy(probs: ArrayLike, task: str = MULTI_LABEL) -> float:
@@ -138,7 +138,7 @@ def paper_ece(targets: ArrayLike, probs: ArrayLike, num_bins: int = NUM_BINS) ->
 # The same for each image of a `core.cases.Case`: (batch,), where raters are several against a random one.
 
 
-def image_accuracy(case) -> np.ndarray:
+def _image_accuracy(case) -> np.ndarray:
     """`paper_accuracy` of each image."""
     return case.mean(vote(case.probs) == case.actual)
 
@@ -148,24 +148,24 @@ def image_brier(case) -> np.ndarray:
     return case.brier(case.probs, samples=True)
 
 
-def image_brier_twice(case) -> np.ndarray:
+def _image_brier_twice(case) -> np.ndarray:
     """`paper_brier` of each image with the second softmax."""
-    return case.brier(second_softmax(case.probs), samples=True)
+    return case.brier(_second_softmax(case.probs), samples=True)
 
 
-def image_entropy(case) -> np.ndarray:
+def _image_entropy(case) -> np.ndarray:
     """`paper_entropy` of each image."""
     from scipy.special import entr
 
     return case.mean(case.parts["entropy"]) if case.task == SEGMENTATION else entr(case.parts["mean_probs"]).sum(1)
 
 
-def image_dice(case) -> np.ndarray:
+def _image_dice(case) -> np.ndarray:
     """`paper_dice` of each image."""
     return paper_dice(case.truth, case.probs)
 
 
-def image_iou(case) -> np.ndarray:
+def _image_iou(case) -> np.ndarray:
     """`paper_iou` of each image."""
     weights = case.valid / case.valid.sum(1, keepdims=True)  # (batch, raters)
     return sum(weights[:, r] * paper_iou(case.targets[..., r], case.probs) for r in range(case.targets.shape[-1]))
@@ -175,17 +175,17 @@ _MASKS, _BOTH = (SEGMENTATION,), (MULTI_LABEL, SEGMENTATION)
 # The rows of the registry, with the directions that the paper reads them in.
 # fmt: off
 ENTRIES = [
-    ("paper_accuracy", (MULTI_LABEL,), 0, 1, True, image_accuracy,
+    ("paper_accuracy", (MULTI_LABEL,), 0, 1, True, _image_accuracy,
      "mostly the share of absent labels: never any finding scores high"),
     ("paper_brier", _BOTH, 0, 1, False, image_brier,
      "Brier score of one random sample, not of the mean prediction"),
-    ("paper_brier_softmax_twice", _MASKS, 0, 1, False, image_brier_twice,
+    ("paper_brier_softmax_twice", _MASKS, 0, 1, False, _image_brier_twice,
      "the same after a second softmax: 0.0723 is the least"),
-    ("paper_entropy", _BOTH, 0, np.inf, None, image_entropy,
+    ("paper_entropy", _BOTH, 0, np.inf, None, _image_entropy,
      "of labels -p ln p without the 1 - p term; of masks the entropy"),
-    ("paper_dice", _MASKS, 0, 1, True, image_dice,
+    ("paper_dice", _MASKS, 0, 1, True, _image_dice,
      "mostly how near to exactly 0 background is: an empty mask scores its share"),
-    ("paper_iou", _MASKS, 0, 1, True, image_iou, "IoU of a typical sample, not of the mean prediction"),
+    ("paper_iou", _MASKS, 0, 1, True, _image_iou, "IoU of a typical sample, not of the mean prediction"),
     ("paper_ece", _BOTH, 0, 1, False, PAPER_ECE,
      "calibration error of the decisions: mostly whether a sure no is right"),
 ]

@@ -26,7 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 __all__ = [
     "LEAST_LOC", "OPTION_NAMES", "POSTERIORS", "KLRegularizer", "MembersPosterior", "MixturePosterior", "Posterior",
-    "PosteriorOptions", "checked_kl_weight", "scatter_entries", "softplus_inverse", "standard_normal",
+    "PosteriorOptions", "scatter_entries", "softplus_inverse", "standard_normal",
 ]  # fmt: skip
 
 LEAST_LOC = 1e-3  # a relative start takes at least this for |loc|: an entry at 0 gets a spread, too
@@ -129,7 +129,7 @@ class PosteriorOptions:
                 f"Layer '{name}' has Bayesian entries and no kl_weight. Pass kl_weight=1/num_train (a loss that "
                 "averages over images) or 1/(num_train * pixels) (one that averages over pixels as well)."
             )
-        self.kl_weight = checked_kl_weight(0.0 if self.kl_weight is None else self.kl_weight)
+        self.kl_weight = _checked_kl_weight(0.0 if self.kl_weight is None else self.kl_weight)
 
     def get_config(self) -> dict:
         """The options as numbers and strings."""
@@ -145,7 +145,7 @@ class PosteriorOptions:
 OPTION_NAMES = tuple(field.name for field in fields(PosteriorOptions))
 
 
-def checked_kl_weight(value):
+def _checked_kl_weight(value):
     """`value` if it may be the weight of a KL: a finite number >= 0, or a `keras.Variable`."""
     if isinstance(value, keras.Variable):
         return value

@@ -18,8 +18,8 @@ EXCLUSIVE = (MULTI_CLASS, ORDINAL)  # one class an image: targets are one-hot
 LABELS = (BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL)
 
 # Float32 probabilities of classes sum to 1 within a tenth of this; those in half precision within five of its steps.
-SUM_TOLERANCE = 1e-4
-PIECE = 256  # images that are read at once from targets that may lie on a disk
+_SUM_TOLERANCE = 1e-4
+_PIECE = 256  # images that are read at once from targets that may lie on a disk
 _TARGETS = {BINARY: "(batch, 1)", SEGMENTATION: "(batch, height, width, raters)"}
 _TARGETS |= dict.fromkeys(EXCLUSIVE, "(batch, classes), one-hot")
 
@@ -118,8 +118,8 @@ def check_targets(targets, task) -> np.ndarray:
     fits = targets.ndim == (4 if task == SEGMENTATION else 2) and targets.size > 0
     if not fits or (task == BINARY and targets.shape[1] != 1):
         raise ValueError(f"Expected targets of shape {shape}, not empty. Received: shape {targets.shape}")
-    for start in range(0, len(targets), PIECE):
-        part = targets[start : start + PIECE]
+    for start in range(0, len(targets), _PIECE):
+        part = targets[start : start + _PIECE]
         if part.dtype != bool and not ((part == 0) | (part == 1)).all():
             raise ValueError(f"Expected targets to be 0 or 1. Received: values from {part.min()} to {part.max()}")
     if task in EXCLUSIVE and (targets.sum(1) != 1).any():
@@ -162,7 +162,7 @@ def check(probs, targets, task, rater_valid) -> tuple[np.ndarray, np.ndarray, np
         )
     probs = check_range(probs, hint=" (not logits)")
     if task in EXCLUSIVE:
-        check_sums(probs, task)
+        _check_sums(probs, task)
     return probs, targets, check_valid(rater_valid, targets) if task == SEGMENTATION else None
 
 
@@ -173,14 +173,14 @@ def check_samples(probs, task) -> np.ndarray:
     if probs.ndim == 0 or len(probs) == 0:
         raise ValueError(f"Expected probs of shape (samples, ...), one sample or more. Received: shape {probs.shape}")
     if task in EXCLUSIVE:
-        check_sums(given, task)
+        _check_sums(given, task)
     return probs
 
 
-def check_sums(probs, task) -> None:
+def _check_sums(probs, task) -> None:
     """Refuse probabilities of classes, on the last axis, that do not sum to 1 but for rounding in their precision."""
     sums = probs.sum(-1, dtype="float64")
-    tolerance = max(SUM_TOLERANCE, 5 * float(np.finfo(np.result_type(probs, np.float16)).eps))
+    tolerance = max(_SUM_TOLERANCE, 5 * float(np.finfo(np.result_type(probs, np.float16)).eps))
     if np.abs(sums - 1).max(initial=0) > tolerance:
         raise ValueError(
             f"Expected probabilities that sum to 1 over the classes ({task}; a softmax's, not sigmoids). "

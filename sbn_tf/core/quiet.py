@@ -16,7 +16,7 @@ import sys
 __all__ = ["quiet_tensorflow"]
 
 # A note or a warning in either format of the log, the header before them, and the lines that continue one.
-NOTES = (
+_NOTES = (
     r"^[IW][0-9]{4} |^[0-9]{4}-[0-9]{2}-[0-9]{2} .*: [IW] |absl::InitializeLog\(\)"
     r"|^To enable the following instructions|Unable to register cu[A-Z]+ (factory|plugin)"
 )
@@ -69,7 +69,7 @@ def _without_notes():
     if grep is None or real is None:
         yield
         return
-    command = [grep, "--line-buffered", "-a", "-v", "-E", NOTES]
+    command = [grep, "--line-buffered", "-a", "-v", "-E", _NOTES]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=real, env={**os.environ, "LC_ALL": "C"}) as filtered:
         os.dup2(filtered.stdin.fileno(), 2)
         try:

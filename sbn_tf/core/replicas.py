@@ -21,7 +21,7 @@ __all__ = ["Distributed"]
 
 def _batch_for_shapes(model, iterator, data_batch):
     """The batch of this process's first replica; None without several replicas or workers, where Keras knows it."""
-    if not (has_replicas(model) or is_between_workers(model)):
+    if not (_has_replicas(model) or _is_between_workers(model)):
         return None
     if iterator is None:
         return data_batch
@@ -42,7 +42,7 @@ class Distributed(keras.Model):
 
     def compile(self, *args, jit_compile="auto", steps_per_execution=1, **kwargs):
         """`keras.Model.compile`; under several replicas `jit_compile="auto"` means False."""
-        if has_replicas(self):
+        if _has_replicas(self):
             if steps_per_execution != 1 or jit_compile is True:
                 raise ValueError(
                     "Expected steps_per_execution=1 and no XLA: TensorFlow cannot run them with several replicas. "
@@ -60,18 +60,18 @@ class Distributed(keras.Model):
         return self._with_axis(super().test_step(*args, **kwargs))
 
     def _with_axis(self, results):
-        if not is_between_workers(self):
+        if not _is_between_workers(self):
             return results
         return keras.tree.map_structure(lambda v: keras.ops.reshape(v, (1,)), results)
 
 
-def has_replicas(model: keras.Model) -> bool:
+def _has_replicas(model: keras.Model) -> bool:
     """Whether a model was made under a strategy of several replicas."""
     strategy = strategy_of(model)
     return strategy is not None and strategy.num_replicas_in_sync > 1
 
 
-def is_between_workers(model: keras.Model) -> bool:
+def _is_between_workers(model: keras.Model) -> bool:
     """Whether a model was made under a strategy of several workers."""
     extended = getattr(strategy_of(model), "extended", None)
     return extended is not None and extended._in_multi_worker_mode()

@@ -25,7 +25,7 @@ from sbn_tf.layers import masked_layers
 
 __all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
-MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
+_MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
 
 class SampledModel(Distributed):
@@ -58,7 +58,7 @@ class SampledModel(Distributed):
         self, network, num_samples: int, probabilities, from_logits: bool, batch_norm: str, class_axis=None, **kwargs
     ):
         super().__init__(**kwargs)
-        check_count("num_samples", num_samples, MOST_SAMPLES)
+        check_count("num_samples", num_samples, _MOST_SAMPLES)
         check_choice("batch_norm", batch_norm, ("frozen", "statistics", "train"))
         self.network, self._num_samples, self.batch_norm = network, int(num_samples), batch_norm
         settle_batch_norm(network, batch_norm)
@@ -93,7 +93,7 @@ class SampledModel(Distributed):
 
     @num_samples.setter
     def num_samples(self, value):
-        check_count("num_samples", value, MOST_SAMPLES)
+        check_count("num_samples", value, _MOST_SAMPLES)
         self._num_samples = int(value)
         self.train_function = self.test_function = self.predict_function = None
 
@@ -280,7 +280,7 @@ class SampledModel(Distributed):
 
     def _sampler(self, kind, num_samples):
         num_samples = self.num_samples if num_samples is None else num_samples
-        check_count("num_samples", num_samples, MOST_SAMPLES)
+        check_count("num_samples", num_samples, _MOST_SAMPLES)
         key = (kind, num_samples)
         if key not in self._samplers():
             sampler = Sampler(self, kind, num_samples)

@@ -10,12 +10,7 @@ import keras
 from keras import ops
 
 from sbn_tf.core.context import current_graph
-from sbn_tf.core.keras_internals import (
-    added_losses,
-    current_values,
-    in_stateless_scope,
-    run_operations_by,
-)
+from sbn_tf.core.keras_internals import added_losses, current_values, in_stateless_scope, run_operations_by
 
 __all__ = ["Shared", "one_after_another", "sharing"]
 

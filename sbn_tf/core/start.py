@@ -22,9 +22,9 @@ from sbn_tf.layers import masked_layers
 
 __all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "narrow_scales"]
 
-NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
-NUM_DRAWS = 3  # draws of the posterior that are averaged there
-MOST_TRIALS = 10  # of narrower scales at the start
+_NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
+_NUM_DRAWS = 3  # draws of the posterior that are averaged there
+_MOST_TRIALS = 10  # of narrower scales at the start
 # Of the trained network's learning rate: its weights are near their optimum. Batch norm with frozen statistics does not
 # take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 12 and 33 points).
 LOC_RATE, LOC_RATE_BESIDE_FROZEN_NORM = 0.1, 0.01
@@ -57,7 +57,7 @@ class WatchedData:
         if is_of_arrays(data):
             check_inputs(model, data[0])
             check_targets(model, getattr(model, "loss", None) if loss is None else loss, *data[:2])
-            self.first = first_examples(data[0], data[1]) if len(data) > 1 else None
+            self.first = _first_examples(data[0], data[1]) if len(data) > 1 else None
             self.count = len(keras.tree.flatten(data[0])[0]) if self.first is not None else None
         elif data is not None and not isinstance(data, keras.utils.PyDataset) and not is_endless(data):
             self._inner, self.data = data, self
@@ -89,7 +89,7 @@ class WatchedData:
         for batch in self._inner:
             if isinstance(batch, tuple | list) and len(batch) > 1:
                 if self.first is None:
-                    self.first = first_examples(*batch[:2])
+                    self.first = _first_examples(*batch[:2])
                 shape: Any = getattr(keras.tree.flatten(batch[0])[0], "shape", ())
                 self.count += int(shape[0]) if len(shape) else 0
             yield batch
@@ -98,7 +98,7 @@ class WatchedData:
         return len(self._inner)
 
 
-def first_examples(x: Any, y: Any, most: int = NUM_PROBED) -> tuple | None:
+def _first_examples(x: Any, y: Any, most: int = _NUM_PROBED) -> tuple | None:
     """The first examples of (x, y) as NumPy arrays of their own; None of what is not dense arrays."""
     try:
         parts = keras.tree.map_structure(lambda a: np.array(a[:most]), (x, y))
@@ -122,8 +122,8 @@ def narrow_scales(network: keras.Model, loss: Any, examples: tuple | None) -> No
     if not math.isfinite(own):
         return
     allowed = 0.1 * abs(own) + 0.03
-    for _ in range(MOST_TRIALS):
-        excess = _loss(network, loss, examples, NUM_DRAWS) - own
+    for _ in range(_MOST_TRIALS):
+        excess = _loss(network, loss, examples, _NUM_DRAWS) - own
         if excess <= allowed:
             break
         # Near the optimum the excess grows with the square of the width.
@@ -185,7 +185,7 @@ class Guard(keras.callbacks.Callback):
     def _compare(self, when, remedy):
         if self.own is None or not math.isfinite(self.own):
             return
-        drawn = _loss(self.model.network, compiled_loss(self.model), self.examples, NUM_DRAWS)
+        drawn = _loss(self.model.network, compiled_loss(self.model), self.examples, _NUM_DRAWS)
         if not drawn <= self.own + abs(self.own) + 0.05:
             warnings.warn(
                 f"The posterior's NLL on a few training examples is {drawn:.3g} {when}; the trained network's is "
@@ -248,7 +248,7 @@ class Start:
         """The callbacks of `fit` with the guard, if there are examples: of the arrays, else of those known before."""
         check_callbacks(callbacks)
         if self.guard is None and compiled_loss(model) is not None:
-            examples = first_examples(x, y, min(batch_size or NUM_PROBED, NUM_PROBED)) if y is not None else None
+            examples = _first_examples(x, y, min(batch_size or _NUM_PROBED, _NUM_PROBED)) if y is not None else None
             examples = self.examples if examples is None else examples
             self.guard = None if examples is None else Guard(examples)
         if self.guard is None or isinstance(callbacks, keras.callbacks.CallbackList):

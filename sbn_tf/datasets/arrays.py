@@ -74,6 +74,7 @@ class DiskArray:
         self._row_bytes = int(np.prod(whole[1:])) * self.dtype.itemsize
         self._file = None
 
+    keeps: object = None  # what has to live as long as these rows or others selected from them, as a temporary folder
     ndim = property(lambda self: len(self.shape))
     size = property(lambda self: int(np.prod(self.shape)))
     nbytes = property(lambda self: self.size * self.dtype.itemsize)
@@ -88,7 +89,13 @@ class DiskArray:
     def __repr__(self):
         return f"DiskArray(shape={self.shape}, dtype={self.dtype}, path={str(self.path)!r})"
 
-    def __reduce__(self):  # a copy or a pickle names the file, and does not contain it
+    def __copy__(self):
+        return self  # rows never change
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):  # a pickle names the file, and does not contain or keep it
         return type(self), (self.path, self._rows, self._crc32, self._sums)
 
     def __getitem__(self, key) -> np.ndarray:
@@ -110,7 +117,9 @@ class DiskArray:
     def select(self, index: Index) -> "DiskArray":
         """The rows of `index` (integers, a slice or a bool per row), not read yet."""
         rows = np.arange(len(self)) if self._rows is None else self._rows
-        return DiskArray(self.path, rows[index], self._crc32, self._sums)
+        found = DiskArray(self.path, rows[index], self._crc32, self._sums)
+        found.keeps = self.keeps
+        return found
 
     def crc32(self) -> np.ndarray:
         """CRC-32 of each row, `(N,)` uint32; if they are known, nothing is read."""

@@ -25,15 +25,7 @@ logger = logging.getLogger(__name__)
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # others may start programs, as an EPS does
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, the third of EXIF too
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    UnidentifiedImageError,
-)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, UnidentifiedImageError)
 CHUNK = 16  # images decoded at a time; an interruption costs no more than these
 MODES = {1: "L", 3: "RGB"}
 GREY = ("1", "L", "LA")

@@ -37,13 +37,7 @@ ISIC2018 = Card(
 
 
 def load_isic2018(
-    root: files.Folder,
-    size: int,
-    seed: int,
-    limit: int | None = None,
-    cache: files.Folder = None,
-    *,
-    fit: str = "crop",
+    root: files.Folder, size: int, seed: int, limit: int | None = None, cache: files.Folder = None, *, fit: str = "crop"
 ) -> Parts:
     """Three splits: images `(N, size, size, 3)` uint8, targets `(N, size, size, 1)` uint8.
 

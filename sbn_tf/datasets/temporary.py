@@ -9,8 +9,6 @@ import shutil
 import uuid
 import weakref
 
-from .arrays import DiskArray
-
 
 class TemporaryFolder:
     """A folder that is removed when nothing refers to this object, at the latest when the process ends.
@@ -23,27 +21,6 @@ class TemporaryFolder:
         _sweep(parent)
         self.path = parent / f"temporary-{owner}-{uuid.uuid4().hex[:12]}"
         self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
-
-
-class TemporaryArray(DiskArray):
-    """Rows in a temporary folder, which stays as long as anything refers to them or to rows selected from them."""
-
-    def __init__(self, array, folder):
-        super().__init__(*array.__reduce__()[1])
-        self._folder = folder
-
-    def select(self, index):
-        """As `DiskArray.select`."""
-        return TemporaryArray(super().select(index), self._folder)
-
-    def __copy__(self):
-        return self  # rows never change
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def __reduce__(self):  # a pickle names the file, and does not keep it
-        return DiskArray, super().__reduce__()[1]
 
 
 def _remove(folder, process):

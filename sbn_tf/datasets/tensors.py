@@ -25,7 +25,7 @@ from .arrays import DiskArray
 from .base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, SPLITS, TASKS, Card, Data, Split, read_if_small
 from .pieces import PIECE_BYTES, are_class_numbers, check_ends, pieces
 from .registry import names
-from .temporary import TemporaryArray, TemporaryFolder
+from .temporary import TemporaryFolder
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ def from_tf_data(
         return _data(arrays, task, classes, name, "tf.data.Dataset", in_memory=in_memory)
     temporary, kept = TemporaryFolder(array_cache.cache_folder(cache)), False
     try:
-        arrays = {}
-        for part, source in sources.items():
-            found = _through_cache(source, task, part, name, key, temporary.path)
-            arrays[part] = {what: TemporaryArray(rows, temporary) for what, rows in found.items()}
+        arrays = {
+            part: _through_cache(source, task, part, name, key, temporary.path, temporary)
+            for part, source in sources.items()
+        }
         data = _data(arrays, task, classes, name, "tf.data.Dataset", in_memory=in_memory)
         kept = any(isinstance(rows, DiskArray) for rows in (data.train.images, data.train.targets))
         return data
@@ -139,7 +139,7 @@ def _check_arguments(task, classes, name):
         raise ValueError(f"Expected classes, names that differ. Received: classes={classes!r}")
 
 
-def _through_cache(source, task, part, name, key, cache):
+def _through_cache(source, task, part, name, key, cache, keeps=None):
     """The arrays of a split, from the cache. Their shapes are those of the first piece, or of the cache of a key."""
 
     def opened():
@@ -175,7 +175,10 @@ def _through_cache(source, task, part, name, key, cache):
         if waiting:
             yield _joined(waiting)
 
-    return array_cache.cached(f"{name}-{part}", origin, arrays, produce, cache=cache)
+    found = array_cache.cached(f"{name}-{part}", origin, arrays, produce, cache=cache)
+    for rows in found.values():
+        rows.keeps = keeps
+    return found
 
 
 def _kept_layout(name, origin, cache):
