@@ -21,7 +21,7 @@ import numpy as np
 from . import folder, lidc_dicom
 from .base import MULTI_LABEL, SEGMENTATION, Card, Data, Parts, Split, first_in_seeded_order, read_if_small
 from .check import check
-from .files import is_integer
+from .files import check_option, is_integer
 from .medmnist import download
 from .registry import names, register, registered
 from .tensors import from_arrays, from_tf_data
@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 _MIN_SIZE = 8
-_NORMALISATIONS = ("train", "paper")
 
 
 def card(name: str | os.PathLike) -> Card:
@@ -139,8 +138,7 @@ def _registered(name) -> tuple[Card, Callable[..., Parts]]:
 
 
 def _moments(info: Card, normalisation: str) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    if normalisation not in _NORMALISATIONS:
-        raise ValueError(f"Expected normalisation one of {_NORMALISATIONS}. Received: {normalisation!r}")
+    check_option("normalisation", normalisation, ("train", "paper"))
     if normalisation == "train":
         return None, None
     if info.paper_normalisation is None:

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from . import cache as array_cache
 from .arrays import DiskArray
 from .base import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, SPLITS, TASKS, Card, Data, Split, read_if_small
+from .files import check_option
 from .pieces import PIECE_BYTES, are_class_numbers, check_ends, pieces
 from .registry import names
 from .temporary import TemporaryFolder
@@ -128,8 +129,7 @@ def from_arrays(
 
 
 def _check_arguments(task, classes, name):
-    if task not in TASKS:
-        raise ValueError(f"Expected task one of {TASKS}. Received: task={task!r}")
+    check_option("task", task, TASKS)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in names():
         raise ValueError(
             f"Expected a name of letters, digits, - and _ that no dataset has. Received: name={name!r}.\n"
