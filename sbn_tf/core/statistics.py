@@ -46,6 +46,11 @@ def cumulative(values):
     return result
 
 
+def _edges_of_ties(ordered):
+    """Where runs of equal values begin in sorted ones, and where the last one ends."""
+    return np.append(np.flatnonzero(np.concatenate([[True], np.diff(ordered) != 0])), len(ordered))
+
+
 def means(columns) -> Statistic:
     """Mean of each of some values of an image, over the images that have it (not NaN)."""
     values = np.stack(columns, 1)
@@ -66,9 +71,8 @@ def ranking(scores, positive, images=None) -> Statistic:
     """
     order = np.argsort(scores, kind="stable")
     images = order if images is None else images[order]
-    first = np.concatenate([[True], np.diff(scores[order]) != 0])
-    tie = np.cumsum(first) - 1
-    edges = np.append(np.flatnonzero(first), len(order))
+    edges = _edges_of_ties(scores[order])
+    tie = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
     at = np.flatnonzero(np.asarray(positive)[order])  # only where positives are does anything count
     ties, inside = np.unique(tie[at], return_index=True)
     starts, ends = edges[ties], edges[ties + 1]
@@ -153,7 +157,7 @@ def mass_calibration(probs, targets, num_bins=NUM_BINS, images=None) -> Statisti
     order = np.argsort(probs, kind="stable")
     images = order if images is None else images[order]
     gaps = (probs - targets)[order]
-    edges = np.append(np.flatnonzero(np.concatenate([[True], np.diff(probs[order]) != 0])), len(order))
+    edges = _edges_of_ties(probs[order])
 
     def statistic(weights):
         result, ordered, below = np.empty(len(weights)), np.empty(len(images)), np.zeros(len(images) + 1)
@@ -189,7 +193,7 @@ def areas(uncertain, risk) -> Statistic:
 
     def area(scores):
         order = np.argsort(scores, kind="stable")
-        edges = np.append(np.flatnonzero(np.concatenate([[True], np.diff(scores[order]) != 0])), len(order))
+        edges = _edges_of_ties(scores[order])
         risks = risk[order]
 
         def statistic(weights):
