@@ -1,14 +1,18 @@
 """What every test shares: quiet start-up and one seed."""
 
+import atexit
 import gc
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # read when TensorFlow is first imported, hence above the imports
 
 import keras
 import pytest
 
-gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects: the default spends 8 % of the suite here
+GC = (200_000, 50, 1000)  # tracing makes millions of objects: the default spends 8 % of the suite here
+gc.set_threshold(*GC)
 
 LONGEST = ("test_training.py", "test_grid.py", "test_methods.py", "test_partial_bayes.py")
 
@@ -16,6 +20,16 @@ LONGEST = ("test_training.py", "test_grid.py", "test_methods.py", "test_partial_
 def pytest_collection_modifyitems(items):
     """The longest files first: two processes then end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_configure():
+    """Kernels of notebooks, of nbval and of papermill, run the files of this folder when they start."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    startup = Path(folder.name, "profile_default", "startup")
+    startup.mkdir(parents=True)
+    (startup / "gc.py").write_text(f"__import__('gc').set_threshold(*{GC})\n")  # leaves no name behind
+    os.environ["IPYTHONDIR"] = folder.name
 
 
 @pytest.fixture(autouse=True)

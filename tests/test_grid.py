@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from helpers import mask_result, record_of
+from helpers import mask_result, record_of, tiny_networks
 
 from sbn_tf.experiments import estimates, grid, grid_results, plan, recipes, result, results
 from sbn_tf.experiments.methods import METHODS
@@ -193,7 +193,13 @@ def test_a_damaged_result_is_left_out_of_the_table_with_a_warning(tmp_path, monk
         assert grid_results.gather(made()).empty
 
 
-def test_estimates_are_those_of_the_steps_by_hand():
+@pytest.fixture
+def tiny():
+    with tiny_networks():
+        yield
+
+
+def test_estimates_are_those_of_the_steps_by_hand(tiny):
     mine = plan.plan_of(
         {
             "name": "e",
@@ -202,7 +208,7 @@ def test_estimates_are_those_of_the_steps_by_hand():
             "seeds": [0],
             "r_bayes": [0.01],
             "methods": ["deterministic_longer"],
-            "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
+            "datasets": {"phantom_nodule": {"size": 16, "network": "tiny_masks", "images": [100, 10, 20]}},
         }
     )
     found = estimates.estimates(mine)
@@ -210,7 +216,7 @@ def test_estimates_are_those_of_the_steps_by_hand():
     from sbn_tf import cost
     from sbn_tf.experiments import networks
 
-    network = networks.build("unet_small", (16, 16, 1), 1, seed=0)
+    network = networks.build("tiny_masks", (16, 16, 1), 1, seed=0)
     network.compile("adam", "binary_crossentropy")  # the optimiser of quick
     step, one = cost.training_flops(network, 20), cost.prediction_flops(network, 20)
     first = found[f"{unit}/step1.ipynb"]
@@ -223,12 +229,12 @@ def test_estimates_are_those_of_the_steps_by_hand():
         estimates.estimates(plan.plan_of({**SMALL, "datasets": {"phantom_nodule": {}}}))
 
 
-def test_estimates_of_jobs_that_build_on_one_another():
+def test_estimates_of_jobs_that_build_on_one_another(tiny):
     def total(methods):
         mine = plan.plan_of(
             {
                 **{"name": "e", "recipe": "quick", "seeds": [0], "r_bayes": [0.01], "methods": methods},
-                "datasets": {"phantom_nodule": {"size": 16, "network": "unet_small", "images": [100, 10, 20]}},
+                "datasets": {"phantom_nodule": {"size": 16, "network": "tiny_masks", "images": [100, 10, 20]}},
             }
         )
         return {path.split("/")[-1]: one["flops"] for path, one in estimates.estimates(mine).items()}
@@ -248,7 +254,7 @@ def one_pass():
     from sbn_tf import cost
     from sbn_tf.experiments import networks
 
-    return cost.prediction_flops(networks.build("unet_small", (16, 16, 1), 1, seed=0), 20)
+    return cost.prediction_flops(networks.build("tiny_masks", (16, 16, 1), 1, seed=0), 20)
 
 
 def has_snakemake():

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import NETWORK_CARD, QUANTILES
+from helpers import NETWORK_CARD, QUANTILES, tiny_networks
 from PIL import Image
 from scipy.special import entr, expit, log_softmax, logit
 
@@ -52,8 +52,9 @@ def places(tmp_path_factory):
             lines.writerow([f"{i}.png", f"{i}.png"])
     for i in range(5):
         write_image(folder / "new" / f"né w {i}.png", *SIZES[i % 3], seed=100 + i)
-    arguments = ["--recipe", "quick", "--size", "16", "--epochs", "1", "--bayes-epochs", "1", "--network", "unet_small"]
-    assert main(["train", str(folder / "data"), "--out", str(folder / "network"), *arguments]) == 0
+    arguments = ["--recipe", "quick", "--size", "16", "--epochs", "1", "--bayes-epochs", "1", "--network", "tiny_masks"]
+    with tiny_networks():
+        assert main(["train", str(folder / "data"), "--out", str(folder / "network"), *arguments]) == 0
     return folder
 
 
