@@ -488,8 +488,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # %% [markdown]
 # ### What message does a wrong call give?
 #
-# The KL's weight has no default, since a guess that is off by a factor, the number of
-# pixels, ruins training without a warning.
+# The KL's weight has no default: a guess that is wrong by a large factor, such as the number of pixels, would ruin
+# training without a warning.
 
 # %% tags=["active-ipynb"]
 # try:
@@ -501,8 +501,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## 7. How does it go into your own model?
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
-# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? The bias is among the Bayesian entries, so
-# every input sees noise, even if all eight Bayesian kernel entries are multiplied by 0.
+# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian
+# entry is the bias: its noise reaches every input, also one for which the eight Bayesian kernel entries meet zeros.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)

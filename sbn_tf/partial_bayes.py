@@ -93,8 +93,8 @@ __all__ = [
 # averages over: 1 for a loss averaged over images, the number of pixels if it also averages over pixels, of labels if
 # it averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$ ($s$: the
 # noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
-# $1 / 1{,}024{,}000$. Where the data decide $T$ (masked padding, an `ignore_class`, a mean over sample weights), the
-# terms of the batches trained on are counted, and $T$ is their mean.
+# $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a mean over sample weights), the
+# terms are counted in each training batch, and $T$ is their mean per example.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -187,7 +187,7 @@ class PartialBayes(SampledModel):
         return train_in_turns(self, step, *args) if self.estimator == "turns" else step(*args)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean of the samples' losses and of what they added by `add_loss`, plus the KL and the regularizers, once."""
+        """The losses, compiled or of `add_loss`, are means over samples; KL and regularizers are added once."""
         loss = compiled_loss(self)
         if loss is None:
             raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
@@ -260,8 +260,8 @@ class PartialBayes(SampledModel):
 # |---|---|---|
 # | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
-# | batch norm that trains after a draw (not `"all"`, `"turns"`) | it sees several draws or 1/S of a batch | refused |
-# | scales of one size for all | .01 is ten times some weights: ruins the network | relative, narrowed by `data` |
+# | batch norm that trains after a draw | it sees several draws or 1/S of a batch | only with `"all"` or `"turns"` |
+# | every scale starts at .01 | ten times some weights: the network is ruined | relative start, halved to fit `data` |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -363,7 +363,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls if a layer may mix examples) |
 # | `"turns"` | one draw a step sees the whole batch, the next step another | 1 | everywhere |
 # | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
-# | `"local"` (Kingma et al. 2015) | each Dense output has noise; else as flipout | 1 to 2 | axis 0 is the batch |
+# | `"local"` (Kingma et al. 2015) | noise on each Dense output; other layers: flipout | 1 to 2 | axis 0 is the batch |
 #
 # *Which one?* `"split"` costs least; `"flipout"` has the least variance of gradients for its time in
 # `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for your own). Take `"all"` where the batch is

@@ -93,8 +93,8 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model; the
 # *empirical* one takes the labels of the data. (Sung et al. 2021 use it to choose the weights to train.) Near an
 # optimum, where the gradients of independent examples average out, `fisher` ranks weights nearly as `per_example` does,
-# at the cost of one pass. Why $n_b$? Without it a last batch of one example, whose squared noise is 32 times that of a
-# batch of 32, would make up more than half of the score of an epoch of 20 batches.
+# at the cost of one pass. Why $n_b$? Without it a last batch of one example would count too much: its squared noise is
+# 32 times that of a batch of 32, and so more than half of the score of an epoch of 20 batches.
 #
 # The code adds up the batches, then computes the scores from the sums. Two scores need no gradients:
 
@@ -280,7 +280,7 @@ class SaliencyRecorder(EpochRecorder):
 # ## 4. Which entries are chosen?
 #
 # Exactly `k = round(r_bayes * n)`: those with the largest scores, and among equal scores the earlier ones. A threshold
-# would take more than asked where scores are equal, and those of dead units are all 0. `np.partition` finds the k-th
+# would take too many where scores are equal, and the scores of all dead units are 0. `np.partition` finds the k-th
 # largest value without sorting; the rest is counting.
 
 
@@ -455,8 +455,8 @@ def top_k(
 # Why are late weights cheaper? Layers before the first Bayesian weight give the same output for every sample and run
 # once. The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come
 # after one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries with most
-# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers that is exact, since the best set is the
-# whole tail that the bound admits. Where the graph branches, it takes the best of two or three sets.
+# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers no choice is better: it ranks all of the
+# last layers that the bound allows. Where the graph branches, it takes the best of two or three sets of weights.
 
 
 # %%

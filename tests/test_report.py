@@ -80,7 +80,7 @@ def test_a_table_is_shown_as_a_table_with_its_best_values_bold(monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda one: shown.append(one.data))
     table = pd.DataFrame({"dice": ["0.5 +- 0.1", "0.7 +- 0.1"], "size <": [1.5, 2.5]}, index=["a & b", "c"])
     table.attrs |= {"notes": ["A note."], "best": {"dice": ["c"], "size <": []}}
-    show(table)
+    show(table, digits=1)
     cells = re.findall("<t[hd]>(.*?)</t[hd]>", shown[0])
     assert cells[-6:] == [
         "a &amp; b",
@@ -92,3 +92,15 @@ def test_a_table_is_shown_as_a_table_with_its_best_values_bold(monkeypatch):
     ]
     assert "<th>size &lt;</th>" in shown[0]
     assert shown[1].startswith("Bold: ") and shown[1].endswith("A note.")
+
+
+def test_the_nearest_numbers_are_bold(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda one: shown.append(one.data))
+    table = pd.DataFrame({"high": [0.904, 0.9, float("nan")], "low": [2, 1, 3], "95 %": [0.99, 0.9, 0.96]})
+    show(table, {"high": np.inf, "low": -np.inf, "95 %": 0.95}, digits=2)
+    cells = [re.findall("<td>(.*?)</td>", row) for row in shown[0].split("<tr")[2:]]
+    assert cells == [["<b>0.90</b>", "2", "0.99"], ["<b>0.90</b>", "<b>1</b>", "0.90"], ["-", "3", "<b>0.96</b>"]]
+    assert len(shown) == 1  # no note
+    with pytest.raises(ValueError, match=r"Expected columns among .*Received: \['f2'\]"):
+        show(table, {"f2": np.inf})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -191,25 +191,42 @@ def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:
     return f"{whole}\n\n{notes}" if notes else whole
 
 
-def show(table: pd.DataFrame) -> None:
-    """Show a table in a notebook, the best values of each column bold, and its notes below it."""
+def show(table: pd.DataFrame, best: Mapping[str, float] | None = None, *, digits: int = 3) -> None:
+    """Show a table in a notebook, the best values of each column bold, and its notes below it.
+
+    Args:
+        table: of any kind; `attrs["best"]` and `attrs["notes"]` are those of `table.table`.
+        best: column of numbers -> the number that would be best: the nearest values are bold. Infinity: the highest.
+        digits: of floats, after the decimal point.
+
+    Raises:
+        ValueError: a column that the table does not have.
+    """
     from IPython.display import HTML, Markdown, display
 
-    best, notes = table.attrs.get("best", {}), [*table.attrs.get("notes", ())]
-    shown = pd.DataFrame({key: [_as_html(cell) for cell in table[key]] for key in table})
-    for key, labels in best.items():
+    if unknown := [key for key in best or {} if key not in table]:
+        raise ValueError(f"Expected columns among {list(table)}. Received: {unknown}")
+    bold, notes = {**table.attrs.get("best", {})}, [*table.attrs.get("notes", ())]
+    if any(bold.values()):
+        notes.insert(0, "Bold: the best of a column, trivial rows aside, whether or not it differs by more than noise.")
+    for key, goal in (best or {}).items():
+        numbers = table[key].astype(float).round(digits)
+        far = abs(numbers - goal) if math.isfinite(goal) else -math.copysign(1, goal) * numbers
+        bold[key] = list(table.index[far == far.min()])
+    shown = pd.DataFrame({key: [_as_html(cell, digits) for cell in table[key]] for key in table})
+    for key, labels in bold.items():
         shown[key] = shown[key].where(~table.index.isin(labels), "<b>" + shown[key].astype(str) + "</b>")
     shown = shown.set_axis([html.escape(str(label)) for label in table.index])
     shown = shown.set_axis([html.escape(str(key)) for key in table], axis=1)
     display(HTML(shown.to_html(escape=False)))
-    if any(best.values()):
-        notes.insert(0, "Bold: the best of a column, trivial rows aside, whether or not it differs by more than noise.")
     if notes:
         display(Markdown("  \n".join(notes).replace("+-", "\u00b1")))
 
 
-def _as_html(cell):
-    """A text for HTML: a number and its deviation stay on one line."""
+def _as_html(cell, digits):
+    """A cell for HTML: a number and its deviation stay on one line."""
+    if isinstance(cell, float | np.floating):
+        return "-" if math.isnan(cell) else f"{round(cell, digits) + 0.0:.{digits}f}"  # no -0.0
     if not isinstance(cell, str):
         return cell
     return html.escape(cell).replace(" +- ", "&nbsp;&plusmn;&nbsp;").replace(", ", ",&nbsp;")
