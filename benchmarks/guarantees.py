@@ -6,7 +6,8 @@ Run: python benchmarks/guarantees.py phantom_lesion [--recipe quick] [--method m
 1. *Held out*: validation and test patients together are divided by chance into halves, many times: one calibrates, the
    other is counted. The guarantee is for the mean over divisions; 5 % and 95 % say what a single one may give.
 2. *As used*: the validation split calibrates, the test split is counted: as it is, shifted, and of another dataset.
-3. *Detection*: AUROC of uncertainty and of the distance in features for an image's being shifted.
+3. *Detection*: AUROC of uncertainty and of the distance in features for an image's being shifted, or of another dataset
+   (`--other`, whatever its task and channels). `--table` adds the rows to a CSV.
 """
 
 import argparse
@@ -108,6 +109,24 @@ def together(splits):
     return dataclasses.replace(splits[0], ids=None, truth_probs=None, **{key: joined(key) for key in keys})
 
 
+def other_images(name, data, limit):
+    """The test images of another dataset with these channels and this normalisation, and whether its answers count."""
+    found = datasets.load(name, size=data.input_shape[0], limit=limit)
+    images, (*_, channels) = np.asarray(found.test.images), data.input_shape
+    if images.shape[-1] != channels:
+        grey = images.mean(-1, keepdims=True).round().astype(images.dtype) if images.shape[-1] == 3 else images
+        images = np.repeat(grey, channels, -1)
+    one = dataclasses.replace(found.test, images=images, mean=data.mean, sd=data.sd)
+    same = found.card.task == data.card.task and found.card.classes == data.card.classes
+    if not same:
+        like = np.asarray(data.test.targets[:1])
+        blank = np.zeros_like(like).repeat(len(images), 0)
+        blank = blank[..., :1] if data.card.task == SEGMENTATION else blank
+        fields = {"targets": blank, "rater_valid": None, "truth_probs": None, "task": data.card.task}
+        one = dataclasses.replace(one, **fields)
+    return one, same
+
+
 def loaded_network(path):
     """A deterministic network of a file, as a method."""
     model = sbn_tf.load(path, compile=False)
@@ -134,7 +153,8 @@ def main():
     parser.add_argument("--limit", type=int)
     parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--refer", type=float, default=0.1)
-    parser.add_argument("--other", help="another dataset of the same task and channels")
+    parser.add_argument("--other", nargs="*", default=[], help="other datasets")
+    parser.add_argument("--table", help="a CSV to which the rows of detection are added")
     parser.add_argument("--halves", type=int, default=100)
     parser.add_argument("--severities", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--runs")
@@ -167,16 +187,20 @@ def main():
     for kind, severity in SHIFTS:
         rows[f"{kind} {severity:g}"] = used(data.test, looked_at(predictor, data.test, (kind, severity)))
     other = {}
-    if given.other:
-        loaded = datasets.load(given.other, size=data.input_shape[0], limit=given.limit).test
-        other = {given.other: dataclasses.replace(loaded, mean=data.mean, sd=data.sd)}
-        rows[given.other] = used(other[given.other], looked_at(predictor, other[given.other]))
+    for name in given.other:
+        other[name], same = other_images(name, data, given.limit)
+        if same:
+            rows[name] = used(other[name], looked_at(predictor, other[name]))
     print(f"\n## As used: {calibration.num} {calibration.unit} of validation, the test split\n")
     print(report.to_markdown(pd.DataFrame.from_dict(rows, orient="index")), flush=True)
 
     kinds = [kind for kind in CORRUPTIONS if kind != "desaturate" or data.input_shape[2] == 3]
     shifts = {kind: [level] for kind, level in SHIFTS[:3]} | {kind: given.severities for kind in kinds}
     table = distance.detection(made.predict_samples, made.model, data.train, data.test, shifts, other)
+    if given.table:
+        told = {"network": f"{given.dataset}, {given.method}", "seed": 0, "clean": data.test.num_examples}
+        rows = table.assign(images=[other.get(kind, data.test).num_examples for kind in table["kind"]], **told)
+        rows.to_csv(given.table, mode="a", header=not os.path.exists(given.table), index=False, float_format="%.4f")
     table = table.drop(columns="severity").groupby("kind", sort=False).mean()
     levels = ", ".join(map(str, given.severities))
     print(f"\n## Detection: AUROC, mean over severities {levels}\n\n{report.to_markdown(table)}")

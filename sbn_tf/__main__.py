@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -66,7 +67,8 @@ COMMANDS = {
         "sbn-tf grid estimate profiles/paper",
     ),
 }
-EXIT_CODES = "exit codes: 0 fine, 1 a problem was found or a part failed, 2 wrong input"
+AGAIN = "What was done stays: the same command again goes on."
+EXIT_CODES = "exit codes: 0 fine, 1 a problem was found or a part failed, 2 wrong input, 130 stopped by Ctrl-C"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,8 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
     try:
         return given.run(given) or 0
+    except KeyboardInterrupt:
+        print(f"Stopped. {AGAIN}", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"Free some space. {AGAIN}", file=sys.stderr)
         return 2
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sbn_tf import datasets
 from sbn_tf.datasets import decoding, medical
-from sbn_tf.experiments import predict
+from sbn_tf.experiments import predict, prediction_page
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 
@@ -49,6 +49,10 @@ def test_a_dicom_has_its_own_window(dicom):
     expected = np.clip((stored - 599.5) / 1599 + 0.5, 0, 1)
     np.testing.assert_allclose(medical.read(path), expected, atol=1e-6)
     assert medical.pixel_spacing(path) == (0.3125, 0.3125) and medical.slices(path) == [""]
+    shown = prediction_page._small(path, "L")  # its picture in a report
+    np.testing.assert_allclose(shown, 255 * expected, atol=0.51)
+    window = np.clip((stored - 100.0) / 500, 0, 1)
+    np.testing.assert_allclose(prediction_page._small(path, "L", (100, 600)), 255 * window, atol=0.51)
 
 
 def test_a_given_window_is_in_hounsfield_units(dicom):

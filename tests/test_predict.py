@@ -13,11 +13,13 @@ import pytest
 from helpers import NETWORK_CARD, QUANTILES, tiny_networks
 from PIL import Image
 from scipy.special import entr, expit, log_softmax, logit
+from sklearn.covariance import LedoitWolf
 
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
 from sbn_tf.experiments import predict, predictor, tiles
+from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
@@ -182,8 +184,20 @@ def test_the_card_has_the_quantiles_of_validation(places, network):
     scores = [one.means["total"] for one in network.predict(files)]  # of the files, at their own sizes
     np.testing.assert_allclose(network.card.quantiles[50], np.median(scores), rtol=1e-4)
     np.testing.assert_allclose(network.card.quantiles[100], np.max(scores), rtol=1e-4)
+    images = [network.read(path)[0] for path in sorted((places / "new").iterdir())]
+    train, features = datasets.load(str(places / "data"), size=16).train, Features(network.model)
+    seen = features(train.normalised())
+    covariance = LedoitWolf(assume_centered=True).fit(seen - seen.mean(0))
+    far = [one.distance for one in network.predict_batch(np.stack(images))]
+    np.testing.assert_allclose(
+        far, np.sqrt(covariance.mahalanobis(features(np.stack(images)) - seen.mean(0))), rtol=1e-4
+    )
+    found = network.predict(files)
+    np.testing.assert_allclose(
+        network.card.distance_quantiles[50], np.median([one.distance for one in found]), rtol=1e-3
+    )
     for part in ("aleatoric", "epistemic"):
-        scores = [one.means[part] for one in network.predict(files)]
+        scores = [one.means[part] for one in found]
         np.testing.assert_allclose(getattr(network.card, f"{part}_quantiles")[100], np.max(scores), rtol=1e-3)
 
 
@@ -239,6 +253,7 @@ def test_a_folder_becomes_masks_maps_and_a_table(places, network, tmp_path, caps
         np.testing.assert_allclose(entropy, one.entropy(), atol=2e-3)
         (square,) = network.predict_batch(network.read(places / "new" / name)[0][None])
         assert np.isclose(row["total"], square.entropy().mean(), rtol=1e-4)
+        assert np.isclose(row["distance"], square.distance, rtol=1e-4) and row["unlike"]  # --flag 1 flags all
         sampled = np.asarray(Image.open(tmp_path / "out" / "samples_2" / f"{name}.png"))
         np.testing.assert_array_equal(sampled > 0, one.sample(1) > 0.5)
 
@@ -283,6 +298,32 @@ def test_an_interrupted_prediction_goes_on_to_the_same_table(places, network, tm
     assert len(calls) == 4
     first, second = ((tmp_path / at / "predictions.csv").read_text() for at in ("whole", "out"))
     assert first == second and len(whole) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [(KeyboardInterrupt(), 130, "Stopped."), (OSError(28, "No space left on device"), 2, "Free some space.")],
+)
+def test_what_was_done_stays(error, code, says, tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        write_image(tmp_path / "in" / f"{i}.png", 9, 9, i)
+    plain().save(tmp_path / "network")
+    arguments = ["predict", str(tmp_path / "network"), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(predict, "BATCH", 2)
+    original = predict._write_pictures
+
+    def failing(out, name, *others):
+        if name == "2.png":
+            raise error
+        original(out, name, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "_write_pictures", failing)
+        assert main(arguments) == code
+    said = capsys.readouterr().err
+    assert f"{says} What was done stays" in said and "Traceback" not in said
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 2
+    assert main(arguments) == 0 and len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 3
 
 
 def test_what_is_left_of_a_killed_prediction_is_whole(tmp_path):
@@ -390,6 +431,26 @@ def test_flags_are_those_less_sure_than_validation(tmp_path):
     one = Predictor(one.model, one.card.model_copy(update={"quantiles": tuple(quantiles)}))
     table = predict.predict_folder(one, tmp_path / "in", tmp_path / "out", flag=0.5)
     np.testing.assert_array_equal(table["flag"], scores > quantiles[50])
+    assert "distance" not in table
+
+
+@pytest.mark.parametrize(("task", "outputs"), [("multi-class", 3), ("segmentation", 1)])
+def test_images_far_from_the_training_images_are_unlike(task, outputs, tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "in" / f"{i}.png", 9, 9, i)
+    one = plain(task, outputs, distance_quantiles=[2.0] * 101)
+    features = Features(one.model)(np.stack([one.read(tmp_path / "in" / f"{i}.png")[0] for i in range(4)]))
+    means = np.stack([features[0], features[0] + 9])
+    training = {"means": means, "precision": np.eye(features.shape[1]) * 4}
+    one = Predictor(one.model, one.card, training)
+    one.save(tmp_path / "network")
+    table = predict.predict_folder(sbn_tf.load(tmp_path / "network"), tmp_path / "in", tmp_path / "out")
+    expected = np.minimum(*(2 * np.linalg.norm(features - mean, axis=1) for mean in means))
+    np.testing.assert_allclose(table["distance"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(table["unlike"], expected > 2)
+    (tmp_path / "network" / "training_features.npz").unlink()
+    with pytest.raises(ValueError, match="Run `sbn-tf train` again"):
+        sbn_tf.load(tmp_path / "network")
 
 
 @pytest.mark.parametrize(("task", "outputs"), [("multi-label", 3), ("binary", 1), ("multi-class", 3), ("ordinal", 3)])
@@ -420,6 +481,8 @@ def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     refused(["predict", net, str(tmp_path / "gone"), "--out", str(tmp_path / "o")], "not there")
     refused(["predict", new, new, "--out", str(tmp_path / "o")], "Expected a folder of `sbn-tf train`")
     refused(["predict", net, new, "--out", str(places / "data")], "Expected --out, an empty folder")
+    refused(["predict", net, new, "--out", "/proc/o"], "a folder that can be written")
+    refused(["train", str(places / "data"), "--size", "16", "--out", "/proc/o"], "a folder that can be written")
     refused(["predict", net, new, "--out", str(places / "new" / "results")], "outside of the images")
     refused(["train", "phantom_nodule", "--out", str(tmp_path / "o")], "a folder with images.csv")
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "2"], "flag")

@@ -12,7 +12,7 @@ from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 COLOURS = {"channels": 3, "mean": [0.4, 0.5, 0.6], "sd": [0.2, 0.3, 0.1]}
 CARD = {**NETWORK_CARD, **COLOURS, "num_samples": 3}
-NAMES = {"mean": "probabilities", "entropy": "entropy", "mutual_information": "mutual_information"}
+NAMES = {"mean": "probabilities"} | {name: name for name in ("entropy", "expected_entropy", "mutual_information")}
 
 
 def made(task, posterior, temperature):

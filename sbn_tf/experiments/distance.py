@@ -19,7 +19,7 @@ from sbn_tf.datasets.base import EXCLUSIVE, Split
 from sbn_tf.experiments import scoring
 from sbn_tf.experiments.shifts import shifted
 
-__all__ = ["FeatureDistance", "Features", "detection"]
+__all__ = ["FeatureDistance", "Features", "detection", "mahalanobis"]
 
 BATCH = 50
 
@@ -65,6 +65,8 @@ class FeatureDistance:
         kind: "mahalanobis" or "neighbours".
         k: which neighbour, 1 to the number of images.
 
+    `means` (classes, features) and `precision` (features, features) are what `mahalanobis` takes.
+
     References: Lee et al. (2018), "A simple unified framework for detecting out-of-distribution samples", equation 2;
         Sun et al. (2022), "Out-of-distribution detection with deep nearest neighbors", section 3.
     """
@@ -77,14 +79,20 @@ class FeatureDistance:
             self._nearest = NearestNeighbors(n_neighbors=k).fit(_of_length_1(features))
             return
         names, index = np.unique(np.zeros(len(features)) if classes is None else classes, return_inverse=True)
-        self._means = np.stack([features[index == place].mean(0) for place in range(len(names))])
-        self._covariance = LedoitWolf(assume_centered=True).fit(features - self._means[index])
+        self.means = np.stack([features[index == place].mean(0) for place in range(len(names))])
+        self.precision = LedoitWolf(assume_centered=True).fit(features - self.means[index]).precision_
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """The distances (batch,) of features (batch, features)."""
         if self.kind == "neighbours":
             return self._nearest.kneighbors(_of_length_1(features))[0][:, -1]
-        return np.sqrt(np.min([self._covariance.mahalanobis(features - mean) for mean in self._means], axis=0))
+        return mahalanobis(features, self.means, self.precision)
+
+
+def mahalanobis(features: np.ndarray, means: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """The distance (batch,) of features (batch, features) from the nearest of the means (classes, features)."""
+    apart = features - means[:, None]
+    return np.sqrt(np.einsum("cbi,ij,cbj->cb", apart, precision, apart, optimize=True).min(0))
 
 
 def detection(

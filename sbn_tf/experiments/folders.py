@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "FORMAT",
     "check_method",
     "digest",
+    "make_writable",
     "read_arrays",
     "read_json",
     "repository",
@@ -129,6 +131,21 @@ def _commit() -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def make_writable(path: Path) -> None:
+    """Make a folder for `--out`, if it is not there.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"Expected --out, a folder that can be written. Received: {path} ({error.strerror}).\nTake another --out."
+        ) from None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

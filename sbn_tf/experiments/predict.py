@@ -21,6 +21,7 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.datasets.medical import pixel_spacing
 from sbn_tf.experiments.decisions import Decider
+from sbn_tf.experiments.folders import make_writable
 from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
 from sbn_tf.experiments.tiles import check_tiles, predict_tiled
@@ -119,8 +120,15 @@ def _row(name, one, flag, path):
         row["area_mm2"] = row["area_pixels"] * height * width  # empty where the file does not say
     else:
         row |= {f"p_{label}": float(p) for label, p in zip(card.classes, probs, strict=True)}
-    limit = card.quantiles[round(100 * (1 - flag))] if flag < 1 else -math.inf
-    return row | one.means | {"flag": bool(flag > 0 and one.means["total"] > limit)}
+    row |= one.means | {"flag": _above(card.quantiles, one.means["total"], flag)}
+    if one.distance is None:
+        return row
+    return row | {"distance": one.distance, "unlike": _above(card.distance_quantiles, one.distance, flag)}
+
+
+def _above(quantiles, value, flag):
+    """Whether a value is above that of all but this share of the validation images."""
+    return bool(flag > 0 and value > (quantiles[round(100 * (1 - flag))] if flag < 1 else -math.inf))
 
 
 def _write_pictures(out, name, one, masks, cut=None):
@@ -143,6 +151,7 @@ def _begin(out, settings):
     """Make the folder of the results, or see that it was begun with these settings."""
     path = out / SETTINGS
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        make_writable(out)
         write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
         return
     try:

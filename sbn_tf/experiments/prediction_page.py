@@ -54,6 +54,14 @@ def write_prediction_page(
     card, files = predictor.card, image_files(images)
     unsure = table.sort_values("total", ascending=False, kind="stable") if len(table) else table
     flagged = unsure[unsure["flag"]] if len(table) else table
+    sentences = _sentences(len(table), len(flagged), flag, "are flagged")
+    listed = flagged
+    if "unlike" in table:
+        words = f"are further from the training images, in the network's features, than {100 * (1 - flag):g} % of those"
+        sentences += _sentences(len(table), int(table["unlike"].sum()), flag, f"{words} of validation")
+        listed = unsure[unsure["flag"] | unsure["unlike"]]
+    if settings and settings.get("tile_scale"):
+        sentences.append("These were cut into tiles; flags compare them with whole images of validation.")
     legend = "Total uncertainty is the mean entropy in nats; it is aleatoric plus epistemic."
     if card.task == SEGMENTATION:
         legend += " The mask is green. Uncertainty: the entropy of each pixel, from 0 (dark) to ln 2 nats (yellow)."
@@ -62,9 +70,9 @@ def write_prediction_page(
         "prediction.html",
         title=f"{len(table):,} images, predicted by a network trained on {card.dataset}",
         headline=f"{len(table):,} images: {len(flagged):,} flagged, {len(skipped):,} skipped.",
-        sentences=[*_sentences(len(table), len(flagged), flag), *promises],
+        sentences=[*sentences, *promises],
         limit=f"{100 * (1 - flag):g} %",
-        flagged=pages.rows_of(_reasons(flagged, card), "image"),
+        flagged=pages.rows_of(_reasons(listed, card), "image"),
         skipped=pages.rows_of(
             skipped.set_index("image") if len(skipped) else pd.DataFrame(columns=["reason"]), "image"
         ),
@@ -103,16 +111,22 @@ def _reasons(flagged, card):
             **({"marked": f"{100 * row['area']:.1f} %"} if "area" in row else {"prediction": row["prediction"]}),
             "uncertainty": f"{row['total']:.3f} nats, {_above(share_below(card.quantiles, row['total']))}",
             "what stands out": stands_out(card, row["aleatoric"], row["epistemic"]),
+            **({"distance": _distance(row, card)} if "unlike" in row else {}),
         }
         for _, row in flagged.iterrows()
     }
     return pd.DataFrame.from_dict(made, orient="index")
 
 
-def _sentences(number, flagged, flag):
+def _distance(row, card):
+    words = _above(share_below(card.distance_quantiles, row["distance"]))
+    return f"unlike the training images, {words}" if row["unlike"] else words
+
+
+def _sentences(number, flagged, flag, words):
     if not number or not 0 < flag < 1:
         return []
-    share, usual = f"{100 * flagged / number:.0f} % are flagged", f"{100 * flag:g} %"
+    share, usual = f"{100 * flagged / number:.0f} % {words}", f"{100 * flag:g} %"
     share += f"; of images like those of validation it would be about {usual}."
     if binomtest(flagged, number, flag, alternative="greater").pvalue < UNUSUAL:
         return [f"{share} That many are a hint that these images differ from the training images: look at them first."]

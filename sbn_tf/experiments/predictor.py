@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sbn_tf.core.files import check_archive, replacing
+from sbn_tf.core.files import check_archive, replacing, write_atomically
 from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SampledModel
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
@@ -23,7 +23,8 @@ from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.medical import ENDINGS as MEDICAL
 from sbn_tf.datasets.medical import is_medical, slices
 from sbn_tf.datasets.split import normalise
-from sbn_tf.experiments.folders import read_json, write_json
+from sbn_tf.experiments.distance import Features, mahalanobis
+from sbn_tf.experiments.folders import read_arrays, read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.methods.plain import tempered
 from sbn_tf.experiments.methods.sampled import Sampled
@@ -32,7 +33,7 @@ from sbn_tf.metrics import uncertainty
 
 __all__ = ["NetworkCard", "Prediction", "Predictor", "image_files"]
 
-MODEL, CARD = "model.keras", "network.json"
+MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
 PARTS = ("entropy", "expected_entropy", "mutual_information")  # total, aleatoric, epistemic
@@ -53,6 +54,7 @@ class NetworkCard(BaseModel):
         temperature: the logits of every draw are divided by it, > 0; 1 where that does not lower the validation NLL.
         quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
         aleatoric_quantiles, epistemic_quantiles: those of its two parts.
+        distance_quantiles: those of `Prediction.distance`; (): unknown.
         calibration: what the validation images say about errors; None: unknown.
         crc32: of the weights, set by `Predictor.save`: card and network belong together.
     """
@@ -75,6 +77,7 @@ class NetworkCard(BaseModel):
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     aleatoric_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     epistemic_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
+    distance_quantiles: tuple[float, ...] = ()
     calibration: Calibration | None = None
     crc32: int = 0
 
@@ -88,12 +91,14 @@ class Prediction:
         whole: (width, height) of the image; None: maps stay at the network's size.
         values: "probabilities", "entropy", "expected_entropy" and "mutual_information" as the network gives them.
         samples: probabilities of each draw as the network gives them, (samples, ...).
+        distance: Mahalanobis, from the training images in the network's features; None: unknown.
     """
 
     card: NetworkCard
     whole: tuple[int, int] | None
     values: dict[str, np.ndarray]
     samples: np.ndarray
+    distance: float | None = None
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -157,19 +162,21 @@ class Predictor:
     Args:
         model: a `PartialBayes`, or a network without draws.
         card: how it reads an image.
+        training: "means" and "precision" of the training images' features, see `distance.mahalanobis`; None: unknown.
 
     Raises:
         ValueError: the card is of a network with another input.
     """
 
-    def __init__(self, model: keras.Model, card: NetworkCard):
+    def __init__(self, model: keras.Model, card: NetworkCard, training: Mapping[str, np.ndarray] | None = None):
         expected = (card.size, card.size, card.channels)
         network = model.network if isinstance(model, SampledModel) else model
         if tuple(network.input_shape[1:]) != expected:
             raise ValueError(
                 f"Expected a network of {expected} images, as its card says. Received: {network.input_shape}"
             )
-        self.model, self.card = model, card
+        self.model, self.card, self.training = model, card, training
+        self._features = None if training is None else Features(model)
         self._sampled = Sampled(model) if isinstance(model, SampledModel) else None
 
     @classmethod
@@ -183,6 +190,7 @@ class Predictor:
         try:
             card = NetworkCard.model_validate(read_json(folder / CARD))
             check_archive(folder / MODEL)
+            training = read_arrays(folder / TRAINING) if card.distance_quantiles else None
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             if isinstance(error, ValidationError):
@@ -191,7 +199,7 @@ class Predictor:
                 f"Expected a folder of `sbn-tf train` with {CARD} and {MODEL}. Received: {folder} ({reason}).\n"
                 "Run `sbn-tf train` again."
             ) from None
-        found = cls(load(folder / MODEL, compile=False), card)
+        found = cls(load(folder / MODEL, compile=False), card, training)
         if card.crc32 != found.crc32():
             raise ValueError(
                 f"Expected {CARD} and {MODEL} of one training. Received: two, in {folder}.\nRun `sbn-tf train` again."
@@ -202,14 +210,17 @@ class Predictor:
         """Write the network and its card, each whole or not at all."""
         with replacing(Path(folder, MODEL)) as temporary:
             self.model.save(temporary)
+        if self.training is not None:
+            arrays = self.training
+            write_atomically(Path(folder, TRAINING), lambda file: np.savez(file, **arrays))
         write_json(Path(folder, CARD), {**self.card.model_dump(), "crc32": self.crc32()})
 
     def export(self, path: str | os.PathLike, format: str = "tf_saved_model") -> None:
         """Write the network for another runtime, with its draws and its reading of pixels in it.
 
-        It takes pixels (batch, size, size, channels), float32 of 0 to 255, and gives "mean" (probabilities),
-        "entropy" and "mutual_information" as `predict_batch` does, from the same draws in every call. Images have to
-        be made squares of the card's size before, by its `fit`.
+        It takes pixels (batch, size, size, channels), float32 of 0 to 255, and gives "mean" (probabilities), "entropy",
+        "expected_entropy" and "mutual_information" as `predict_batch` does, from the same draws in every call. Images
+        have to be made squares of the card's size before, by its `fit`.
 
         Args:
             path: folder of the SavedModel, or the .onnx or .tflite file.
@@ -237,8 +248,9 @@ class Predictor:
         return [one for part in parts for one in self.predict_batch(*self._read(part))]
 
     def crc32(self) -> int:
-        """A number that tells networks apart: of all weights."""
-        return zlib.crc32(b"".join(np.ascontiguousarray(w).tobytes() for w in self.model.get_weights()))
+        """A number that tells networks apart: of all weights, and of the training images' features."""
+        arrays = [*self.model.get_weights(), *(self.training or {}).values()]
+        return zlib.crc32(b"".join(np.ascontiguousarray(one).tobytes() for one in arrays))
 
     def digest(self) -> int:
         """A number that tells networks apart, and what their cards say."""
@@ -273,7 +285,11 @@ class Predictor:
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
-        return _predictions(self.card, self.samples(inputs), [None] * len(inputs) if wholes is None else wholes)
+        wholes = [None] * len(inputs) if wholes is None else wholes
+        far = None
+        if self.training is not None and self._features is not None:
+            far = mahalanobis(self._features(inputs), **self.training).tolist()
+        return _predictions(self.card, self.samples(inputs), wholes, far)
 
     def prediction(self, samples: np.ndarray, whole: tuple[int, int]) -> Prediction:
         """What draws of one image say, (samples, height, width) of any size, as maps of the size `whole`."""
@@ -284,12 +300,12 @@ class Predictor:
         return np.stack(inputs), wholes
 
 
-def _predictions(card, samples, wholes):
+def _predictions(card, samples, wholes, far=None):
     """What samples (samples, batch, ...) say of each image."""
     parts = uncertainty(samples, card.task)
     maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
     return [
-        Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i])
+        Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i], far and far[i])
         for i, whole in enumerate(wholes)
     ]
 

@@ -1,4 +1,4 @@
-"""A trained network for other runtimes: raw pixels in, mean, entropy and mutual information out."""
+"""A trained network for other runtimes: raw pixels in, mean, entropy and its two parts out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = ("tf_saved_model", "onnx", "litert")
 
 
 class Served(keras.Model):
-    """Maps pixels of 0 to 255 to a dict of mean probability, entropy and mutual information in nats.
+    """Maps pixels of 0 to 255 to a dict of mean probability, and entropy with its two parts in nats.
 
     Its draws are constants: every call has the same ones, and no noise is left in its graph.
 
@@ -52,11 +52,12 @@ class Served(keras.Model):
             samples = samples[..., 0]
         kind = "softmax" if card.task in EXCLUSIVE else "sigmoid"
         mean = ops.mean(samples, 0)
-        total = entropy(mean, kind)
+        total, expected = entropy(mean, kind), ops.mean(entropy(samples, kind), 0)
         return {
             "mean": mean,
             "entropy": total,
-            "mutual_information": total - ops.mean(entropy(samples, kind), 0),
+            "expected_entropy": expected,
+            "mutual_information": total - expected,
         }
 
     def _draw(self, x, number, fixed):

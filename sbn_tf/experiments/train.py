@@ -16,7 +16,9 @@ from sbn_tf.datasets.folder import Folder, is_folder
 from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.check_data import add_folder_arguments
 from sbn_tf.experiments.compare import all_rows, fitted
+from sbn_tf.experiments.distance import BATCH, FeatureDistance, Features
 from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.folders import make_writable
 from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
@@ -63,20 +65,30 @@ def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[flo
     )
     plain = Predictor(made.model, card)
     card = card.model_copy(update={"temperature": _temperature(plain, data, size)})
-    predictor = Predictor(made.model, card)
+    predictor = Predictor(made.model, card, _training(made.model, data.train))
     means: list[dict] = []
 
     def seen():
         for images, _ in validation(data, size):
             for one in predictor.predict_batch(images):
-                means.append(one.means)
+                means.append({**one.means, "distance": one.distance})
                 yield one.probabilities, one.means["total"]
 
     calibration = calibrated(data.val, seen(), card.threshold)
     names = {"total": "quantiles", "aleatoric": "aleatoric_quantiles", "epistemic": "epistemic_quantiles"}
+    names["distance"] = "distance_quantiles"
     steps = np.linspace(0, 1, 101)
     found = {key: tuple(np.quantile([one[part] for one in means], steps).tolist()) for part, key in names.items()}
-    return Predictor(made.model, card.model_copy(update={**found, "calibration": calibration}))
+    return Predictor(made.model, card.model_copy(update={**found, "calibration": calibration}), predictor.training)
+
+
+def _training(model, split) -> dict[str, np.ndarray]:
+    """Where the training images lie in the network's features."""
+    features, starts = Features(model), range(0, split.num_examples, BATCH)
+    found = np.concatenate([features(split.normalised(slice(start, start + BATCH))) for start in starts])
+    classes = np.asarray(split.targets).argmax(-1) if split.task in EXCLUSIVE else None
+    one = FeatureDistance(found, classes)
+    return {"means": one.means, "precision": one.precision}
 
 
 def _temperature(predictor, data, batch_size) -> float:
@@ -137,6 +149,7 @@ def run(given: argparse.Namespace) -> None:
     folder = Folder(given.folder, given.threshold, given.skip_broken)
     settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
     print(settings.data.card, settings.data, sep="\n")
+    make_writable(out)
     rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit, given.window)
