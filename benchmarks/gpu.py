@@ -10,7 +10,8 @@ it is there: the same command goes on where it was stopped.
   in SBN_TF_DATA, for each share of Bayesian weights and each posterior. The executed notebooks stay in runs/gpu/.
 
 `--dry-run` takes small networks, few images and one epoch: it proves each line but the speed, on a CPU as well.
-`--requirements` lists what has to be installed beside the backend (71 MB of wheels beside JAX). `--rows PATTERN` takes some rows only.
+`--requirements` lists what has to be installed beside the backend (with JAX: 71 MB of wheels). `--rows PATTERN` takes
+some rows only.
 """
 
 import argparse

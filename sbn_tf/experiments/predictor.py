@@ -212,7 +212,7 @@ class Predictor:
             self.model.save(temporary)
         if self.training is not None:
             arrays = self.training
-            write_atomically(Path(folder, TRAINING), lambda file: np.savez(file, **arrays))
+            write_atomically(Path(folder, TRAINING), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         write_json(Path(folder, CARD), {**self.card.model_dump(), "crc32": self.crc32()})
 
     def export(self, path: str | os.PathLike, format: str = "tf_saved_model") -> None:
@@ -285,11 +285,11 @@ class Predictor:
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
-        wholes = [None] * len(inputs) if wholes is None else wholes
+        sizes = [None] * len(inputs) if wholes is None else list(wholes)
         far = None
         if self.training is not None and self._features is not None:
             far = mahalanobis(self._features(inputs), **self.training).tolist()
-        return _predictions(self.card, self.samples(inputs), wholes, far)
+        return _predictions(self.card, self.samples(inputs), sizes, far)
 
     def prediction(self, samples: np.ndarray, whole: tuple[int, int]) -> Prediction:
         """What draws of one image say, (samples, height, width) of any size, as maps of the size `whole`."""
