@@ -12,6 +12,7 @@ from sbn_tf import datasets, metrics
 from sbn_tf.datasets.arrays import DiskArray
 from sbn_tf.datasets.base import Split
 from sbn_tf.experiments import records, scoring, shifts, trivial
+from sbn_tf.experiments.records import shift_auroc
 
 RNG = np.random.default_rng(0)
 LABELS = (RNG.random((60, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype("uint8")
@@ -1123,7 +1124,7 @@ def test_shift_auroc_agrees_with_scikit_learn():
     moved = scoring.score(predict_samples, split, "segmentation", batch_size=7, shift=("contrast", 0.5), **options)
     images = shifts.shifted(split.normalised(), "contrast", 0.5)
     parts = [metrics.uncertainty(predict_samples(one)) for one in (split.normalised(), images)]
-    found = scoring.shift_auroc(clean, moved)
+    found = shift_auroc(clean, moved)
     for key in ("entropy", "mutual_information"):
         values = np.concatenate([part[key].mean((1, 2)) for part in parts])
         assert found[key] == pytest.approx(sk.roc_auc_score(np.repeat([0, 1], 23), values))
@@ -1137,11 +1138,11 @@ def test_shift_auroc_agrees_with_scikit_learn():
 
 def test_shift_auroc_of_one_sample_has_no_mutual_information():
     records = [record_of(LABEL_PROBS[:1], LABELS, "multi-label") for _ in range(2)]
-    found = scoring.shift_auroc(*records)
+    found = shift_auroc(*records)
     assert found["entropy"] == 0.5 and "mutual_information" not in found
     assert found["undefined"]["mutual_information"].startswith("one sample")
     with pytest.raises(ValueError, match="one task"):
-        scoring.shift_auroc(records[0], record_of(LABEL_PROBS[..., :1], LABELS[:, :1], "binary"))
+        shift_auroc(records[0], record_of(LABEL_PROBS[..., :1], LABELS[:, :1], "binary"))
 
 
 # The threshold, chosen on validation

@@ -10,7 +10,7 @@ import keras
 from sbn_tf.core.checks import check_count, check_fraction, check_number
 from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
 
-__all__ = ["fit_branched", "stem_epochs"]
+__all__ = ["fit_branched"]
 
 
 def stem_epochs(epochs: int, branch_at: float) -> int:

@@ -7,7 +7,7 @@ from sbn_tf.datasets.base import SEGMENTATION, Split
 
 from .scoring import evaluate
 
-__all__ = ["LEVELS", "ceilings"]
+__all__ = ["ceilings"]
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 

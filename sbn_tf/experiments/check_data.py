@@ -10,8 +10,6 @@ from sbn_tf import datasets
 from sbn_tf.datasets.folder import Folder, faults, is_folder
 from sbn_tf.experiments import report
 
-__all__ = ["add_arguments", "add_folder_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf check`."""

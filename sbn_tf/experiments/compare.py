@@ -24,21 +24,13 @@ from sbn_tf.experiments import folders, recipes, report, results, scoring, trivi
 from sbn_tf.experiments.experiment import Experiment, experiment
 from sbn_tf.experiments.experiment import recipe_of as recipe_of  # notebooks take it from here
 from sbn_tf.experiments.methods import METHODS, Method, make
+from sbn_tf.experiments.records import shift_auroc
 from sbn_tf.experiments.result import Result
 from sbn_tf.experiments.result import read as read_result
 from sbn_tf.experiments.result import write as write_result
 from sbn_tf.metrics import METRICS
 
-__all__ = [
-    "add_arguments",
-    "all_rows",
-    "check_methods",
-    "fitted",
-    "parse_seeds",
-    "row",
-    "run",
-    "trivial_rows",
-]
+__all__ = ["fitted", "row", "trivial_rows"]
 
 
 def row(settings: Experiment, method: str) -> Result:
@@ -261,10 +253,10 @@ def _score(made, settings, threshold):
         moved = scoring.score(
             made.predict_samples, split, settings.task, boundary=False, shift=(kind, severity), **options
         )
-        shift[kind] = {"severity": severity, **scoring.shift_auroc(record, moved)}
+        shift[kind] = {"severity": severity, **shift_auroc(record, moved)}
     if settings.swapped is not None:
         moved = scoring.score(made.predict_samples, _swapped(settings), settings.task, boundary=False, **options)
-        shift[f"{settings.swapped} instead"] = {"severity": 1.0, **scoring.shift_auroc(record, moved)}
+        shift[f"{settings.swapped} instead"] = {"severity": 1.0, **shift_auroc(record, moved)}
     return record, shift
 
 

@@ -8,8 +8,6 @@ from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments.guarantees import CONFIDENCE, two_classes
 from sbn_tf.experiments.predictor import NetworkCard, Prediction
 
-__all__ = ["Decider"]
-
 
 class Decider:
     """The limits of a network for the asked risks.

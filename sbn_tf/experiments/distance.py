@@ -17,9 +17,8 @@ from sbn_tf.core.sampled import SampledModel
 from sbn_tf.core.statistics import plain, ranking
 from sbn_tf.datasets.base import EXCLUSIVE, Split
 from sbn_tf.experiments import scoring
+from sbn_tf.experiments.records import shift_auroc
 from sbn_tf.experiments.shifts import shifted
-
-__all__ = ["FeatureDistance", "Features", "detection", "mahalanobis"]
 
 BATCH = 50
 
@@ -134,7 +133,7 @@ def detection(
     cases = [(kind, level, clean, (kind, level)) for kind, levels in shifts.items() for level in levels]
     for kind, severity, split, shift in cases + [(name, np.nan, one, None) for name, one in (other or {}).items()]:
         record, far = looked_at(split, shift)
-        found = scoring.shift_auroc(first, record)
+        found = shift_auroc(first, record)
         row = {"kind": kind, "severity": severity}
         row |= {key: found.get(key, np.nan) for key in ("entropy", "mutual_information")}
         labels = np.repeat([False, True], [clean.num_examples, split.num_examples])

@@ -13,8 +13,6 @@ from sbn_tf.core.conversion import copied, inputs_like
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.experiments.networks import layer_seed
 
-__all__ = ["sample_dropout", "with_dropout"]
-
 _WEIGHT_LAYERS = (
     keras.layers.Dense,
     keras.layers.EinsumDense,

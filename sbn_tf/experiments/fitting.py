@@ -22,7 +22,7 @@ from sbn_tf.datasets.base import Split
 from sbn_tf.experiments.folders import read_arrays
 from sbn_tf.partial_bayes import BetaSchedule
 
-__all__ = ["Checkpoint", "StopAtNaN", "fit", "state"]
+__all__ = ["fit"]
 
 
 def state(model: keras.Model) -> list:

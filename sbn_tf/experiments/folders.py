@@ -18,19 +18,7 @@ import numpy as np
 import sbn_tf
 from sbn_tf.core.files import check_archive, write_atomically
 
-__all__ = [
-    "FORMAT",
-    "check_method",
-    "digest",
-    "make_writable",
-    "read_arrays",
-    "read_json",
-    "repository",
-    "run_folder",
-    "threads",
-    "write_checked",
-    "write_json",
-]
+__all__ = ["repository", "threads"]
 
 FORMAT = 3  # of a run's files: raise it when their meaning changes, so that old runs are not taken for new ones
 

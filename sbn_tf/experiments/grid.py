@@ -17,7 +17,7 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import result
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["NOTEBOOKS", "Job", "before", "damaged", "jobs", "papermill_options", "report", "status"]
+__all__ = ["report"]
 
 # Kind of job -> its notebook.
 NOTEBOOKS = {

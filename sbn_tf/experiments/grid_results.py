@@ -10,10 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from sbn_tf.core.files import write_atomically
-from sbn_tf.experiments import compare, folders, grid, result, results, scoring, study
+from sbn_tf.experiments import compare, folders, grid, result, results, study
 from sbn_tf.experiments.plan import Plan, read
-
-__all__ = ["check_folder", "claim", "gather", "write_table"]
+from sbn_tf.experiments.records import RECORD_FORMAT
 
 FORMAT = 2  # of a folder of jobs: raised when notebooks of older ones would not fit
 
@@ -29,7 +28,7 @@ def check_folder(plan: Plan) -> dict:
             whose results have another format.
     """
     path = plan.folder / "grid.json"
-    formats = [FORMAT, result.FORMAT, folders.FORMAT, scoring.RECORD_FORMAT]
+    formats = [FORMAT, result.FORMAT, folders.FORMAT, RECORD_FORMAT]
     mine = {"formats": formats, "datasets": {name: _shaping(plan, name) for name in plan.datasets}}
     if not path.exists() or not any(plan.folder.glob("*/fold*/seed*/*.ipynb")):
         return mine

@@ -14,8 +14,6 @@ from sbn_tf.core.overlap import false_negative_rates
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION, Split
 from sbn_tf.metrics import dice
 
-__all__ = ["CONFIDENCE", "CUTS", "Calibration", "calibrated"]
-
 # Where masks may be cut, from safe to bold: even steps of the logit, chosen before any image.
 CUTS = np.concatenate([[0.0], expit(np.arange(-160, 161) / 10)])
 CONFIDENCE = 0.9  # that the error rate of what is not referred holds

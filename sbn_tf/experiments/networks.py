@@ -14,15 +14,7 @@ from typing import Any
 
 import keras
 
-__all__ = [
-    "NETWORKS",
-    "build",
-    "layer_seed",
-    "resnet18",
-    "resnet18_paper",
-    "unet",
-    "unet_paper",
-]
+__all__ = ["NETWORKS", "build"]
 
 # PyTorch's batch norm, as in torchvision and the paper's code; Keras's own defaults are 0.99 and 1e-3.
 BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5}

@@ -20,8 +20,6 @@ import sbn_tf
 from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments.plots.predictions import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE
 
-__all__ = ["chart", "heat", "marked", "picture", "rows_of", "settings_table", "write_page"]
-
 SIDE = 176  # pixels of a picture's longer side, at most
 MOST_ROWS = 100  # of a table
 

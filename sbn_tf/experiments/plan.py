@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Dataset", "Plan", "Question", "Variant", "plan_of", "read"]
+__all__ = ["Dataset", "Variant", "read"]
 
 
 def _each_once(values):

@@ -26,8 +26,6 @@ from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
 from sbn_tf.experiments.tiles import check_tiles, predict_tiled
 
-__all__ = ["add_arguments", "predict_folder", "run"]
-
 TABLE, SKIPPED, SETTINGS, REPORT = "predictions.csv", "skipped.csv", "settings.json", "report.html"
 
 

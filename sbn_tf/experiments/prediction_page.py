@@ -18,8 +18,6 @@ from sbn_tf.datasets.medical import is_medical, read
 from sbn_tf.experiments import pages
 from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
 
-__all__ = ["share_below", "stands_out", "write_prediction_page"]
-
 CASES = 12
 UNUSUAL = 0.01  # probability of so many flags, if the images were like those of validation
 

@@ -31,7 +31,7 @@ from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.experiments.served import export_served
 from sbn_tf.metrics import uncertainty
 
-__all__ = ["NetworkCard", "Prediction", "Predictor", "image_files"]
+__all__ = ["Predictor"]
 
 MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time

@@ -14,19 +14,7 @@ from numpy.typing import ArrayLike
 from sbn_tf.core.checks import check_count, check_fraction, check_number
 from sbn_tf.datasets.base import Card, Data
 
-__all__ = [
-    "RECIPES",
-    "CosineCycles",
-    "Recipe",
-    "WeightedBinaryCrossentropy",
-    "WeightedCategoricalCrossentropy",
-    "loss_for",
-    "network_for",
-    "normalisation_for",
-    "optimizer_for",
-    "parse_changes",
-    "recipe_for",
-]
+__all__ = ["RECIPES", "Recipe", "network_for", "normalisation_for", "parse_changes"]
 
 
 @dataclass(frozen=True)

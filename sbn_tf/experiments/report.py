@@ -25,8 +25,6 @@ __all__ = [
     "paper_keys",
     "shift_table",
     "show",
-    "tables",
-    "to_markdown",
 ]
 
 # The paper's rows, in its order: label -> what its runs have.

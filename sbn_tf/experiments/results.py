@@ -26,7 +26,7 @@ from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.experiments.result import COSTS, REQUIRED, Result, read
 from sbn_tf.metrics import METRICS
 
-__all__ = ["RUN", "as_key", "collect", "frame", "read_csv", "recipe_settings", "wide", "write_csv"]
+__all__ = ["collect", "frame", "read_csv", "wide"]
 
 _COUNTS = ("seed", "fold", "num_samples", "size", "limit", "num_train", "num_val", "num_test", "num_groups")
 # Columns of a frame that say what was run. `settings` and `options` are JSON: the recipe's fields that differ from

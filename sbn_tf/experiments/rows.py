@@ -23,7 +23,7 @@ from sbn_tf.experiments.result import COSTS
 from sbn_tf.experiments.results import as_key, recipe_settings
 from sbn_tf.metrics import METRICS
 
-__all__ = ["LEVEL", "Row", "check_keys", "compare_rows", "holm", "labelled", "paired", "rows", "sweep"]
+__all__ = ["labelled", "paired", "rows", "sweep"]
 
 LEVEL = 0.05  # of all tests: what a star says
 

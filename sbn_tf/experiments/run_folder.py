@@ -27,8 +27,6 @@ from sbn_tf.experiments.folders import (
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.saliency import Masks
 
-__all__ = ["Run", "RunFolder", "data_settings"]
-
 
 @dataclass
 class Run:

@@ -16,22 +16,11 @@ from sbn_tf.core import predictions
 from sbn_tf.core.predictions import EXCLUSIVE, SEGMENTATION, TASKS, float64
 from sbn_tf.datasets.base import Split
 from sbn_tf.experiments import records
-from sbn_tf.experiments.records import RECORD_FORMAT, Record, compare, of_task, shift_auroc
+from sbn_tf.experiments.records import Record, compare, of_task
 from sbn_tf.experiments.shifts import shifted
 from sbn_tf.metrics import Case, dice, majority_mask, uncertainty
 
-__all__ = [
-    "RECORD_FORMAT",
-    "Evaluator",
-    "Record",
-    "compare",
-    "evaluate",
-    "per_image",
-    "prevalence",
-    "score",
-    "select_threshold",
-    "shift_auroc",
-]
+__all__ = ["compare", "evaluate", "prevalence"]
 
 
 class Evaluator:

@@ -17,8 +17,6 @@ from sbn_tf.core.outputs import entropy
 from sbn_tf.core.sampled import SampledModel
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 
-__all__ = ["export_served"]
-
 FORMATS = ("tf_saved_model", "onnx", "litert")
 
 

@@ -24,7 +24,7 @@ from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.plan import Dataset, Plan, Question, Variant
 from sbn_tf.saliency import overlap, saliency, top_k
 
-__all__ = ["check_names", "is_of_recipe", "read", "rows_of", "run_study", "stability"]
+__all__ = ["read", "rows_of"]
 
 
 def read(path: str | os.PathLike) -> Plan:

@@ -12,8 +12,6 @@ from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.datasets.decoding import read_scaled
 from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor
 
-__all__ = ["check_tiles", "predict_tiled"]
-
 MARGIN = 8  # an eighth of a tile is not used where another tile sees it from further inside
 
 

@@ -26,8 +26,6 @@ from sbn_tf.experiments.methods.plain import fit_temperature, recovered_logits
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 from sbn_tf.experiments.training_page import write_training_page
 
-__all__ = ["add_arguments", "predictor_of", "run"]
-
 CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
 ONE_NETWORK = ("members", "branched", "mixture", "partial", CONTROLS[0])  # they predict from one saved model
 

@@ -30,19 +30,7 @@ from sbn_tf.experiments.run_folder import Run, RunFolder, data_settings
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer, PartialBayes, settle_batch_norm
 from sbn_tf.saliency import Masks, biases_before_batch_norm, one_per_channel, saliency, top_k
 
-__all__ = [
-    "choose_masks",
-    "continued_run",
-    "deterministic_run",
-    "empirical_fisher",
-    "ensemble_runs",
-    "fisher_run",
-    "masks_run",
-    "member_seed",
-    "partial_run",
-    "scores_run",
-    "untrained_network",
-]
+__all__ = ["choose_masks", "deterministic_run", "masks_run", "scores_run", "untrained_network"]
 
 _OF_TRAINING = (
     *("batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "decay", "ema"),

@@ -23,8 +23,6 @@ from sbn_tf.experiments.rows import LEVEL, labelled, paired, rows
 from sbn_tf.experiments.table import table
 from sbn_tf.metrics import METRICS
 
-__all__ = ["JUDGED", "verdict", "write_training_page"]
-
 # What a network is judged by: task -> keys.
 JUDGED = {
     **dict.fromkeys(LABELS, ("auc", "accuracy", "nll", "brier", "ece")),

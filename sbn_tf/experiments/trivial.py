@@ -12,7 +12,7 @@ from sbn_tf.datasets.base import Data
 from sbn_tf.experiments.records import CHUNK_VALUES, Record
 from sbn_tf.experiments.scoring import Evaluator, part_of, predicted, prevalence
 
-__all__ = ["level_sets", "trivial", "trivial_records"]
+__all__ = ["trivial"]
 
 
 def trivial(

@@ -19,8 +19,6 @@ from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
 
-__all__ = ["Method", "chosen", "validation"]
-
 _STEP_FLOPS = {}  # tracing a step takes seconds, and step 1 is part of nearly every method
 
 

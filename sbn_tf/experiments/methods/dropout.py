@@ -5,8 +5,6 @@ from __future__ import annotations
 from sbn_tf.experiments import dropout
 from sbn_tf.experiments.methods.base import Method
 
-__all__ = ["MCDropout"]
-
 RATE = 0.1
 
 

@@ -10,8 +10,6 @@ from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import write_json
 from sbn_tf.experiments.methods.base import Method
 
-__all__ = ["Budget2", "Budget3", "Budget5", "Ensemble", "EnsembleLonger", "Snapshot"]
-
 MAX_CYCLES = 5
 
 

@@ -15,8 +15,6 @@ from sbn_tf.experiments.recipes import Recipe, optimizer_for
 from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, eligible_weights
 
-__all__ = ["Estimate", "Parts", "Sizes", "parts_of"]
-
 
 @dataclass(frozen=True)
 class Estimate:

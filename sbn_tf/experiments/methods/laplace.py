@@ -12,8 +12,6 @@ from sbn_tf.experiments.methods.base import Method, chosen, validation
 from sbn_tf.experiments.methods.sampled import Sampled, score_flops
 from sbn_tf.partial_bayes import to_partial_bayes
 
-__all__ = ["Laplace"]
-
 PRIOR_PRECISIONS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # 1: the prior N(0, 1) of `to_partial_bayes`
 
 

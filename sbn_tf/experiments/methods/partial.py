@@ -17,22 +17,6 @@ from sbn_tf.experiments.recipes import optimizer_for
 from sbn_tf.experiments.run_folder import Run
 from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency
 
-__all__ = [
-    "Bayes",
-    "BayesNormal",
-    "Branched",
-    "FirstLast",
-    "FirstLayer",
-    "LastLayer",
-    "Members",
-    "Mixture",
-    "Partial",
-    "PartialChannel",
-    "PartialLate",
-    "PartialMagnitude",
-    "PartialRandom",
-]
-
 FAN_OUT = 0.5  # of `partial_late`: highest share of the operations that run again for each sample
 
 

@@ -9,7 +9,7 @@ from scipy import optimize, special
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments.methods.base import Method, chosen, validation
 
-__all__ = ["Deterministic", "DeterministicLonger", "Temperature", "fit_temperature", "recovered_logits", "tempered"]
+__all__ = ["fit_temperature", "recovered_logits", "tempered"]
 
 TEMPERATURES = (0.05, 20.0)
 

@@ -10,8 +10,6 @@ from sbn_tf import cost as costs
 from sbn_tf.core.keras_internals import noise_states
 from sbn_tf.partial_bayes import PartialBayes
 
-__all__ = ["Sampled", "score_flops"]
-
 
 class Sampled:
     """A model whose noise starts in each call as it is now.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from sbn_tf import metrics
 from sbn_tf.experiments.plots.style import GREY, colours, plain
 
-__all__ = ["plot_reliability", "plot_reliability_curves", "plot_risk_coverage"]
+__all__ = ["plot_reliability_curves", "plot_risk_coverage"]
 
 
 def plot_reliability(

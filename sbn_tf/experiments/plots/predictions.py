@@ -15,8 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from sbn_tf.experiments.plots.style import BLUE, ORANGE, RATERS, bare, outline, plain, short_name, show_image
 from sbn_tf.metrics import majority_mask, uncertainty
 
-__all__ = ["plot_classification", "plot_comparison", "plot_sample_masks", "plot_segmentation"]
-
 # The paper's Figure 3.
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = "#2ca02c", "#1f5fd6", "#d62728"
 

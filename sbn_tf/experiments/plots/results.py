@@ -16,8 +16,6 @@ from sbn_tf.experiments.result import COSTS
 from sbn_tf.experiments.rows import rows
 from sbn_tf.metrics import METRICS
 
-__all__ = ["plot_cost", "plot_differences", "plot_intervals", "plot_sweep"]
-
 
 def plot_intervals(ax: Axes, frame: pd.DataFrame, key: str, band: str | None = "deterministic") -> Axes:
     """One metric of every method: a point and its interval, in the order given.

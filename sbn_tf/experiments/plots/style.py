@@ -6,8 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-__all__ = ["BLUE", "GREY", "ORANGE", "RATERS", "bare", "colours", "outline", "plain", "short_name", "show_image"]
-
 BLUE, ORANGE, GREY = "#3b6ea8", "#d9822b", "#b8bfc7"
 RATERS = ("#ffd000", "#00d5ff", "#ff6ad5", "#7dff6a", "#ff8a3d", "#b79bff")
 

@@ -12,8 +12,6 @@ from matplotlib.lines import Line2D
 
 from sbn_tf.experiments.plots.style import RATERS, outline
 
-__all__ = ["plot_wall"]
-
 
 def plot_wall(
     images: np.ndarray,
