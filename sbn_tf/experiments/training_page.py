@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from sbn_tf.core.histograms import NUM_BINS
 from sbn_tf.core.predictions import LABELS, SEGMENTATION
 from sbn_tf.core.statistics import bin_index
+from sbn_tf.datasets.base import Split
 from sbn_tf.experiments import pages, scoring
 from sbn_tf.experiments.experiment import Experiment
 from sbn_tf.experiments.plots import plot_risk_coverage
@@ -230,7 +231,7 @@ def saved_record(settings: Experiment, predictor: Predictor) -> Record:
     )
 
 
-def by_patient(split, record: Record) -> pd.DataFrame:
+def by_patient(split: Split, record: Record) -> pd.DataFrame:
     """Images, mean error and mean uncertainty of each patient, the highest error first."""
     content = {"images": 1, "error": record["risk"], "uncertainty": record["entropy"]}
     found = pd.DataFrame(content).groupby(np.asarray(split.groups).astype(str))
