@@ -82,13 +82,8 @@ class Bench:
         self.build = lambda: networks.build(
             f"{name}_small" if args.quick else name, (args.size, args.size, 1), outputs, seed=0, **stem
         )
-        self.base = self.build()
-        for layer in self.base.layers:
-            if isinstance(layer, keras.layers.BatchNormalization):
-                layer.trainable = False  # as in step 3
-        x = np.random.default_rng(0).normal(size=(args.batch, args.size, args.size, 1)).astype("float32")
-        y = np.random.default_rng(1).random((args.batch, *self.base.output_shape[1:])) < 0.1
-        self.x, self.y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y.astype("float32"))
+        self.base = frozen(self.build())
+        self.x, self.y = batch_for(self.base, args.batch)
         self.kept = {}
 
     @property
@@ -314,6 +309,21 @@ class _Batches(keras.utils.PyDataset):
         return self.batches[index]
 
 
+def frozen(model):
+    """The network with its batch norm frozen, as in step 3."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    return model
+
+
+def batch_for(model, number):
+    """Random images and labels of a network's shapes, as tensors."""
+    x = np.random.default_rng(0).normal(size=(number, *model.input_shape[1:])).astype("float32")
+    y = np.random.default_rng(1).random((number, *model.output_shape[1:])) < 0.1
+    return keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y.astype("float32"))
+
+
 def compiled(model):
     """The model with an optimiser and a loss; XLA as Keras decides (off on CPUs)."""
     model.compile(keras.optimizers.Adam(1e-4), "binary_crossentropy")
@@ -355,12 +365,22 @@ def bytes_of(variables):
 
 
 def peak_bytes():
-    """Largest memory of JAX so far: allocated on the GPU, or resident in the process where there is none."""
-    import jax
+    """Largest memory so far: allocated on the GPU, or resident in the process where there is none."""
+    if BACKEND == "jax":
+        import jax
 
-    stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
+        if stats := jax.devices()[0].memory_stats():
+            return stats["peak_bytes_in_use"]
+    elif BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        if tf.config.list_physical_devices("GPU"):
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -385,6 +405,11 @@ def device(threads):
             if threads and hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, whole)
             return jax.devices()[0].device_kind
+    elif BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(0)
     return f"CPU {_cpu()}, {threads or os.cpu_count()} threads"
 
 

@@ -15,12 +15,12 @@ some rows only.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -46,8 +46,7 @@ POSTERIORS = ("gaussian", "members", "mixture")
 def speed(network: str, precision: str, compiled: bool, kind: str, dry_run: bool) -> dict:
     """One row: a step's seconds, images a second in prediction, and the peak memory of this process in bytes."""
     import keras
-    import numpy as np
-    from floor import Passes, training_step
+    from floor import Passes, batch_for, frozen, peak_bytes, training_step
 
     from sbn_tf import saliency
     from sbn_tf.experiments import networks
@@ -58,13 +57,8 @@ def speed(network: str, precision: str, compiled: bool, kind: str, dry_run: bool
     if dry_run:
         network, side, batch = f"{network}_small", 32, 10
     keras.utils.set_random_seed(0)
-    base = networks.build(network, (side, side, channels), outputs, seed=0)
-    for layer in base.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = False  # as in step 3
-    random = np.random.default_rng(0)
-    x = keras.ops.convert_to_tensor(random.normal(size=(batch, side, side, channels)).astype("float32"))
-    y = keras.ops.convert_to_tensor((random.random((batch, *base.output_shape[1:])) < 0.1).astype("float32"))
+    base = frozen(networks.build(network, (side, side, channels), outputs, seed=0))
+    x, y = batch_for(base, batch)
     if kind == "deterministic":
         model = base
     elif kind == "five passes":
@@ -93,27 +87,6 @@ def _seconds(call, dry_run):
         call(number)
         blocks.append((time.perf_counter() - start) / number)
     return sorted(blocks)[len(blocks) // 2]
-
-
-def peak_bytes() -> int:
-    """Largest memory so far: allocated on the GPU, or resident in this process where there is none."""
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-    elif backend == "jax":
-        import jax
-
-        if stats := jax.devices()[0].memory_stats():
-            return stats["peak_bytes_in_use"]
-    else:
-        import tensorflow as tf
-
-        if tf.config.list_physical_devices("GPU"):
-            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def notebooks(dataset: str, size: int, r_bayes: float, posterior: str, dry_run: bool) -> dict:
@@ -147,10 +120,8 @@ def jobs(dry_run: bool) -> dict[str, dict]:
             "row": "speed",
             "of": {"network": network, "precision": precision, "compiled": compiled, "kind": kind},
         }
-    root = Path(os.environ.get("SBN_TF_DATA") or ROOT / "data")
-    there = {name: size for name, size in REAL.items() if _is_there(name, size, root)}
     shares = (0.01,) if dry_run else (0.01, 0.05, 0.2, 1.0)
-    for (dataset, size), r_bayes, posterior in product((GENERATED | there).items(), shares, POSTERIORS):
+    for (dataset, size), r_bayes, posterior in product((GENERATED | REAL).items(), shares, POSTERIORS):
         title = f"notebooks: {dataset}, r_bayes {r_bayes:g}, {posterior}"
         found[title] = {
             "row": "notebooks",
@@ -159,25 +130,16 @@ def jobs(dry_run: bool) -> dict[str, dict]:
     return found
 
 
-def _is_there(name, size, root):
+@functools.cache
+def is_there(name: str) -> bool:
+    """Whether a real dataset can be loaded here."""
     from sbn_tf import datasets
 
     try:
-        datasets.load(name, root, size=size, limit=2)
+        datasets.load(name, size=REAL[name], limit=2)
     except (FileNotFoundError, ValueError):
         return False
     return True
-
-
-def device() -> str:
-    """The accelerator's name; "CPU" where there is none."""
-    if os.environ.get("KERAS_BACKEND") == "torch":
-        import torch
-
-        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    from floor import device as named
-
-    return named(threads=0)
 
 
 def requirements() -> list[str]:
@@ -221,7 +183,9 @@ def main():
     if args.one:
         job = json.loads(args.one)
         row = {"speed": speed, "notebooks": notebooks}[job["row"]](**job["of"], dry_run=args.dry_run)
-        print(json.dumps({"device": device(), **row}))
+        from floor import device
+
+        print(json.dumps({"device": device(threads=0), **row}))
         return
     sys.exit(measure(args))
 
@@ -238,6 +202,9 @@ def measure(args) -> int:
     for title, job in jobs(args.dry_run).items():
         known = ((table["backend"] == backend) & (table["title"] == title)).any()
         if known or not re.search(args.rows, title):
+            continue
+        if (dataset := job["of"].get("dataset")) in REAL and not is_there(dataset):
+            print(f"{title}: left out, its files are not there")
             continue
         command = [sys.executable, __file__, "--one", json.dumps(job), *(["--dry-run"] if args.dry_run else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -198,8 +198,8 @@ def main():
     shifts = {kind: [level] for kind, level in SHIFTS[:3]} | {kind: given.severities for kind in kinds}
     table = distance.detection(made.predict_samples, made.model, data.train, data.test, shifts, other)
     if given.table:
-        told = {"network": f"{given.dataset}, {given.method}", "seed": 0, "clean": data.test.num_examples}
-        rows = table.assign(images=[other.get(kind, data.test).num_examples for kind in table["kind"]], **told)
+        run = {"network": f"{given.dataset}, {given.method}", "seed": 0, "clean": data.test.num_examples}
+        rows = table.assign(images=[other.get(kind, data.test).num_examples for kind in table["kind"]], **run)
         rows.to_csv(given.table, mode="a", header=not os.path.exists(given.table), index=False, float_format="%.4f")
     table = table.drop(columns="severity").groupby("kind", sort=False).mean()
     levels = ", ".join(map(str, given.severities))
