@@ -16,8 +16,6 @@ from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import PartialBayes, to_partial_bayes
 from sbn_tf.saliency import Masks, named_weights
 
-__all__ = ["posteriors"]
-
 PAPERS_SCALE = 0.049  # softplus(-3): the median of the paper's initial scales
 
 

@@ -17,8 +17,6 @@ from sbn_tf.experiments.grid import before, jobs
 from sbn_tf.experiments.methods.estimates import Sizes, parts_of
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["table"]
-
 SHIFTED_COPIES = 3  # of the test images, predicted beside them
 SCORES_SHOWN = 2  # that notebook 02 shows beside the recipe's
 

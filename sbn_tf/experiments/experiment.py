@@ -12,6 +12,8 @@ from sbn_tf import datasets
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.experiments import recipes, scoring
 
+__all__ = ["experiment", "recipe_of"]
+
 SHIFTS = {"noise": 2.0, "blur": 1.5, "contrast": 0.5}  # kind -> severity, of `scoring.shifted`
 
 

@@ -22,8 +22,6 @@ from sbn_tf.datasets.base import Split
 from sbn_tf.experiments.folders import read_arrays
 from sbn_tf.partial_bayes import BetaSchedule
 
-__all__ = ["fit"]
-
 
 def state(model: keras.Model) -> list:
     """All variables that training changes: weights and the states of the noise."""

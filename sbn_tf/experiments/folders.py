@@ -18,7 +18,7 @@ import numpy as np
 import sbn_tf
 from sbn_tf.core.files import check_archive, write_atomically
 
-__all__ = ["repository", "threads"]
+__all__ = ["repository"]
 
 FORMAT = 3  # of a run's files: raise it when their meaning changes, so that old runs are not taken for new ones
 

@@ -17,8 +17,6 @@ from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import result
 from sbn_tf.experiments.plan import Plan, read
 
-__all__ = ["report"]
-
 # Kind of job -> its notebook.
 NOTEBOOKS = {
     "step1": "01_deterministic",

@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Dataset", "Variant", "read"]
+__all__ = ["Variant", "read"]
 
 
 def _each_once(values):

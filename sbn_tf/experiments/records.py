@@ -21,8 +21,6 @@ from sbn_tf.core.predictions import TASKS, float64
 from sbn_tf.core.statistics import DECIMALS, means, plain, ranking
 from sbn_tf.metrics import METRICS, Metric
 
-__all__ = ["compare"]
-
 # Masks are scored some images at a time, and a bootstrap runs some resamples, so memory stays bounded. The allocator
 # keeps temporary arrays of 8 MB; the pages of larger ones are new each time, which costs more than the arithmetic.
 CHUNK_VALUES = 2**20

@@ -16,7 +16,7 @@ from sbn_tf.experiments import folders
 from sbn_tf.experiments.scoring import Record
 from sbn_tf.metrics import METRICS
 
-__all__ = ["KEYS", "read"]
+__all__ = ["KEYS"]
 
 FORMAT = 3  # of metrics.json: raised when a field changes its meaning
 

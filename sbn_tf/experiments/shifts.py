@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-__all__ = ["KINDS", "shifted"]
+__all__ = ["shifted"]
 
 
 def _impulses(pixels, share, rng):

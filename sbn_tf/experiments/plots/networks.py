@@ -15,8 +15,6 @@ from numpy.typing import ArrayLike
 
 from sbn_tf.experiments.plots.style import BLUE, GREY, ORANGE, plain
 
-__all__ = ["plot_masks_by_layer", "plot_saliency_against_cost"]
-
 
 def plot_history(histories: Mapping[str, Mapping[str, Sequence[float]]], keys: Sequence[str], ax: Axes) -> Axes:
     """Training curves: a colour for each run, a line style for each key.
