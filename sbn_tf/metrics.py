@@ -276,7 +276,7 @@ def average_precision_per_label(labels: ArrayLike, mean_probs: ArrayLike) -> np.
 # %%
 def binary_entropy(probs: ArrayLike) -> np.ndarray:
     """Entropy of a binary event, `-p ln p - (1 - p) ln(1 - p)`, in nats, elementwise: 0 to ln 2 = 0.693."""
-    return statistics.event_entropy(predictions.check_range(predictions.float64(probs)))
+    return predictions.event_entropy(predictions.check_range(predictions.float64(probs)))
 
 
 def uncertainty(probs: ArrayLike, task: str = MULTI_LABEL) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers as kl
 
 from sbn_tf.core.graph import Graph
+from sbn_tf.core.sampler import one_draw
 from sbn_tf.cost import count_flops
 from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
@@ -304,7 +305,9 @@ def test_the_samples_of_one_compiled_call_are_those_of_single_calls():
     x = inputs_of(model)
     bnn, again = bayesian(model, keys), bayesian(model, keys)
     samples = bnn.predict_samples(x, num_samples=6)
-    np.testing.assert_allclose(samples, [again.one_draw(x, False, None) for _ in range(6)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        samples, [one_draw(again.network, x, False, None) for _ in range(6)], rtol=1e-5, atol=1e-6
+    )
     assert len(np.unique(samples[:, 0, 0])) == 6
 
 

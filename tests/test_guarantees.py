@@ -8,8 +8,8 @@ from test_predict import plain, write_image
 from sbn_tf.core import conformal
 from sbn_tf.datasets.base import Split
 from sbn_tf.experiments import predict
-from sbn_tf.experiments.decisions import Decider
 from sbn_tf.experiments.guarantees import CUTS, Calibration, calibrated
+from sbn_tf.experiments.predict import Decider
 from sbn_tf.experiments.predictor import Prediction
 
 RNG = np.random.default_rng(0)

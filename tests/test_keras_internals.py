@@ -12,6 +12,7 @@ from keras import ops
 
 from sbn_tf.core import keras_internals as inner
 from sbn_tf.core.context import current_graph
+from sbn_tf.core.sharing import run_operations_by
 
 pytestmark = pytest.mark.tensorflow
 
@@ -295,8 +296,8 @@ def test_run_operations_by_sees_each_use_also_of_nested_models():
     data = np.ones((2, 3), "float32")
     before = outer(data)
     for functional in (outer, model):
-        inner.run_operations_by(functional, run)
-        inner.run_operations_by(functional, lambda *args: None)
+        run_operations_by(functional, run)
+        run_operations_by(functional, lambda *args: None)
     np.testing.assert_allclose(outer(data), before)
     assert seen[:3] == [model.name, "a", "b"] and len(seen) == 4
     assert keras.models.clone_model(outer).count_params() == outer.count_params()

@@ -16,6 +16,7 @@ from sbn_tf import cost, datasets
 from sbn_tf.core.graph import Graph
 from sbn_tf.experiments import recipes, training
 from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make, plain
+from sbn_tf.experiments.predictor import tempered
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
 
@@ -322,8 +323,8 @@ def test_temperature_finds_the_factor_of_calibrated_logits(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_tempered_probabilities(task):
     probs = np.float32([[0.0, 0.2, 0.8], [1.0, 0.0, 0.0]])
-    np.testing.assert_allclose(plain.tempered(probs, 1.0, task), probs, atol=1e-6)
-    softer, sharper = (plain.tempered(probs, t, task) for t in (2.0, 0.5))
+    np.testing.assert_allclose(tempered(probs, 1.0, task), probs, atol=1e-6)
+    softer, sharper = (tempered(probs, t, task) for t in (2.0, 0.5))
     assert np.isfinite(softer).all() and np.isfinite(sharper).all()
     if task == "multi-class":
         np.testing.assert_allclose(softer[0], np.sqrt(probs[0]) / np.sqrt(probs[0]).sum(), atol=1e-6)

@@ -17,7 +17,7 @@ from sbn_tf import datasets
 from sbn_tf.core import files
 from sbn_tf.experiments import pages, prediction_page, recipes, results, scoring, training_page
 from sbn_tf.experiments.experiment import Experiment
-from sbn_tf.experiments.predictor import NetworkCard, Predictor
+from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
 from sbn_tf.experiments.result import Result, write
 
 CLASSES = ("a", "b", "c")
@@ -217,7 +217,7 @@ def test_the_prediction_page_says_what_is_flagged_and_why(trained, tmp_path):
     skipped = pd.DataFrame([("x.png", "truncated")], columns=["image", "reason"])
     path = tmp_path / "report.html"
     network = Predictor(trained.predictor.model, card)
-    prediction_page.write_prediction_page(path, network, tmp_path / "in", tmp_path, table, skipped, 0.1)
+    prediction_page.write_prediction_page(path, network, image_files(tmp_path / "in"), tmp_path, table, skipped, 0.1)
     page = page_of(path)
     assert "40 images: 4 flagged, 1 skipped." in page.text and "10 % are flagged" in page.text
     _, *rows = page.tables["flagged"]
@@ -246,7 +246,9 @@ def test_names_cannot_break_the_page(trained, tmp_path):
     table["flag"] = True
     skipped = pd.DataFrame([("not utf-8 \udcff.png", "<b>bad</b>")], columns=["image", "reason"])
     path = tmp_path / "report.html"
-    prediction_page.write_prediction_page(path, trained.predictor, tmp_path / "in", tmp_path, table, skipped, 0.1)
+    prediction_page.write_prediction_page(
+        path, trained.predictor, image_files(tmp_path / "in"), tmp_path, table, skipped, 0.1
+    )
     page = page_of(path)
     assert "script" not in page.tags and "b" not in page.tags
     assert EVIL in [row[0] for row in page.tables["flagged"]]
@@ -258,7 +260,7 @@ def test_nothing_predicted_is_a_page_too(trained, tmp_path):
     skipped = pd.DataFrame([("a.png", "broken")], columns=["image", "reason"])
     path = tmp_path / "report.html"
     prediction_page.write_prediction_page(
-        path, trained.predictor, tmp_path / "in", tmp_path, pd.DataFrame(), skipped, 0.1
+        path, trained.predictor, image_files(tmp_path / "in"), tmp_path, pd.DataFrame(), skipped, 0.1
     )
     page = page_of(path)
     assert "0 images: 0 flagged, 1 skipped." in page.text and "flagged" not in page.tables

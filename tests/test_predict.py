@@ -18,11 +18,10 @@ from sklearn.covariance import LedoitWolf
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
-from sbn_tf.experiments import predict, predictor, tiles
+from sbn_tf.experiments import predict, predictor
 from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
-from sbn_tf.experiments.methods.plain import tempered
-from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
+from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor, tempered
 from sbn_tf.experiments.train import predictor_of
 
 SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
@@ -107,9 +106,7 @@ def tiled_and_whole(path, size, scale, shape, seed=1):
     whole = keras.Sequential([keras.Input((*shape, 1)), *layers])
     pixels = Image.open(path).resize(shape[::-1], Image.Resampling.BILINEAR)
     x = (np.asarray(pixels, "float32") / 255 - 0.4) / 0.2
-    return tiles.predict_tiled(Predictor(network, card), path, scale), whole.predict(x[None, ..., None], verbose=0)[
-        0, ..., 0
-    ]
+    return Predictor(network, card).predict_tiled(path, scale), whole.predict(x[None, ..., None], verbose=0)[0, ..., 0]
 
 
 def test_tiles_give_what_one_pass_over_the_image_gives(tmp_path):
@@ -125,7 +122,7 @@ def test_tiles_give_what_one_pass_over_the_image_gives(tmp_path):
 
 def test_all_tiles_of_an_image_meet_the_same_draws(network, tmp_path):
     Image.fromarray(np.full((40, 56), 90, "uint8")).save(tmp_path / "grey.png")
-    found = tiles.predict_tiled(network, tmp_path / "grey.png", 1.0)
+    found = network.predict_tiled(tmp_path / "grey.png", 1.0)
     one = network.predict_batch(np.broadcast_to(network.read(np.full((16, 16), 90, "uint8"))[0], (1, 16, 16, 1)))[0]
     assert found.samples.shape == (network.card.num_samples, 40, 56)
     spread = found.samples.std(0).mean() / one.samples.std(0).mean()
@@ -140,7 +137,7 @@ def test_a_folder_by_tiles(places, network, tmp_path):
     assert main([*arguments, "--tile-scale", "0.5"]) == 0
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
     path = sorted((places / "new").iterdir())[0]
-    one = tiles.predict_tiled(network, path, 0.5)
+    one = network.predict_tiled(path, 0.5)
     assert table.set_index("image").loc[path.name, "total"] == pytest.approx(one.means["total"], rel=1e-4)
     mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{path.name}.png"))
     np.testing.assert_array_equal(mask > 0, one.probabilities > network.card.threshold)

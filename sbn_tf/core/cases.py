@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sbn_tf.core import histograms, statistics
-from sbn_tf.core.predictions import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, float64, rater_mean
+from sbn_tf.core.predictions import BINARY, EXCLUSIVE, MULTI_LABEL, SEGMENTATION, event_entropy, float64, rater_mean
 
 __all__ = ["Case", "Metric"]
 
@@ -222,7 +222,7 @@ def _labels_by_entropy(record):
     """AUROC of a label's entropy for its being wrong: p and 1 - p have one entropy."""
     probs = record["mean_probs"]
     wrong, images = (probs > record.threshold) != (record["targets"] > 0.5), np.arange(probs.size) // probs.shape[1]
-    scores = statistics.event_entropy(probs).round(statistics.DECIMALS)
+    scores = event_entropy(probs).round(statistics.DECIMALS)
     return statistics.ranking(scores.ravel(), wrong.ravel(), images)
 
 

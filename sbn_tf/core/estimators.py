@@ -11,6 +11,7 @@ from sbn_tf.core.graph import Graph, layers_of
 from sbn_tf.core.keras_internals import added_losses, all_layers, is_called_by_another
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.optimizers import others_stay
+from sbn_tf.core.sampler import one_draw
 from sbn_tf.layers import masked_layers
 
 __all__ = ["ESTIMATORS", "check_estimator", "refuse_as_a_part", "train_in_turns"]
@@ -20,7 +21,7 @@ def _all_draws(model: keras.Model, inputs) -> dict:
     """Each draw sees the whole batch: `{"samples": [one output a draw]}`."""
     num_samples = model.num_samples
     with model.graph.sharing(training=True) as losses:
-        samples = [model.one_draw(inputs, True, s) for s in range(num_samples)]
+        samples = [one_draw(model.network, inputs, True, s) for s in range(num_samples)]
     set_added_shares(model, dict.fromkeys(losses, 1.0), 1 / num_samples)
     return {"samples": samples}
 
@@ -36,7 +37,7 @@ def one_pass(model: keras.Model, inputs):
 
 def _one_in_turn(model: keras.Model, inputs):
     """One draw sees the whole batch; the next step is the next draw's."""
-    outputs = model.one_draw(inputs, True, ops.convert_to_tensor(model.turn))
+    outputs = one_draw(model.network, inputs, True, ops.convert_to_tensor(model.turn))
     model.turn.assign(model.turn + 1)
     set_added_shares(model, {}, 1.0)
     return outputs
@@ -121,7 +122,7 @@ def _in_parts(model, inputs):
     for s, (start, stop) in enumerate(part_bounds(size, model.num_samples)):
         end = max(stop, start + 1) if isinstance(size, int) else ops.maximum(stop, start + 1)
         part = keras.tree.map_structure(lambda t, start=start, end=end: t[start:end], inputs)
-        outputs.append(first_rows(model.one_draw(part, True, s), stop - start))
+        outputs.append(first_rows(one_draw(model.network, part, True, s), stop - start))
         share = (stop - start) / (max(size, 1) if isinstance(size, int) else ops.maximum(size, 1))
         shares.update({key: share for key in added_losses(model.network) - known - shares.keys()})
     set_added_shares(model, shares, 1.0)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sbn_tf.core.predictions import float64
-from sbn_tf.core.statistics import NUM_BINS, Statistic, bin_index, cumulative, divided, event_entropy, mass_cuts
+from sbn_tf.core.predictions import event_entropy, float64
+from sbn_tf.core.statistics import NUM_BINS, Statistic, bin_index, cumulative, divided, mass_cuts
 
 __all__ = ["pixel_histograms"]
 

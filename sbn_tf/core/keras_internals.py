@@ -24,7 +24,7 @@ __all__ = [
     "copy_call_signature", "current_values", "functional_of", "in_stateless_scope", "is_called_by_another",
     "is_functional", "logits_of", "loss_arguments", "made_by", "mask_of", "moving_averages", "nodes_in_order",
     "nodes_of", "noise_states", "optimized_variables", "own_trained", "own_variables", "replaced",
-    "run_operations_by", "set_logits", "set_mask", "set_own_trainable", "set_part", "spare_weight_decay",
+    "run_graph_by", "set_logits", "set_mask", "set_own_trainable", "set_part", "spare_weight_decay",
     "strategy_of", "summed_loss", "traced", "unconnected_copy", "unlocked", "update_mean", "with_moving_averages",
     "with_symbolic_build",
 ]  # fmt: skip
@@ -266,34 +266,18 @@ def nodes_of(operation: Any, after: bool = False) -> list:
     return operation._outbound_nodes if after else operation._inbound_nodes
 
 
-def run_operations_by(functional: Any, run: Callable) -> None:
-    """From now on `run(node, operation, *args, **kwargs)` runs each operation of this Functional model.
+def run_graph_by(functional: Any, run: Callable) -> None:
+    """From now on `run(ordinary, inputs, operation_fn, call_fn)` runs this Functional model.
 
-    `operation(*args, **kwargs)` is what Keras would do. Setting it again has no effect.
+    `ordinary(inputs, operation_fn, call_fn)` is what Keras would do. Setting it again has no effect.
 
     Why: what no posterior draw changes runs once for all samples, nested models entered. A model of the first part and
     one of the rest (`keras.Model` on tensors in the middle) would be public, but a nested model cannot be cut in two
     within its outer one, and taken out of it its layers' names may clash.
     """
     if "_run_through_graph" not in vars(functional):
-        object.__setattr__(functional, "_run_through_graph", _Interceptor(functional, run))
-
-
-class _Interceptor:
-    def __init__(self, functional, run):
-        self.functional, self.run = functional, run
-
-    def __call__(self, inputs, operation_fn=lambda operation: operation, call_fn=None):
-        ordinary = type(self.functional)._run_through_graph
-        if call_fn is not None:  # `clone_model`
-            return ordinary(self.functional, inputs, operation_fn, call_fn)
-        nodes = iter(nodes_in_order(self.functional))
-
-        def intercepted(operation):
-            node = next(node for node in nodes if node.operation is operation)
-            return functools.partial(self.run, node, operation_fn(operation))
-
-        return ordinary(self.functional, inputs, intercepted)
+        ordinary = functools.partial(type(functional)._run_through_graph, functional)
+        object.__setattr__(functional, "_run_through_graph", functools.partial(run, ordinary))
 
 
 def unconnected_copy(operation: Any) -> Any:

@@ -7,8 +7,8 @@ from numpy.typing import ArrayLike
 
 from sbn_tf.core.cases import PAPER_ECE
 from sbn_tf.core.histograms import confidence_of
-from sbn_tf.core.predictions import MULTI_LABEL, SEGMENTATION, check_range, float64, samples_pair
-from sbn_tf.core.statistics import NUM_BINS, check_bins, event_entropy, plain, width_calibration
+from sbn_tf.core.predictions import MULTI_LABEL, SEGMENTATION, check_range, event_entropy, float64, samples_pair
+from sbn_tf.core.statistics import NUM_BINS, check_bins, plain, width_calibration
 
 __all__ = ["paper_accuracy", "paper_brier", "paper_dice", "paper_ece", "paper_entropy", "paper_iou"]
 

@@ -191,3 +191,10 @@ def _check_sums(probs, task) -> None:
 def rater_mean(masks, valid) -> np.ndarray:
     """Share of the valid raters that mark each pixel, (batch, height, width); a tie is exactly 0.5."""
     return np.einsum("bhwr,br->bhw", float64(masks), float64(valid)) / valid.sum(1)[:, None, None]
+
+
+def event_entropy(probs) -> np.ndarray:
+    """Entropy of a binary event, `-p ln p - (1 - p) ln(1 - p)`, in nats; p and 1 - p have one entropy."""
+    from scipy.special import entr
+
+    return entr(probs) + entr(1 - probs)

@@ -10,20 +10,19 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.checks import check_choice, check_count
-from sbn_tf.core.context import is_at_mean, posterior_sample
+from sbn_tf.core.context import is_at_mean
 from sbn_tf.core.examples import check_inputs
 from sbn_tf.core.graph import Graph
-from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, own_trained
+from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, noise_states, own_trained
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.outputs import Outputs, class_axes, input_structure, is_samples, output_kind
 from sbn_tf.core.overlap import spread_cuts
 from sbn_tf.core.replicas import Distributed
-from sbn_tf.core.sampler import Sampler
-from sbn_tf.core.sharing import one_after_another
+from sbn_tf.core.sampler import Sampler, one_after_another, one_draw
 from sbn_tf.core.weights import named_weights
 from sbn_tf.layers import masked_layers
 
-__all__ = ["SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
+__all__ = ["SameDraws", "SampledModel", "refuse_posterior_mean", "settle_batch_norm"]
 
 _MOST_SAMPLES = 100_000  # each is a pass, and its outputs are kept
 
@@ -148,19 +147,14 @@ class SampledModel(Distributed):
         with call_context(self):
             return self.predictive_mean(inputs)
 
-    def one_draw(self, inputs, training: bool, sample):
-        """The network's output for draw number `sample` of its weights."""
-        with posterior_sample(sample):
-            return self.network(inputs, training=training)
-
     def predictive_mean(self, inputs):
         """Mean of the samples' probabilities, in the network's own units (logits stay logits)."""
         outputs, num_samples = self.outputs_of_samples, self.num_samples
         with self.graph.sharing() as losses:
-            first = self.one_draw(inputs, False, 0)
+            first = one_draw(self.network, inputs, False, 0)
 
             def step(sample, state):
-                return outputs.plus(state, outputs.to_average(self.one_draw(inputs, False, sample)))
+                return outputs.plus(state, outputs.to_average(one_draw(self.network, inputs, False, sample)))
 
             state = outputs.to_average(first)
             if added_losses(self.network):  # evaluate needs each of them
@@ -354,6 +348,28 @@ class SampledModel(Distributed):
         if str(filepath).endswith(".weights.h5") and _is_of_network(filepath, self.network):
             return self.network.load_weights(filepath, **kwargs)
         return super().load_weights(filepath, **kwargs)
+
+
+class SameDraws:
+    """Predictions of a model whose noise starts in each call as it is now.
+
+    Args:
+        model: a `SampledModel`.
+    """
+
+    def __init__(self, model: SampledModel):
+        self.model = model
+        self.noise = [(state, ops.convert_to_numpy(state)) for state in noise_states(model)]
+
+    def start(self) -> None:
+        """Set the noise to where it was when this was made."""
+        for state, start in self.noise:
+            state.assign(start)
+
+    def samples(self, images: np.ndarray, num_samples: int) -> np.ndarray:
+        """Outputs of one batch: (num_samples, batch, ...)."""
+        self.start()
+        return self.model.predict_samples(images, num_samples=num_samples, batch_size=len(images))
 
 
 def settle_batch_norm(network: keras.Model, how: str) -> None:

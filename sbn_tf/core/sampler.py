@@ -1,4 +1,4 @@
-"""Runs several draws of a network for one batch, in one compiled call."""
+"""Runs several draws of a network for one batch, one after another, in one compiled call."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.context import current_graph, posterior_sample
+from sbn_tf.core.keras_internals import current_values, in_stateless_scope
 from sbn_tf.core.outputs import names_of_outputs
 from sbn_tf.core.replicas import Distributed
-from sbn_tf.core.sharing import one_after_another
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "one_after_another", "one_draw"]
 
 SLICE = 256  # images, at least: of a prediction that is put together slice by slice
 
@@ -84,7 +85,13 @@ class Sampler(Distributed):
         return keras.tree.pack_sequence_as(first, results)
 
     def _draw(self, inputs, sample):
-        return self.model.outputs_of_samples.as_probabilities(self.model.one_draw(inputs, False, sample))
+        return self.model.outputs_of_samples.as_probabilities(one_draw(self.model.network, inputs, False, sample))
+
+
+def one_draw(network: keras.Model, inputs, training: bool, sample):
+    """The network's outputs for draw number `sample` of its weights."""
+    with posterior_sample(sample):
+        return network(inputs, training=training)
 
 
 def _rows_written_once(count):
@@ -103,3 +110,45 @@ def _rows_written_once(count):
         lambda rows, i, row: rows.write(i, row),
         lambda rows: rows.stack(),
     )
+
+
+def one_after_another(step, state: list, start: int, stop: int, variables=()) -> list:
+    """`state = step(i, state)` for i from `start` to `stop` - 1, one at a time, in a TensorFlow graph too.
+
+    An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
+    memory of all. JAX would compile each of them.
+
+    Args:
+        variables: those that a step may assign to, as the states of noise seeds: a compiled loop of JAX carries them.
+    """
+    if keras.backend.backend() == "jax" and in_stateless_scope() and stop - start > 1:
+        return _carried_loop(step, state, start, stop, list(variables))
+    if current_graph() is None or stop - start < 2:
+        for i in range(start, stop):
+            state = step(i, state)
+        return state
+    return list(
+        ops.while_loop(
+            lambda i, *_: i < stop, lambda i, *state: (i + 1, *step(i, list(state))), (start, *state), stop - start
+        )[1:]
+    )
+
+
+def _carried_loop(step, state, start, stop, variables):
+    """`one_after_another` in a compiled function of JAX, where nothing made within a loop may be left in a variable."""
+
+    def values():
+        return current_values(variables)
+
+    def assign(carried):
+        for variable, value in zip(variables, carried, strict=True):
+            variable.assign(value)
+
+    def body(i, carried):
+        assign(carried[0])
+        after = step(i, carried[1])
+        return values(), after
+
+    carried, state = ops.fori_loop(start, stop, body, (values(), state))
+    assign(carried)
+    return state

@@ -1,18 +1,17 @@
-"""Running a network for several posterior draws: what no draw changes runs once, the rest one draw after another."""
+"""Running a network for several posterior draws: what no draw changes runs once."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import keras
-from keras import ops
 
-from sbn_tf.core.context import current_graph
-from sbn_tf.core.keras_internals import added_losses, current_values, in_stateless_scope, run_operations_by
+from sbn_tf.core.keras_internals import added_losses, nodes_in_order, run_graph_by
 
-__all__ = ["Shared", "one_after_another", "sharing"]
+__all__ = ["Shared", "run_operations_by", "sharing"]
 
 
 class Shared:
@@ -47,6 +46,26 @@ def sharing(functionals: Iterable, shared: Shared) -> Iterator[set[int]]:
         _shared.reset(token)
 
 
+def run_operations_by(functional: keras.Model, run: Callable) -> None:
+    """From now on `run(node, operation, *args, **kwargs)` runs each operation of this Functional model.
+
+    `operation(*args, **kwargs)` is what Keras would do. Setting it again has no effect.
+    """
+
+    def through_graph(ordinary, inputs, operation_fn=lambda operation: operation, call_fn=None):
+        if call_fn is not None:  # `clone_model`
+            return ordinary(inputs, operation_fn, call_fn)
+        nodes = iter(nodes_in_order(functional))
+
+        def intercepted(operation):
+            node = next(node for node in nodes if node.operation is operation)
+            return functools.partial(run, node, operation_fn(operation))
+
+        return ordinary(inputs, intercepted)
+
+    run_graph_by(functional, through_graph)
+
+
 def _run(node, operation, *args, **kwargs):
     """Outputs of one use of an operation: those of before, or those that Keras computes now."""
     shared = _shared.get()
@@ -66,45 +85,3 @@ def _run(node, operation, *args, **kwargs):
         shared.results[here] = results
         shared.losses.update(added_losses(node.operation) - before)
     return results
-
-
-def one_after_another(step, state: list, start: int, stop: int, variables=()) -> list:
-    """`state = step(i, state)` for i from `start` to `stop` - 1, one at a time, in a TensorFlow graph too.
-
-    An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
-    memory of all. JAX would compile each of them.
-
-    Args:
-        variables: those that a step may assign to, as the states of noise seeds: a compiled loop of JAX carries them.
-    """
-    if keras.backend.backend() == "jax" and in_stateless_scope() and stop - start > 1:
-        return _carried_loop(step, state, start, stop, list(variables))
-    if current_graph() is None or stop - start < 2:
-        for i in range(start, stop):
-            state = step(i, state)
-        return state
-    return list(
-        ops.while_loop(
-            lambda i, *_: i < stop, lambda i, *state: (i + 1, *step(i, list(state))), (start, *state), stop - start
-        )[1:]
-    )
-
-
-def _carried_loop(step, state, start, stop, variables):
-    """`one_after_another` in a compiled function of JAX, where nothing made within a loop may be left in a variable."""
-
-    def values():
-        return current_values(variables)
-
-    def assign(carried):
-        for variable, value in zip(variables, carried, strict=True):
-            variable.assign(value)
-
-    def body(i, carried):
-        assign(carried[0])
-        after = step(i, carried[1])
-        return values(), after
-
-    carried, state = ops.fori_loop(start, stop, body, (values(), state))
-    assign(carried)
-    return state

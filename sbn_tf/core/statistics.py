@@ -27,13 +27,6 @@ def plain(statistic: Statistic, num_images: int) -> np.ndarray:
     return statistic(np.ones((1, num_images)))[:, 0]
 
 
-def event_entropy(probs) -> np.ndarray:
-    """Entropy of a binary event, `-p ln p - (1 - p) ln(1 - p)`, in nats; p and 1 - p have one entropy."""
-    from scipy.special import entr
-
-    return entr(probs) + entr(1 - probs)
-
-
 def divided(numerator, denominator):
     """The ratio, NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)

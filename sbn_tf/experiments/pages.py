@@ -93,5 +93,22 @@ def settings_table(settings: Sequence[tuple[str, Any]]) -> dict[str, list]:
     return {"columns": ["", ""], "rows": [[name, str(value)] for name, value in settings], "notes": []}
 
 
+def about(predictor: Any) -> list[tuple[str, Any]]:
+    """Name and value of what a page says of the network of a `Predictor`."""
+    card = predictor.card
+    return [
+        ("trained on", card.dataset),
+        ("method", card.method),
+        ("task", card.task),
+        ("classes", ", ".join(card.classes)),
+        ("input", f"{card.size} x {card.size} x {card.channels}, fit {card.fit}"),
+        *((("window", f"{card.window[0]:g} to {card.window[1]:g}"),) if card.window else ()),
+        ("draws of a prediction", card.num_samples),
+        ("threshold", f"{card.threshold:g}"),
+        ("temperature", f"{card.temperature:.4g}"),
+        ("weights, crc32", predictor.crc32()),
+    ]
+
+
 def _uri(file):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
-from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.medical import pixel_spacing
-from sbn_tf.experiments.decisions import Decider
 from sbn_tf.experiments.folders import make_writable
+from sbn_tf.experiments.guarantees import CONFIDENCE, two_classes
 from sbn_tf.experiments.prediction_page import write_prediction_page
-from sbn_tf.experiments.predictor import BATCH, Prediction, Predictor, image_files
-from sbn_tf.experiments.tiles import check_tiles, predict_tiled
+from sbn_tf.experiments.predictor import BATCH, NetworkCard, Prediction, Predictor, image_files
 
 TABLE, SKIPPED, SETTINGS, REPORT = "predictions.csv", "skipped.csv", "settings.json", "report.html"
 
@@ -49,8 +48,8 @@ def predict_folder(
         flag: images are flagged whose total uncertainty is above that of all but this share of the validation images,
             0..1: 0.1 is above 90 % of them.
         masks: sampled masks to write for each image, of a segmentation.
-        alpha, refer: see `decisions.Decider`; None: without.
-        tile_scale: as `scale` of `tiles.predict_tiled`, of a segmentation; None: each image becomes one square.
+        alpha, refer: see `Decider`; None: without.
+        tile_scale: as `scale` of `Predictor.predict_tiled`, of a segmentation; None: each image becomes one square.
 
     Returns:
         The table of `predictions.csv`.
@@ -59,20 +58,14 @@ def predict_folder(
         ValueError: no image, an `out` that holds something else, or too few validation images for `alpha` or `refer`.
         OSError: a full disk, or an `out` that cannot be written; what is done stays.
     """
-    check_fraction("flag", flag)
-    most = predictor.card.num_samples if predictor.card.task == SEGMENTATION else 0
-    if not 0 <= masks <= most:
-        raise ValueError(f"Expected masks, 0 to {most} (the draws; 0 of labels). Received: {masks}")
     files, place, source = image_files(images), Path(out), Path(images).resolve()
     if place.resolve().is_relative_to(source):
         raise ValueError(f"Expected --out outside of the images' folder {source}. Received: {place}")
-    if tile_scale is not None:
-        check_tiles(predictor, tile_scale)
-        if alpha is not None or refer is not None:
-            raise ValueError("Expected tile_scale without alpha and refer, which hold for whole images. Received: both")
+    settings: dict[str, Any] = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer, "tile_scale": tile_scale}
+    _check(predictor, **settings)
     decider = Decider(predictor.card, alpha, refer)
-    settings = {"flag": flag, "masks": masks, "alpha": alpha, "refer": refer, "tile_scale": tile_scale}
-    _begin(place, {"images": str(source), "network": predictor.digest(), **settings})
+    settings["images"] = str(source)
+    _begin(place, settings | {"network": predictor.digest()})
     finished = set(_read(place / TABLE).get("image", ()))
     rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
@@ -80,31 +73,100 @@ def predict_folder(
         step = BATCH if tile_scale is None else 1  # images in memory
         for start in range(0, len(rest), step):
             part = rest[start : start + step]
-            found = list(_predicted(predictor, {name: files[name] for name in part}, skipped, tile_scale))
-            for name, one in found:
+            found = dict(zip(part, predictor.predict_files([files[name] for name in part], tile_scale), strict=True))
+            skipped |= {name: one for name, one in found.items() if isinstance(one, str)}
+            predicted = {name: one for name, one in found.items() if isinstance(one, Prediction)}
+            for name, one in predicted.items():
                 _write_pictures(place, name, one, masks, decider.cut)
-            rows = [_row(name, one, flag, files[name]) | decider.columns(one) for name, one in found]
+            rows = [_row(name, one, flag, files[name]) | decider.columns(one) for name, one in predicted.items()]
             _append(place / TABLE, rows)
             bar.update(len(part))
-    table = pd.DataFrame(skipped.items(), columns=["image", "reason"])
-    write_atomically(place / SKIPPED, lambda file: table.to_csv(file, index=False))
-    return _read(place / TABLE)
+    table, lost = _read(place / TABLE), pd.DataFrame(skipped.items(), columns=["image", "reason"])
+    write_atomically(place / SKIPPED, lambda file: lost.to_csv(file, index=False))
+    shown = {key: value for key, value in settings.items() if value is not None}
+    write_prediction_page(place / REPORT, predictor, files, place, table, lost, flag, decider.promises(), shown)
+    return table
 
 
-def _predicted(predictor, files, skipped, tile_scale) -> Iterator[tuple[str, Prediction]]:
-    """Name and prediction of the files that can be read; the others' reasons go into `skipped`."""
-    inputs, wholes = {}, []
-    for name, path in files.items():
-        try:
-            if tile_scale is not None:
-                yield name, predict_tiled(predictor, path, tile_scale)
-                continue
-            inputs[name], whole = predictor.read(path)
-            wholes.append(whole)
-        except (ValueError, OSError) as error:
-            skipped[name] = str(error).replace("\n", " ")
-    if inputs:
-        yield from zip(inputs, predictor.predict_batch(np.stack(list(inputs.values())), wholes), strict=True)
+def _check(predictor, flag, masks, alpha, refer, tile_scale):
+    check_fraction("flag", flag)
+    most = predictor.card.num_samples if predictor.card.task == SEGMENTATION else 0
+    if not 0 <= masks <= most:
+        raise ValueError(f"Expected masks, 0 to {most} (the draws; 0 of labels). Received: {masks}")
+    if tile_scale is not None:
+        predictor.check_tiles(tile_scale)
+        if alpha is not None or refer is not None:
+            raise ValueError("Expected tile_scale without alpha and refer, which hold for whole images. Received: both")
+
+
+class Decider:
+    """What is decided with a guarantee: sets of labels, masks that miss little, images to refer.
+
+    Args:
+        card: of the network.
+        alpha: the risk of a set of classes to lack the true one; of a label that an image has to lack in its set; the
+            mean share of the true pixels that masks miss. Between 0 and 1. None: neither sets nor such masks.
+        refer: the rate of errors among the images that are not referred, between 0 and 1, with confidence 0.9. An error
+            is a wrong class, any wrong label, or a Dice below 0.5. None: nothing is referred.
+
+    Raises:
+        ValueError: a number that is not between 0 and 1, too few validation images, or a card without a calibration.
+    """
+
+    def __init__(self, card: NetworkCard, alpha: float | None = None, refer: float | None = None):
+        self.card, self.alpha, self.refer = card, alpha, refer
+        self.limits = self.cut = self.most = None
+        for name, value in (("alpha", alpha), ("refer", refer)):
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"Expected {name} between 0 and 1. Received: {name}={value!r}")
+        found = card.calibration
+        if found is None and (alpha is not None or refer is not None):
+            raise ValueError(
+                "Expected a network with a calibration, for --alpha and --refer. Received: one without; "
+                "run `sbn-tf train` again."
+            )
+        if found is not None and refer is not None:
+            self.most = found.refer_limit(refer)
+        if found is not None and alpha is not None and card.task == SEGMENTATION:
+            self.cut = found.cut(alpha)
+        elif found is not None and alpha is not None:
+            self.limits = found.limits(alpha, card.task)
+
+    @property
+    def names(self) -> list[str]:
+        """The labels that a set may contain."""
+        return [*((f"not {self.card.classes[0]}",) if self.card.task == BINARY else ()), *self.card.classes]
+
+    def columns(self, one: Prediction) -> dict[str, str | bool]:
+        """Columns of the table: "set" of labels, with semicolons between, "none" of none; "refer"."""
+        row: dict[str, str | bool] = {}
+        if self.limits is not None:
+            probs = two_classes(one.probabilities[None].astype("float64"), self.card.task)[0]
+            inside = 1 - probs <= self.limits
+            row["set"] = ";".join(np.asarray(self.names)[inside]) or "none"
+        if self.most is not None:
+            row["refer"] = bool(one.means["total"] >= self.most)
+        return row
+
+    def promises(self) -> list[str]:
+        """What holds for new images that are drawn as the validation images were, a line for each risk."""
+        found, lines = self.card.calibration, []
+        if found is None:
+            return lines
+        drawn = f"new {found.unit} drawn as the {found.num} of validation"
+        if self.cut is not None:
+            missed = f"{self.alpha:g} of the true pixels missed at most, in the mean over {drawn}"
+            lines.append(f"masks_fnr: {missed}; cut at {self.cut:.3g}")
+        if self.limits is not None:
+            what = "the true class" if self.card.task in (*EXCLUSIVE, BINARY) else "a label that the image has"
+            lines.append(f"set: without {what} in {self.alpha:g} of the cases at most, for {drawn}")
+            if never := [name for name, at in zip(self.names, self.limits, strict=True) if at == np.inf]:
+                lines.append(f"set: always with {', '.join(never)}: too few validation images have it")
+        if self.most is not None:
+            kept = f"{self.refer:g} of the others wrong at most, with confidence {CONFIDENCE:g}, for {drawn}"
+            none = "all images; every share of the validation images has too many errors"
+            lines.append(f"refer: {kept if self.most > -np.inf else none}")
+        return lines
 
 
 def _row(name, one, flag, path):
@@ -216,12 +278,8 @@ def run(given: argparse.Namespace) -> int:
     table = predict_folder(predictor, given.images, given.out, **options)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0
-    promises = Decider(predictor.card, given.alpha, given.refer).promises()
-    others = {key: options[key] for key in ("alpha", "refer", "tile_scale") if options[key] is not None}
-    page = (Path(given.out, REPORT), predictor, given.images, given.out, table, skipped, given.flag)
-    write_prediction_page(*page, promises, others)
     print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, REPORT)}")
-    for line in promises:
+    for line in Decider(predictor.card, given.alpha, given.refer).promises():
         print(line)
     for name, reason in zip(skipped.get("image", ()), skipped.get("reason", ()), strict=True):
         print(f"skipped {name}: {reason}", file=sys.stderr)

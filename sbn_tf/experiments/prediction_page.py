@@ -16,7 +16,7 @@ from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.datasets.decoding import DEEP, opened
 from sbn_tf.datasets.medical import is_medical, read
 from sbn_tf.experiments import pages
-from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
+from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 CASES = 12
 UNUSUAL = 0.01  # probability of so many flags, if the images were like those of validation
@@ -25,7 +25,7 @@ UNUSUAL = 0.01  # probability of so many flags, if the images were like those of
 def write_prediction_page(
     path: str | os.PathLike,
     predictor: Predictor,
-    images: str | os.PathLike,
+    files: Mapping[str, Path],
     out: str | os.PathLike,
     table: pd.DataFrame,
     skipped: pd.DataFrame,
@@ -38,18 +38,18 @@ def write_prediction_page(
     Args:
         path: of the page.
         predictor: the network.
-        images: the images' folder.
+        files: name of each image in the table -> its file.
         out: the results' folder, with the masks and maps of a segmentation.
         table: `predictions.csv`; empty where no image could be read.
         skipped: columns image and reason.
         flag: share of the validation images whose uncertainty is above the limit of a flag, 0..1.
-        promises: of `decisions.Decider`: what the decisions guarantee.
-        settings: others to be named, such as {"alpha": 0.1}.
+        promises: of `predict.Decider`: what the decisions guarantee.
+        settings: to be named, such as {"images": folder, "alpha": 0.1}.
 
     Raises:
         OSError: a full disk, or no permission; a page that was there before stays.
     """
-    card, files = predictor.card, image_files(images)
+    card = predictor.card
     unsure = table.sort_values("total", ascending=False, kind="stable") if len(table) else table
     flagged = unsure[unsure["flag"]] if len(table) else table
     sentences = _sentences(len(table), len(flagged), flag, "are flagged")
@@ -76,7 +76,7 @@ def write_prediction_page(
         ),
         unsure=[_case(row, card, files.get(row["image"]), Path(out)) for _, row in unsure.head(CASES).iterrows()],
         legend=legend,
-        settings=pages.settings_table([*_settings(predictor, images, flag), *(settings or {}).items()]),
+        settings=pages.settings_table([*(settings or {}).items(), *pages.about(predictor)]),
     )
 
 
@@ -170,20 +170,3 @@ def _shrunk(image, mode):
     image.draft(mode, size)  # a JPEG need not be decoded in full
     same = image if image.mode == mode else image.convert(mode)
     return np.asarray(same.resize(size, Image.Resampling.BILINEAR))
-
-
-def _settings(predictor, images, flag):
-    card = predictor.card
-    return [
-        ("images", Path(images).resolve()),
-        ("flag", f"{flag:g} of the validation images are above the limit"),
-        ("network trained on", card.dataset),
-        ("method", card.method),
-        ("classes", ", ".join(card.classes)),
-        ("input", f"{card.size} x {card.size} x {card.channels}, fit {card.fit}"),
-        *((("window", f"{card.window[0]:g} to {card.window[1]:g}"),) if card.window else ()),
-        ("draws of a prediction", card.num_samples),
-        ("threshold", f"{card.threshold:g}"),
-        ("temperature", f"{card.temperature:.4g}"),
-        ("weights, crc32", predictor.crc32()),
-    ]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import keras
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import special
 
+from sbn_tf.core.checks import check_number
 from sbn_tf.core.files import check_archive, replacing, write_atomically
 from sbn_tf.core.loading import load
-from sbn_tf.core.sampled import SampledModel
+from sbn_tf.core.sampled import SameDraws, SampledModel
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
-from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, square
+from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, read_scaled, square
 from sbn_tf.datasets.files import listed
 from sbn_tf.datasets.medical import ENDINGS as MEDICAL
 from sbn_tf.datasets.medical import is_medical, slices
@@ -26,15 +29,14 @@ from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.distance import Features, mahalanobis
 from sbn_tf.experiments.folders import read_arrays, read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
-from sbn_tf.experiments.methods.plain import tempered
-from sbn_tf.experiments.methods.sampled import Sampled
 from sbn_tf.experiments.served import export_served
 from sbn_tf.metrics import uncertainty
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "recovered_logits", "tempered"]
 
 MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time
+MARGIN = 8  # an eighth of a tile is not used where another tile sees it from further inside
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
 PARTS = ("entropy", "expected_entropy", "mutual_information")  # total, aleatoric, epistemic
 
@@ -177,7 +179,7 @@ class Predictor:
             )
         self.model, self.card, self.training = model, card, training
         self._features = None if training is None else Features(model)
-        self._sampled = Sampled(model) if isinstance(model, SampledModel) else None
+        self._sampled = SameDraws(model) if isinstance(model, SampledModel) else None
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Predictor:
@@ -245,7 +247,19 @@ class Predictor:
         """
         items = list(_items(images))
         parts = (items[start : start + BATCH] for start in range(0, len(items), BATCH))
-        return [one for part in parts for one in self.predict_batch(*self._read(part))]
+        return [one for part in parts for one in self._predict_read([self.read(image) for image in part])]
+
+    def predict_files(self, paths: Iterable[Path], tile_scale: float | None = None) -> list[Prediction | str]:
+        """The prediction of each file of one batch, by tiles where they have a scale; or why it cannot be read."""
+        found: list = []
+        for path in paths:
+            try:
+                found.append(self.read(path) if tile_scale is None else self.predict_tiled(path, tile_scale))
+            except (ValueError, OSError) as error:
+                found.append(str(error).replace("\n", " "))
+        read = [one for one in found if isinstance(one, tuple)]
+        predicted = iter(self._predict_read(read) if read else ())
+        return [next(predicted) if isinstance(one, tuple) else one for one in found]
 
     def crc32(self) -> int:
         """A number that tells networks apart: of all weights, and of the training images' features."""
@@ -291,13 +305,53 @@ class Predictor:
             far = mahalanobis(self._features(inputs), **self.training).tolist()
         return _predictions(self.card, self.samples(inputs), sizes, far)
 
-    def prediction(self, samples: np.ndarray, whole: tuple[int, int]) -> Prediction:
-        """What draws of one image say, (samples, height, width) of any size, as maps of the size `whole`."""
-        return _predictions(self.card.model_copy(update={"fit": "stretch"}), samples[:, None], [whole])[0]
+    def check_tiles(self, scale: float) -> None:
+        """Raise ValueError where the network cannot be used on tiles at this scale."""
+        check_number("tile_scale", scale, above=0.0)
+        if self.card.task != SEGMENTATION or self.card.size < MARGIN:
+            raise ValueError(
+                f"Expected the network of a segmentation, of {MARGIN} pixels or more, for tiles: labels are of whole "
+                f"images. Received: {self.card.task}, {self.card.size} px"
+            )
 
-    def _read(self, part):
-        inputs, wholes = zip(*map(self.read, part), strict=True)
-        return np.stack(inputs), wholes
+    def predict_tiled(self, path: str | os.PathLike, scale: float) -> Prediction:
+        """The prediction of an image file by tiles of the network's size, which overlap by half.
+
+        The image is resized to `scale` times its own pixels, as large as things were in training. Every tile meets the
+        same draws of the weights. Where tiles overlap a draw's probabilities are averaged, more so the further a pixel
+        lies inside; an eighth of a tile at its edge does not count, so a network that sees no further than that gives
+        what one pass over the whole image would. Entropies are of these draws. In memory is one image with all its
+        draws.
+
+        Args:
+            path: an image file.
+            scale: pixels of the network for one of the image; > 0.
+
+        Raises:
+            ValueError: a network of labels, a scale that is none, or a file that cannot be read.
+        """
+        self.check_tiles(scale)
+        card, size = self.card, self.card.size
+        pixels, whole = read_scaled(path, scale, card.channels, card.window)
+        height, width = pixels.shape[:2]
+        padded = np.zeros((max(height, size), max(width, size), card.channels), pixels.dtype)
+        padded[:height, :width] = pixels
+        inputs = self.normalised(padded)
+        places = [(up, left) for up in _starts(len(padded), size) for left in _starts(padded.shape[1], size)]
+        total = np.zeros((card.num_samples, *padded.shape[:2]), "float32")
+        weight = np.zeros(padded.shape[:2], "float32")
+        for part in (places[start : start + BATCH] for start in range(0, len(places), BATCH)):
+            samples = self.samples(np.stack([inputs[up : up + size, left : left + size] for up, left in part]))
+            for number, (up, left) in enumerate(part):
+                within = np.outer(_weights(up, size, len(padded)), _weights(left, size, padded.shape[1]))
+                total[:, up : up + size, left : left + size] += within * samples[:, number]
+                weight[up : up + size, left : left + size] += within
+        samples = (total / weight)[:, None, :height, :width]
+        return _predictions(card.model_copy(update={"fit": "stretch"}), samples, [whole])[0]
+
+    def _predict_read(self, images):
+        inputs, wholes = zip(*images, strict=True)
+        return self.predict_batch(np.stack(inputs), wholes)
 
 
 def _predictions(card, samples, wholes, far=None):
@@ -308,6 +362,37 @@ def _predictions(card, samples, wholes, far=None):
         Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i], far and far[i])
         for i, whole in enumerate(wholes)
     ]
+
+
+def recovered_logits(probs: ArrayLike, task: str) -> np.ndarray:
+    """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
+
+    `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
+    float32 number, one of 1 as the largest below 1.
+    """
+    limits = np.finfo("float32")
+    probs = np.clip(np.asarray(probs, "float64"), limits.tiny, 1.0 if task in EXCLUSIVE else 1.0 - limits.epsneg)
+    return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
+
+
+def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
+    """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
+    logits = recovered_logits(probs, task) / temperature
+    return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
+
+
+def _starts(length, size) -> Iterator[int]:
+    """Where tiles begin: half a tile apart, the last one at the end."""
+    yield from range(0, length - size, size // 2)
+    yield length - size
+
+
+def _weights(start, size, length):
+    """How much each row of a tile counts: up to 1 in its middle, 0 at an edge that is not the image's."""
+    place, margin = np.arange(size) + 0.5, size // MARGIN
+    before = np.inf if start == 0 else place - margin
+    after = np.inf if start + size == length else size - place - margin
+    return np.clip(np.minimum(before, after) / size, 0, 1) * np.ones(size)
 
 
 def image_files(folder: str | os.PathLike) -> dict[str, Path]:

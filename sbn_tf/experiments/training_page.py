@@ -330,23 +330,15 @@ def _scored(settings):
 
 
 def _settings(settings, predictor, frame):
-    card, recipe = predictor.card, settings.recipe
+    recipe = settings.recipe
     versions = json.loads(next((text for text in frame["versions"] if text), "{}"))
     commit = next((text for text in frame["commit"] if text), "")
     return [
-        ("data", settings.data.card.title),
-        ("task", card.task),
-        ("classes", ", ".join(card.classes)),
-        ("method", card.method),
+        *pages.about(predictor),
         ("share of Bayesian weights", f"{settings.r_bayes:g}"),
         ("recipe", f"{recipe.name}: {recipe.epochs} and {recipe.bayes_epochs} epochs, batches of {recipe.batch_size}"),
         ("network", settings.network),
         ("seed", settings.seed),
-        ("images", f"{card.size} x {card.size} x {card.channels}, fit {card.fit}"),
-        ("draws of a prediction", card.num_samples),
-        ("threshold", f"{card.threshold:g}"),
-        ("temperature", f"{card.temperature:.4g}"),
-        ("weights, crc32", predictor.crc32()),
         *versions.items(),
         *([("commit", commit)] if commit else []),
     ]

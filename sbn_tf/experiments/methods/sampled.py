@@ -3,34 +3,13 @@
 from __future__ import annotations
 
 import keras
-import numpy as np
-from keras import ops
 
 from sbn_tf import cost as costs
-from sbn_tf.core.keras_internals import noise_states
-from sbn_tf.partial_bayes import PartialBayes
+from sbn_tf.core.sampled import SameDraws
 
 
-class Sampled:
-    """A model whose noise starts in each call as it is now.
-
-    Args:
-        model: a `PartialBayes`.
-    """
-
-    def __init__(self, model: PartialBayes):
-        self.model = model
-        self.noise = [(state, ops.convert_to_numpy(state)) for state in noise_states(model)]
-
-    def start(self) -> None:
-        """Set the noise to where it was when this was made."""
-        for state, start in self.noise:
-            state.assign(start)
-
-    def samples(self, images: np.ndarray, num_samples: int) -> np.ndarray:
-        """Outputs of one batch: (num_samples, batch, ...)."""
-        self.start()
-        return self.model.predict_samples(images, num_samples=num_samples, batch_size=len(images))
+class Sampled(SameDraws):
+    """The same draws in each call, and what they cost."""
 
     def flops(self, batch: int, num_samples: int) -> float:
         """Operations of a sample of one image: the mean over so many samples."""
