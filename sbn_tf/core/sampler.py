@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -88,7 +91,7 @@ class Sampler(Distributed):
         return self.model.outputs_of_samples.as_probabilities(one_draw(self.model.network, inputs, False, sample))
 
 
-def one_draw(network: keras.Model, inputs, training: bool, sample):
+def one_draw(network: keras.Model, inputs: Any, training: bool, sample: Any) -> Any:
     """The network's outputs for draw number `sample` of its weights."""
     with posterior_sample(sample):
         return network(inputs, training=training)
@@ -112,7 +115,7 @@ def _rows_written_once(count):
     )
 
 
-def one_after_another(step, state: list, start: int, stop: int, variables=()) -> list:
+def one_after_another(step: Callable, state: list, start: int, stop: int, variables: Iterable = ()) -> list:
     """`state = step(i, state)` for i from `start` to `stop` - 1, one at a time, in a TensorFlow graph too.
 
     An unrolled loop would run its steps at once wherever their results do not depend on each other, and hold the
