@@ -225,12 +225,13 @@ def read_csv(path: str | os.PathLike) -> pd.DataFrame:
         raise ValueError(
             f"Expected the columns of results in {path}. Received: without {missing}, with unknown {unknown}."
         )
-    texts = {"undefined", *RUN} - {*_COUNTS, "num_resamples", "r_bayes"}
-    table = table.assign(**{key: _numbers(table[key], path) for key in table if key not in texts}, folder="")
+    texts = {"undefined", *RUN} - {"folder", *_COUNTS, "num_resamples", "r_bayes"}
+    numbers = pd.DataFrame({key: _numbers(table[key], path) for key in table if key not in texts})
+    table = pd.concat([table[list(texts)], numbers], axis=1).assign(folder="")
     if len(wrong := table.index[~table["task"].isin(TASKS)]):
         raise ValueError(_at(path, wrong[0], f"one of {TASKS}", "task", table["task"][wrong[0]]))
     runs, parts = table[list(RUN)], []
-    for key in [key for key in table if key not in (*RUN, "undefined") and not key.endswith(("_low", "_high"))]:
+    for key in [key for key in numbers if key not in RUN and not key.endswith(("_low", "_high"))]:
         low, high = table.get(f"{key}_low", math.nan), table.get(f"{key}_high", math.nan)
         part = runs.assign(metric=key, value=table[key], low=low, high=high, note="")
         parts.append(part.dropna(subset="value"))
