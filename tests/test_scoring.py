@@ -296,7 +296,10 @@ def test_one_rater_leaves_rater_metrics_undefined():
 
 def test_per_image_means_are_what_evaluate_reports():
     row = scoring.evaluate(MASK_PROBS, MASKS, "segmentation", rater_valid=VALID)
-    scores = scoring.per_image(MASK_PROBS, MASKS, VALID)
+    evaluator = scoring.Evaluator("segmentation", boundary=False)
+    evaluator.update(MASK_PROBS, MASKS, VALID)
+    arrays = evaluator.record().arrays
+    scores = {key: arrays[key] for key in scoring.of_task("segmentation") if key in arrays}
     for key, values in scores.items():
         assert values.shape == (6,)
         assert row[key] == pytest.approx(np.nanmean(values))

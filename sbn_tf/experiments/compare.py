@@ -118,9 +118,14 @@ def trivial_rows(settings: Experiment) -> dict[str, Result]:
     """
     rated = settings.task == SEGMENTATION and settings.scored.num_raters > 1
     step1 = fitted(settings, "deterministic") if rated else None
-    places = {name: _trivial_place(settings, name, step1) for name in _trivial_names(settings)}
-    stored = {name: _stored(settings, folder, shaping) for name, (_, folder, shaping) in places.items()}
-    found = {name: one for name, one in stored.items() if one is not None}
+    places, found = {}, {}
+    for name in _trivial_names(settings):
+        made = step1 if name == "trivial_level_sets" else None
+        seed, shaping = None if made is None else settings.seed, _evaluation_settings(settings, made)
+        folder = folders.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping)
+        places[name] = seed, folder, shaping
+        if (stored := _stored(settings, folder, shaping)) is not None:
+            found[name] = stored
     if len(found) == len(places):
         return found
     for name, record in _trivial_records(settings, step1).items():
@@ -148,13 +153,6 @@ def _trivial_names(settings) -> list[str]:
     return names + (["bound_scene"] if settings.scored.truth_probs is not None else [])
 
 
-def _trivial_place(settings, name, step1):
-    """Seed, folder, and what the score depends on."""
-    made = step1 if name == "trivial_level_sets" else None
-    seed, shaping = None if made is None else settings.seed, _evaluation_settings(settings, made)
-    return seed, folders.run_folder(settings.runs, settings.data.card.name, name, seed or 0, shaping), shaping
-
-
 def _trivial_records(settings, step1):
     data = settings.data
     if settings.split == "val":
@@ -166,7 +164,9 @@ def _trivial_records(settings, step1):
         batch_size=settings.recipe.batch_size,
     )
     records = {f"trivial_{name}": record for name, record in records.items()}
-    return records | ({"bound_scene": _record_of_scene(settings)} if data.test.truth_probs is not None else {})
+    if settings.scored.truth_probs is not None:
+        records["bound_scene"] = _record_of_scene(settings)
+    return records
 
 
 TRIVIAL = {
@@ -214,10 +214,6 @@ def _constant_threshold(settings) -> float:
     """The cut of the prevalence; that of a map of zeros makes no difference."""
     frequency, num = settings.prevalence(), settings.data.val.num_examples
     return _cut(settings, lambda part: np.broadcast_to(frequency, (len(range(num)[part]), *frequency.shape)))
-
-
-def _without_channel(probs):
-    return probs[..., 0] if probs.ndim == 4 else probs
 
 
 def _evaluation_settings(settings, made=None):
@@ -274,17 +270,11 @@ _SWAPPED = {}  # loaded once in a process
 
 def _record_of_scene(settings):
     """The record of the probabilities that generated a phantom's images."""
-    threshold = _cut(settings, lambda part: _without_channel(settings.data.val.truth_probs[part]))
+    threshold = _cut(settings, lambda part: settings.data.val.truth_probs[part])
     split, size = settings.scored, settings.recipe.batch_size
     evaluator = scoring.Evaluator(settings.task, train_prevalence=settings.prevalence(), threshold=threshold)
-    for start in range(0, split.num_examples, size):
-        part = slice(start, start + size)
-        extra = {key: None if (value := getattr(split, key)) is None else value[part] for key in _OF_IMAGES}
-        evaluator.update(split.truth_probs[part][None], split.targets[part], **extra)
-    return evaluator.record()
-
-
-_OF_IMAGES = ("rater_valid", "groups", "ids")
+    about = scoring.about_images(split)
+    return scoring.record_of(evaluator, size, lambda part: split.truth_probs[part][None], split.targets, **about)
 
 
 def _result(experiment, record, **given):

@@ -39,21 +39,19 @@ __all__ = ["Variant", "read"]
 
 
 def _each_once(values):
-    if len({_as_written(value) for value in values}) < len(values):
+    if len({f"{value:g}" if isinstance(value, float) else value for value in values}) < len(values):
         raise ValueError("each value once, numbers in six digits")
     return values
 
 
-def _as_written(value):
-    return f"{value:g}" if isinstance(value, float) else value
-
-
-Once = AfterValidator(_each_once)
-Fold = Annotated[int, Strict(), Field(ge=-1)]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[int, Strict(), Field(ge=1)]
-Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
+Seeds = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_once)]
+Folds = Annotated[tuple[Annotated[int, Strict(), Field(ge=-1)], ...], Field(min_length=1), AfterValidator(_each_once)]
+Methods = Annotated[tuple[Name, ...], AfterValidator(_each_once)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+Shares = Annotated[tuple[Share, ...], AfterValidator(_each_once)]
 
 
 class _Part(BaseModel):
@@ -70,12 +68,10 @@ class Dataset(_Part):
         size, ..., swapped: as `compare.experiment` and the notebooks take them; `split` is of LIDC's patients.
     """
 
-    folds: Annotated[
-        tuple[Annotated[int, Strict(), Field(ge=-1)], ...], Field(min_length=1), AfterValidator(_each_once)
-    ]
-    seeds: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_each_once)]
-    methods: Annotated[tuple[Name, ...], AfterValidator(_each_once)] = ()
-    r_bayes: Annotated[tuple[Share, ...], AfterValidator(_each_once)] = ()
+    folds: Folds
+    seeds: Seeds
+    methods: Methods = ()
+    r_bayes: Shares = ()
     images: tuple[Count, Count, Count] | None = None
     size: Number | None = None
     network: Name | None = None
@@ -208,11 +204,7 @@ def read(path: str | os.PathLike) -> Plan:
 
 
 def plan_of(content: dict, where: str | os.PathLike = "the plan") -> Plan:
-    """Check the content of a plan.
-
-    Raises:
-        ValueError: an unknown key, or a value out of its range; the message names the first of them.
-    """
+    """Check the content of a plan; the message of a ValueError names the first key or value that is wrong."""
     try:
         return Plan.model_validate(content)
     except ValidationError as error:

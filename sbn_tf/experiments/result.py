@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION, TASKS
@@ -138,47 +138,26 @@ class Result(BaseModel):
             where = f"the result of {fields.get('method')!r}" if _where is None else _where
             raise ValueError(f"{_in_one_line(error, where)} {_advice}") from None
 
-    @field_validator("task")
-    @classmethod
-    def _check_task(cls, task):
-        if task not in TASKS:
-            _refuse(f"one of {TASKS}", "task", task)
-        return task
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, metrics):
-        for key, value in metrics.items():
-            if key not in METRICS:
-                _refuse("a key of METRICS", "metrics", key)
+    @model_validator(mode="after")
+    def _check_values(self):
+        if self.task not in TASKS:
+            _refuse(f"one of {TASKS}", "task", self.task)
+        for what, known, place in (("METRICS", METRICS, "metrics"), ("COSTS", COSTS, "cost")):
+            for key in getattr(self, place):
+                if key not in known:
+                    _refuse(f"a key of {what}", place, key)
+        for key, value in self.metrics.items():
             _check_range(value, key, f"metrics[{key!r}]", "a finite number")
-        return metrics
-
-    @field_validator("cost")
-    @classmethod
-    def _check_cost(cls, cost):
-        for key in cost:
-            if key not in COSTS:
-                _refuse("a key of COSTS", "cost", key)
-        return cost
-
-    @field_validator("settings", "options", "selection", "shift", "evaluation", "versions")
-    @classmethod
-    def _check_leaves(cls, content, info):
-        for place, value in _leaves(content, info.field_name):
-            if isinstance(value, float) and not math.isfinite(value):
-                _refuse("a finite number", place, value)
-        return content
-
-    @field_validator("shift")
-    @classmethod
-    def _check_shift(cls, shift):
-        for kind, scores in shift.items():
+        for field in ("settings", "options", "selection", "shift", "evaluation", "versions"):
+            for place, value in _leaves(getattr(self, field), field):
+                if isinstance(value, float) and not math.isfinite(value):
+                    _refuse("a finite number", place, value)
+        for kind, scores in self.shift.items():
             for key in ("entropy", "mutual_information"):
                 value = scores.get(key)
                 if value is not None and not 0 <= value <= 1:
                     _refuse("an AUROC in 0..1, or None,", f"shift[{kind!r}][{key!r}]", value)
-        return shift
+        return self
 
     @model_validator(mode="after")
     def _check_keys(self):
@@ -269,7 +248,7 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
         The path of `metrics.json`.
 
     Raises:
-        ValueError: a field of another type, or a number that is not finite or out of its range.
+        ValueError: as of `Result`, which was changed.
     """
     folder = Path(folder)
     try:

@@ -55,13 +55,10 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     rows = []
     for one in results:
         run = _run(one)
-        reasons = {key: reason for key, reason in one.undefined.items() if key not in one.metrics}
-        rows += [
-            {**run, "metric": key, "value": value, **_bounds(one.intervals.get(key)), "note": ""}
-            for key, value in [*one.metrics.items(), *_costs(one), *_shifts(one)]
-            if value is not None
-        ]
-        rows += [{**run, "metric": key, "value": None, **_bounds(None), "note": why} for key, why in reasons.items()]
+        for key, value in _values(one):
+            low, high = one.intervals.get(key, (None, None))
+            rows.append({**run, "metric": key, "value": value, "low": low, "high": high, "note": ""})
+        rows += [{**run, "metric": key, "note": why} for key, why in one.undefined.items()]
     return _typed(pd.DataFrame(rows, columns=[*RUN, *_MEASURED]))
 
 
@@ -81,20 +78,12 @@ def _run(one):
     return run
 
 
-def _bounds(pair):
-    low, high = (None, None) if pair is None else pair
-    return {"low": low, "high": high}
-
-
-def _costs(one):
-    return [(key, value) for key, value in one.cost.items() if key != "num_samples"]  # a column of `RUN`
-
-
-def _shifts(one):
+def _values(one):
+    """(key, value) of everything that was measured and is known: metrics, costs and shifts."""
+    found = one.metrics | {key: value for key, value in one.cost.items() if key != "num_samples"}  # a column of `RUN`
     for kind, scores in one.shift.items():
-        yield f"shift: {kind}: severity", scores.get("severity")
-        for key in ("entropy", "mutual_information"):
-            yield f"shift: {kind}: {key}", scores.get(key)
+        found |= {f"shift: {kind}: {key}": scores.get(key) for key in ("severity", "entropy", "mutual_information")}
+    return [(key, value) for key, value in found.items() if value is not None]
 
 
 def _typed(content):
@@ -190,13 +179,8 @@ def as_key(frame: pd.DataFrame, columns: Iterable[str]) -> list[str]:
 
 
 def _csv_of(frame):
-    frame = frame.drop(columns=[key for key in frame.columns if key not in (*RUN, *_MEASURED)])
-    frame = (
-        frame.assign(_run=as_key(frame, _IDENTITY))
-        .drop_duplicates(["_run", "metric"], keep="last")
-        .drop(columns="_run")
-    )
-    table, low, high, note = _by_run(frame)
+    frame = frame.assign(_run=as_key(frame, _IDENTITY)).drop_duplicates(["_run", "metric"], keep="last")
+    table, low, high, note = _by_run(frame[[*RUN, *_MEASURED]])
     known = [*METRICS, *COSTS]
     keys = [key for key in known if key in low] + sorted(key for key in low if key not in known)
     columns = {key: table[key].astype("object").where(table[key].notna(), "") for key in RUN if key != "folder"}
@@ -241,26 +225,20 @@ def read_csv(path: str | os.PathLike) -> pd.DataFrame:
         raise ValueError(
             f"Expected the columns of results in {path}. Received: without {missing}, with unknown {unknown}."
         )
-    table = table.assign(folder="")
-    for key in (*_COUNTS, "num_resamples", "r_bayes"):
-        table[key] = _numbers(table[key], path)
+    texts = {"undefined", *RUN} - {"folder", *_COUNTS, "num_resamples", "r_bayes"}
+    numbers = pd.DataFrame({key: _numbers(table[key], path) for key in table if key not in texts})
+    table = pd.concat([table[list(texts)], numbers], axis=1).assign(folder="")
     if len(wrong := table.index[~table["task"].isin(TASKS)]):
         raise ValueError(_at(path, wrong[0], f"one of {TASKS}", "task", table["task"][wrong[0]]))
-    parts = []
-    for key in [
-        key for key in table if key not in RUN and (key in METRICS or key in COSTS or key.startswith("shift: "))
-    ]:
-        part = table[list(RUN)].assign(metric=key, value=_numbers(table[key], path), note="")
-        for end in ("low", "high"):
-            column = f"{key}_{end}"
-            part[end] = _numbers(table[column], path) if column in table else math.nan
-        parts.append(part[part["value"].notna()])
+    runs, parts = table[list(RUN)], []
+    for key in [key for key in numbers if key not in RUN and not key.endswith(("_low", "_high"))]:
+        low, high = table.get(f"{key}_low", math.nan), table.get(f"{key}_high", math.nan)
+        part = runs.assign(metric=key, value=table[key], low=low, high=high, note="")
+        parts.append(part.dropna(subset="value"))
     for line, text in table["undefined"].items():
         reasons = _parsed(text, path, line)
-        parts += [
-            table.loc[[line], list(RUN)].assign(metric=key, value=math.nan, low=math.nan, high=math.nan, note=why)
-            for key, why in reasons.items()
-        ]
+        nothing = {"value": math.nan, "low": math.nan, "high": math.nan}
+        parts += [runs.loc[[line]].assign(metric=key, **nothing, note=why) for key, why in reasons.items()]
     found = pd.concat(parts) if parts else frame([])
     _check_frame(found, table, path)
     return _typed(found.sort_index(kind="stable").reset_index(drop=True)[[*RUN, *_MEASURED]])
@@ -287,12 +265,11 @@ def _parsed(text, path, line):
 
 def _check_frame(found, table, path):
     """Raise where a metric is out of its range, or one that its task requires has neither value nor reason."""
-    low = found["metric"].map({key: one.low for key, one in METRICS.items()})
-    high = found["metric"].map({key: one.high for key, one in METRICS.items()})
+    low, high = (
+        found["metric"].map({key: getattr(one, end) for key, one in METRICS.items()}) for end in ("low", "high")
+    )
     for column in ("value", "low", "high"):
-        wrong = (found[column] < low - 1e-6) | (found[column] > high + 1e-6)
-        if wrong.any():
-            line, one = found.index[wrong][0], found[wrong].iloc[0]
+        for line, one in found[(found[column] < low - 1e-6) | (found[column] > high + 1e-6)].iterrows():
             expected = f"a number in {METRICS[one['metric']].low:g}..{METRICS[one['metric']].high:g}"
             raise ValueError(_at(path, line, expected, one["metric"], one[column]))
     present = found.groupby(level=0)["metric"].agg(set)

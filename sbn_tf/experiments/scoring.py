@@ -183,18 +183,32 @@ def score(
 
     evaluator = Evaluator(task, train_prevalence=train_prevalence, threshold=threshold, boundary=boundary)
     name = f"{split.name}, {shift[0]} {shift[1]:g}" if shift else split.name
-    steps = range(split.steps(batch_size))
-    for step in tqdm(steps, desc=f"score {name}", unit="batch", mininterval=2.0, disable=not verbose):
-        start = step * batch_size
-        part = slice(start, start + batch_size)
+    bar = tqdm(total=split.steps(batch_size), desc=f"score {name}", unit="batch", mininterval=2.0, disable=not verbose)
+
+    def probs_of(part):
         images = split.normalised(part)
         if shift:
-            images = shifted(images, *shift, offset=start, mean=split.mean, sd=split.sd)
-        probs = predicted(predict_samples, images, split, start)
-        targets = split.targets[part]
-        extra = {key: part_of(getattr(split, key), part) for key in ("rater_valid", "groups", "ids")}
-        evaluator.update(probs, targets, **extra)
+            images = shifted(images, *shift, offset=part.start, mean=split.mean, sd=split.sd)
+        probs = predicted(predict_samples, images, split, part.start)
+        bar.update()
+        return probs
+
+    with bar:
+        return record_of(evaluator, batch_size, probs_of, split.targets, **about_images(split))
+
+
+def record_of(evaluator: Evaluator, size: int, probs_of: Callable[[slice], np.ndarray], targets, **about) -> Record:
+    """The record of images that are predicted and added to an evaluator `size` at a time; `about`: `about_images`."""
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        known = {key: None if values is None else values[part] for key, values in about.items()}
+        evaluator.update(probs_of(part), targets[part], **known)
     return evaluator.record()
+
+
+def about_images(split: Split) -> dict:
+    """What an evaluator takes of each image beside its target."""
+    return {"rater_valid": split.rater_valid, "groups": split.groups, "ids": split.ids}
 
 
 def predicted(predict_samples, images, split, start) -> np.ndarray:
@@ -212,11 +226,6 @@ def predicted(predict_samples, images, split, start) -> np.ndarray:
             f"image {start + int(np.argmin(finite))}.\nThe training may have diverged: look at its loss."
         )
     return probs
-
-
-def part_of(values, part):
-    """The rows of an array that may be missing."""
-    return None if values is None else values[part]
 
 
 def _bytes(values):
@@ -277,27 +286,6 @@ def evaluate(
     evaluator = Evaluator(task, train_prevalence=train_prevalence, threshold=threshold, boundary=boundary)
     evaluator.update(probs, targets, rater_valid)
     return evaluator.record().metrics()
-
-
-def per_image(probs: ArrayLike, masks: ArrayLike, rater_valid: ArrayLike | None = None) -> dict[str, np.ndarray]:
-    """The segmentation metrics of each image, for distributions, worst cases and paired tests.
-
-    Args:
-        probs: (samples, batch, height, width) or (..., width, 1).
-        masks: (batch, height, width, raters), 0 or 1.
-        rater_valid: (batch, raters) bool; None if all are.
-
-    Returns:
-        Key -> (batch,) float64. Keys as in `evaluate`, whose value is the mean, without those that are not means over
-        images. "ged", "hungarian_iou" and "dice_raters" are NaN for an image with fewer than two valid raters.
-
-    Raises:
-        ValueError: as `evaluate`.
-    """
-    evaluator = Evaluator(SEGMENTATION, boundary=False)
-    evaluator.update(probs, masks, rater_valid)
-    arrays = evaluator.record().arrays
-    return {key: arrays[key] for key in of_task(SEGMENTATION) if key in arrays}
 
 
 def prevalence(task: str, targets: ArrayLike, rater_valid: ArrayLike | None = None) -> np.ndarray:

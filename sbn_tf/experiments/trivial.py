@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from sbn_tf.core.predictions import EXCLUSIVE, SEGMENTATION, broadcast, check_range, check_targets
 from sbn_tf.datasets.base import Data
 from sbn_tf.experiments.records import CHUNK_VALUES, Record
-from sbn_tf.experiments.scoring import Evaluator, part_of, predicted, prevalence
+from sbn_tf.experiments.scoring import Evaluator, about_images, predicted, prevalence, record_of
 
 __all__ = ["trivial"]
 
@@ -40,7 +40,7 @@ def trivial(
     test_targets = check_targets(test_targets, task)
     frequency = prevalence(task, train_targets, train_rater_valid)
     options = {"train_prevalence": frequency, "boundary": False}
-    found = _constant_records(task, frequency, test_targets, rater_valid, options)
+    found = _constant_records(task, frequency, test_targets, options, rater_valid=rater_valid)
     return {name: record.metrics() for name, record in found.items()}
 
 
@@ -64,16 +64,15 @@ def trivial_records(
     task, train, test = data.card.task, data.train, data.test
     frequency = prevalence(task, train.targets, train.rater_valid)
     options = {"train_prevalence": frequency, "threshold": threshold, "boundary": boundary}
-    extra = {"groups": test.groups, "ids": test.ids}
-    found = _constant_records(task, frequency, test.targets, test.rater_valid, options, extra)
+    about = about_images(test)
+    found = _constant_records(task, frequency, test.targets, options, **about)
     if deterministic is not None and task == SEGMENTATION and test.num_raters > 1:
+
+        def sets_of(part):
+            return level_sets(predicted(deterministic, test.normalised(part), test, part.start).mean(0))
+
         evaluator = Evaluator(task, threshold=threshold, boundary=False, only=("ged", "hungarian_iou"))
-        for start in range(0, test.num_examples, batch_size):
-            part = slice(start, start + batch_size)
-            probs = level_sets(predicted(deterministic, test.normalised(part), test, start).mean(0))
-            parts = {key: part_of(value, part) for key, value in (extra | {"rater_valid": test.rater_valid}).items()}
-            evaluator.update(probs, test.targets[part], **parts)
-        found["level_sets"] = evaluator.record()
+        found["level_sets"] = record_of(evaluator, batch_size, sets_of, test.targets, **about)
     return found
 
 
@@ -99,21 +98,19 @@ def level_sets(mean_probs: ArrayLike, levels: Iterable[float] = (0.1, 0.3, 0.5, 
     return np.stack([mean_probs > level for level in levels]).astype("float32")
 
 
-def _constant_records(task, frequency, targets, rater_valid, options, extra=None):
+def _constant_records(task, frequency, targets, options, **about):
     """Name -> record of predictors that say the same of every image."""
     if task in EXCLUSIVE:
         constant, constants = "most_frequent", np.eye(len(frequency))[frequency.argmax()]
     else:
         constant, constants = "all_background" if task == SEGMENTATION else "all_negative", 0.0
-    shape, made = targets.shape[1 : 3 if task == SEGMENTATION else 2], {}
-    step = max(1, CHUNK_VALUES // int(np.prod(shape)))
-    for name, values in ((constant, constants), ("prevalence", frequency)):
-        evaluator = Evaluator(task, **options)
-        for start in range(0, len(targets), step):
-            part = slice(start, start + step)
-            found = targets[part]
-            probs = broadcast(values, (1, len(found), *shape), "train_targets")
-            parts = {key: part_of(value, part) for key, value in (extra or {}).items()}
-            evaluator.update(probs, found, part_of(rater_valid, part), **parts)
-        made[name] = evaluator.record()
-    return made
+    shape = targets.shape[1 : 3 if task == SEGMENTATION else 2]
+
+    def record(values):
+        def probs_of(part):
+            return broadcast(values, (1, len(range(len(targets))[part]), *shape), "train_targets")
+
+        step = max(1, CHUNK_VALUES // int(np.prod(shape)))
+        return record_of(Evaluator(task, **options), step, probs_of, targets, **about)
+
+    return {constant: record(constants), "prevalence": record(frequency)}

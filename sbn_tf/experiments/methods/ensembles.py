@@ -81,25 +81,20 @@ class Ensemble(Networks):
 class Budget2(Networks):
     """Networks that together have the epochs of one: what a posterior at the price of one training has to beat."""
 
-    name, title = "budget_2", "two networks, half of the epochs each"
+    name, title, share = "budget_2", "two networks, half of the epochs each", 2
     needs_step1 = False
-    share = 2
 
 
-class Budget3(Networks):
+class Budget3(Budget2):
     """Three of them."""
 
-    name, title = "budget_3", "three networks, a third of the epochs each"
-    needs_step1 = False
-    share = 3
+    name, title, share = "budget_3", "three networks, a third of the epochs each", 3
 
 
-class Budget5(Networks):
+class Budget5(Budget2):
     """Five of them."""
 
-    name, title = "budget_5", "five networks, a fifth of the epochs each"
-    needs_step1 = False
-    share = 5
+    name, title, share = "budget_5", "five networks, a fifth of the epochs each", 5
 
 
 class EnsembleLonger(Networks):

@@ -207,47 +207,39 @@ class Mixture(Partial):
 # ---------------------------------------------------------------------------
 
 
-class FirstLayer(Partial):
+class Bayes(Partial):
+    """Every weight outside normalisation layers is Bayesian, from step 1's weights."""
+
+    name, title = "bayes", "fully Bayesian, from the trained weights"
+    takes_r_bayes = uses_scores = False
+    places: tuple[int, ...] | None = None  # of the layers whose weights are Bayesian, in the network's order; None: all
+
+    def _choose_masks(self, data):
+        return _whole_layers(self.step1.model, self.recipe, self.places)
+
+
+class FirstLayer(Bayes):
     """All weights of the first layer are Bayesian."""
 
     name, title = "first_layer", "Bayesian first layer"
-    takes_r_bayes = uses_scores = False
-
-    def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, lambda layers: layers[:1])
+    places = (0,)
 
 
-class LastLayer(Partial):
+class LastLayer(Bayes):
     """All weights of the last layer are Bayesian.
 
     The layers before it run once for all samples: it predicts for about the price of one pass.
     """
 
     name, title = "last_layer", "Bayesian last layer"
-    takes_r_bayes = uses_scores = False
-
-    def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, lambda layers: layers[-1:])
+    places = (-1,)
 
 
-class FirstLast(Partial):
+class FirstLast(Bayes):
     """All weights of the first and of the last layer are Bayesian."""
 
     name, title = "first_last", "Bayesian first and last layer"
-    takes_r_bayes = uses_scores = False
-
-    def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, lambda layers: [layers[0], layers[-1]])
-
-
-class Bayes(Partial):
-    """Every weight outside normalisation layers is Bayesian, from step 1's weights."""
-
-    name, title = "bayes", "fully Bayesian, from the trained weights"
-    takes_r_bayes = uses_scores = False
-
-    def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, lambda layers: layers)
+    places = (0, -1)
 
 
 class BayesNormal(Partial):
@@ -276,7 +268,7 @@ class BayesNormal(Partial):
         # Only to be counted, and for its batch norm and biases before one. The name stands in the run's settings.
         untrained.compile(optimizer_for(recipe.optimizer, recipe.learning_rate, momentum=recipe.momentum), self._loss)
         self.step1 = Run(untrained, {}, Path(f"untrained_{network}"))
-        self.masks = _whole_layers(untrained, recipe, lambda layers: layers)
+        self.masks = _whole_layers(untrained, recipe)
         options = {"method": self.name, "locs": "normal", **self._options()}
         run = training.partial_run(self.step1, self.masks, data, recipe, **options)
         self._take(run)
@@ -298,9 +290,10 @@ def _may_be_bayesian(model, recipe) -> dict[str, np.ndarray]:
     return {key: values for key, values in saliency(model, score="magnitude").items() if key not in idle}
 
 
-def _whole_layers(model, recipe, choose):
-    """Masks of all weights of the layers that `choose(layers)` gives, of the network's layers in order."""
+def _whole_layers(model, recipe, places=None):
+    """Masks of all weights of the layers at these places in the network's order; None: of all layers."""
     weights = _may_be_bayesian(model, recipe)
     layer_of = {key: key.rsplit("/", 1)[0] for key in weights}
-    layers = choose(list(dict.fromkeys(layer_of.values())))
-    return Masks({key: np.full(w.shape, layer_of[key] in layers) for key, w in weights.items()})
+    layers = list(dict.fromkeys(layer_of.values()))
+    chosen = layers if places is None else [layers[place] for place in places]
+    return Masks({key: np.full(w.shape, layer_of[key] in chosen) for key, w in weights.items()})

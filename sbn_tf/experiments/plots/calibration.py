@@ -79,9 +79,7 @@ def plot_reliability_curves(
     ax.patch.set_visible(False)
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.02)
-    ax.set_xlabel(
-        f"predicted probability (bins of about {probs.size / num_bins:.0f})" if alike else "predicted probability"
-    )
+    ax.set_xlabel("predicted probability" + f" (bins of about {probs.size / num_bins:.0f})" * alike)
     ax.set_ylabel("observed frequency")
     ax.legend(frameon=False, fontsize="small", loc="upper left")
     ax.spines["top"].set_visible(False)
@@ -138,13 +136,6 @@ def plot_risk_coverage(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarr
     ax.set_ylim(min(0, low), high + 0.075 * (len(handles) + 1) * (high - min(0, low)))  # room for the legend
     ax.set_xlabel("coverage (share of the images that is kept)")
     ax.set_ylabel("mean risk of the kept images")
-    ax.legend(
-        handles=handles,
-        title="area below the curve",
-        loc="upper left",
-        alignment="left",
-        frameon=False,
-        fontsize="small",
-        title_fontsize="small",
-    )
+    small = {"frameon": False, "fontsize": "small", "title_fontsize": "small"}
+    ax.legend(handles=handles, title="area below the curve", loc="upper left", alignment="left", **small)
     return plain(ax)

@@ -12,7 +12,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sbn_tf.experiments.plots.style import BLUE, ORANGE, RATERS, bare, outline, plain, short_name, show_image
+from sbn_tf.experiments.plots.style import (
+    BLUE,
+    ORANGE,
+    bare,
+    missing,
+    outline,
+    outline_raters,
+    plain,
+    short_name,
+    show_image,
+)
 from sbn_tf.metrics import majority_mask, uncertainty
 
 # The paper's Figure 3.
@@ -35,13 +45,6 @@ def _panels(rows, titles, panel_inches, more, fontsize="medium"):
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=fontsize)
     return figure, axes
-
-
-def _draw_raters(ax, image, truth, valid, **options):
-    """An image with the outline of each valid rater's mask."""
-    show_image(ax, image)
-    for rater in np.flatnonzero(valid):
-        outline(ax, truth[..., rater] > 0.5, RATERS[rater % len(RATERS)], **options)
 
 
 def _colour_bar(figure, picture, axes, label, **options):
@@ -98,9 +101,10 @@ def plot_segmentation(
     for row in range(rows):
         columns = dict(zip(titles, axes[row], strict=True))
         show_image(columns["image"], images[row])
-        _draw_raters(columns[titles[1]], images[row], truths[row], valid[row], linewidths=1.2)
+        show_image(columns[titles[1]], images[row])
+        outline_raters(columns[titles[1]], truths[row], valid[row], width=1.2)
         show_image(columns["prediction"], images[row])
-        _overlay(columns["prediction"], predicted[row], majority[row])
+        _overlay(columns["prediction"], _hits(predicted[row], majority[row]))
         if several:
             variance = truths[row][..., valid[row]].astype("float64").var(-1)
             picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
@@ -152,14 +156,15 @@ def plot_comparison(
     picture = None
     for row, (image, line) in enumerate(zip(images, axes, strict=True)):
         show_image(line[0], image)
-        _draw_raters(line[1], image, truths[row], valid[row], linewidths=1.2)
+        show_image(line[1], image)
+        outline_raters(line[1], truths[row], valid[row], width=1.2)
         for (mask_ax, entropy_ax), name in zip(line[2:].reshape(-1, 2), probs, strict=True):
             if name not in parts:
-                for ax in (mask_ax, entropy_ax):
-                    ax.text(0.5, 0.5, "missing", ha="center", va="center", transform=ax.transAxes)
+                missing(mask_ax)
+                missing(entropy_ax)
                 continue
             show_image(mask_ax, image)
-            _overlay(mask_ax, parts[name]["mean_probs"][row] > 0.5, majority[row])
+            _overlay(mask_ax, _hits(parts[name]["mean_probs"][row] > 0.5, majority[row]))
             picture = entropy_ax.imshow(parts[name]["entropy"][row], "viridis", vmin=0, vmax=high)
     if picture is not None:
         _colour_bar(figure, picture, axes[:, -1], "predictive entropy (nats)", location="right", shrink=0.8, pad=0.02)
@@ -167,15 +172,17 @@ def plot_comparison(
     return axes
 
 
-def _overlay(ax, predicted, majority):
-    """Hits, false alarms and misses over an image."""
-    overlay = np.zeros((*predicted.shape, 4))
-    for colour, where in (
-        (TRUE_POSITIVE, predicted & majority),
-        (FALSE_POSITIVE, predicted & ~majority),
-        (FALSE_NEGATIVE, ~predicted & majority),
-    ):
-        overlay[where] = (*to_rgb(colour), 0.6)
+def _hits(predicted, majority):
+    """Colour -> where it is: hits, false alarms and misses."""
+    wrong, missed = predicted & ~majority, ~predicted & majority
+    return {TRUE_POSITIVE: predicted & majority, FALSE_POSITIVE: wrong, FALSE_NEGATIVE: missed}
+
+
+def _overlay(ax, masks, alpha=0.6):
+    """Masks in their colours over an image."""
+    overlay = np.zeros((*next(iter(masks.values())).shape, 4))
+    for colour, where in masks.items():
+        overlay[where] = (*to_rgb(colour), alpha)
     ax.imshow(overlay)
 
 
@@ -231,17 +238,12 @@ def plot_sample_masks(
     titles = ["raters" if num_raters > 1 else "truth", *(f"sample {k + 1}" for k in range(drawn)), "all samples"]
     figure, axes = _panels(rows, titles, panel_inches, (0.6, 0.4))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
-    widths = 0.9 + 0.35 * np.arange(num_raters)[::-1]  # outlines that coincide are all seen
     for row in range(rows):
         for ax in axes[row, :-1]:
             show_image(ax, images[row])
-        for rater in np.flatnonzero(valid[row]):
-            colour = RATERS[rater % len(RATERS)]
-            outline(axes[row, 0], truths[row, ..., rater] > 0.5, colour, linewidths=widths[rater])
+        outline_raters(axes[row, 0], truths[row], valid[row])
         for ax, mask in zip(axes[row, 1:-1], masks[:, row], strict=False):
-            overlay = np.zeros((*mask.shape, 4))
-            overlay[mask] = (*to_rgb(ORANGE), 0.35)
-            ax.imshow(overlay)
+            _overlay(ax, {ORANGE: mask}, 0.35)
             outline(ax, mask, ORANGE, linewidths=1.2)
         share = axes[row, -1].imshow(masks[:, row].mean(0), "viridis", vmin=0, vmax=1)
     label = f"share of {len(probs)} sample{'s' * (len(probs) > 1)}"
@@ -278,20 +280,14 @@ def plot_classification(
     row_inches = row_inches or max(1.6, 0.2 * num_labels + 0.4)
     names = [short_name(str(name)) for name in class_names]
     room = 0.07 * max(0, max(map(len, names), default=0) - 10)  # for longer names, so that the images keep their size
-    figure, axes = plt.subplots(
-        rows,
-        2,
-        figsize=(min(row_inches, 3.2) + 4.6 + room, row_inches * rows + 0.8),
-        width_ratios=(min(row_inches, 3.2), 4.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    widths = (min(row_inches, 3.2), 4.6)
+    size = (sum(widths) + room, row_inches * rows + 0.8)
+    figure, axes = plt.subplots(rows, 2, figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
+    bare(axes[:, 0])
     places = np.arange(num_labels)
     for row in range(rows):
         picture, bars = axes[row]
         show_image(picture, images[row])
-        picture.set_xticks([])
-        picture.set_yticks([])
         samples = probs[:, row]
         mean, present = samples.mean(0), labels[row] > 0.5
         colours = np.where(present, ORANGE, BLUE)

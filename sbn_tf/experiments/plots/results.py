@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from sbn_tf.experiments.plots.style import BLUE, GREY, ORANGE, colours, plain, short_name
+from sbn_tf.experiments.plots.style import BLUE, GREY, ORANGE, colours, missing, plain, short_name
 from sbn_tf.experiments.result import COSTS
 from sbn_tf.experiments.rows import rows
 from sbn_tf.metrics import METRICS
+
+_REMARK: dict[str, Any] = {"va": "center", "fontsize": "x-small", "color": "0.4"}
 
 
 def plot_intervals(ax: Axes, frame: pd.DataFrame, key: str, band: str | None = "deterministic") -> Axes:
@@ -44,9 +47,7 @@ def plot_intervals(ax: Axes, frame: pd.DataFrame, key: str, band: str | None = "
         value, colour = row.value(key), GREY if row.is_trivial else BLUE
         if value is None:
             reason = textwrap.shorten(f"undefined: {row.reason(key)}", 60, placeholder=" ...")
-            ax.text(
-                0.02, place, reason, va="center", fontsize="x-small", color="0.4", transform=ax.get_yaxis_transform()
-            )
+            ax.text(0.02, place, reason, transform=ax.get_yaxis_transform(), **_REMARK)
         elif not low <= value <= high:
             _at_border(ax, value, place, low, high, colour)
         else:
@@ -115,8 +116,8 @@ def plot_cost(ax: Axes, frame: pd.DataFrame, x: str = "train_flops_ratio", y: st
         points.append((cost, height))
         handles.append(Line2D([], [], linestyle="none", label=label if inside else f"{label} ({value:.3g})"))
     handles += _trivial_lines(ax, [row for row in found if row.is_trivial], y, low, high)
-    missing = [row.label for row in found if not row.is_trivial and row not in shown]
-    handles += [Line2D([], [], linestyle="none", label=f"not shown: {label}") for label in missing]
+    without = [row.label for row in found if not row.is_trivial and row not in shown]
+    handles += [Line2D([], [], linestyle="none", label=f"not shown: {label}") for label in without]
     higher = METRICS[y].higher_is_better
     if higher is not None and shown:
         ax.plot(*_front(points, higher), color=ORANGE, linewidth=1, drawstyle="steps-post", zorder=1)
@@ -167,16 +168,8 @@ def _at_border(ax, value, place, low, high, colour):
     inner = 0.02 * (high - low)
     edge = high - inner if right else low + inner
     ax.plot(edge, place, ">" if right else "<", color=colour, markersize=6)
-    ax.annotate(
-        f"{value:.3g}",
-        (edge, place),
-        (-6 if right else 6, 0),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="center",
-        fontsize="x-small",
-        color="0.4",
-    )
+    side, shift = ("right", -6) if right else ("left", 6)
+    ax.annotate(f"{value:.3g}", (edge, place), (shift, 0), textcoords="offset points", ha=side, **_REMARK)
 
 
 def _front(points, higher):
@@ -214,25 +207,15 @@ def _number_points(ax, points):
         half = np.array([3.5 * len(str(number)), 5.0])
 
         def is_free(at, half=half):
-            apart = all((np.abs(at - other) > half + other_half + 0.5).any() for other, other_half in placed)
-            return (
-                apart
-                and (np.abs(at - centres) > half + 3).any(1).all()
-                and ((at - half > corner) & (at + half < far)).all()
-            )
+            inside = ((at - half > corner) & (at + half < far)).all()
+            beside_points = (np.abs(at - centres) > half + 3).any(1).all()
+            beside_numbers = all((np.abs(at - other) > half + its + 0.5).any() for other, its in placed)
+            return inside and beside_points and beside_numbers
 
         shift = next((shift for shift in shifts if is_free(centre + shift)), shifts[0])
         placed.append((centre + shift, half))
-        ax.annotate(
-            str(number),
-            point,
-            shift,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize="small",
-            arrowprops=line if np.hypot(*shift) > 10 else None,
-        )
+        options = {"ha": "center", "va": "center", "arrowprops": line if np.hypot(*shift) > 10 else None}
+        ax.annotate(str(number), point, shift, textcoords="offset points", fontsize="small", **options)
 
 
 def plot_sweep(
@@ -261,7 +244,7 @@ def plot_sweep(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.text(0.5, 0.5, "missing", ha="center", va="center", transform=ax.transAxes)
+        missing(ax)
     shades = colours(len(lines) + 1)[1:]
     styles = ("--", ":", "-.", (0, (5, 1)))
     for number, (name, numbers) in enumerate(lines.items()):

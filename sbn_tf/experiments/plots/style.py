@@ -46,6 +46,20 @@ def outline(ax: Axes, mask: np.ndarray, colour: str, **options) -> None:
     ax.set_ylim(mask.shape[0] - 0.5, -0.5)
 
 
+def outline_raters(ax: Axes, masks: np.ndarray, valid: np.ndarray, width: float | None = None) -> None:
+    """Draw the outline of each valid rater's mask, (height, width, raters); later ones are thinner, so all are seen."""
+    num_raters = masks.shape[-1]
+    for rater in np.flatnonzero(valid):
+        thinner = 0.9 + 0.35 * (num_raters - 1 - rater)
+        colour = RATERS[rater % len(RATERS)]
+        outline(ax, masks[..., rater] > 0.5, colour, linewidths=thinner if width is None else width)
+
+
+def missing(ax: Axes) -> None:
+    """Say in the middle that there is nothing to draw."""
+    ax.text(0.5, 0.5, "missing", ha="center", va="center", transform=ax.transAxes)
+
+
 def bare(axes: np.ndarray) -> None:
     """Take the ticks away from an array of axes."""
     for ax in axes.flat:

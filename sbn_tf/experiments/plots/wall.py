@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from sbn_tf.experiments.plots.style import RATERS, outline
+from sbn_tf.experiments.plots.style import RATERS, bare, outline_raters
 
 
 def plot_wall(
@@ -72,11 +72,10 @@ def plot_wall(
     for ax, image, text in zip(axes.flat, images, texts, strict=False):
         shown = np.clip((image.astype("float64") - low) / max(high - low, 1e-12), 0, 1)
         ax.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
-        ax.set_xticks([])
-        ax.set_yticks([])
         ax.spines[:].set_visible(False)
         if text:
             ax.set_xlabel(text, fontsize=7, labelpad=2)
+    bare(axes)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
     if masks is not None:
@@ -89,27 +88,16 @@ def _outline_all(figure, axes, masks, rater_valid, class_names):
     valid = np.ones((len(masks), num_raters), bool) if rater_valid is None else np.asarray(rater_valid, bool)
     if valid.shape != (len(masks), num_raters):
         raise ValueError(f"Expected rater_valid {(len(masks), num_raters)}. Received: shape {valid.shape}")
-    colours = [RATERS[rater % len(RATERS)] for rater in range(num_raters)]
     for ax, mask, drawn in zip(axes.flat, masks, valid, strict=False):
-        for rater in np.flatnonzero(drawn):
-            width = 0.9 + 0.35 * (num_raters - 1 - rater)  # outlines that coincide are all seen
-            outline(ax, mask[..., rater] > 0.5, colours[rater], linewidths=width)
+        outline_raters(ax, mask, drawn)
     names = [f"rater {rater + 1}" for rater in range(num_raters)]
     if num_raters == 1:
         names = [textwrap.fill(str(class_names[0]), 12 * axes.shape[1]) if class_names else "mask"]
-    handles = [
-        Line2D([], [], color=colour, linewidth=2, label=name) for colour, name in zip(colours, names, strict=True)
-    ]
+    handles = [Line2D([], [], color=RATERS[k % len(RATERS)], linewidth=2, label=name) for k, name in enumerate(names)]
     # Yellow and cyan are read on grey, as on the images, not on white.
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=min(num_raters, axes.shape[1]),
-        fontsize="small",
-        facecolor="0.25",
-        edgecolor="none",
-        labelcolor="white",
-    )
+    colours = {"facecolor": "0.25", "edgecolor": "none", "labelcolor": "white"}
+    columns = min(num_raters, axes.shape[1])
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize="small", **colours)
 
 
 def _label_texts(targets, class_names, width):
