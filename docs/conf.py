@@ -38,6 +38,8 @@ exclude_patterns = ["docs/_build", "**/.ipynb_checkpoints", "nbs/template.ipynb"
 html_theme = "furo"
 html_title = f"sbn_tf {version}"
 html_show_sourcelink = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 nb_execution_mode = "off"  # what is committed is shown

@@ -37,15 +37,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
-import tensorflow as tf
+import numpy as np
 
 from sbn_tf.core import operations
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.keras_internals import all_layers, own_trained
 from sbn_tf.core.memory import measured
 from sbn_tf.core.posterior import Posterior
-from sbn_tf.core.specs import input_specs, target_specs
+from sbn_tf.core.specs import check_graphs, input_specs, target_specs
 from sbn_tf.layers import masked_layers
+
+if keras.backend.backend() == "tensorflow":  # sizes, time and memory are measured on other backends too
+    import tensorflow as tf
 
 __all__ = [
     "Flops",
@@ -187,8 +190,10 @@ def count_flops(function: Callable, *specs, loop_trips: int | None = None) -> Fl
         `Flops`: `total`, `by_op`, `matmul_like`, `unknown`. A loop that may end early counts as run to its limit.
 
     Raises:
-        ValueError: a spec or an operation with an open size, or a loop whose number of trips is unknown.
+        ValueError: a spec or an operation with an open size, a loop whose number of trips is unknown, or another
+            backend than TensorFlow.
     """
+    check_graphs()
     for position, spec in enumerate(specs):
         for leaf in tf.nest.flatten(spec):
             if isinstance(leaf, tf.TensorSpec) and not leaf.shape.is_fully_defined():
@@ -496,7 +501,7 @@ def bytes_of(model: keras.Model) -> dict[str, int]:
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
     states = {"weight_bytes": model.weights, "optimizer_bytes": getattr(optimizer, "variables", ())}
-    return {key: sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in found) for key, found in states.items()}
+    return {key: sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in found) for key, found in states.items()}
 
 
 # %% tags=["active-ipynb"]

@@ -105,20 +105,20 @@ __all__ = [
 # ## 2. How far is the posterior from the prior?
 #
 # Fitting the data alone would drive every scale to 0. So we maximise the *evidence lower bound* (ELBO) instead: the
-# expected log-likelihood minus a penalty, the KL (Blundell et al. 2015, equations 1 and 2)
+# expected log-likelihood minus a penalty, the KL (Blundell et al. 2015, equations 1 and 2):
 #
-# $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big] : $$
+# $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big]. $$
 #
-# how far, in nats, the *posterior* $q$ (our belief after training) has moved from the *prior* $p$ (our belief before
-# any data). Scales shrink where that improves the fit more than it costs in KL, and grow elsewhere. The penalty covers
-# the masked entries alone: a point has no KL here (the paper, section 2.3). For $q = \mathcal{N}(\mu, \sigma^2)$ and
-# the default prior $p = \mathcal{N}(0, 1)$ it is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats per entry.
+# It says how far, in nats, the *posterior* $q$ (our belief after training) has moved from the *prior* $p$ (our belief
+# before any data). Scales shrink where that improves the fit more than it costs in KL, and grow elsewhere. The penalty
+# covers the masked entries alone: a point has no KL here (the paper, section 2.3). For $q = \mathcal{N}(\mu, \sigma^2)$
+# and the default prior $p = \mathcal{N}(0, 1)$ it is $\tfrac12(\mu^2 + \sigma^2 - 1) - \log \sigma$ nats per entry.
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
 # The prior N(0, 1) ignores the values that training found: it charges $\mu^2 / 2$ for every Bayesian entry, and pulls
-# it to 0. With `prior_at_loc` the prior lies around the value $m$ that the weight had at the
-# start: the KL is that of $\mathcal{N}(\mu - m, \sigma^2)$ from the same prior. By hand: with $m = \mu$ the term
+# it to 0. `prior_at_loc` moves the prior's centre to the value $m$ that the weight had at the start. That equals the KL
+# of $\mathcal{N}(\mu - m, \sigma^2)$ from the unmoved prior. By hand: with $m = \mu$ the term
 # $\mu^2 / 2 = 0.125$ is gone, and 1.808 nats are left.
 
 # %% tags=["active-ipynb"]
@@ -161,7 +161,7 @@ class GaussianPosterior(Posterior):
         return kl_normal(self.from_prior(), self.scale_of_entries(), self.options.prior)
 
     def centre(self):
-        """Set the prior's centres, and scales relative to the loc, again from the current loc."""
+        """Compute the prior's centres from the current loc, and the scales too if they are relative to it."""
         super().centre()
         if self.options.relative:
             self.untransformed_scale.assign(softplus_inverse(self._start_scales()))
@@ -172,7 +172,7 @@ class GaussianPosterior(Posterior):
         return make_normal(self.loc(), self.scale_of_entries())
 
     def _first_scales(self):
-        """Initializer of the scales. A seeded Keras one repeats its values, so each weight has its own seed."""
+        """Initializer of the scales. A seeded Keras initializer repeats its values, so each weight gets a seed."""
         initializer = self.options.untransformed_scale_initializer
         if initializer is None:
             return lambda shape, dtype: ops.cast(softplus_inverse(self._start_scales()), dtype)
@@ -245,9 +245,9 @@ def add_seams(cls):
 
 # %% [markdown]
 # The KL is the *regularizer* of the scale variable: Keras evaluates it once per step however often the layer is called,
-# so five samples do not add it five times, and it works in a plain `compile` and `fit`. Its weight has no default: the
-# ELBO needs `1 / num_train` for a loss averaged over images, and `1 / (num_train * pixels)` for a loss averaged over
-# pixels.
+# so five samples do not add it five times, and it works in a plain `compile` and `fit`. Its factor `kl_weight` has no
+# default: the ELBO needs `1 / num_train` for a loss averaged over images, and `1 / (num_train * pixels)` for a loss
+# averaged over pixels.
 #
 # The mixin follows, in the order of a Keras layer. Look at `call`: it is the stock layer's own, with drawn weights.
 
@@ -288,8 +288,8 @@ class MaskedGaussian(WithPosteriors):
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
         posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
-        set_part(self, "posteriors", posteriors, counted=False)  # counted once it has entries
-        if self.built:  # by the stock layer's `__init__`, as `Embedding(weights=...)` is
+        set_part(self, "posteriors", posteriors, counted=False)  # counted only after it has entries
+        if self.built:  # some are built in `__init__`, such as `Embedding(weights=...)`
             self.posteriors.make()
 
     def build(self, input_shape=None):
@@ -325,7 +325,7 @@ class MaskedGaussian(WithPosteriors):
 
 
 # %% [markdown]
-# Dense and EinsumDense take `training` as well: in float8 they learn their quantization scales.
+# Keras's `call` of Dense and EinsumDense has a `training` argument, used in float8 alone; the masked layers accept it.
 
 
 # %%
@@ -483,12 +483,12 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # plt.show()
 
 # %% [markdown]
-# *Reading*: the grey bars follow the curve: centred at the trained weight, with a standard deviation of 0.1.
+# *Reading*: the grey bars follow the curve: centred at the loc, with a standard deviation of 0.1.
 
 # %% [markdown]
 # ### What message does a wrong call give?
 #
-# The KL's weight has no default: a guess that is wrong by a large factor, such as the number of pixels, would ruin
+# `kl_weight` has no default: a guess that is wrong by a large factor, such as the number of pixels, would ruin
 # training without a warning.
 
 # %% tags=["active-ipynb"]
@@ -502,7 +502,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
 # `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian
-# entry is the bias: its noise reaches every input, also one for which the eight Bayesian kernel entries meet zeros.
+# entry is the bias. Its noise changes the output of every input, even where the units behind the eight Bayesian kernel
+# entries are 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)
@@ -534,8 +535,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## Summary
 #
 # - A masked weight is its stock variable (the loc) with `k` positions and `k` scales beside it; the rest stays a point.
-# - Each call draws; within `posterior_sample()` each weight is drawn once; outside `call`, and in every saved file, the
-#   weight is its loc.
+# - Each call makes a new draw; inside `with posterior_sample():` all calls share one. Outside `call`, and in every
+#   saved file, the weight is its loc.
 # - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
 # - With no Bayesian entry each layer is its stock Keras layer, bit for bit; if all entries are Bayesian, it needs no
 #   index.

@@ -90,11 +90,11 @@ __all__ = [
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
-# averages over: 1 for a loss averaged over images, the number of pixels if it also averages over pixels, of labels if
-# it averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$ ($s$: the
-# noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight is
-# $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a mean over sample weights), the
-# terms are counted in each training batch, and $T$ is their mean per example.
+# averages over: 1 if it averages over images only, the number of pixels if it also averages over pixels, the number of
+# labels if it also averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$
+# ($s$: the noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight
+# is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a mean over sample weights),
+# the terms are counted in each training batch, and $T$ is their mean per example.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -191,7 +191,7 @@ class PartialBayes(SampledModel):
         loss = compiled_loss(self)
         if loss is None:
             raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
-        self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # JAX hides the weights from metrics
+        self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # a metric cannot read weights in JAX
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
         update_mean(self.nll_tracker, data, samples[0])
@@ -230,7 +230,7 @@ class PartialBayes(SampledModel):
 # %% [markdown]
 # ## 4. How do five samples become one number for each pixel?
 #
-# *Aleatoric* uncertainty is in the data: more of them would not remove it (raters differ, classes overlap). *Epistemic*
+# *Aleatoric* uncertainty is in the data: more data would not remove it (raters differ, classes overlap). *Epistemic*
 # uncertainty is the model's own: another draw of its weights would have said something else. For a predictive mean
 # $\bar p = \frac1S \sum_s p_s$ the entropy splits into two parts (Depeweg et al. 2018):
 #
@@ -238,8 +238,8 @@ class PartialBayes(SampledModel):
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
-# samples are an array (samples, batch, height, width, 1); the four results have no samples axis: each is one picture
-# per image. With classes, the three entropies have no class axis either; the mean keeps it.
+# samples are an array (samples, batch, height, width, 1). The results, the mean and the three terms of the equation,
+# have no samples axis: each is one picture per image. With classes, the three terms have no class axis either.
 #
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), but their mean 0.5 is not ($\ln 2 = 0.693$ nats): all
 # of the uncertainty is epistemic. Two samples that both say 0.5 have the same total, all of it aleatoric.
@@ -260,8 +260,8 @@ class PartialBayes(SampledModel):
 # |---|---|---|
 # | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
-# | batch norm that trains after a draw | it sees several draws or 1/S of a batch | only with `"all"` or `"turns"` |
-# | every scale starts at .01 | ten times some weights: the network is ruined | relative start, halved to fit `data` |
+# | training batch norm behind a Bayesian weight | sees many draws or part of a batch | only with `"all"` or `"turns"` |
+# | every scale starts at .01 | for some weights ten times their value: a ruin | relative start, halved to fit `data` |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -283,8 +283,8 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values per entry) or "mixture".
         seed: int, fixes initial values and noise. verbose: whether to show the progress of the pass over `data`.
-        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's size, halved until draws
-            fit the first examples of `data`; `prior`, ...) and arguments of `PartialBayes` (`estimator`, ...).
+        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's magnitude, halved while
+            such noise raises the first examples' loss much; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
 
     Raises:
         ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
@@ -362,10 +362,10 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
 # | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls if a layer may mix examples) |
 # | `"turns"` | one draw a step sees the whole batch, the next step another | 1 | everywhere |
-# | `"flipout"` (Wen et al. 2018) | each example its own: one noise times random signs | 1 to 2 | axis 0 is the batch |
+# | `"flipout"` (Wen et al. 2018) | each example its own: one noise, random signs | 1 to 2 | axis 0 is the batch |
 # | `"local"` (Kingma et al. 2015) | noise on each Dense output; other layers: flipout | 1 to 2 | axis 0 is the batch |
 #
-# *Which one?* `"split"` costs least; `"flipout"` has the least variance of gradients for its time in
+# *Which one?* `"split"` and `"turns"` cost least; `"flipout"` has the least variance of gradients for its time in
 # `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for your own). Take `"all"` where the batch is
 # smaller than S, or where most of the network runs once.
 #
@@ -400,8 +400,8 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # Locs start at trained values and need small steps; scales start at a guess and need large ones.
 # `LocScaleOptimizer(a, b)` gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes
 # the network's own loss, metrics and optimiser, at a tenth of its learning rate (a hundredth with frozen batch norm),
-# and `Adam(0.01)` for the scales. `BetaSchedule` changes beta over the epochs, and this acts at once, even on a
-# compiled model: the paper's segmentation runs go from 0.2 to 0.01.
+# and `Adam(0.01)` for the scales. `BetaSchedule` changes beta over the epochs, which acts at once, even on a
+# compiled model. The paper's segmentation runs go from 0.2 to 0.01.
 
 
 # %%
@@ -475,8 +475,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #     print(f"{name:<16}right on the training points: {right:.1%}")
 
 # %% [markdown]
-# The scales left their initial 0.01, which was a guess and too narrow: the KL falls as they grow towards the prior's 1,
-# until the loss of the data stops them, first where it is most sensitive.
+# The scales left their initial 0.01, a guess that was too narrow. The KL falls while they grow towards the prior's 1.
+# The data's loss stops this growth, soonest for the weights to which it is most sensitive.
 #
 # ### Where is the model unsure, and why?
 
@@ -509,8 +509,9 @@ class BetaSchedule(keras.callbacks.Callback):
 # assert far > near > 0, (near, far)
 
 # %% [markdown]
-# *Reading*: aleatoric uncertainty lies on the border between the moons; epistemic uncertainty where that border leaves
-# the points and its samples fan out. Far from border *and* points the model is sure: 34 weights do not make it doubt.
+# *Reading*: aleatoric uncertainty lies on the border between the moons. Epistemic uncertainty lies where the border
+# continues beyond the points, since each sample draws it elsewhere. Far from border *and* points the model is sure: 34
+# weights do not make it doubt.
 
 # %% [markdown]
 # ## Summary
@@ -525,7 +526,7 @@ class BetaSchedule(keras.callbacks.Callback):
 #
 # ## When not to trust it
 #
-# - *Far from the data.* Evaluate the model of section 8 at $(-30, 10)$: probability 0.00 or 1.00, mutual information 0.
+# - *Far from the data.* At $(-30, 10)$ the model of section 8 is sure of one class, with mutual information 0.
 #   A few Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
 # - *Scales that hardly moved.* Then the spread of the samples comes from the initial scale, a guess. Look at
 #   `bnn.scales()`.

@@ -94,9 +94,8 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # *empirical* one takes the labels of the data. (Sung et al. 2021 use it to choose the weights to train.) Near an
 # optimum, where the gradients of independent examples average out, `fisher` ranks weights nearly as `per_example` does,
 # at the cost of one pass. Why $n_b$? Without it a last batch of one example would count too much: its squared noise is
-# 32 times that of a batch of 32, and so more than half of the score of an epoch of 20 batches.
-#
-# The code adds up the batches, then computes the scores from the sums. Two scores need no gradients:
+# 32 times that of a batch of 32, more than half of the score in an epoch of 20 batches. The code adds up the batches,
+# then computes the scores from the sums. Two scores need no gradients:
 
 
 # %%
@@ -219,8 +218,9 @@ def saliency(
 
 
 # %% [markdown]
-# If the loss is the output, the gradients are the inputs, and the scores are those of section 1. A weight's key is the
-# path of layer names to it; `include="decoder*"` and `exclude=["*/bias"]` limit the keys that `eligible_weights` lists.
+# A check: if the loss is a linear network's output, its gradients are the inputs. With the gradients of section 1 as
+# inputs, the scores must be those of section 1. A weight's key is the path of layer names to it; `include="decoder*"`
+# and `exclude=["*/bias"]` limit the keys that `eligible_weights` lists.
 
 # %% tags=["active-ipynb"]
 # network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False, name="out")])
@@ -242,9 +242,9 @@ def saliency(
 class SaliencyRecorder(EpochRecorder):
     """Scores of `saliency` from the gradients of an epoch of `fit`, without a pass of their own.
 
-    Other epochs cost nothing, and afterwards the model is as before, even if `fit` raises. The gradients are those of
-    training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted; other
-    losses that layers add stay in. Under `tf.distribute` a batch is the global one.
+    Other epochs cost nothing. `fit` ends with nothing of it left in the model, even if it raises. The gradients are
+    those of training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted;
+    other losses that layers add stay in. Under `tf.distribute` a batch is the global one.
 
     Args:
         score: "fisher", "paper" or "taylor" (with the weights as they are after the epoch).
@@ -401,7 +401,7 @@ def top_k(
         scores: key -> array, from `saliency`.
         r_bayes: fraction of all scored entries to be Bayesian, 0..1.
         scope: "global" (one ranking), "layer" (the same share of each weight, k entries in all), or "channel" (whole
-            output channels, the most salient per entry first, if they still fit: at most k entries).
+            output channels by their mean saliency, without those that no longer fit: at most k entries).
         model: the network of the scores; needed by "channel" and `cost_aware`.
         cost_aware: highest share of the network's operations that may run again for each sample, 0..1; None: any.
 
@@ -434,8 +434,8 @@ def top_k(
 # %% [markdown]
 # ## 5. What do whole channels and late weights cost?
 #
-# Single entries are scattered over a kernel. Entries that fill whole output channels make the random part of a
-# convolution a small dense convolution, which is cheap, but this choice loses saliency. Each channel has $n_c$ entries
+# Single entries are scattered over a kernel. If they fill whole output channels instead, the random part of a
+# convolution is a small dense convolution. That is cheap, but loses saliency. Each channel has $n_c$ entries
 # and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, and
 # skips those that no longer fit within k entries. By the sum $s_c$ alone the widest layers would win.
 #
@@ -455,8 +455,8 @@ def top_k(
 # Why are late weights cheaper? Layers before the first Bayesian weight give the same output for every sample and run
 # once. The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come
 # after one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries with most
-# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers no choice is better: it ranks all of the
-# last layers that the bound allows. Where the graph branches, it takes the best of two or three sets of weights.
+# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers no choice is better: it ranks the entries
+# of all last layers within the bound. If the graph branches, it takes the best of two or three sets of weights.
 
 
 # %%
@@ -470,8 +470,8 @@ def saliency_against_cost(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of saliency that `top_k(..., cost_aware=...)` keeps, against its samples' cost.
 
-    Returns `(costs, kept)`, each of shape (points,), both rising: passes of the network, `1 + (num_samples - 1) *
-    fan_out`, and the share of all saliency. The other arguments are those of `top_k`.
+    Returns `(costs, kept)`, both rising, of shape (points,). `costs`: passes of the network, `1 + (num_samples - 1) *
+    fan_out`. `kept`: the share of all saliency. The other arguments are those of `top_k`.
     """
     check_fraction("r_bayes", r_bayes)
     selection.check_selection(scores, scope, model, None)
@@ -480,7 +480,7 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers, with 8, 8 and 4 multiply-adds, have two salient entries each, of scores 6, 3 and 1 in turn.
+# By hand: three layers have 8, 8 and 4 multiply-adds. Each has two salient entries, which score 6, 3 and 1 by layer.
 # Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
@@ -551,7 +551,7 @@ def saliency_against_cost(
 # ## 7. Where do the chosen weights lie?
 #
 # The pictures are of the last of the three networks: the share of each weight's entries that `fisher` chose (left), and
-# the saliency lost by cheaper choices (right; 4 % are chosen, since the last layer has no more entries than that).
+# the saliency lost by cheaper choices (right; 4 % are chosen, since the last layer alone has 5 %).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -577,7 +577,7 @@ def saliency_against_cost(
 # %% [markdown]
 # ## Summary
 #
-# - `saliency` passes once over the training data; `SaliencyRecorder` takes the same scores from an epoch of `fit`.
+# - `saliency` passes once over the training data; `SaliencyRecorder` takes nearly the same from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
 # - `top_k` chooses exactly `round(r_bayes * n)` entries. `cost_aware` restricts the choice to late, cheap weights.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).

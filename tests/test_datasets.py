@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -167,6 +168,29 @@ def test_resumed_stream_equals_the_uninterrupted_one(name):
     assert_same(whole[15:], arrays_of(split.batches(5, initial_epoch=3, epochs=5, **options)))
     assert_same(whole, arrays_of(split.batches(5, epochs=5, **options)))
     assert not np.array_equal(whole[0][0], arrays_of(split.batches(5, **(options | {"seed": 8})))[0][0])
+
+
+@pytest.mark.parametrize("task", ["masks", "labels"])
+@pytest.mark.parametrize(
+    "options", [{}, {"seed": 7, "initial_epoch": 1, "epochs": 4}, {"seed": 0, "drop_remainder": True}]
+)
+def test_batches_without_tensorflow_are_those_of_tf_data(task, options, monkeypatch):
+    split = numbered() if task == "masks" else datasets.load("phantom_chest", size=8, num_train=23).train
+    if task == "masks":
+        split = dataclasses.replace(split, rater_valid=np.arange(69).reshape(23, 3) % 5 != 1)
+    raters = [None, "mean", "majority"] if task == "masks" else [None]
+    augmented = [None, "flips_and_quarter_turns"] if "seed" in options else [None]
+    for given in [{**options, "rater": rater, "augment": turns} for rater in raters for turns in augmented]:
+        theirs = arrays_of(split.batches(5, **given))
+        with monkeypatch.context() as patch:
+            patch.setattr(keras.backend, "backend", lambda: "jax")
+            ours = split.batches(5, **given)
+        assert isinstance(ours, keras.utils.PyDataset) and len(ours) == len(theirs)
+        assert_same(theirs, list(ours))
+        assert_same(theirs[-1:], [ours[len(ours) - 1]])  # any batch by its number
+        assert all(part.dtype == np.float32 for batch in ours for part in batch)
+        with pytest.raises(IndexError, match="Received: 99"):
+            ours[99]
 
 
 def test_draws_belong_to_the_example_and_not_to_its_place():

@@ -6,7 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import tensorflow as tf
+import keras
+
+BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+elif BACKEND == "torch":
+    import torch
 
 __all__ = ["Used", "measured"]
 
@@ -27,6 +33,11 @@ class Used:
     start_bytes: int | None = None
     note: str = ""
 
+
+# A system that does not report its memory raises one of these.
+_UNKNOWN: tuple = (OSError, RuntimeError, ValueError, KeyError, StopIteration)
+if BACKEND == "tensorflow":
+    _UNKNOWN += (tf.errors.OpError,)
 
 # A system keeps one largest value since its last reset. A block that resets it would hide the peak of the blocks around
 # it, so every open block notes the peak first.
@@ -62,9 +73,13 @@ def _note_peak():
 
 
 def _gpus():
+    """Devices that report their largest memory since a reset; JAX's report none, and the process is measured."""
     try:
-        return [f"GPU:{number}" for number, _ in enumerate(tf.config.list_logical_devices("GPU"))]
-    except (RuntimeError, tf.errors.OpError):
+        if BACKEND == "torch":
+            return list(range(torch.cuda.device_count()))
+        found = tf.config.list_logical_devices("GPU") if BACKEND == "tensorflow" else []
+        return [f"GPU:{number}" for number, _ in enumerate(found)]
+    except _UNKNOWN:
         return []
 
 
@@ -73,17 +88,13 @@ def _reset_peak() -> str:
     try:
         if gpus := _gpus():
             for gpu in gpus:
-                tf.config.experimental.reset_memory_stats(gpu)
+                (torch.cuda if BACKEND == "torch" else tf.config.experimental).reset_memory_stats(gpu)
             return "largest memory allocated on the GPUs within the block"
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         return "largest resident memory of the process within the block"
-    except (OSError, RuntimeError, ValueError, tf.errors.OpError):
+    except _UNKNOWN:
         return "largest memory of the process since it began: this system keeps no other"
-
-
-# A system that does not report its memory raises one of these.
-_UNKNOWN = (OSError, RuntimeError, ValueError, KeyError, StopIteration, tf.errors.OpError)
 
 
 def _bytes_in_use() -> int | None:
@@ -102,8 +113,10 @@ def _peak_bytes() -> int | None:
 
 
 def _memory(on_gpu: str, on_linux: str) -> int:
-    """Bytes under a name of TensorFlow's GPU statistics, or of the process's status where there is no GPU."""
+    """Bytes under a name of the backend's GPU statistics, or of the process's status where there is no GPU."""
     if gpus := _gpus():
+        if BACKEND == "torch":
+            return sum(torch.cuda.memory_stats(gpu).get(f"allocated_bytes.all.{on_gpu}", 0) for gpu in gpus)
         return sum(tf.config.experimental.get_memory_info(gpu)[on_gpu] for gpu in gpus)
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(on_linux))

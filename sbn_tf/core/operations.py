@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 from sbn_tf.core.checks import check_count
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
 
 __all__ = ["count", "einsum", "entries"]
 

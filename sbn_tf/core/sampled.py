@@ -337,6 +337,10 @@ class SampledModel(Distributed):
             weights[key].variable.trainable = False
         return cls(network=network, **config)
 
+    def get_compile_config(self):
+        """How the model is compiled, for every backend."""
+        return _of_any_backend(super().get_compile_config())
+
     def compile_from_config(self, config):
         """Compile again after loading, optimiser state included."""
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -391,6 +395,16 @@ def refuse_posterior_mean() -> None:
             "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
             "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
         )
+
+
+def _of_any_backend(config):
+    """A config in which no optimiser is named by torch's own module, which only torch can import."""
+    if not isinstance(config, dict):
+        return config
+    found = {key: _of_any_backend(value) for key, value in config.items()}
+    if str(found.get("module")).startswith("keras.src.backend.torch.optimizers."):
+        found |= {"module": "keras.optimizers", "registered_name": None}
+    return found
 
 
 def _is_of_network(path, network):

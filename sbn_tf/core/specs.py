@@ -3,19 +3,33 @@
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from sbn_tf.core.checks import check_count
 
-__all__ = ["input_specs", "target_specs"]
+BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+__all__ = ["check_graphs", "input_specs", "target_specs"]
+
+
+def check_graphs() -> None:
+    """Raise a ValueError unless Keras runs on TensorFlow, whose graphs are counted."""
+    if BACKEND != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow, whose graphs are counted. Received: KERAS_BACKEND={BACKEND}. Count the "
+            "same network there: it takes the same operations here."
+        )
 
 
 def input_specs(model: keras.Model, batch_size: int) -> Any:
     """A `tf.TensorSpec` for each input of a model, in the structure in which the model takes them.
 
     Raises:
-        ValueError: a batch size below 1, a model that is not built from inputs, or an open size.
+        ValueError: a batch size below 1, a model that is not built from inputs, an open size, or another backend than
+            TensorFlow.
     """
+    check_graphs()
     check_count("batch_size", batch_size)
     network = _network(model)
     if not getattr(network, "inputs", None):

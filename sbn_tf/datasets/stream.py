@@ -1,4 +1,4 @@
-"""Seeded, stateless, resumable streams of batches with tf.data: `Split.batches`."""
+"""Seeded, stateless, resumable streams of batches: `Split.batches`, by tf.data or, off TensorFlow, in NumPy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import DiskArray
 from .card import SEGMENTATION
+from .numpy_batches import numpy_batches
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -29,7 +30,7 @@ def batches(
     augment: str | None = None,
     rater: str | None = None,
     drop_remainder: bool = False,
-) -> tf.data.Dataset:
+) -> Any:
     """Stream of (images, targets), both float32: images normalised, targets `(B, L)` or `(B, H, W, 1)`.
 
     Without a seed the order is the file's and nothing is random: the stream for evaluation. With a seed each epoch has
@@ -50,14 +51,19 @@ def batches(
         drop_remainder: leave out the smaller last batch.
 
     Returns:
-        `tf.data.Dataset` of known length. Over several epochs give `fit` `steps_per_epoch=steps(...)`.
+        `tf.data.Dataset` of known length; where Keras runs on JAX or torch, a `keras.utils.PyDataset` of NumPy arrays:
+        the same batches, bit for bit. Over several epochs give `fit` `steps_per_epoch=steps(...)` and `shuffle=False`.
 
     Raises:
         ValueError: an option that is unknown, out of range, or random without a seed.
     """
-    import tensorflow as tf
+    import keras
 
     rater = _check(split, batch_size, seed, initial_epoch, epochs, augment, rater)
+    if keras.backend.backend() != "tensorflow":
+        return numpy_batches(split, batch_size, seed, range(initial_epoch, epochs), augment, rater, drop_remainder)
+    import tensorflow as tf
+
     read_images, read_targets = _reader(split.images), _reader(split.targets)
     with tf.device("CPU:0"):
         valid = None if split.task != SEGMENTATION else tf.constant(split.rater_valid)

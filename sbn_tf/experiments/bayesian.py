@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import keras
 import numpy as np
-import tensorflow_probability as tfp
 from keras import ops
 
-from sbn_tf.core.posterior import LEAST_LOC
+from sbn_tf.core.posterior import LEAST_LOC, softplus_inverse
 from sbn_tf.datasets.base import Data
 from sbn_tf.experiments.recipes import Recipe
 from sbn_tf.layers import masked_layers
@@ -43,7 +42,7 @@ def bayesian_network(
         initial_scale=absolute if recipe.initial_scale is None else recipe.initial_scale,
         relative=False if gaussian else {"relative": "entry", "layer": True}.get(recipe.scale_start, False),
         untransformed_scale_initializer=rho,
-        prior=None if recipe.prior_scale == 1.0 else tfp.distributions.Normal(0.0, recipe.prior_scale),
+        prior={"class_name": "Normal", "config": {"loc": 0.0, "scale": float(recipe.prior_scale)}},
         prior_at_loc=recipe.prior_at == "weight",
         batch_norm=recipe.batch_norm,
         seed=seed,
@@ -62,8 +61,7 @@ def posteriors(network: keras.Model) -> Iterator[tuple]:
 def set_scales(model: keras.Model, scales: Mapping[str, np.ndarray]) -> None:
     """Give the Bayesian entries of a `PartialBayes` these standard deviations: weight's key -> (k,)."""
     for key, posterior, _ in posteriors(model.network):
-        rho = tfp.math.softplus_inverse(scales[key]).numpy()
-        posterior.untransformed_scale.assign(rho.astype("float32"))
+        posterior.untransformed_scale.assign(softplus_inverse(scales[key]).astype("float32"))
 
 
 def start_scales(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -37,10 +38,15 @@ def run_folder(runs: str | os.PathLike | None, dataset: str, method: str, seed: 
 
 
 def digest(settings: dict) -> str:
-    """A short hash of settings, of the files' format and of Keras's dtype policy."""
+    """A short hash of settings, of the files' format, of Keras's dtype policy and of a backend that is not TensorFlow.
+
+    Each backend has noise and an order of images of its own, so none goes on with another's run.
+    """
     import keras
 
     settings = {**settings, "format": FORMAT, "dtype": keras.config.dtype_policy().name}
+    if keras.backend.backend() != "tensorflow":
+        settings["backend"] = keras.backend.backend()
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -86,10 +92,18 @@ def _checksum(content):
 
 
 def threads() -> int:
-    """Threads of one TensorFlow operation: another number adds in another order, and rounds otherwise."""
-    import tensorflow as tf
+    """Threads of one of the backend's operations: another number adds in another order, and rounds otherwise."""
+    import keras
 
-    asked = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get("TF_NUM_INTRAOP_THREADS")
+    asked: Any = 0  # JAX takes all cores
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        asked = tf.config.threading.get_intra_op_parallelism_threads() or os.environ.get("TF_NUM_INTRAOP_THREADS")
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        asked = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return int(asked or 0) or cores or 1
 
@@ -97,10 +111,11 @@ def threads() -> int:
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
     """Write JSON together with the versions, the commit and the number of threads that made it, and a checksum."""
     import keras
-    import tensorflow as tf
 
-    versions = {"sbn_tf": sbn_tf.__version__, "keras": keras.__version__, "tensorflow": tf.__version__}
-    versions["tensorflow_probability"] = version("tensorflow_probability")
+    backend = keras.backend.backend()
+    versions = {one.__name__: one.__version__ for one in (sbn_tf, keras, sys.modules[backend])}
+    if backend == "tensorflow":
+        versions["tensorflow_probability"] = version("tensorflow_probability")
     write_checked(path, {**content, "versions": versions, "commit": _commit(), "threads": threads()})
 
 

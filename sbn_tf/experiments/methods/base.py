@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import keras
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -19,6 +20,14 @@ from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
 
+_COUNTED = (
+    "predict_flops_per_sample",
+    "predict_flops",
+    "train_step_flops_per_image",
+    "train_flops",
+    "train_flops_ratio",
+    "predict_flops_ratio",
+)
 _STEP_FLOPS = {}  # tracing a step takes seconds, and step 1 is part of nearly every method
 
 
@@ -116,7 +125,8 @@ class Method:
         return probs[..., 0] if self._task == SEGMENTATION else probs
 
     def cost(self) -> dict:
-        """What it took: a dict of numbers for JSON. Floating point operations are counted from traced graphs.
+        """What it took: a dict of numbers for JSON. Floating point operations are counted from traced graphs, and
+        None on another backend than TensorFlow.
 
         - `num_weights`, `num_trainable`, `num_bayesian`, `weight_bytes`: of all networks that it stores.
         - `optimizer_bytes`: of the largest of its trainings, which run one after the other.
@@ -130,13 +140,6 @@ class Method:
           trainings, shared ones included, without the saliency pass; None if one of them is unknown.
         """
         self._check_fitted()
-        batch = min(self.recipe.batch_size, self._num_train)
-        reference = self.step1.model
-        images = [self._num_train * len(run.history.get("loss", ())) for run in self.trained]
-        train = sum(n * self._step_flops(run, batch) for n, run in zip(images, self.trained, strict=True))
-        train += self._num_train * self._saliency_flops(batch)
-        one_pass = costs.prediction_flops(reference, batch)
-        sample = self._sample_flops(batch)
         sizes = {**costs.parameters(self.model), "weight_bytes": costs.bytes_of(self.model)["weight_bytes"]}
         sizes["num_trainable"] = costs.parameters(self.trained[-1].model)["num_trainable"]
         found = {key: int(value) * self.num_networks for key, value in sizes.items()}
@@ -146,20 +149,28 @@ class Method:
         )
         return {
             **found,
-            "predict_flops_per_sample": float(sample),
+            **self._operations(),
             "num_samples": self.num_samples,
-            "predict_flops": float(sample * self.num_samples),
-            "train_step_flops_per_image": self._step_flops(self.trained[-1], batch),
-            "train_flops": float(train),
-            "train_flops_ratio": float(
-                train / (self._num_train * self.recipe.epochs * self._step_flops(self.step1, batch))
-            ),
-            "predict_flops_ratio": float(sample * self.num_samples / one_pass),
             "paper_flops": self._paper_flops(),
             "train_seconds": None if None in seconds else float(sum(seconds)),
             "train_peak_bytes": None if None in peaks else int(max(peaks)),
             "train_grown_bytes": None if None in grown else int(max(grown)),
         }
+
+    def _operations(self) -> dict:
+        """What of `cost` is counted from traced graphs; None on another backend than TensorFlow, which has none."""
+        if keras.backend.backend() != "tensorflow":
+            return dict.fromkeys(_COUNTED)
+        batch = min(self.recipe.batch_size, self._num_train)
+        images = [self._num_train * len(run.history.get("loss", ())) for run in self.trained]
+        train = sum(n * self._step_flops(run, batch) for n, run in zip(images, self.trained, strict=True))
+        train += self._num_train * self._saliency_flops(batch)
+        step1 = self._num_train * self.recipe.epochs * self._step_flops(self.step1, batch)
+        sample = self._sample_flops(batch)
+        ratio = sample * self.num_samples / costs.prediction_flops(self.step1.model, batch)
+        step = self._step_flops(self.trained[-1], batch)
+        found = (sample, sample * self.num_samples, step, train, train / step1, ratio)
+        return dict(zip(_COUNTED, map(float, found), strict=True))
 
     def estimate(self, data: Data | Sizes) -> Estimate:
         """What it will take, before anything is run: operations and memory, counted from traced steps.

@@ -1,7 +1,8 @@
-"""Keras's JAX backend: the laws of layers and of the ELBO hold there too, with the numbers that TensorFlow gives.
+"""Keras's JAX and torch backends: the laws of layers and of the ELBO hold there, with the numbers of TensorFlow.
 
-A backend is chosen once a process, so all of it runs in two others: the laws as their own tests, and a script in which
-TensorFlow cannot be imported at all.
+A backend is chosen once a process, so each runs in others: on JAX the laws as their own tests, and on each a script in
+which TensorFlow cannot be imported at all. `SBN_TF_PYTHON_JAX` and `SBN_TF_PYTHON_TORCH` name the Python of an
+environment without TensorFlow, such as `python tests/versions.py --backends` makes; without them this Python serves.
 """
 
 import importlib.util
@@ -21,8 +22,9 @@ from sbn_tf.layers import masked_layers, posterior_mean
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, saliency, top_k
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is an optional extra")
+pytestmark = pytest.mark.backends
 
+BACKENDS = ("jax", "torch")
 TESTS = pathlib.Path(__file__).parent
 # Left to TensorFlow: what needs TFP, GradientTape, tf.function, tf.distribute, a SavedModel or float64; and more kinds
 # of layers, which are the same keras.ops.
@@ -55,15 +57,26 @@ LAWS = {
 }
 
 
-def in_jax(*arguments):
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+def on(backend, *arguments, python=None):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes longer than running here
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    command = [python or python_of(backend), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+def python_of(backend):
+    """The Python that has this backend; the test is skipped where there is none."""
+    named = os.environ.get(f"SBN_TF_PYTHON_{backend.upper()}")
+    if named is None and importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed: python tests/versions.py --backends makes environments with it")
+    return named or sys.executable
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is an optional extra")
 def test_the_laws_hold_under_jax():
     named = [f"{TESTS / file}::{test}" for file, tests in LAWS.items() for test in tests]
-    done = in_jax("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", "--tb=short", *named)
+    options = ("-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", "--tb=short")
+    done = on("jax", "-m", "pytest", *options, *named, python=sys.executable)  # these tests import TensorFlow
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     counts = re.fullmatch(r"(\d+) passed in .*", done.stdout.strip().splitlines()[-1])  # none skipped, none failed
     assert counts and int(counts[1]) >= sum(map(len, LAWS.values())), done.stdout[-2000:]
@@ -167,7 +180,7 @@ for name in ("tensorflow", "tensorflow_probability", "tf_keras"):
 sys.path.insert(0, sys.argv[1])
 import json, pathlib, keras, numpy as np
 import sbn_tf.metrics, sbn_tf.experiments.networks
-import test_jax as here
+import test_backends as here
 from sbn_tf.core.prior import make_prior
 from sbn_tf.layers import Dense
 from sbn_tf.partial_bayes import BetaSchedule, LocScaleOptimizer
@@ -181,7 +194,7 @@ loaded = keras.saving.load_model(folder / "of_tensorflow.keras")
 found["loaded"] = here.numbers(loaded)
 loaded.fit(x, y, batch_size=8, verbose=0)
 found["one_step"] = here.numbers(loaded)
-loaded.save(folder / "of_jax.keras")
+loaded.save(folder / "back.keras")
 
 # saliency of the other backend's network; the three steps
 network = keras.saving.load_model(folder / "network.keras")
@@ -232,7 +245,7 @@ keras.config.set_dtype_policy("float32")
 def refused(call):
     try:
         call()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
 recorded = dict(verbose=0, callbacks=[SaliencyRecorder()])
 layer = Dense(2, num_bayesian=2, kl_weight=1.0)
@@ -250,34 +263,34 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the script found under JAX, and beside it TensorFlow's numbers."""
-    folder = tmp_path_factory.mktemp("jax")
+@pytest.fixture(scope="module", params=BACKENDS)
+def found(request, tmp_path_factory):
+    """What the script found on another backend, and beside it TensorFlow's numbers."""
+    python_of(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
     keras.utils.set_random_seed(0)
     bnn, (x, y) = bayesian(1e-7), data()
     bnn.save(folder / "of_tensorflow.keras")
     loaded = numbers(bnn)
     bnn.fit(x, y, batch_size=8, verbose=0)
     model = trained(folder / "network.keras")
-    done = in_jax("-c", SCRIPT, TESTS, folder)
+    done = on(request.param, "-c", SCRIPT, TESTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    other = keras.saving.load_model(folder / "of_jax.keras")
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {
-        "tensorflow": {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other), "scores": scores(model)}
-    }
+    other = keras.saving.load_model(folder / "back.keras")
+    ours = {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other), "scores": scores(model)}
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"asked": request.param, "tensorflow": ours}
 
 
 def test_it_needs_no_tensorflow(found):
-    assert found["backend"] == "jax"
+    assert found["backend"] == found["asked"]
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("loaded", "loaded"), ("one_step", "one_step"), ("one_step", "back")])
 def test_both_backends_give_the_same_numbers(found, theirs, ours):
-    jax, tensorflow = found[theirs], found["tensorflow"][ours]
-    assert jax["masks"] == tensorflow["masks"]
+    other, tensorflow = found[theirs], found["tensorflow"][ours]
+    assert other["masks"] == tensorflow["masks"]
     for key in ("mean", "scales", "kl"):
-        np.testing.assert_allclose(jax[key], tensorflow[key], rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(other[key], tensorflow[key], rtol=1e-5, atol=1e-6, err_msg=key)
     assert not np.allclose(found["loaded"]["mean"], found["one_step"]["mean"], atol=1e-4)  # the step did something
 
 
@@ -321,7 +334,9 @@ def test_saliency_is_that_of_tensorflow(found):
 
 
 def test_a_loss_that_is_not_finite_is_found(found):
-    assert re.fullmatch(r"Expected a finite loss. Received: NaN or infinity in batch 1. .*", found["not_finite"])
+    ours = "Expected a finite loss. Received: NaN or infinity in batch 1. .*"
+    torchs = "all elements of input should be between 0 and 1"  # its cross-entropy itself refuses a NaN
+    assert re.fullmatch(torchs if found["backend"] == "torch" else ours, found["not_finite"])
 
 
 def test_three_steps_from_end_to_end(found):
