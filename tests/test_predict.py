@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import NETWORK_CARD, QUANTILES, tiny_networks
+from helpers import NETWORK_CARD, QUANTILES, tiny_network, tiny_networks
 from PIL import Image
 from scipy.special import entr, expit, log_softmax, logit
 from sklearn.covariance import LedoitWolf
@@ -23,6 +23,8 @@ from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor, tempered
 from sbn_tf.experiments.train import predictor_of
+from sbn_tf.partial_bayes import to_partial_bayes
+from sbn_tf.saliency import saliency, top_k
 
 SIZES = [(40, 30), (30, 44), (33, 33)]  # width, height
 CARD = {**NETWORK_CARD, **dict.fromkeys(QUANTILES, np.linspace(0, 0.7, 101).tolist())}
@@ -417,6 +419,19 @@ def test_a_temperature_that_raises_the_nll_of_the_draws_is_not_kept(monkeypatch)
     targets = (np.arange(100) % 10 > 0).astype("uint8")[:, None]
     made = SimpleNamespace(model=one.model, title="made", num_samples=2)
     assert predictor_of(settings_of(images, targets, "binary"), made, "pad").card.temperature == 1
+
+
+def test_validation_meets_the_draws_of_every_later_prediction(tmp_path):
+    network = tiny_network((8, 8, 1), 1, seed=0)
+    masks = top_k(saliency(network, score="magnitude"), 0.5)
+    bnn = to_partial_bayes(network, masks, num_train=10, num_samples=3, initial_scale=0.5, seed=0)
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), "uint8")
+    settings = settings_of(images, (np.arange(20) % 2).astype("uint8")[:, None], "binary")
+    made = SimpleNamespace(model=bnn, title="made", num_samples=3)
+    predictor_of(settings, made, "pad").save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    total = [one.means["total"] for one in loaded.predict(images)]
+    np.testing.assert_allclose(np.quantile(total, [0, 0.5, 1]), [loaded.card.quantiles[k] for k in (0, 50, 100)])
 
 
 def test_flags_are_those_less_sure_than_validation(tmp_path):

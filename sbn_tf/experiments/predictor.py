@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,6 @@ MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time
 MARGIN = 8  # an eighth of a tile is not used where another tile sees it from further inside
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
-PARTS = ("entropy", "expected_entropy", "mutual_information")  # total, aleatoric, epistemic
 
 
 class NetworkCard(BaseModel):
@@ -181,6 +181,12 @@ class Predictor:
         self._features = None if training is None else Features(model)
         self._sampled = SameDraws(model) if isinstance(model, SampledModel) else None
 
+    def with_card(self, **changes) -> Predictor:
+        """The same network with the same draws, and fields of its card changed."""
+        found = copy.copy(self)
+        found.card = self.card.model_copy(update=changes)
+        return found
+
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Predictor:
         """The network of a folder that `save` wrote.
@@ -210,6 +216,7 @@ class Predictor:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the network and its card, each whole or not at all."""
+        self._start()
         with replacing(Path(folder, MODEL)) as temporary:
             self.model.save(temporary)
         if self.training is not None:
@@ -231,8 +238,12 @@ class Predictor:
         Raises:
             ValueError: another format, an operation that ONNX has not, or tf2onnx is not installed.
         """
-        start = (lambda: None) if self._sampled is None else self._sampled.start
-        export_served(self.model, self.card, path, format, start)
+        export_served(self.model, self.card, path, format, self._start)
+
+    def _start(self):
+        """Set the noise to where every prediction begins."""
+        if self._sampled is not None:
+            self._sampled.start()
 
     def predict(self, images) -> list[Prediction]:
         """Predictions of images, in their order.
@@ -299,11 +310,10 @@ class Predictor:
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
-        sizes = [None] * len(inputs) if wholes is None else list(wholes)
         far = None
         if self.training is not None and self._features is not None:
             far = mahalanobis(self._features(inputs), **self.training).tolist()
-        return _predictions(self.card, self.samples(inputs), sizes, far)
+        return _predictions(self.card, self.samples(inputs), wholes or [None] * len(inputs), far)
 
     def check_tiles(self, scale: float) -> None:
         """Raise ValueError where the network cannot be used on tiles at this scale."""
@@ -320,8 +330,7 @@ class Predictor:
         The image is resized to `scale` times its own pixels, as large as things were in training. Every tile meets the
         same draws of the weights. Where tiles overlap a draw's probabilities are averaged, more so the further a pixel
         lies inside; an eighth of a tile at its edge does not count, so a network that sees no further than that gives
-        what one pass over the whole image would. Entropies are of these draws. In memory is one image with all its
-        draws.
+        what one pass over the whole image would. Entropies are of these draws. In memory is one image with its draws.
 
         Args:
             path: an image file.
@@ -356,8 +365,8 @@ class Predictor:
 
 def _predictions(card, samples, wholes, far=None):
     """What samples (samples, batch, ...) say of each image."""
-    parts = uncertainty(samples, card.task)
-    maps = {"probabilities": parts["mean_probs"], **{key: parts[key] for key in PARTS}}
+    maps = uncertainty(samples, card.task)
+    maps["probabilities"] = maps.pop("mean_probs")
     return [
         Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i], far and far[i])
         for i, whole in enumerate(wholes)
@@ -381,10 +390,9 @@ def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
     return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
 
 
-def _starts(length, size) -> Iterator[int]:
+def _starts(length, size):
     """Where tiles begin: half a tile apart, the last one at the end."""
-    yield from range(0, length - size, size // 2)
-    yield length - size
+    return [*range(0, length - size, size // 2), length - size]
 
 
 def _weights(start, size, length):

@@ -61,23 +61,39 @@ def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[flo
             **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), [0.0] * 101),
         }
     )
-    plain = Predictor(made.model, card)
-    card = card.model_copy(update={"temperature": _temperature(plain, data, size)})
-    predictor = Predictor(made.model, card, _training(made.model, data.train))
-    means: list[dict] = []
-
-    def seen():
-        for images, _ in validation(data, size):
-            for one in predictor.predict_batch(images):
-                means.append({**one.means, "distance": one.distance})
-                yield one.probabilities, one.means["total"]
-
-    calibration = calibrated(data.val, seen(), card.threshold)
-    names = {"total": "quantiles", "aleatoric": "aleatoric_quantiles", "epistemic": "epistemic_quantiles"}
-    names["distance"] = "distance_quantiles"
+    training = _training(made.model, data.train)
+    plain = Predictor(made.model, card, training)
+    probs, targets, seen = _seen(plain, data, size)
+    temperature = fit_temperature(recovered_logits(probs, card.task), targets.astype("float32"), card.task)
+    tempered = plain.with_card(temperature=temperature)
+    probs_after, _, seen_after = _seen(tempered, data, size)
+    found = plain
+    if _nll(probs_after, targets, card.task) < _nll(probs, targets, card.task):
+        found, seen = tempered, seen_after
+    calibration = calibrated(data.val, [(one, means["total"]) for one, means, _ in seen], card.threshold)
+    parts = {"quantiles": "total", "aleatoric_quantiles": "aleatoric", "epistemic_quantiles": "epistemic"}
+    columns = {key: [means[part] for _, means, _ in seen] for key, part in parts.items()}
+    columns["distance_quantiles"] = [distance for _, _, distance in seen]
     steps = np.linspace(0, 1, 101)
-    found = {key: tuple(np.quantile([one[part] for one in means], steps).tolist()) for part, key in names.items()}
-    return Predictor(made.model, card.model_copy(update={**found, "calibration": calibration}), predictor.training)
+    quantiles = {key: tuple(np.quantile(column, steps).tolist()) for key, column in columns.items()}
+    return found.with_card(**quantiles, calibration=calibration)
+
+
+def _seen(predictor, data, batch_size):
+    """Of the validation images the mean probabilities, float32, the targets, and what each `Prediction` says."""
+    means, targets, seen = [], [], []
+    for images, truth in validation(data, batch_size):
+        predicted = predictor.predict_batch(images)
+        means.append(np.stack([one.samples for one in predicted], 1).mean(0))
+        targets.append(truth)
+        seen += [(one.probabilities, one.means, one.distance) for one in predicted]
+    return np.concatenate(means), np.concatenate(targets), seen
+
+
+def _nll(probs, targets, task):
+    if task in EXCLUSIVE:
+        return -log_softmax(recovered_logits(probs, task), -1)[targets == 1].mean()
+    return metrics.nll(targets, probs)
 
 
 def _training(model, split) -> dict[str, np.ndarray]:
@@ -87,25 +103,6 @@ def _training(model, split) -> dict[str, np.ndarray]:
     classes = np.asarray(split.targets).argmax(-1) if split.task in EXCLUSIVE else None
     one = FeatureDistance(found, classes)
     return {"means": one.means, "precision": one.precision}
-
-
-def _temperature(predictor, data, batch_size) -> float:
-    """The temperature of the mean probability of the validation images, or 1 where it does not lower their NLL."""
-    card = predictor.card
-
-    def means(predictor):
-        found = [(predictor.samples(images).mean(0), targets) for images, targets in validation(data, batch_size)]
-        return tuple(np.concatenate(column) for column in zip(*found, strict=True))
-
-    def nll(probs, targets):
-        if card.task in EXCLUSIVE:
-            return -log_softmax(recovered_logits(probs, card.task), -1)[targets == 1].mean()
-        return metrics.nll(targets, probs)
-
-    probs, targets = means(predictor)
-    temperature = fit_temperature(recovered_logits(probs, card.task), targets.astype("float32"), card.task)
-    tempered = Predictor(predictor.model, card.model_copy(update={"temperature": temperature}))
-    return temperature if nll(*means(tempered)) < nll(probs, targets) else 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
