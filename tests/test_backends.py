@@ -15,9 +15,14 @@ import sys
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
+from helpers import tiny_networks
 from keras import layers as kl
+from PIL import Image
 
+import sbn_tf
+from sbn_tf.__main__ import main
 from sbn_tf.layers import masked_layers, posterior_mean
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import Masks, saliency, top_k
@@ -173,6 +178,33 @@ def three_steps():
     }
 
 
+def command_line(folder):
+    """What `sbn-tf train` and `sbn-tf predict` leave of a folder with masks."""
+    rng, rows = np.random.default_rng(0), ["image,mask,split"]
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(12):
+        disc = np.zeros((12, 12), "uint8")
+        disc[2 + i % 4 : 8 + i % 4, 3:9] = 255
+        pixels = rng.integers(0, 99, (12, 12)).astype("uint8") + disc // 2
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        Image.fromarray(disc).save(folder / "masks" / f"{i}.png")
+        rows.append(f"{i}.png,{i}.png,{('train', 'train', 'val', 'test')[i % 4]}")
+    (folder / "images.csv").write_text("\n".join(rows))
+    sizes = ["--network", "tiny_masks", "--size", "8", "--epochs", "1", "--bayes-epochs", "1"]
+    train = ["train", str(folder), "--out", str(folder / "out"), "--recipe", "quick", "--method", "partial", *sizes]
+    with tiny_networks():
+        codes = [main(train)]
+    codes.append(main(["predict", str(folder / "out"), str(folder / "images"), "--out", str(folder / "new")]))
+    rows = pd.read_csv(folder / "out" / "results.csv").query("method == 'partial'")
+    return {
+        "codes": codes,
+        "metrics": sorted(rows["metric"]),
+        "versions": sorted(json.loads(rows["versions"].iloc[0])),
+        "masks": len(list((folder / "new" / "masks").iterdir())),
+    }
+
+
 SCRIPT = """
 import sys
 for name in ("tensorflow", "tensorflow_probability", "tf_keras"):
@@ -258,6 +290,7 @@ found["refused"] = {
     "prior": refused(lambda: Dense(2, prior={"class_name": "Laplace", "config": {"loc": 0.0, "scale": 1.0}})),
 }
 found["not_finite"] = refused(lambda: saliency(network, [(x, y), (x * np.nan, y)], verbose=False))
+found["command_line"] = here.command_line(folder / "command_line")
 found["selected"] = int(top_k(saliency(network, score="magnitude"), 0.1).num_bayesian)
 print(json.dumps(found))
 """
@@ -266,7 +299,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module", params=BACKENDS)
 def found(request, tmp_path_factory):
     """What the script found on another backend, and beside it TensorFlow's numbers."""
-    python_of(request.param)
+    python_of(request.param)  # or skip
     folder = tmp_path_factory.mktemp(request.param)
     keras.utils.set_random_seed(0)
     bnn, (x, y) = bayesian(1e-7), data()
@@ -277,6 +310,7 @@ def found(request, tmp_path_factory):
     done = on(request.param, "-c", SCRIPT, TESTS, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     other = keras.saving.load_model(folder / "back.keras")
+    assert sbn_tf.load(folder / "command_line" / "out").predict(np.zeros((1, 9, 9, 1), "uint8"))[0].means["total"] >= 0
     ours = {"loaded": loaded, "one_step": numbers(bnn), "back": numbers(other), "scores": scores(model)}
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"asked": request.param, "tensorflow": ours}
 
@@ -347,3 +381,11 @@ def test_three_steps_from_end_to_end(found):
 
 def test_selection_by_magnitude_needs_no_gradient(found):
     assert found["selected"] == round(0.1 * (3 * 3 * 2 + 2 + 2 * 2 * 2 + 1))
+
+
+def test_the_command_line_trains_and_predicts(found):
+    done = found["command_line"]
+    assert done["codes"] == [0, 0] and done["masks"] == 12
+    assert {"nll", "dice", "train_seconds", "weight_bytes", "num_bayesian"} <= set(done["metrics"])
+    assert not any("flops" in key for key in done["metrics"] if key != "paper_flops")  # TensorFlow's graphs are counted
+    assert done["versions"] == sorted(("keras", "sbn_tf", found["backend"]))

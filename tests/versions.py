@@ -1,8 +1,10 @@
-"""Run the layer, conversion and saving tests with other versions of Keras and Python: `python tests/versions.py`.
+"""Run tests with other versions of Keras and Python, and on Keras's other backends: `python tests/versions.py`.
 
 For each Python on PATH it makes one virtual environment (3 GB in a temporary folder, or in `--folder`, where it stays),
 installs the wheel, then each version of Keras in turn, and prints a table. It takes about ten minutes a row, so CI does
-not run it. `--dry-run` prints the commands. The exit code is 1 if a test fails.
+not run it. With `--backends jax torch` it instead makes one environment for each of these backends, without TensorFlow
+and TFP, and runs the tests marked "backends" in it: this Python, with TensorFlow, compares the numbers. `--dry-run`
+prints the commands. The exit code is 1 if a test fails.
 """
 
 import argparse
@@ -14,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 KERAS = ("3.12", "3.13", "3.14", "3.15")
@@ -56,9 +61,32 @@ def commands(python: Path | str, keras: str) -> list[list[str]]:
     return [[*pip, *packages], [*pip, f"keras=={keras}.*"], *([*pytest, *given] for _, given in SUITES)]
 
 
-def run(command: list[str]) -> str:
-    """Counts of one pytest run, in words."""
-    given = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+def backend_commands(python: Path | str, backend: str) -> tuple[list[str], list[str]]:
+    """What installs a backend and what the package needs but TensorFlow and TFP, and what tests it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [one for one in project["dependencies"] if not one.startswith("tensorflow")]
+    install = [str(python), "-m", "pip", "install", "-q", *needed, *project["optional-dependencies"][backend], "pytest"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-m", "backends", "-k", backend]
+    return install, [*pytest, "tests/test_backends.py"]
+
+
+def backend_row(backend: str, folder: Path) -> bool:
+    """Make the environment of a backend, print its row, and say whether all tests passed."""
+    python = folder / backend / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    install, test = backend_commands(python, backend)
+    subprocess.run(install, check=True)
+    found = output_of(python, "-c", f"from importlib.metadata import version; print(version('{backend}'))")
+    start = time.monotonic()
+    result = run(test, {f"SBN_TF_PYTHON_{backend.upper()}": str(python)})
+    print(f"| {backend} {found} | {result} | {time.monotonic() - start:.0f} |", flush=True)
+    return re.fullmatch(r"\d+ passed", result) is not None
+
+
+def run(command: list[str], more: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Counts of one pytest run, in words; `more` are variables of its environment."""
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(more)
     done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
     counts = Counter({kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout[-300:])})
     if not counts:
@@ -75,9 +103,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keras", nargs="*", default=KERAS, help="versions of Keras, such as 3.12 3.15")
     parser.add_argument("--python", nargs="*", default=PYTHONS, help="versions of Python, such as 3.11 3.13")
+    parser.add_argument("--backends", nargs="*", default=(), choices=("jax", "torch"), help="test these instead")
     parser.add_argument("--folder", type=Path, help="where the environments are made and stay")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     given = parser.parse_args()
+    if given.dry_run and given.backends:
+        for backend in given.backends:
+            print(*map(shlex.join, backend_commands(f"{backend}/bin/python", backend)), sep="\n")
+        return 0
+    if given.backends:
+        print("| backend | tests | seconds |\n|---|---|---|", flush=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            return int(not all([backend_row(one, given.folder or Path(temporary)) for one in given.backends]))
     if given.dry_run:
         for version, keras in itertools.product(given.python, given.keras):
             print(*map(shlex.join, commands(f"python{version}", keras)), sep="\n")

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.batch import part_of_example
+from sbn_tf.core.posterior import scattered
 
 __all__ = ["Linear", "TouchedChannels", "embedding_noise", "linear_form"]
 
@@ -177,7 +178,7 @@ def embedding_noise(layer: keras.layers.Layer, inputs, draws: list):
     fits, tables = ops.max(ranks) < count, []
     for values in draws:
         values = ops.where(fits, values, ops.cast(float("nan"), values.dtype))
-        tables.append(ops.scatter(positions[:, None], values, ((count + 1) * width,)))  # the last row is 0
+        tables.append(scattered(values, positions, (count + 1) * width))  # the last row is 0
     table = ops.cast(ops.reshape(ops.stack(tables), (-1, width)), layer.compute_dtype)
     rows = ops.cast(inputs, "int32")
     rows = ops.where(ops.take(present, rows), ops.take(ranks, rows), count)
@@ -229,7 +230,7 @@ class TouchedChannels:
     def kernel(self, values, dtype):
         """Kernel of the touched channels with `values` (k,) at the Bayesian entries, 0 elsewhere."""
         values = ops.where(self.fits, values, ops.cast(float("nan"), values.dtype))
-        flat = ops.scatter(self.positions[:, None], ops.cast(values, dtype), (int(np.prod(self.shape)),))
+        flat = scattered(ops.cast(values, dtype), self.positions, int(np.prod(self.shape)))
         return ops.reshape(flat, self.shape)
 
     def _pick(self, axis):
@@ -243,5 +244,5 @@ class TouchedChannels:
 
 def _ranks(channels, size):
     """For each of `size` channels: its rank among those that occur in `channels`, and whether it occurs."""
-    present = ops.scatter(channels[:, None], ops.ones_like(channels), (size,)) > 0
+    present = scattered(ops.ones_like(channels), channels, size) > 0
     return ops.cumsum(ops.cast(present, "int32")) - 1, present

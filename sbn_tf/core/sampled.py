@@ -245,7 +245,10 @@ class SampledModel(Distributed):
         """
         check_choice("outputs", outputs, ("mean", "uncertainty"))
         if keras.backend.backend() != "tensorflow":
-            raise ValueError(f"Expected the TensorFlow backend for export. Received: {keras.backend.backend()}.")
+            raise ValueError(
+                f"Expected Keras on TensorFlow for export. Received: KERAS_BACKEND={keras.backend.backend()}. Save the "
+                "model here, and export the .keras file there."
+            )
         if format in ("onnx", "litert"):
             raise ValueError(
                 f"Expected format='tf_saved_model'. Received: {format!r}, whose graphs cannot draw random numbers.\n"

@@ -29,7 +29,8 @@ def _check_sizes(input_shape, num_outputs):
 
 def layer_seed(seed: int | None, name: str) -> int | None:
     """The seed of a layer, from the model's and the layer's name."""
-    return None if seed is None else zlib.crc32(f"{seed}/{name}".encode())
+    most = 0x7FFFFFFF if keras.backend.backend() == "torch" else 0xFFFFFFFF  # torch has no unsigned seeds
+    return None if seed is None else zlib.crc32(f"{seed}/{name}".encode()) & most
 
 
 def _conv(x, filters, kernel_size, name, seed, stride=1, use_bias=False):

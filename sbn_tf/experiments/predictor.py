@@ -275,6 +275,7 @@ class Predictor:
     def crc32(self) -> int:
         """A number that tells networks apart: of all weights, and of the training images' features."""
         arrays = [*self.model.get_weights(), *(self.training or {}).values()]
+        arrays = [one.astype("int64") if one.dtype.kind == "i" else one for one in arrays]  # JAX has 32 bits
         return zlib.crc32(b"".join(np.ascontiguousarray(one).tobytes() for one in arrays))
 
     def digest(self) -> int:

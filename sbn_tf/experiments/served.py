@@ -87,9 +87,15 @@ def export_served(
         start: sets the noise to where predictions begin.
 
     Raises:
-        ValueError: another format, an operation that ONNX has not, or tf2onnx is not installed.
+        ValueError: another format, an operation that ONNX has not, tf2onnx is not installed, or another backend than
+            TensorFlow.
     """
     check_choice("format", format, FORMATS)
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected Keras on TensorFlow for export. Received: KERAS_BACKEND={keras.backend.backend()}. Export the "
+            "network's folder there."
+        )
     missing = [name for name in ("tf2onnx", "onnx") if format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
