@@ -31,6 +31,7 @@ class Partial(Method):
     takes_r_bayes = takes_samples = True
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
+    layers: tuple[int, ...] | str = ()  # whose weights are all Bayesian: "all", or places in the network's order
 
     def _count_samples(self, num_samples):
         return super()._count_samples(num_samples) if self.takes_samples else self.recipe.num_samples
@@ -41,6 +42,8 @@ class Partial(Method):
         self._take(self._train_posterior(data))
 
     def _choose_masks(self, data):
+        if self.layers:
+            return _whole_layers(self.step1.model, self.recipe, self.layers)
         return self._masks_of(data, self.recipe)
 
     def _masks_of(self, data, recipe):
@@ -212,34 +215,34 @@ class Bayes(Partial):
 
     name, title = "bayes", "fully Bayesian, from the trained weights"
     takes_r_bayes = uses_scores = False
-    places: tuple[int, ...] | None = None  # of the layers whose weights are Bayesian, in the network's order; None: all
-
-    def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, self.places)
+    layers = "all"
 
 
-class FirstLayer(Bayes):
+class FirstLayer(Partial):
     """All weights of the first layer are Bayesian."""
 
     name, title = "first_layer", "Bayesian first layer"
-    places = (0,)
+    takes_r_bayes = uses_scores = False
+    layers = (0,)
 
 
-class LastLayer(Bayes):
+class LastLayer(Partial):
     """All weights of the last layer are Bayesian.
 
     The layers before it run once for all samples: it predicts for about the price of one pass.
     """
 
     name, title = "last_layer", "Bayesian last layer"
-    places = (-1,)
+    takes_r_bayes = uses_scores = False
+    layers = (-1,)
 
 
-class FirstLast(Bayes):
+class FirstLast(Partial):
     """All weights of the first and of the last layer are Bayesian."""
 
     name, title = "first_last", "Bayesian first and last layer"
-    places = (0, -1)
+    takes_r_bayes = uses_scores = False
+    layers = (0, -1)
 
 
 class BayesNormal(Partial):
@@ -290,10 +293,10 @@ def _may_be_bayesian(model, recipe) -> dict[str, np.ndarray]:
     return {key: values for key, values in saliency(model, score="magnitude").items() if key not in idle}
 
 
-def _whole_layers(model, recipe, places=None):
-    """Masks of all weights of the layers at these places in the network's order; None: of all layers."""
+def _whole_layers(model, recipe, places="all"):
+    """Masks of all weights of the layers at these places in the network's order, or of "all"."""
     weights = _may_be_bayesian(model, recipe)
     layer_of = {key: key.rsplit("/", 1)[0] for key in weights}
     layers = list(dict.fromkeys(layer_of.values()))
-    chosen = layers if places is None else [layers[place] for place in places]
+    chosen = layers if places == "all" else [layers[place] for place in places]
     return Masks({key: np.full(w.shape, layer_of[key] in chosen) for key, w in weights.items()})
