@@ -85,16 +85,18 @@ class Budget2(Networks):
     needs_step1 = False
 
 
-class Budget3(Budget2):
+class Budget3(Networks):
     """Three of them."""
 
     name, title, share = "budget_3", "three networks, a third of the epochs each", 3
+    needs_step1 = False
 
 
-class Budget5(Budget2):
+class Budget5(Networks):
     """Five of them."""
 
     name, title, share = "budget_5", "five networks, a fifth of the epochs each", 5
+    needs_step1 = False
 
 
 class EnsembleLonger(Networks):

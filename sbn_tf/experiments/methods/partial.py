@@ -31,6 +31,7 @@ class Partial(Method):
     takes_r_bayes = takes_samples = True
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
+    places: tuple[int, ...] | None = None  # of layers that are wholly Bayesian, in the network's order; None: by score
 
     def _count_samples(self, num_samples):
         return super()._count_samples(num_samples) if self.takes_samples else self.recipe.num_samples
@@ -41,6 +42,8 @@ class Partial(Method):
         self._take(self._train_posterior(data))
 
     def _choose_masks(self, data):
+        if self.places is not None:
+            return _whole_layers(self.step1.model, self.recipe, self.places)
         return self._masks_of(data, self.recipe)
 
     def _masks_of(self, data, recipe):
@@ -212,33 +215,35 @@ class Bayes(Partial):
 
     name, title = "bayes", "fully Bayesian, from the trained weights"
     takes_r_bayes = uses_scores = False
-    places: tuple[int, ...] | None = None  # of the layers whose weights are Bayesian, in the network's order; None: all
 
     def _choose_masks(self, data):
-        return _whole_layers(self.step1.model, self.recipe, self.places)
+        return _whole_layers(self.step1.model, self.recipe)
 
 
-class FirstLayer(Bayes):
+class FirstLayer(Partial):
     """All weights of the first layer are Bayesian."""
 
     name, title = "first_layer", "Bayesian first layer"
+    takes_r_bayes = uses_scores = False
     places = (0,)
 
 
-class LastLayer(Bayes):
+class LastLayer(Partial):
     """All weights of the last layer are Bayesian.
 
     The layers before it run once for all samples: it predicts for about the price of one pass.
     """
 
     name, title = "last_layer", "Bayesian last layer"
+    takes_r_bayes = uses_scores = False
     places = (-1,)
 
 
-class FirstLast(Bayes):
+class FirstLast(Partial):
     """All weights of the first and of the last layer are Bayesian."""
 
     name, title = "first_last", "Bayesian first and last layer"
+    takes_r_bayes = uses_scores = False
     places = (0, -1)
 
 

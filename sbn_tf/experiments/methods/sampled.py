@@ -12,11 +12,7 @@ from sbn_tf.partial_bayes import PartialBayes
 
 
 class Sampled:
-    """A model whose noise starts in each call as it is now.
-
-    Args:
-        model: a `PartialBayes`.
-    """
+    """A `PartialBayes` whose noise starts in each call as it is now."""
 
     def __init__(self, model: PartialBayes):
         self.model = model
