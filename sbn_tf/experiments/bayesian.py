@@ -23,9 +23,7 @@ def bayesian_network(
 ) -> PartialBayes:
     """The sparse Bayesian network of a recipe, from a trained one.
 
-    Args:
-        step1, masks, data, recipe, seed: as of `training.partial_run`.
-        posterior: "gaussian", "members" or "mixture". Scales of Gaussians that are not absolute: `start_scales`.
+    `posterior` is "gaussian", "members" or "mixture". Scales of Gaussians that are not absolute: `start_scales`.
     """
     gaussian = posterior == "gaussian"
     rho = keras.initializers.RandomNormal(-3.0, 1.0, seed=seed) if recipe.initial_scale is None and gaussian else None
@@ -69,10 +67,7 @@ def start_scales(
 ) -> None:
     """Start each scale at `initial_scale` times |loc|, or times the width that the curvature gives.
 
-    Args:
-        model, masks, recipe: as of `bayesian_network`.
-        fisher: Fisher information of every weight; None: the scales are relative to the locs.
-        num_train: number of training examples.
+    `fisher` is the Fisher information of every weight; None: the scales are relative to the locs.
     """
     scales = {}
     for key, _, loc in posteriors(model.network):
@@ -87,9 +82,7 @@ def start_scales(
 class Held(keras.callbacks.Callback):
     """Puts back, after each batch, every loc that is not to be trained: exact, as each entry has its own slots.
 
-    Args:
-        model: a `PartialBayes`.
-        masks: which entries of locs are trained; {}: none.
+    `masks` says which entries of locs are trained; {}: none.
     """
 
     def __init__(self, model, masks):

@@ -22,15 +22,11 @@ class Experiment:
     """What all rows of one table share.
 
     Args:
-        data: `datasets.Data`.
-        recipe: a `recipes.Recipe`.
         network: a name of `networks.NETWORKS`.
         r_bayes: fraction of the eligible weights that is Bayesian, where a method takes one, 0..1.
         seed: of initial weights, shuffling and noise.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
-        limit: the limit the data were loaded with, or None.
-        options: the dataset's own options that were given, such as `fold`.
-        normalisation: "train" or "paper".
+        limit, options, normalisation: that the data were loaded with.
         threshold: where probabilities are cut into decisions, 0..1, or "validation": chosen there, see
             `scoring.select_threshold`.
         num_resamples: of the bootstrap.
@@ -40,7 +36,6 @@ class Experiment:
         data_root: folder of the real data, for `swapped`; None: the variable SBN_TF_DATA, or data/.
         split: what is scored: "test", or "val", on which choices may be made.
         num_samples: posterior samples of a prediction, where a method samples; None: the recipe's.
-        verbose: show progress bars.
     """
 
     data: datasets.base.Data

@@ -31,14 +31,7 @@ _CONTINUES = {"ensemble_longer": ("ensemble", "deterministic_longer")}
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to be executed.
-
-    Args:
-        kind: of `NOTEBOOKS`.
-        name: of its notebook: "step1", "saliency", "partial_r0.01" (1 % of the weights), or a method.
-        dataset, fold, seed: what it trains on.
-        method, r_bayes: of notebook 04.
-    """
+    """One notebook to be executed: `kind` is of `NOTEBOOKS`; `name` its notebook's, such as "partial_r0.01" (1 %)."""
 
     kind: str
     name: str
@@ -94,9 +87,7 @@ def papermill_options(plan: Plan, job: Job) -> str:
 def damaged(plan: Plan, *, records: bool = True) -> list[str]:
     """Paths, below the plan's folder, of jobs that were done and whose result is gone or cannot be read.
 
-    Args:
-        plan: the grid.
-        records: read each `record.npz` too; without it is enough that it is there, which is faster.
+    Without `records` it is enough that each `record.npz` is there, which is faster than reading it.
     """
     found = {}
     for path in sorted(plan.folder.glob("models/*/*/seed*/*/metrics.json")):

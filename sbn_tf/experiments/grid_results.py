@@ -18,10 +18,7 @@ FORMAT = 2  # of a folder of jobs: raised when notebooks of older ones would not
 
 
 def check_folder(plan: Plan) -> dict:
-    """Refuse a folder with jobs of another plan. Nothing is written.
-
-    Returns:
-        What shapes the results, of this plan's datasets and of others that the folder has.
+    """What shapes the results, of this plan's datasets and of others that the folder has. Nothing is written.
 
     Raises:
         ValueError: there are notebooks of another recipe (of this name or not), of other parameters of a dataset, or
@@ -54,11 +51,7 @@ def _shaping(plan, name):
 
 
 def claim(plan: Plan, estimates: dict | None = None) -> None:
-    """Write into the plan's folder what shapes its results, and its estimates. To be called before the first job.
-
-    Args:
-        plan: the grid.
-        estimates: from `estimates.kept_estimates`; None or {}: not written.
+    """Write into the plan's folder what shapes its results, and its estimates, if it has some, before the first job.
 
     Raises:
         ValueError: as `check_folder`.
@@ -78,11 +71,7 @@ def gather(plan: Plan) -> pd.DataFrame:
 
 
 def write_table(plan: Plan, found: pd.DataFrame) -> str:
-    """Add results to the plan's table. Rows of its datasets that an older recipe trained are dropped from it.
-
-    Returns:
-        What was written, in one line.
-    """
+    """Add results to the plan's table, and say so in one line. Rows of an older recipe of its datasets are dropped."""
     table = Path(plan.table) if plan.table else plan.folder / "results.csv"
     there = results.read_csv(table) if table.exists() else results.frame([])
     now = {name: _shaping(plan, name)["recipe"] for name in plan.datasets}

@@ -59,13 +59,13 @@ class _Part(BaseModel):
 
 
 class Dataset(_Part):
-    """One dataset of a plan: what is trained on it, and parameters of the notebooks.
+    """One dataset of a plan: what is trained on it, and parameters of the notebooks as `compare.experiment` takes them.
 
     Args:
         folds: its folds; (-1,): the dataset's own split.
         seeds, methods, r_bayes: the plan's, unless this dataset has its own.
         images: training, validation and test images, for estimates of a dataset that is not on this machine.
-        size, ..., swapped: as `compare.experiment` and the notebooks take them; `split` is of LIDC's patients.
+        split: of LIDC's patients.
     """
 
     folds: Folds

@@ -239,10 +239,8 @@ def _leaves(value, place):
 def write(result: Result, folder: str | os.PathLike, record: Record | None = None) -> Path:
     """Check a result and write it: `record.npz`, then `metrics.json`, each whole or not at all.
 
-    Args:
-        result: its `versions`, `commit` and `folder` are set.
-        folder: of the run; an older result there is replaced.
-        record: `scoring.Record` of the test images; None: no file, and no paired test later.
+    It sets the result's `versions`, `commit` and `folder`. An older result in the folder is replaced; without a record
+    there is no file of it, and no paired test later.
 
     Returns:
         The path of `metrics.json`.
@@ -277,14 +275,10 @@ def write(result: Result, folder: str | os.PathLike, record: Record | None = Non
 
 
 def read(path: str | os.PathLike) -> Result:
-    """Read and check a result.
-
-    Args:
-        path: of `metrics.json`, or its folder.
+    """Read and check a result, by the path of `metrics.json` or of its folder.
 
     Raises:
-        ValueError: no result, one of another format or that was changed, a field that is missing, unknown or of another
-            type, or a number that is not finite or out of its range. The message names the file and the field.
+        ValueError: another format, or content that was changed or is no result. It names the file and the field.
         FileNotFoundError: no such file.
     """
     path = Path(path)

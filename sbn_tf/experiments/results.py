@@ -150,15 +150,8 @@ def write_csv(frame: pd.DataFrame, path: str | os.PathLike, merge: bool = True) 
     """Write a frame as CSV with a row for each run, whole or not at all. `read_csv` gives the frame back.
 
     Metrics are columns of their own names, intervals `<metric>_low` and `<metric>_high`; `undefined` is JSON. Rows are
-    sorted, so that the same results give the same file. Folders are not written.
-
-    Args:
-        frame: tidy results, of any datasets, splits and seeds.
-        path: of the file.
-        merge: keep the runs that the file has and `frame` has not. So a grid that runs in parts ends in one table.
-
-    Raises:
-        ValueError: the file is no such table.
+    sorted, so that the same results give the same file. Folders are not written. `merge` keeps the runs that the file
+    has and `frame` has not: so a grid that runs in parts ends in one table.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

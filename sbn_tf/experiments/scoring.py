@@ -170,9 +170,8 @@ def score(
         predict_samples: normalised float32 images (batch, height, width, channels) -> probabilities
             (samples, batch, labels) or (samples, batch, height, width).
         split: `datasets.Split`.
-        task: one of `TASKS`.
         batch_size: images a call.
-        train_prevalence, threshold, boundary: as for `Evaluator`.
+        task, train_prevalence, threshold, boundary: as for `Evaluator`.
         shift: (kind, severity) of `shifted`, done to every image; None: as they are.
         verbose: show a progress bar.
 
@@ -317,15 +316,11 @@ def select_threshold(
 
     Best is the highest mean Dice with the majority masks or, for labels, the highest balanced accuracy (mean of
     sensitivity and specificity), mean over the labels that occur as both 0 and 1. Of equal cuts the one nearest 0.5.
+    Classes that exclude one another are decided by the most probable: 0.5 is given back.
 
     Args:
         mean_probs: (batch, labels) or (batch, height, width): the mean prediction.
-        targets: (batch, labels), or (batch, height, width, raters): 0 or 1; may be a `DiskArray`.
-        task: one of `TASKS`. Classes that exclude one another are decided by the most probable: 0.5 is given back.
-        rater_valid: (batch, raters) bool; None if all are.
-
-    Raises:
-        ValueError: as `evaluate`.
+        targets, task, rater_valid: as for `evaluate`. Masks may be a `DiskArray`.
     """
     probs, truths, valid = predictions.check(np.asarray(mean_probs)[None], targets, task, rater_valid)
     cuts = np.arange(1, 20) / 20

@@ -28,12 +28,7 @@ __all__ = ["read", "rows_of"]
 
 
 def read(path: str | os.PathLike) -> Plan:
-    """Read the plan of a study.
-
-    Raises:
-        ValueError: not such a file, no question, several datasets, or an unknown name.
-        FileNotFoundError: no such file.
-    """
+    """Read the plan of a study: questions about one dataset, whose names are all known; else a ValueError."""
     found = plan.read(path)
     if not found.questions:
         raise ValueError(f"Expected questions in {path}, one or more. Received: none")
@@ -89,16 +84,12 @@ def run_study(
         study: from `read`.
         runs: folder of all runs; None: `runs/` of the repository or the working directory.
         table: path of the CSV; None: the plan's, or `results/<name>.csv`.
-        seeds, folds: of these only; None: all of the study.
-        names: questions of these names only; None: all.
+        seeds, folds, names: of these seeds, folds and questions only; None: all of the study.
         split: what is scored: "val", or "test" once all is chosen.
         verbose: show the progress of each training.
 
     Returns:
         One line for each variant that failed, with its error; [] where none did.
-
-    Raises:
-        ValueError: an unknown question.
     """
     if unknown := [name for name in names or () if name not in study.questions]:
         raise ValueError(f"Expected questions among {', '.join(study.questions)}. Received: {unknown}")
@@ -148,16 +139,9 @@ def stability(
 ) -> pd.DataFrame:
     """How far the choice of weights repeats itself: shares that two masks have in common, for each score.
 
-    Args:
-        study: from `read`.
-        runs: folder of all runs.
-        seeds: None: all of the study.
-        r_bayes: fraction that is chosen; two random choices have this share in common.
-        early: epochs of the step 1 that is compared with the recipe's.
-
-    Returns:
-        A row for each score and seed: "score", "seed", "halves" (scores from the two halves of the training images),
-        "other_seed" (from the network of the next seed) and "early" (from the network of fewer epochs).
+    Two random choices of a fraction `r_bayes` have this share in common. A row for each score and seed: "score",
+    "seed", "halves" (scores from the two halves of the training images), "other_seed" (from the network of the next
+    seed) and "early" (from the network of `early` epochs).
     """
     fold = _dataset(study)[1].folds[0]
     base = dataclasses.replace(_experiment(study, fold, runs=runs, verbose=False), swapped=None)
@@ -191,10 +175,7 @@ def stability(
 def rows_of(question: Question, study: Plan, found: pd.DataFrame) -> pd.DataFrame:
     """The results of a question's variants, with the variant's label in the column `label`.
 
-    Args:
-        question: of the study.
-        study: the study itself.
-        found: results of one split, from its table.
+    `found` are results of one split, from the study's table.
     """
     name, data = _dataset(study)
     base = dataclasses.asdict(compare.recipe_of(name, study.recipe, **data.parameters))
@@ -226,9 +207,7 @@ def _is_of(found: pd.DataFrame, variant: Variant, settings: dict, data: dict) ->
 def is_of_recipe(method: str, settings: dict, recipe: dict) -> bool:
     """Whether a result's settings are a recipe's, apart from what its method sets for itself.
 
-    Args:
-        method: of `METHODS`; a trivial row fits any recipe.
-        settings, recipe: fields of `recipes.Recipe`.
+    Both are fields of `recipes.Recipe`; a trivial row fits any recipe.
     """
     if method not in METHODS:
         return True

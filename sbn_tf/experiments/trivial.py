@@ -54,12 +54,8 @@ def trivial_records(
 ) -> dict[str, Record]:
     """The same as `trivial`, as records of a dataset's test split, for intervals and paired tests.
 
-    Args:
-        data: `datasets.Data`.
-        threshold, boundary: as for `Evaluator`.
-        deterministic: `predict_samples` of a deterministic method; with it, and several raters, also "level_sets": the
-            `level_sets` of its probability map. These have "ged" and "hungarian_iou" alone.
-        batch_size: images a call of `deterministic`.
+    With `deterministic`, the `predict_samples` of a deterministic method, and several raters, also "level_sets": the
+    `level_sets` of its probability map, `batch_size` images a call. These have "ged" and "hungarian_iou" alone.
     """
     task, train, test = data.card.task, data.train, data.test
     frequency = prevalence(task, train.targets, train.rater_valid)
@@ -79,16 +75,15 @@ def trivial_records(
 def level_sets(mean_probs: ArrayLike, levels: Iterable[float] = (0.1, 0.3, 0.5, 0.7, 0.9)) -> np.ndarray:
     """Masks where a probability map exceeds each level, as samples: the spread of raters that one map already knows.
 
+    They are no draws from a distribution: compare them with the raters' masks ("ged", "hungarian_iou"); their mean is
+    not a probability.
+
     Args:
-        mean_probs: (batch, height, width) or (..., width, 1).
+        mean_probs: (batch, height, width) or (..., width, 1), 0..1; else a ValueError.
         levels: probabilities.
 
     Returns:
-        (levels, batch, height, width) float32 of 0 and 1. They are no draws from a distribution: compare them with
-        the raters' masks ("ged", "hungarian_iou"); their mean is not a probability.
-
-    Raises:
-        ValueError: another shape, probabilities outside 0..1 or NaN.
+        (levels, batch, height, width) float32 of 0 and 1.
     """
     mean_probs = np.asarray(mean_probs)
     mean_probs = mean_probs[..., 0] if mean_probs.ndim == 4 and mean_probs.shape[-1] == 1 else mean_probs

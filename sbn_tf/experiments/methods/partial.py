@@ -31,7 +31,7 @@ class Partial(Method):
     takes_r_bayes = takes_samples = True
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
-    layers: tuple[int, ...] | str = ()  # whose weights are all Bayesian: "all", or places in the network's order
+    places: tuple[int, ...] | None = None  # of layers that are wholly Bayesian, in the network's order; None: by score
 
     def _count_samples(self, num_samples):
         return super()._count_samples(num_samples) if self.takes_samples else self.recipe.num_samples
@@ -42,8 +42,8 @@ class Partial(Method):
         self._take(self._train_posterior(data))
 
     def _choose_masks(self, data):
-        if self.layers:
-            return _whole_layers(self.step1.model, self.recipe, self.layers)
+        if self.places is not None:
+            return _whole_layers(self.step1.model, self.recipe, self.places)
         return self._masks_of(data, self.recipe)
 
     def _masks_of(self, data, recipe):
@@ -215,7 +215,9 @@ class Bayes(Partial):
 
     name, title = "bayes", "fully Bayesian, from the trained weights"
     takes_r_bayes = uses_scores = False
-    layers = "all"
+
+    def _choose_masks(self, data):
+        return _whole_layers(self.step1.model, self.recipe)
 
 
 class FirstLayer(Partial):
@@ -223,7 +225,7 @@ class FirstLayer(Partial):
 
     name, title = "first_layer", "Bayesian first layer"
     takes_r_bayes = uses_scores = False
-    layers = (0,)
+    places = (0,)
 
 
 class LastLayer(Partial):
@@ -234,7 +236,7 @@ class LastLayer(Partial):
 
     name, title = "last_layer", "Bayesian last layer"
     takes_r_bayes = uses_scores = False
-    layers = (-1,)
+    places = (-1,)
 
 
 class FirstLast(Partial):
@@ -242,7 +244,7 @@ class FirstLast(Partial):
 
     name, title = "first_last", "Bayesian first and last layer"
     takes_r_bayes = uses_scores = False
-    layers = (0, -1)
+    places = (0, -1)
 
 
 class BayesNormal(Partial):
@@ -293,10 +295,10 @@ def _may_be_bayesian(model, recipe) -> dict[str, np.ndarray]:
     return {key: values for key, values in saliency(model, score="magnitude").items() if key not in idle}
 
 
-def _whole_layers(model, recipe, places="all"):
-    """Masks of all weights of the layers at these places in the network's order, or of "all"."""
+def _whole_layers(model, recipe, places=None):
+    """Masks of all weights of the layers at these places in the network's order; None: of all layers."""
     weights = _may_be_bayesian(model, recipe)
     layer_of = {key: key.rsplit("/", 1)[0] for key in weights}
     layers = list(dict.fromkeys(layer_of.values()))
-    chosen = layers if places == "all" else [layers[place] for place in places]
+    chosen = layers if places is None else [layers[place] for place in places]
     return Masks({key: np.full(w.shape, layer_of[key] in chosen) for key, w in weights.items()})
