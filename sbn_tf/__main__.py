@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **layout,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups = {"": commands}
+    groups, modules = {"": commands}, {}
     for words, (module, line, example) in COMMANDS.items():
         group, _, name = words.rpartition(" ")
         if group not in groups:
@@ -105,12 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             groups[group] = parent.add_subparsers(metavar="COMMAND", required=True)
         one = groups[group].add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
         if arguments[: len(words.split())] == words.split():
+            modules[one] = module, words
+    try:
+        for one, (module, words) in modules.items():
             command = importlib.import_module(module)
             command.add_arguments(one)
             one.set_defaults(run=command.run, command=words)
-    given = parser.parse_args(arguments)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
-    try:
+        given = parser.parse_args(arguments)
+        logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
         return given.run(given) or 0
     except KeyboardInterrupt:
         print(f"Stopped. {AGAIN}", file=sys.stderr)

@@ -161,14 +161,14 @@ def test_differences_are_those_of_the_paired_test(trained, training):
 
 
 def test_the_verdict_says_what_the_tests_say(trained, training):
-    assert "Better than the plain network of both steps' epochs in auc, accuracy, nll, brier" in training.text
+    assert "Better than a plain network trained for as many epochs in auc, accuracy, nll, brier" in training.text
     assert "Against title of budget_2: auc" in training.text  # rows of the same budget, where there are some
     assert "better than every predictor that ignores the image in auc, accuracy, nll, brier" in training.text
     worse = training_page.titled(trained.frame, "deterministic_longer")
     worse["method"] = worse["method"].replace({"members": "deterministic_longer", "deterministic_longer": "members"})
     ours = training_page.label_of(worse, "members")
     found = training_page.verdict(worse, ours, training_page.against(worse, ours, ("accuracy", "nll")))
-    assert found["kind"] == "worse" and "Worse than the plain network of both steps' epochs" in found["headline"]
+    assert found["kind"] == "worse" and "Worse than a plain network trained for as many epochs" in found["headline"]
 
 
 def test_a_network_no_better_than_the_training_frequencies_is_not_to_be_used(trained):

@@ -18,7 +18,7 @@ from sklearn.covariance import LedoitWolf
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
-from sbn_tf.experiments import predict, predictor
+from sbn_tf.experiments import predict, predictor, scoring
 from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
 from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor, tempered
@@ -480,6 +480,19 @@ def test_labels(task, outputs, tmp_path):
     np.testing.assert_allclose([row["total"], row["aleatoric"], row["epistemic"]], [entropy, entropy, 0], atol=1e-6)
 
 
+def test_compare_of_a_trained_folder_reads_what_was_trained_there(places, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "score", lambda *args, **options: pytest.fail("scored again"))
+    monkeypatch.setattr(keras.Model, "fit", lambda *args, **options: pytest.fail("trained again"))
+    before = {path: path.stat().st_mtime_ns for path in places.rglob("*.json")}
+    with tiny_networks():
+        assert main(["compare", str(places / "network")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in places.rglob("*.json")} == before
+    frame = pd.read_csv(places / "network" / "results.csv")
+    (dice,) = frame.loc[(frame["method"] == "members") & (frame["metric"] == "dice"), "value"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| members"))
+    assert f" {dice:.3f}" in row
+
+
 def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     net, new = str(places / "network"), str(places / "new")
 
@@ -501,6 +514,9 @@ def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--masks", "9"], "masks")
     refused(["train", new, "--out", str(tmp_path / "o")], "images.csv")
     refused(["train", str(places / "data"), "--out", str(places / "data" / "images.csv")], "--out, a folder")
+    refused(["train", str(places / "data"), "--size", "16", "--out", net], "begun with", "'quick'", "'sbn'")
+    refused(["train", str(places / "data"), "--size", "16", "--out", new], "Expected --out, an empty folder")
+    refused(["compare", net, "--recipe", "quick"], "the settings of", "--recipe")
     assert main(["predict", net, new, "--out", str(tmp_path / "o")]) == 0
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "0.2"], "begun with")
     for broken, says in ((np.zeros((4, 4), "float32"), "uint8"), (np.zeros((4, 4, 2), "uint8"), "1 or 3")):

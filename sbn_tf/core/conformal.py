@@ -253,7 +253,8 @@ def _weights(groups, num):
 def _check_enough(num, least, what):
     if num < least:
         raise ValueError(
-            f"Expected {least} or more calibration images (patients, where they are known) for {what}. Received: {num}"
+            f"Expected {least} or more calibration images (or patients, where known) for {what}. Received: {num}.\n"
+            "Take a higher value, or put more images into validation."
         )
 
 

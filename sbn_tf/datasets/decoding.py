@@ -315,7 +315,7 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
             raise
         raise ValueError(
             f"Expected a png, jpg, tif or bmp image of 8 bits a channel, or a grey one of 16. Received: {path}, "
-            f"which is truncated or corrupt, or another.\nGet it again or convert it."
+            f"which is truncated or corrupt, or no image.\nGet it again or convert it."
         ) from error
 
 

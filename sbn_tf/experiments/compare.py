@@ -21,7 +21,7 @@ from sbn_tf import datasets
 from sbn_tf.core.checks import check_fraction, check_seed
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments import folders, recipes, report, results, scoring, trivial
-from sbn_tf.experiments.experiment import Experiment, experiment
+from sbn_tf.experiments.experiment import TRAINING, Experiment, experiment, trained_in
 from sbn_tf.experiments.experiment import recipe_of as recipe_of  # notebooks take it from here
 from sbn_tf.experiments.methods import METHODS, Method, make
 from sbn_tf.experiments.records import shift_auroc
@@ -31,6 +31,8 @@ from sbn_tf.experiments.result import write as write_result
 from sbn_tf.metrics import METRICS
 
 __all__ = ["fitted", "row", "trivial_rows"]
+
+CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
 
 
 def row(settings: Experiment, method: str) -> Result:
@@ -307,11 +309,14 @@ def _result(experiment, record, **given):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf compare`."""
-    parser.add_argument("dataset", help="a name of sbn_tf.datasets.names(), or a folder of images")
+    parser.add_argument(
+        "dataset",
+        help="a name of sbn_tf.datasets.names(), a folder of images, or one that sbn-tf train wrote: then its settings",
+    )
     parser.add_argument("--methods", help="comma-separated; default: all of " + ", ".join(METHODS))
-    parser.add_argument("--r-bayes", type=float, default=0.01, help="fraction of the weights that is Bayesian, 0..1")
-    parser.add_argument("--seeds", default="0", help="comma-separated, such as 0,1,2")
-    parser.add_argument("--recipe", default="quick", help=f"one of {', '.join(recipes.RECIPES)}")
+    parser.add_argument("--r-bayes", type=float, help="fraction of the weights that is Bayesian, 0..1; default: 0.01")
+    parser.add_argument("--seeds", help="comma-separated, such as 0,1,2; default: 0")
+    parser.add_argument("--recipe", help=f"one of {', '.join(recipes.RECIPES)}; default: quick")
     parser.add_argument("--network", help="a name of sbn_tf.experiments.networks.NETWORKS; default: the recipe's")
     parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
@@ -332,22 +337,12 @@ def run(given: argparse.Namespace) -> None:
     """Make or read every row, and print the tables."""
     methods = None if given.methods is None else [name.strip() for name in given.methods.split(",")]
     check_methods(methods or ())
-    seeds = parse_seeds(given.seeds)
-    check_fraction("r_bayes", given.r_bayes)
-    threshold = _threshold(given.threshold)
-    options = {key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None}
-    keys = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
-    shared = experiment(
-        given.dataset,
-        given.recipe,
-        **{key: getattr(given, key) for key in keys},
-        data_root=given.data_root,
-        options=options,
-        r_bayes=given.r_bayes,
-        runs=given.runs,
-        threshold=threshold,
-        num_resamples=given.num_resamples,
-    )
+    seeds = parse_seeds(given.seeds or "0")
+    if Path(given.dataset, TRAINING).is_file():
+        shared, trained = _as_trained(given)
+        methods, seeds = methods or [*CONTROLS, trained], seeds if given.seeds else [shared.seed]
+    else:
+        shared = _as_given(given)
     print(shared.data.card, shared.data, shared.recipe, f"network: {shared.network}", sep="\n")
     rows = []
     for index, seed in enumerate(seeds):
@@ -363,6 +358,36 @@ def run(given: argparse.Namespace) -> None:
     print(f"\n{report.describe_metrics(shown)}")
     folders = [one.folder for one in rows if one.folder is not None]
     print(f"\nEach row is a metrics.json with its settings in {folders[-1].parents[2]}")
+
+
+_NUMBERS = ("network", "epochs", "bayes_epochs", "num_samples", "keep", "limit", "size", "normalisation")
+
+
+def _as_given(given):
+    rate = 0.01 if given.r_bayes is None else check_fraction("r_bayes", given.r_bayes)
+    return experiment(
+        given.dataset,
+        given.recipe or "quick",
+        **{key: getattr(given, key) for key in _NUMBERS},
+        data_root=given.data_root,
+        options={key: getattr(given, key) for key in ("fold", "split") if getattr(given, key) is not None},
+        r_bayes=rate,
+        runs=given.runs,
+        threshold=_threshold(given.threshold),
+        num_resamples=given.num_resamples,
+    )
+
+
+def _as_trained(given):
+    """The experiment of a folder that `sbn-tf train` wrote, and its method."""
+    own = (*_NUMBERS, "recipe", "r_bayes", "fold", "split", "runs", "data_root")
+    if said := [f"--{key.replace('_', '-')}" for key in own if getattr(given, key) is not None]:
+        raise ValueError(
+            f"Expected the settings of {given.dataset} alone, a trained network. Received: {' '.join(said)}"
+        )
+    shared, asked = trained_in(Path(given.dataset))
+    changes = {"threshold": _threshold(given.threshold), "num_resamples": given.num_resamples}
+    return dataclasses.replace(shared, **changes), asked["method"]
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from sbn_tf import datasets
 from sbn_tf.core.checks import check_fraction
+from sbn_tf.datasets.folder import Folder
 from sbn_tf.experiments import recipes, scoring
 
 __all__ = ["experiment", "recipe_of"]
 
+TRAINING = "training.json"  # in the folder of `sbn-tf train`: what it was asked for
 SHIFTS = {"noise": 2.0, "blur": 1.5, "contrast": 0.5}  # kind -> severity, of `scoring.shifted`
 
 
@@ -145,6 +149,20 @@ def experiment(
         data_root=data_root,
         **shared,
     )
+
+
+def trained_in(out: Path) -> tuple[Experiment, dict]:
+    """The experiment of `sbn-tf train`, and what it was asked for: what `training.json` in its folder says."""
+    asked = json.loads((out / TRAINING).read_text("utf-8"))
+    return of_training(out, asked), asked
+
+
+def of_training(out: Path, asked: dict) -> Experiment:
+    """The experiment of `sbn-tf train`, whose runs lie below `out`."""
+    folder = Folder(asked["folder"], asked["threshold"], asked["skip_broken"])
+    chosen = {key: asked[key] for key in ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")}
+    options = {"fit": asked["fit"]} | ({"window": asked["window"]} if asked["window"] else {})
+    return experiment(folder, asked["recipe"], **chosen, options=options, runs=out / "runs", shifts={})
 
 
 def recipe_of(

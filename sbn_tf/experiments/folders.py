@@ -151,6 +151,29 @@ def make_writable(path: Path) -> None:
         ) from None
 
 
+def begin(out: Path, name: str, settings: dict) -> None:
+    """Make a folder for `--out` with its settings in a file, or see that it was begun with these.
+
+    Raises:
+        ValueError: other settings, other files, or nothing can be written there.
+    """
+    path = out / name
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        make_writable(out)
+        write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
+        return
+    try:
+        begun = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"Expected --out, an empty folder or a new one. Received: {out}, with other files.") from None
+    if begun != (settings := json.loads(json.dumps(settings))):
+        differ = sorted(key for key in begun | settings if begun.get(key) != settings.get(key))
+        was, now = ({key: one.get(key) for key in differ} for one in (begun, settings))
+        raise ValueError(
+            f"Expected what {out} was begun with, {was}. Received: {now}.\nTake another --out, or delete this one."
+        )
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file that an earlier step wrote.
 

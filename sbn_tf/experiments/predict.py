@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import os
 import sys
@@ -20,7 +19,7 @@ from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.medical import pixel_spacing
-from sbn_tf.experiments.folders import make_writable
+from sbn_tf.experiments.folders import begin
 from sbn_tf.experiments.guarantees import CONFIDENCE, two_classes
 from sbn_tf.experiments.prediction_page import write_prediction_page
 from sbn_tf.experiments.predictor import BATCH, NetworkCard, Prediction, Predictor, image_files
@@ -65,7 +64,7 @@ def predict_folder(
     _check(predictor, **settings)
     decider = Decider(predictor.card, alpha, refer)
     settings["images"] = str(source)
-    _begin(place, settings | {"network": predictor.digest()})
+    begin(place, SETTINGS, settings | {"network": predictor.digest()})
     finished = set(_read(place / TABLE).get("image", ()))
     rest = [name for name in files if name not in finished]
     skipped: dict[str, str] = {}
@@ -164,7 +163,8 @@ class Decider:
                 lines.append(f"set: always with {', '.join(never)}: too few validation images have it")
         if self.most is not None:
             kept = f"{self.refer:g} of the others wrong at most, with confidence {CONFIDENCE:g}, for {drawn}"
-            none = "all images; every share of the validation images has too many errors"
+            wrong = sum(found.error)
+            none = f"all images, as too many of the {found.num} of validation are wrong ({wrong} of {len(found.error)})"
             lines.append(f"refer: {kept if self.most > -np.inf else none}")
         return lines
 
@@ -205,24 +205,6 @@ def _write_pictures(out, name, one, masks, cut=None):
     for kind, pixels in pictures.items():
         picture = Image.fromarray(pixels.astype("uint8"))
         write_atomically(out / kind / f"{name}.png", lambda file, picture=picture: picture.save(file, "PNG"))
-
-
-def _begin(out, settings):
-    """Make the folder of the results, or see that it was begun with these settings."""
-    path = out / SETTINGS
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        make_writable(out)
-        write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
-        return
-    try:
-        begun = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"Expected --out, an empty folder or a new one. Received: {out}, with other files.") from None
-    if begun != settings:
-        raise ValueError(
-            f"Expected what {out} was begun with, {begun}. Received: {settings}.\n"
-            "Take another --out, or delete this one."
-        )
 
 
 def _read(path):
@@ -278,7 +260,8 @@ def run(given: argparse.Namespace) -> int:
     table = predict_folder(predictor, given.images, given.out, **options)
     skipped = _read(Path(given.out, SKIPPED))
     flagged = int(table["flag"].sum()) if len(table) else 0
-    print(f"{len(table)} images, {flagged} flagged, {len(skipped)} skipped: {Path(given.out, REPORT)}")
+    referred = f"{int(table['refer'].sum())} to refer, " if "refer" in table else ""
+    print(f"{len(table)} images, {flagged} flagged, {referred}{len(skipped)} skipped: {Path(given.out, REPORT)}")
     for line in Decider(predictor.card, given.alpha, given.refer).promises():
         print(line)
     for name, reason in zip(skipped.get("image", ()), skipped.get("reason", ()), strict=True):

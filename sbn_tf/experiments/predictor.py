@@ -284,11 +284,10 @@ class Predictor:
 
     def read(self, image: str | os.PathLike | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """An image as the network's normalised input (size, size, channels), and its own (width, height)."""
-        card = self.card
         if isinstance(image, np.ndarray):
-            pixels, whole = _pixels(image, card), (image.shape[1], image.shape[0])
+            pixels, whole = _pixels(image, self.card), (image.shape[1], image.shape[0])
         else:
-            pixels, whole = read_image(image, card.size, card.fit, card.channels, card.window)
+            pixels, whole = read_image(image, self.card.size, self.card.fit, self.card.channels, self.card.window)
         return self.normalised(pixels), whole
 
     def normalised(self, pixels: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,13 @@ from sbn_tf import metrics
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.predictions import EXCLUSIVE
 from sbn_tf.datasets.decoding import FITS
-from sbn_tf.datasets.folder import Folder, is_folder
+from sbn_tf.datasets.folder import is_folder
 from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.check_data import add_folder_arguments
-from sbn_tf.experiments.compare import all_rows, fitted
+from sbn_tf.experiments.compare import CONTROLS, all_rows, fitted
 from sbn_tf.experiments.distance import BATCH, FeatureDistance, Features
-from sbn_tf.experiments.experiment import Experiment, experiment
-from sbn_tf.experiments.folders import make_writable
+from sbn_tf.experiments.experiment import TRAINING, Experiment, of_training
+from sbn_tf.experiments.folders import begin
 from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
@@ -26,7 +27,6 @@ from sbn_tf.experiments.methods.plain import fit_temperature
 from sbn_tf.experiments.predictor import NetworkCard, Predictor, recovered_logits
 from sbn_tf.experiments.training_page import write_training_page
 
-CONTROLS = ("deterministic", "deterministic_longer")  # the plain network, and trained as long as ours
 ONE_NETWORK = ("members", "branched", "mixture", "partial", CONTROLS[0])  # they predict from one saved model
 
 
@@ -108,7 +108,9 @@ def _training(model, split) -> dict[str, np.ndarray]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sbn-tf train`."""
     parser.add_argument("folder", help="a folder with images.csv, see data/README.md")
-    parser.add_argument("--out", required=True, help="folder of the trained network; the same again goes on")
+    parser.add_argument(
+        "--out", required=True, help="folder of the trained network, new or empty; the same command again goes on"
+    )
     parser.add_argument("--method", default="members", choices=ONE_NETWORK, help="default: members")
     parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
     parser.add_argument("--recipe", default="sbn", help=f"one of {', '.join(recipes.RECIPES)}")
@@ -136,15 +138,13 @@ def run(given: argparse.Namespace) -> None:
     out = Path(given.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"Expected --out, a folder. Received: {out}, a file.")
-    keys = ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")
     if not is_folder(given.folder):
         raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
-    chosen = {key: getattr(given, key) for key in keys}
-    options = {"fit": given.fit} | ({"window": given.window} if given.window else {})
-    folder = Folder(given.folder, given.threshold, given.skip_broken)
-    settings = experiment(folder, given.recipe, **chosen, options=options, runs=out / "runs", shifts={})
+    asked = {key: value for key, value in vars(given).items() if key not in ("run", "command", "out", "rivals")}
+    asked["folder"] = str(Path(given.folder).resolve())
+    settings = of_training(out, asked)
     print(settings.data.card, settings.data, sep="\n")
-    make_writable(out)
+    begin(out, TRAINING, asked | {"images": settings.data.digest()})
     rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit, given.window)
@@ -156,5 +156,5 @@ def run(given: argparse.Namespace) -> None:
     print(f"\n## {title}, {settings.data.test.num_examples} test images\n\n{report.to_markdown(table)}")
     print(
         f"\nThe report is {out / 'report.html'}. The network is in {out}, {METHODS[given.method].title}. "
-        f"New images: sbn-tf predict {out} IMAGES --out DIR"
+        f"New images: sbn-tf predict {shlex.quote(str(out))} IMAGES --out DIR"
     )

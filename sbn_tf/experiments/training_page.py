@@ -170,7 +170,9 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     compared = {key: test.loc[trivial].dropna(subset=["difference"]) for key, test in tests.items() if key != "ece"}
     compared = {key: test for key, test in compared.items() if len(test)}
     useless = [key for key, test in compared.items() if (test["outcome"] != "better").any()]
-    sentences = [_sentence(found, ours, label, tests) for label in (control, *budgets) if label not in (None, ours)]
+    plain = label_of(frame, "deterministic")
+    rivals = [label for label in (control, plain, *budgets) if label not in (None, ours)]
+    sentences = [_sentence(found, ours, label, tests) for label in rivals]
     if compared:
         sentences.append(
             f"A predictor that ignores the image is as good, as far as these images show, in {', '.join(useless)}."
@@ -180,6 +182,10 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     kind, headline = ("", "There is no plain network to compare it with.")
     if control is not None and control != ours:
         kind, headline = _headline({key: test.loc[control, "outcome"] for key, test in tests.items()})
+        lost = [key for key, test in tests.items() if plain in test.index and test.loc[plain, "outcome"] == "worse"]
+        if plain not in (None, ours) and lost:
+            kind = "" if kind == "better" else "worse"
+            headline += f" Worse than the plain network of step 1 in {', '.join(lost)}."
     if "nll" in useless:
         kind, headline = "worse", "Do not use it: a predictor that ignores the image has as good probabilities."
     number = int(frame["num_test"].max())
@@ -194,13 +200,13 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
 
 def _headline(outcomes):
     better, worse = ([key for key, one in outcomes.items() if one == kind] for kind in ("better", "worse"))
-    rival = "the plain network of both steps' epochs"
+    rival = "a plain network trained for as many epochs"
     if better and worse:
         return "", f"Better than {rival} in {', '.join(better)}, worse in {', '.join(worse)}."
     if better:
         return "better", f"Better than {rival} in {', '.join(better)}; in the rest no difference can be seen."
     if worse:
-        return "worse", f"Worse than {rival} in {', '.join(worse)}: use the plain network."
+        return "worse", f"Worse than {rival} in {', '.join(worse)}: use that one."
     return "", f"No better and no worse than {rival}, as far as these test images can show."
 
 
