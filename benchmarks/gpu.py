@@ -30,7 +30,7 @@ from pathlib import Path
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from sbn_tf.core.files import write_atomically  # sbn_tf before Keras: TensorFlow then starts without its notes
+from sbn_tf.core.files import write_atomically  # sbn_tf before Keras: it silences TensorFlow's log
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 5

@@ -25,7 +25,7 @@
 # - *Runs in*: 20 seconds (CPU).
 
 # %% tags=["active-ipynb"]
-# import sbn_tf  # first, so that TensorFlow starts without its notes
+# import sbn_tf  # first: it silences TensorFlow's log
 
 # %%
 """Cost of a model: operations counted from traced graphs, parameters, bytes, time and memory."""

@@ -37,7 +37,7 @@ from __future__ import annotations
 import inspect
 import zlib
 
-import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
+import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import keras
 import numpy as np
 from keras import ops
@@ -172,7 +172,7 @@ class GaussianPosterior(Posterior):
         return make_normal(self.loc(), self.scale_of_entries())
 
     def _first_scales(self):
-        """Initializer of the scales. A seeded Keras initializer repeats its values, so each weight gets a seed."""
+        """Initializer of the scales. Each weight gets its own seed, or all would start alike."""
         initializer = self.options.untransformed_scale_initializer
         if initializer is None:
             return lambda shape, dtype: ops.cast(softplus_inverse(self._start_scales()), dtype)
@@ -203,7 +203,7 @@ def _seam(name: str, stock):
     """Property that returns this call's draw inside the layer's `call`, and the loc outside.
 
     Most stock layers keep the loc in a plain attribute, which Keras sets in `build`. Where the stock class has a
-    property of that name (`kernel` of Dense and of the convolutions), that property still returns the loc.
+    property of that name (`kernel` of Dense, `embeddings` of Embedding), that property still returns the loc.
     """
     stored = f"_{name}_loc"
 
@@ -288,7 +288,7 @@ class MaskedGaussian(WithPosteriors):
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
         posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
-        set_part(self, "posteriors", posteriors, counted=False)  # counted only after it has entries
+        set_part(self, "posteriors", posteriors, counted=False)  # Keras sees it once it has entries
         if self.built:  # some are built in `__init__`, such as `Embedding(weights=...)`
             self.posteriors.make()
 
@@ -501,9 +501,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # ## 7. How does it go into your own model?
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
-# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian
-# entry is the bias. Its noise changes the output of every input, even where the units behind the eight Bayesian kernel
-# entries are 0.
+# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian entry is the bias. Its noise
+# changes the output of every input, even where the hidden units of the eight Bayesian kernel entries are 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)

@@ -47,7 +47,7 @@ Metrics take (targets, predictions), as Keras and scikit-learn do. `mean_probs` 
 from __future__ import annotations
 
 
-import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
+import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
+import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import keras
 from keras import ops
 
@@ -238,7 +238,7 @@ class PartialBayes(SampledModel):
 #  + \underbrace{I}_{\text{mutual information: epistemic}}. $$
 #
 # $H$ is the entropy in nats: $-p \ln p - (1-p) \ln(1-p)$ of a pixel or label, $-\sum_c p_c \ln p_c$ over classes. The
-# samples are an array (samples, batch, height, width, 1). The results, the mean and the three terms of the equation,
+# samples are an array (samples, batch, height, width, 1). The results (the mean and the equation's three terms)
 # have no samples axis: each is one picture per image. With classes, the three terms have no class axis either.
 #
 # By hand: two samples that say 0 and 1 are each sure (entropy 0), but their mean 0.5 is not ($\ln 2 = 0.693$ nats): all
@@ -261,7 +261,7 @@ class PartialBayes(SampledModel):
 # | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
 # | training batch norm behind a Bayesian weight | sees many draws or part of a batch | only with `"all"` or `"turns"` |
-# | every scale starts at .01 | for some weights ten times their value: a ruin | relative start, halved to fit `data` |
+# | every scale starts at .01 | for some weights ten times their value: a ruin | smaller start if the loss rises |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -362,7 +362,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # | `"all"` (the paper's) | each of S draws sees the whole batch | $1 + (S - 1) f$ | everywhere |
 # | `"split"` | draw $s$ sees part $s$ of the batch | about 1 | everywhere (S calls if a layer may mix examples) |
 # | `"turns"` | one draw a step sees the whole batch, the next step another | 1 | everywhere |
-# | `"flipout"` (Wen et al. 2018) | each example its own: one noise, random signs | 1 to 2 | axis 0 is the batch |
+# | `"flipout"` (Wen et al. 2018) | one noise, each example with signs of its own | 1 to 2 | axis 0 is the batch |
 # | `"local"` (Kingma et al. 2015) | noise on each Dense output; other layers: flipout | 1 to 2 | axis 0 is the batch |
 #
 # *Which one?* `"split"` and `"turns"` cost least; `"flipout"` has the least variance of gradients for its time in

@@ -41,7 +41,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 
-import sbn_tf  # noqa: F401 (first: TensorFlow then starts without its notes)
+import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import keras
 import numpy as np
 
@@ -242,8 +242,8 @@ def saliency(
 class SaliencyRecorder(EpochRecorder):
     """Scores of `saliency` from the gradients of an epoch of `fit`, without a pass of their own.
 
-    Other epochs cost nothing. `fit` ends with nothing of it left in the model, even if it raises. The gradients are
-    those of training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted;
+    Other epochs cost nothing. After `fit`, even a failed one, the model holds no trace of it. The gradients are those
+    of training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted;
     other losses that layers add stay in. Under `tf.distribute` a batch is the global one.
 
     Args:
@@ -455,8 +455,8 @@ def top_k(
 # Why are late weights cheaper? Layers before the first Bayesian weight give the same output for every sample and run
 # once. The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come
 # after one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries with most
-# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers no choice is better: it ranks the entries
-# of all last layers within the bound. If the graph branches, it takes the best of two or three sets of weights.
+# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers this is optimal: all entries of the last
+# layers within the bound are ranked. If the graph branches, it tries a few sets of weights and may miss the best.
 
 
 # %%
@@ -480,7 +480,7 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers have 8, 8 and 4 multiply-adds. Each has two salient entries, which score 6, 3 and 1 by layer.
+# By hand: three layers have 8, 8 and 4 multiply-adds. Each has two salient entries: both score 6, then 3, then 1.
 # Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
