@@ -389,3 +389,33 @@ def test_the_command_line_trains_and_predicts(found):
     assert {"nll", "dice", "train_seconds", "weight_bytes", "num_bayesian"} <= set(done["metrics"])
     assert not any("flops" in key for key in done["metrics"] if key != "paper_flops")  # TensorFlow's graphs are counted
     assert done["versions"] == sorted(("keras", "sbn_tf", found["backend"]))
+
+
+DEVICES = """
+import json, os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+sys.path.insert(0, sys.argv[1])
+import numpy as np, jax, keras
+import test_backends as here
+
+def trained(distribution, **options):
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    bnn = here.bayesian(0.3, num_samples=2, **options)
+    losses = bnn.fit(*here.data(), batch_size=4, epochs=2, shuffle=False, verbose=0).history
+    return [losses["loss"], losses["kl"], *(w.tolist() for w in bnn.get_weights() if w.dtype.kind == "f")]
+
+kinds = ({"estimator": "all"}, {"estimator": "split"}, {"estimator": "split", "posterior": "members"})
+both = [[trained(one, **kind) for one in (None, keras.distribution.DataParallel())] for kind in kinds]
+print(json.dumps({"devices": jax.device_count(), "both": both}))
+"""
+
+
+def test_two_devices_of_jax_train_as_one_does():
+    done = on("jax", "-c", DEVICES, TESTS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["devices"] == 2
+    for one, two in found["both"]:  # losses, KL and all weights: the noise is that of the whole batch
+        for single, parallel in zip(one, two, strict=True):
+            np.testing.assert_allclose(parallel, single, rtol=1e-5, atol=1e-6)
