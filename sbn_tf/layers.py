@@ -117,8 +117,8 @@ __all__ = [
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
 # The prior N(0, 1) ignores the values that training found: it charges $\mu^2 / 2$ for every Bayesian entry, and pulls
-# it to 0. `prior_at_loc` moves the prior's centre to the value $m$ that the weight had at the start. That equals the KL
-# of $\mathcal{N}(\mu - m, \sigma^2)$ from the unmoved prior. By hand: with $m = \mu$ the term
+# it to 0. `prior_at_loc` moves the prior's centre to the value $m$ that the weight had at the start. The KL is then
+# that of $\mathcal{N}(\mu - m, \sigma^2)$ from $\mathcal{N}(0, 1)$. By hand: with $m = \mu$ the term
 # $\mu^2 / 2 = 0.125$ is gone, and 1.808 nats are left.
 
 # %% tags=["active-ipynb"]
@@ -288,7 +288,7 @@ class MaskedGaussian(WithPosteriors):
         self.seed, self.posterior_options = seed, PosteriorOptions(**options)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
         posteriors = Posteriors(self, num_bayesian, mask, self.posterior_options, seed=seed, dtype=dtype)
-        set_part(self, "posteriors", posteriors, counted=False)  # Keras sees it once it has entries
+        set_part(self, "posteriors", posteriors, counted=False)  # Keras sees it when it has entries
         if self.built:  # some are built in `__init__`, such as `Embedding(weights=...)`
             self.posteriors.make()
 
@@ -502,7 +502,7 @@ def masked_layers(model: keras.layers.Layer) -> list:
 #
 # A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
 # `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian entry is the bias. Its noise
-# changes the output of every input, even where the hidden units of the eight Bayesian kernel entries are 0.
+# changes the output of every input, even where the eight Bayesian kernel entries get inputs of 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)
@@ -537,8 +537,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # - Each call makes a new draw; inside `with posterior_sample():` all calls share one. Outside `call`, and in every
 #   saved file, the weight is its loc.
 # - The KL of the `k` entries enters the loss once a step, times `kl_weight`, which you must give.
-# - With no Bayesian entry each layer is its stock Keras layer, bit for bit; if all entries are Bayesian, it needs no
-#   index.
+# - With no Bayesian entry each layer is its stock Keras layer, bit for bit; a weight that is all Bayesian has
+#   no index.
 #
 # ## Exercises
 #

@@ -182,7 +182,7 @@ class PartialBayes(SampledModel):
             return ESTIMATORS[self.estimator](self, inputs)
 
     def train_step(self, *args):
-        """`keras.Model.train_step`; with "turns" it trains one member and keeps the others."""
+        """`keras.Model.train_step`; with "turns" only one member changes."""
         step = super().train_step
         return train_in_turns(self, step, *args) if self.estimator == "turns" else step(*args)
 
@@ -191,7 +191,7 @@ class PartialBayes(SampledModel):
         loss = compiled_loss(self)
         if loss is None:
             raise ValueError("Expected a loss: compile(optimizer, loss). Received: none.")
-        self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # a metric cannot read weights in JAX
+        self.kl_tracker.update_state(self.kl_divergence() / self.kl.num_train)  # here, as no metric can in JAX
         samples = y_pred["samples"] if is_samples(self.network, y_pred) else [y_pred]
         data = sum(loss(y, sample, sample_weight) for sample in samples) / len(samples)
         update_mean(self.nll_tracker, data, samples[0])
@@ -283,8 +283,8 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values per entry) or "mixture".
         seed: int, fixes initial values and noise. verbose: whether to show the progress of the pass over `data`.
-        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's magnitude, halved while
-            such noise raises the first examples' loss much; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
+        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's magnitude, halved until
+            it raises the loss of the first examples little; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
 
     Raises:
         ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
@@ -354,8 +354,8 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # ### How do several draws share one pass?
 #
 # The loss is an expectation over the posterior. All estimators are unbiased; they differ in cost and in variance.
-# After a Bayesian weight, batch norm in training mode would normalise over all draws of one pass together, which
-# matches no single draw: only `"all"` and `"turns"` are accepted there.
+# Behind a Bayesian weight, batch norm in training mode would normalise over all draws of one pass together. Only
+# `"all"` and `"turns"`, which have one draw a pass, are accepted there.
 #
 # | `estimator` | who sees which draw | passes | where |
 # |---|---|---|---|
@@ -400,8 +400,8 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # Locs start at trained values and need small steps; scales start at a guess and need large ones.
 # `LocScaleOptimizer(a, b)` gives each its own optimiser (`sbn_tf.core.optimizers`). `compile()` without arguments takes
 # the network's own loss, metrics and optimiser, at a tenth of its learning rate (a hundredth with frozen batch norm),
-# and `Adam(0.01)` for the scales. `BetaSchedule` changes beta over the epochs, which acts at once, even on a
-# compiled model. The paper's segmentation runs go from 0.2 to 0.01.
+# and `Adam(0.01)` for the scales. `BetaSchedule` changes beta over the epochs; a change acts at once, even on
+# a compiled model. The paper's segmentation runs go from 0.2 to 0.01.
 
 
 # %%
@@ -530,7 +530,7 @@ class BetaSchedule(keras.callbacks.Callback):
 #   A few Bayesian weights do not make a network doubt what it has never seen; nothing here detects such inputs.
 # - *Scales that hardly moved.* Then the spread of the samples comes from the initial scale, a guess. Look at
 #   `bnn.scales()`.
-# - *Mutual information near 0.* Then the posterior adds nothing to the mean probability.
+# - *Mutual information near 0.* Then all samples say the same, and one would do.
 # - *One seed, five samples.* Both are noisy: repeat before you believe a difference.
 # - *A number without its trivial row*, the row of a predictor that ignores the image. Where a label is true of 6 % of
 # the images, always saying no is right on 94 %.

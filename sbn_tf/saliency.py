@@ -242,7 +242,7 @@ def saliency(
 class SaliencyRecorder(EpochRecorder):
     """Scores of `saliency` from the gradients of an epoch of `fit`, without a pass of their own.
 
-    Other epochs cost nothing. After `fit`, even a failed one, the model holds no trace of it. The gradients are those
+    Other epochs cost nothing. After `fit`, even if it fails, the model is free of the recorder. The gradients are those
     of training: dropout is on, class and sample weights count. Gradients of weight regularisers are subtracted;
     other losses that layers add stay in. Under `tf.distribute` a batch is the global one.
 
@@ -480,7 +480,7 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers have 8, 8 and 4 multiply-adds. Each has two salient entries: both score 6, then 3, then 1.
+# By hand: three layers have 8, 8 and 4 multiply-adds. Their two salient entries score 6, 3 and 1 by layer.
 # Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
 
 # %% tags=["active-ipynb"]
@@ -551,7 +551,7 @@ def saliency_against_cost(
 # ## 7. Where do the chosen weights lie?
 #
 # The pictures are of the last of the three networks: the share of each weight's entries that `fisher` chose (left), and
-# the saliency lost by cheaper choices (right; 4 % are chosen, since the last layer alone has 5 %).
+# the saliency lost by cheaper choices (right; 4 % are chosen, so that the last layer could hold all).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt

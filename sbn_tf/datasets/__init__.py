@@ -131,8 +131,9 @@ def _registered(name) -> tuple[Card, Callable[..., Parts]]:
         if folder.is_folder(name):
             return folder.folder_dataset(name)
         raise ValueError(
-            f"Expected a dataset among {', '.join(names())}, or a folder with images.csv (data/README.md).\n"
-            f"Received: name={name!r}{', a folder without it' if isinstance(name, str) and os.path.isdir(name) else ''}"
+            f"Expected a dataset among {', '.join(names())}. Received: name={name!r}"
+            f"{', a folder without images.csv' if isinstance(name, str) and os.path.isdir(name) else ''}.\n"
+            "For images of your own give the path of a folder with an images.csv (data/README.md)."
         )
     return found
 
