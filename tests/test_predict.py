@@ -273,6 +273,8 @@ def test_decisions_with_a_guarantee(places, network, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "masks_fnr: 0.25 of the true pixels missed at most, in the mean over new images drawn as the 3" in said
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    number, page = table["refer"].sum(), (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f" {number} to refer, " in said and f"To refer: {number} of 5 images" in page
     assert table["refer"].dtype == bool and len(list((tmp_path / "out" / "masks_fnr").iterdir())) == len(table) == 5
     assert main([*arguments[:-1], str(tmp_path / "o"), "--alpha", "0.1"]) == 2
     assert "Expected 9 or more calibration images" in capsys.readouterr().err

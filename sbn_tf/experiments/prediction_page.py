@@ -19,6 +19,7 @@ from sbn_tf.experiments import pages
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 CASES = 12
+NAMED = 20  # images to refer, at most, that the page names
 UNUSUAL = 0.01  # probability of so many flags, if the images were like those of validation
 
 
@@ -62,8 +63,9 @@ def write_prediction_page(
         sentences.append("These were cut into tiles; flags compare them with whole images of validation.")
     referred = []
     if "refer" in table:
-        names = ", ".join(unsure.loc[unsure["refer"], "image"]) or "none"
-        referred.append(f"To refer: {int(table['refer'].sum())} images ({names}).")
+        names = unsure.loc[unsure["refer"], "image"].tolist()
+        which = ", ".join(names) if 0 < len(names) <= NAMED else "column refer of predictions.csv"
+        referred.append(f"To refer: {len(names)} of {len(table)} images ({which}).")
     legend = "Total uncertainty is the mean entropy in nats; it is aleatoric plus epistemic."
     if card.task == SEGMENTATION:
         legend += " The mask is green. Uncertainty: the entropy of each pixel, from 0 (dark) to ln 2 nats (yellow)."
