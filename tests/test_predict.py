@@ -519,6 +519,14 @@ def test_what_cannot_be_done_is_said(places, network, tmp_path, capsys):
     refused(["train", str(places / "data"), "--size", "16", "--out", net], "begun with", "'quick'", "'sbn'")
     refused(["train", str(places / "data"), "--size", "16", "--out", new], "Expected --out, an empty folder")
     refused(["compare", net, "--recipe", "quick"], "the settings of", "--recipe")
+    for wrong in (["--network", "unet_smal"], ["--seed", "-1"], ["--rivals", "bogus"]):  # a typo locks no folder
+        assert main(["train", str(places / "data"), "--size", "16", "--out", str(tmp_path / "typo"), *wrong]) == 2
+        assert not (tmp_path / "typo").exists() and capsys.readouterr().err
+    (tmp_path / "theirs").mkdir()
+    for text in ("[1]", '{"a": 1}', "{"):
+        (tmp_path / "theirs" / "training.json").write_text(text)
+        refused(["compare", str(tmp_path / "theirs")], "training.json", "another file")
+        refused(["train", str(places / "data"), "--size", "16", "--out", str(tmp_path / "theirs")], "--out")
     assert main(["predict", net, new, "--out", str(tmp_path / "o")]) == 0
     refused(["predict", net, new, "--out", str(tmp_path / "o"), "--flag", "0.2"], "begun with")
     for broken, says in ((np.zeros((4, 4), "float32"), "uint8"), (np.zeros((4, 4, 2), "uint8"), "1 or 3")):

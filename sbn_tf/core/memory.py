@@ -88,7 +88,10 @@ def _reset_peak() -> str:
     try:
         if gpus := _gpus():
             for gpu in gpus:
-                (torch.cuda if BACKEND == "torch" else tf.config.experimental).reset_memory_stats(gpu)
+                if BACKEND == "torch":
+                    torch.cuda.reset_peak_memory_stats(gpu)
+                else:
+                    tf.config.experimental.reset_memory_stats(gpu)
             return "largest memory allocated on the GPUs within the block"
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

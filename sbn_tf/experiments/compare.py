@@ -340,7 +340,7 @@ def run(given: argparse.Namespace) -> None:
     seeds = parse_seeds(given.seeds or "0")
     if Path(given.dataset, TRAINING).is_file():
         shared, trained = _as_trained(given)
-        methods, seeds = methods or [*CONTROLS, trained], seeds if given.seeds else [shared.seed]
+        methods, seeds = methods or list(dict.fromkeys((*CONTROLS, trained))), seeds if given.seeds else [shared.seed]
     else:
         shared = _as_given(given)
     print(shared.data.card, shared.data, shared.recipe, f"network: {shared.network}", sep="\n")

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import keras
 import numpy as np
 
 from sbn_tf import datasets
@@ -153,8 +154,21 @@ def experiment(
 
 def trained_in(out: Path) -> tuple[Experiment, dict]:
     """The experiment of `sbn-tf train`, and what it was asked for: what `training.json` in its folder says."""
-    asked = json.loads((out / TRAINING).read_text("utf-8"))
-    return of_training(out, asked), asked
+    try:
+        asked = json.loads((out / TRAINING).read_text("utf-8"))
+        made = of_training(out, asked)
+        begun = {key: asked[key] for key in ("images", "backend", "dtype")}
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"Expected {out / TRAINING} as `sbn-tf train` wrote it. Received: another file.") from None
+    if begun != (now := identity(made)):
+        raise ValueError(f"Expected what {out} was trained on, {begun}. Received: {now}.")
+    return made, asked
+
+
+def identity(made: Experiment) -> dict[str, str]:
+    """What tells the runs of a trained folder apart, beside what `sbn-tf train` was asked for."""
+    policy = keras.config.dtype_policy().name
+    return {"images": made.data.digest(), "backend": keras.backend.backend(), "dtype": policy}
 
 
 def of_training(out: Path, asked: dict) -> Experiment:

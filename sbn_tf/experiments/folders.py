@@ -40,7 +40,7 @@ def run_folder(runs: str | os.PathLike | None, dataset: str, method: str, seed: 
 def digest(settings: dict) -> str:
     """A short hash of settings, of the files' format, of Keras's dtype policy and of a backend that is not TensorFlow.
 
-    Each backend has noise and an order of images of its own, so none goes on with another's run.
+    Each backend has noise and initial weights of its own, so none goes on with another's run.
     """
     import keras
 
@@ -163,8 +163,8 @@ def begin(out: Path, name: str, settings: dict) -> None:
         write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
         return
     try:
-        begun = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        begun = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         raise ValueError(f"Expected --out, an empty folder or a new one. Received: {out}, with other files.") from None
     if begun != (settings := json.loads(json.dumps(settings))):
         differ = sorted(key for key in begun | settings if begun.get(key) != settings.get(key))

@@ -10,20 +10,21 @@ import numpy as np
 from scipy.special import log_softmax
 
 from sbn_tf import metrics
-from sbn_tf.core.checks import check_fraction
+from sbn_tf.core.checks import check_choice, check_fraction, check_seed
 from sbn_tf.core.predictions import EXCLUSIVE
 from sbn_tf.datasets.decoding import FITS
 from sbn_tf.datasets.folder import is_folder
 from sbn_tf.experiments import recipes, report, results
 from sbn_tf.experiments.check_data import add_folder_arguments
-from sbn_tf.experiments.compare import CONTROLS, all_rows, fitted
+from sbn_tf.experiments.compare import CONTROLS, all_rows, check_methods, fitted
 from sbn_tf.experiments.distance import BATCH, FeatureDistance, Features
-from sbn_tf.experiments.experiment import TRAINING, Experiment, of_training
+from sbn_tf.experiments.experiment import TRAINING, Experiment, identity, of_training
 from sbn_tf.experiments.folders import begin
 from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
 from sbn_tf.experiments.methods.plain import fit_temperature
+from sbn_tf.experiments.networks import NETWORKS
 from sbn_tf.experiments.predictor import NetworkCard, Predictor, recovered_logits
 from sbn_tf.experiments.training_page import write_training_page
 
@@ -142,10 +143,14 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"Expected a folder with images.csv (data/README.md). Received: {given.folder}")
     asked = {key: value for key, value in vars(given).items() if key not in ("run", "command", "out", "rivals")}
     asked["folder"] = str(Path(given.folder).resolve())
+    rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
+    check_methods(rivals)
+    check_seed(given.seed)
+    if given.network is not None:
+        check_choice("network", given.network, tuple(NETWORKS))
     settings = of_training(out, asked)
     print(settings.data.card, settings.data, sep="\n")
-    begin(out, TRAINING, asked | {"images": settings.data.digest()})
-    rivals = [name.strip() for name in given.rivals.split(",") if name.strip()]
+    begin(out, TRAINING, asked | identity(settings))
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit, given.window)
     predictor.save(out)
