@@ -78,6 +78,31 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{message}\n`{self.prog} --help` lists what it takes.\n")
 
 
+def _parsed(arguments):
+    """The arguments of one command, which alone is imported, and its `run`."""
+    examples = "\n".join(["examples:", *(f"  {example}" for _, _, example in COMMANDS.values())])
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = _Parser(
+        prog="sbn-tf",
+        description="Sparse Bayesian networks in Keras. `sbn-tf COMMAND --help` explains a command.",
+        epilog=f"{examples}\n\n{EXIT_CODES}",
+        **layout,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups = {"": commands}
+    for words, (module, line, example) in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        if group not in groups:
+            parent = commands.add_parser(group, help=GRID, description=GRID, epilog=f"example: {example}", **layout)
+            groups[group] = parent.add_subparsers(metavar="COMMAND", required=True)
+        one = groups[group].add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
+        if arguments[: len(words.split())] == words.split():
+            command = importlib.import_module(module)
+            command.add_arguments(one)
+            one.set_defaults(run=command.run, command=words)
+    return parser.parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -88,30 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 fine, 1 a problem was found or a part failed, 2 wrong input.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    examples = "\n".join(["examples:", *(f"  {example}" for _, _, example in COMMANDS.values())])
-    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = _Parser(
-        prog="sbn-tf",
-        description="Sparse Bayesian networks in Keras. `sbn-tf COMMAND --help` explains a command.",
-        epilog=f"{examples}\n\n{EXIT_CODES}",
-        **layout,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups, modules = {"": commands}, {}
-    for words, (module, line, example) in COMMANDS.items():
-        group, _, name = words.rpartition(" ")
-        if group not in groups:
-            parent = commands.add_parser(group, help=GRID, description=GRID, epilog=f"example: {example}", **layout)
-            groups[group] = parent.add_subparsers(metavar="COMMAND", required=True)
-        one = groups[group].add_parser(name, help=line, description=line, epilog=f"example: {example}", **layout)
-        if arguments[: len(words.split())] == words.split():
-            modules[one] = module, words
     try:
-        for one, (module, words) in modules.items():
-            command = importlib.import_module(module)
-            command.add_arguments(one)
-            one.set_defaults(run=command.run, command=words)
-        given = parser.parse_args(arguments)
+        given = _parsed(arguments)
         logging.getLogger("tensorflow").setLevel("ERROR")  # it warns that each network is traced again
         return given.run(given) or 0
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from sbn_tf import datasets
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.datasets.folder import Folder
 from sbn_tf.experiments import recipes, scoring
+from sbn_tf.experiments.folders import read_json
 
 __all__ = ["experiment", "recipe_of"]
 
@@ -155,11 +155,11 @@ def experiment(
 def trained_in(out: Path) -> tuple[Experiment, dict]:
     """The experiment of `sbn-tf train`, and what it was asked for: what `training.json` in its folder says."""
     try:
-        asked = json.loads((out / TRAINING).read_text("utf-8"))
-        made = of_training(out, asked)
+        asked = read_json(out / TRAINING)
         begun = {key: asked[key] for key in ("images", "backend", "dtype")}
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, ValueError):
         raise ValueError(f"Expected {out / TRAINING} as `sbn-tf train` wrote it. Received: another file.") from None
+    made = of_training(out, asked)
     if begun != (now := identity(made)):
         raise ValueError(f"Expected what {out} was trained on, {begun}. Received: {now}.")
     return made, asked

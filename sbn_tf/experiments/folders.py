@@ -160,11 +160,11 @@ def begin(out: Path, name: str, settings: dict) -> None:
     path = out / name
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         make_writable(out)
-        write_atomically(path, lambda file: file.write(json.dumps(settings).encode()))
+        write_checked(path, settings)
         return
     try:
-        begun = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        begun = read_json(path)
+    except (OSError, ValueError):
         raise ValueError(f"Expected --out, an empty folder or a new one. Received: {out}, with other files.") from None
     if begun != (settings := json.loads(json.dumps(settings))):
         differ = sorted(key for key in begun | settings if begun.get(key) != settings.get(key))

@@ -61,11 +61,10 @@ def write_prediction_page(
         listed = unsure[unsure["flag"] | unsure["unlike"]]
     if settings and settings.get("tile_scale"):
         sentences.append("These were cut into tiles; flags compare them with whole images of validation.")
-    referred = []
     if "refer" in table:
         names = unsure.loc[unsure["refer"], "image"].tolist()
         which = ", ".join(names) if 0 < len(names) <= NAMED else "column refer of predictions.csv"
-        referred.append(f"To refer: {len(names)} of {len(table)} images ({which}).")
+        promises = [*promises, f"To refer: {len(names)} of {len(table)} images ({which})."]
     legend = "Total uncertainty is the mean entropy in nats; it is aleatoric plus epistemic."
     if card.task == SEGMENTATION:
         legend += " The mask is green. Uncertainty: the entropy of each pixel, from 0 (dark) to ln 2 nats (yellow)."
@@ -74,7 +73,7 @@ def write_prediction_page(
         "prediction.html",
         title=f"{len(table):,} images, predicted by a network trained on {card.dataset}",
         headline=f"{len(table):,} images: {len(flagged):,} flagged, {len(skipped):,} skipped.",
-        sentences=[*sentences, *promises, *referred],
+        sentences=[*sentences, *promises],
         limit=f"{100 * (1 - flag):g} %",
         flagged=pages.rows_of(_reasons(listed, card), "image"),
         skipped=pages.rows_of(
