@@ -47,6 +47,7 @@ from sbn_tf.core.context import (
     current_batch,
     drawn_weight,
     is_at_mean,
+    once,
     posterior_mean,
     posterior_sample,
     weights_drawn,
@@ -75,11 +76,11 @@ __all__ = [
 # %% [markdown]
 # ## 1. What is stored?
 #
-# A trained weight $w \in \mathbb{R}^n$ and a mask of $k$ entries. The paper (Abboud et al. 2024, section 2.3) lets
-# $w_i \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with
-# $\sigma = \log(1 + e^{\rho})$. TensorFlow Probability calls $\mu$ `loc`, $\sigma$ `scale` and $\rho$
-# `untransformed_scale`. A draw is a function of $\mu$, $\rho$ and noise that depends on neither, so the loss of a draw
-# has gradients with respect to both (the *reparameterization trick*, Kingma and Welling 2014):
+# A trained weight $w \in \mathbb{R}^n$ and a mask of $k$ entries. The paper (Abboud et al. 2024, section 2.3) lets $w_i
+# \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with $\sigma = \log(1 +
+# e^{\rho})$. TensorFlow Probability calls $\mu$ `loc`, $\sigma$ `scale` and $\rho$ `untransformed_scale`. A draw is
+# computed from $\mu$, $\rho$ and noise that is drawn independently of them. So the loss of a draw has gradients with
+# respect to $\mu$ and $\rho$ (the *reparameterization trick*, Kingma and Welling 2014):
 #
 # $$ w = \mu + \mathrm{scatter}\big(\text{index},\ \mathrm{softplus}(\rho) \odot \epsilon\big),
 # \qquad \epsilon \sim \mathcal{N}(0, I_k). $$
@@ -104,8 +105,8 @@ __all__ = [
 #
 # ## 2. How far is the posterior from the prior?
 #
-# Fitting the data alone would drive every scale to 0. So we maximise the *evidence lower bound* (ELBO) instead: the
-# expected log-likelihood minus a penalty, the KL (Blundell et al. 2015, equations 1 and 2):
+# Fitting the data alone would drive the scale of every weight that matters to 0. So we maximise the *evidence lower
+# bound* (ELBO) instead: the expected log-likelihood minus a penalty, the KL (Blundell et al. 2015, equations 1 and 2):
 #
 # $$ \mathrm{KL}(q \,\|\, p) = \mathbb{E}_{w \sim q} \big[ \log q(w) - \log p(w) \big]. $$
 #
@@ -116,10 +117,10 @@ __all__ = [
 #
 # By hand: $\mu = 0.5$, $\sigma = 0.1$: $\tfrac12(0.25 + 0.01 - 1) + 2.303 = 1.933$ nats.
 #
-# The prior N(0, 1) ignores the values that training found: it charges $\mu^2 / 2$ for every Bayesian entry, and pulls
-# it to 0. `prior_at_loc` moves the prior's centre to the value $m$ that the weight had at the start. The KL is then
-# that of $\mathcal{N}(\mu - m, \sigma^2)$ from $\mathcal{N}(0, 1)$. By hand: with $m = \mu$ the term
-# $\mu^2 / 2 = 0.125$ is gone, and 1.808 nats are left.
+# The prior N(0, 1) ignores the values that training found: each Bayesian entry costs $\mu^2 / 2$, which pulls its loc
+# $\mu$ to 0. `prior_at_loc` moves the prior's centre to the value $m$ that the weight had at the start. The KL is then
+# that of $\mathcal{N}(\mu - m, \sigma^2)$ from $\mathcal{N}(0, 1)$. By hand: with $m = \mu$ the term $\mu^2 / 2 =
+# 0.125$ is gone, and 1.808 nats are left.
 
 # %% tags=["active-ipynb"]
 # by_hand = 0.5 * (0.5**2 + 0.1**2 - 1) - np.log(0.1)
@@ -154,11 +155,11 @@ class GaussianPosterior(Posterior):
 
     def scale_of_entries(self):
         """Standard deviation of each entry: (k,)."""
-        return ops.softplus(ops.convert_to_tensor(self.untransformed_scale))
+        return once(self, "scale", lambda: ops.softplus(ops.convert_to_tensor(self.untransformed_scale)))
 
     def kl_of_entries(self):
         """KL of each entry from the prior in nats: (k,)."""
-        return kl_normal(self.from_prior(), self.scale_of_entries(), self.options.prior)
+        return once(self, "kl", lambda: kl_normal(self.from_prior(), self.scale_of_entries(), self.options.prior))
 
     def centre(self):
         """Compute the prior's centres from the current loc, and the scales too if they are relative to it."""
@@ -191,11 +192,11 @@ POSTERIORS["gaussian"] = GaussianPosterior
 #
 # ## 4. How does a stock layer get such a weight?
 #
-# In every stock layer `call` reads `self.kernel`. *Inside* the layer's own `call` our property returns this call's
-# draw; *outside* it returns the loc. A draw is a dense tensor of the weight's shape, made and dropped within the
-# call: parameters, optimiser slots, noise and KL grow with `k`; the arithmetic of the layer stays as it was. So one
-# mixin serves every layer with its stock signature, dtype policy and config, and nothing that reads `layer.kernel`
-# (Keras's own saving, for one) ever stores a random draw.
+# The `call` of a stock layer reads each weight as an attribute, such as `self.kernel`. *Inside* the layer's own `call`
+# our property returns this call's draw; *outside* it returns the loc. A draw is a dense tensor of the weight's shape,
+# made and dropped within the call: parameters, optimiser slots, noise and KL grow with `k`; the arithmetic of the layer
+# stays as it was. So one mixin serves all layers, and each keeps its stock signature, dtype policy and config. Code
+# outside `call` that reads `layer.kernel`, such as Keras's saving, gets the loc and never a random draw.
 
 
 # %%
@@ -449,8 +450,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # %% [markdown]
 # ### With Bayesian entries, are mean and variance right?
 #
-# A Dense output is linear in its weights, so its mean is $x^\top \mu$ and its variance $\sum_i x_i^2 \sigma_i^2$, the
-# sum over the masked entries of its column.
+# Without activation and bias, an output of Dense is linear in its column of the kernel: its mean is $x^\top \mu$, its
+# variance $\sum_i x_i^2 \sigma_i^2$ over the masked entries of that column.
 #
 # By hand: inputs $[1, 2]$, both entries masked, $\sigma = 0.1$: variance $1 \cdot 0.01 + 4 \cdot 0.01 = 0.05$.
 
@@ -488,8 +489,8 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # %% [markdown]
 # ### What message does a wrong call give?
 #
-# `kl_weight` has no default: a guess that is wrong by a large factor, such as the number of pixels, would ruin
-# training without a warning.
+# `kl_weight` has no default. A guess could be wrong by as much as the number of pixels, and would ruin training without
+# a warning.
 
 # %% tags=["active-ipynb"]
 # try:

@@ -39,9 +39,10 @@ import keras
 from keras import ops
 
 from sbn_tf.core.checks import check_choice
+from sbn_tf.core.context import computed_once
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
-from sbn_tf.core.estimators import ESTIMATORS, check_estimator, refuse_as_a_part, train_in_turns
+from sbn_tf.core.estimators import ESTIMATORS, check_estimator, one_step, refuse_as_a_part
 from sbn_tf.core.examples import check_targets
 from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
@@ -82,10 +83,10 @@ __all__ = [
 # %% [markdown]
 # ## 2. What is the loss, and what is its KL divided by?
 #
-# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), divided by the number
-# of terms that the loss averages over, and estimated with $S$ draws $w_s$ of the weights. The NLL is the negative
-# log-likelihood of the targets, the KL says how far the posterior $q$ is from the prior $p$ (layers, section 2), and
-# $\beta$ is a factor, 1 in the ELBO:
+# Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), estimated with $S$
+# draws $w_s$ of the weights. Keras's loss is a mean, so the whole ELBO is divided by the number of its terms, $N T$.
+# The NLL is the negative log-likelihood of the targets, the KL says how far the posterior $q$ is from the prior $p$
+# (layers, section 2), and $\beta$ is a factor, 1 in the ELBO:
 #
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
@@ -94,7 +95,7 @@ __all__ = [
 # labels if it also averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$
 # ($s$: the noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight
 # is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a mean over sample weights),
-# the terms are counted in each training batch, and $T$ is their mean per example.
+# the terms of every training batch are counted, and $T$ is the mean number per example over all batches so far.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -128,10 +129,10 @@ __all__ = [
 # ## 3. How does the model train and predict?
 #
 # The *posterior predictive* is the mean of the network's probabilities over the posterior of its weights; a few draws
-# estimate it. A `PartialBayes` holds the converted `network` and calls it `num_samples` times. In training its call
-# returns every sample's output, since the ELBO averages *losses*; elsewhere it returns the posterior predictive mean,
-# which averages *probabilities*. The parent, `SampledModel` (`sbn_tf.core.sampled`), predicts; this class adds
-# training: see `call` and `compute_loss`, the loss of section 2.
+# estimate it. A `PartialBayes` holds the converted `network`. In training (here with the default estimator "all";
+# section 6 has others) it returns the output of each of `num_samples` draws, since the ELBO averages *losses*.
+# Elsewhere it returns the posterior predictive mean, which averages *probabilities*. The parent, `SampledModel`
+# (`sbn_tf.core.sampled`), predicts; this class adds training: see `call` and `compute_loss`, the loss of section 2.
 
 
 # %%
@@ -183,8 +184,8 @@ class PartialBayes(SampledModel):
 
     def train_step(self, *args):
         """`keras.Model.train_step`; with "turns" only one member changes."""
-        step = super().train_step
-        return train_in_turns(self, step, *args) if self.estimator == "turns" else step(*args)
+        with computed_once():
+            return one_step(self, super().train_step, *args)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The losses, compiled or of `add_loss`, are means over samples; KL and regularizers are added once."""
@@ -258,10 +259,10 @@ class PartialBayes(SampledModel):
 #
 # | trap | what happens | guard |
 # |---|---|---|
-# | KL divided by `num_train`, not by pixels | hundreds of times too strong | section 2; a warning for wrong counts |
+# | KL divided by `num_train`, not by pixels | thousands of times too strong | section 2; a warning for wrong counts |
 # | a Bayesian bias before a batch norm in training mode | no effect, so the KL inflates its scale | refused |
 # | training batch norm behind a Bayesian weight | sees many draws or part of a batch | only with `"all"` or `"turns"` |
-# | every scale starts at .01 | for some weights ten times their value: a ruin | smaller start if the loss rises |
+# | every scale starts at .01 | for some weights ten times their value: a ruin | relative to the weight, by default |
 # | scales under plain SGD | they never move from the initial scale | `fit` warns; `LocScaleOptimizer` |
 # | weight decay on the scales | it pulls each towards softplus(0) = 0.69 | `compile` leaves the scales out |
 
@@ -283,8 +284,8 @@ def to_partial_bayes(
         loss: for the scores; None: the compiled one. num_samples: draws in a step or in a prediction.
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values per entry) or "mixture".
         seed: int, fixes initial values and noise. verbose: whether to show the progress of the pass over `data`.
-        options: fields of `PosteriorOptions` (`initial_scale`: None is a tenth of a weight's magnitude, halved until
-            it raises the loss of the first examples little; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
+        options: fields of `PosteriorOptions` (`initial_scale`: left out, a tenth of a weight's magnitude, halved while
+            that raises the loss of the first examples much; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
 
     Raises:
         ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
@@ -392,7 +393,8 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # ### How do other programs use the model?
 #
 # `bnn.export(path, outputs="uncertainty")` writes a SavedModel with the S draws inside: its `serve` gives what
-# `predict_uncertainty` gives. The states of the noise seeds are stored too, so a fresh load repeats the same sequence.
+# `predict_uncertainty` gives. The states of the noise seeds are stored too: two calls of a loaded model differ, and
+# each fresh load repeats the same sequence.
 
 # %% [markdown]
 # ## 7. Why two learning rates, and a schedule?
@@ -476,7 +478,7 @@ class BetaSchedule(keras.callbacks.Callback):
 
 # %% [markdown]
 # The scales left their initial 0.01, a guess that was too narrow. The KL falls while they grow towards the prior's 1.
-# The data's loss stops this growth, soonest for the weights to which it is most sensitive.
+# The loss on the data stops this growth: the more sensitive that loss is to a weight, the smaller its scale stays.
 #
 # ### Where is the model unsure, and why?
 
@@ -517,7 +519,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # ## Summary
 #
 # - `to_partial_bayes` copies a trained model; masked weights become Gaussian, everything else stays a point. Every loc
-# and point starts as trained, and *all* of them are trained further.
+# and point starts as trained, and *all* of them are trained further but batch norm, which is frozen by default.
 # - The KL is divided by `num_train` *and* by the terms that the loss averages over in each example.
 # - Training averages the samples' losses; prediction averages their probabilities.
 # - Layers before the first Bayesian weight run once; `estimator="split"` serves all draws in about one pass.

@@ -20,8 +20,8 @@
 #
 # Why these? The loss is most sensitive to them: the same noise changes predictions most when it is added to them, so a
 # few are enough to make samples differ. But weights that the loss is sensitive to are also well determined by the data,
-# and an exact posterior would be narrowest here. It is the paper's claim, not a theorem, that one should choose by
-# sensitivity. [What works](../09_what_works.ipynb) compares this with a random choice.
+# and an exact posterior would be narrowest here. The paper chooses by sensitivity; nobody has proved that
+# this is best. [What works](../09_what_works.ipynb) compares it with a random choice.
 #
 # - *You will see*: six scores, the gradient pass, the selection of the top k, where these lie, and what they cost.
 # - *Words*: a *weight* is, as in Keras, an array such as a kernel; an *entry* is one number of it. A *Bayesian* entry
@@ -92,10 +92,11 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 #
 # The *Fisher information* is the expected squared gradient of the log likelihood, over labels drawn from the model; the
 # *empirical* one takes the labels of the data. (Sung et al. 2021 use it to choose the weights to train.) Near an
-# optimum, where the gradients of independent examples average out, `fisher` ranks weights nearly as `per_example` does,
-# at the cost of one pass. Why $n_b$? Without it a last batch of one example would count too much: its squared noise is
-# 32 times that of a batch of 32, more than half of the score in an epoch of 20 batches. The code adds up the batches,
-# then computes the scores from the sums. Two scores need no gradients:
+# optimum the gradients of examples have a mean of about 0, so the expected square of a batch's mean gradient is that of
+# one example divided by the batch size: `fisher` ranks weights nearly as `per_example`, which needs batches of one. Why
+# $n_b$? Without it a last batch of one example would count too much: the square of its noise is 32 times that of a
+# batch of 32. In an epoch of 20 batches that is 32 of 51 parts of the score. The code adds up the batches, then computes
+# the scores from the sums. Two scores need no gradients:
 
 
 # %%
@@ -196,7 +197,7 @@ def saliency(
 
     Args:
         model: built `keras.Model`, at its trained weights.
-        data: batches of (x, y) or (x, y, sample_weight), or a tuple of arrays, taken in their order: shuffle arrays
+        data: batches of (x, y) or (x, y, sample_weight), or a tuple of arrays, cut in their order: shuffle arrays
             that are sorted by class. "magnitude" and "random" need no data.
         loss: Keras loss, its name, or a callable (y, y_pred) -> losses; None: the compiled loss, without regularisers.
         score: "fisher", "paper", "per_example" (as slow as batches of one), "magnitude", "taylor" or "random".
@@ -435,13 +436,12 @@ def top_k(
 # ## 5. What do whole channels and late weights cost?
 #
 # Single entries are scattered over a kernel. If they fill whole output channels instead, the random part of a
-# convolution is a small dense convolution. That is cheap, but loses saliency. Each channel has $n_c$ entries
-# and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the order of $s_c / n_c$, and
-# skips those that no longer fit within k entries. By the sum $s_c$ alone the widest layers would win.
+# convolution is a small dense one. That is cheap, but such a selection has less saliency than the best single entries.
+# Each channel has $n_c$ entries and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the
+# order of $s_c / n_c$, and skips those that no longer fit. By the sum $s_c$ alone the widest layers would win.
 #
 # By hand: a layer with 2 inputs and 3 outputs has three channels of two kernel entries and one bias entry each. Their
-# sums are 3, 6 and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme: one entry in every
-# channel.)
+# sums are 3, 6 and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme.)
 
 # %% tags=["active-ipynb"]
 # small = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a")])
@@ -455,8 +455,8 @@ def top_k(
 # Why are late weights cheaper? Layers before the first Bayesian weight give the same output for every sample and run
 # once. The *fan-out* $f(W)$ of weights $W$ is the share of the network's multiply-adds that use one of them or come
 # after one. $S$ samples then cost $1 + (S - 1) f$ passes. `cost_aware` bounds $f$: it takes the $k$ entries with most
-# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers this is optimal: all entries of the last
-# layers within the bound are ranked. If the graph branches, it tries a few sets of weights and may miss the best.
+# saliency whose weights have $f(W) \le$ `cost_aware`. In a chain of layers the result is optimal: the last layers are
+# allowed, and all their entries are ranked together. If the graph branches, it tries a few sets and may miss the best.
 
 
 # %%
@@ -480,8 +480,8 @@ def saliency_against_cost(
 
 
 # %% [markdown]
-# By hand: three layers have 8, 8 and 4 multiply-adds. Their two salient entries score 6, 3 and 1 by layer.
-# Choosing one in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, one in the second $1 + 4 \cdot 12/20 = 3.4$.
+# By hand: three layers have 8, 8 and 4 multiply-adds, and two salient entries each, which both score 6 in the first, 3
+# in the second, 1 in the third. One in the last layer costs $1 + 4 \cdot 4/20 = 1.8$ passes, in the second 3.4.
 
 # %% tags=["active-ipynb"]
 # layers = [keras.layers.Dense(n, use_bias=False, name=name) for n, name in ((4, "a"), (2, "b"), (2, "c"))]
@@ -506,7 +506,8 @@ def saliency_against_cost(
 # > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
 # > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left is
 # > $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum). It says where the optimiser happened to
-# > stop, so its square ranks noise. The spread between batches vanishes only if every example is fitted exactly.
+# > stop, so its square ranks noise. The spread between batches is 0 only if every example is fitted exactly, or if the
+# > weight has no effect.
 #
 # Is that so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection
 # that means something should be nearly the same when it is made from half of the training data.

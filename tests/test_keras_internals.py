@@ -429,6 +429,17 @@ def test_a_live_objects_config_is_trusted():
     np.testing.assert_array_equal(new.layers[0](np.zeros(2)), np.ones(2))
 
 
+def test_an_optimizer_saved_on_torch_is_found_elsewhere():
+    here = keras.saving.serialize_keras_object(keras.optimizers.Adam(0.5))
+    there = {**here, "module": "keras.src.backend.torch.optimizers.torch_adam", "registered_name": "Adam"}
+    with pytest.raises((TypeError, ImportError)):
+        keras.saving.deserialize_keras_object(there)
+    found = inner.of_any_backend({"optimizer": there, "loss": "mse"})
+    again = keras.saving.deserialize_keras_object(found["optimizer"])
+    assert found["loss"] == "mse" and type(again) is keras.optimizers.Adam and float(again.learning_rate) == 0.5
+    assert inner.of_any_backend({"optimizer": here}) == {"optimizer": here}
+
+
 def test_each_borrowed_name_says_why():
     for name in inner.__all__:
         text = inspect.getdoc(getattr(inner, name))

@@ -1162,6 +1162,23 @@ def test_split_in_one_call_equals_calls_on_its_parts():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["all", "split", "flipout"])
+def test_a_step_computes_each_scale_once(estimator):
+    """The draws and the KL share one softplus a weight; the eager step, which computes each again, gives the same."""
+    x, y = data()
+    options = {"num_samples": 4, "initial_scale": 0.3, "estimator": estimator}
+    counted, *trained = (bayesian(network(), **options) for _ in range(3))
+    for bnn, eagerly in zip((counted, *trained), (False, False, True), strict=True):
+        bnn.compile(keras.optimizers.SGD(0.1), "binary_crossentropy", run_eagerly=eagerly)
+    graph = tf.function(counted.train_step).get_concrete_function((x, y)).graph
+    kinds = [operation.type for operation in graph.get_operations()]
+    assert kinds.count("Softplus") == 4 == len(named_weights(network()))
+    for bnn in trained:
+        bnn.train_on_batch(x, y)
+    for compiled, eager in zip(*(bnn.trainable_variables for bnn in trained), strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("estimator", ["split", "flipout", "local"])
 def test_one_call_with_vanishing_scales_is_a_deterministic_step(estimator):
     """Loss, metric, class weights, batch norm before the first draw, regularizers: as in stock Keras."""

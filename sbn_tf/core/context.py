@@ -20,12 +20,14 @@ if keras.backend.backend() == "tensorflow":
 __all__ = [
     "BatchDraws",
     "batch_draws",
+    "computed_once",
     "current_batch",
     "current_graph",
     "current_sample",
     "drawn_weight",
     "is_at_mean",
     "kept_draw",
+    "once",
     "posterior_mean",
     "posterior_sample",
     "recorded_draws",
@@ -35,6 +37,7 @@ __all__ = [
 _drawn: contextvars.ContextVar[dict] = contextvars.ContextVar("sbn_tf_drawn", default={})  # noqa: B039
 _at_mean: contextvars.ContextVar[bool] = contextvars.ContextVar("sbn_tf_at_mean", default=False)
 _kept: contextvars.ContextVar[dict | None] = contextvars.ContextVar("sbn_tf_kept", default=None)
+_once: contextvars.ContextVar[dict | None] = contextvars.ContextVar("sbn_tf_once", default=None)
 _sample: contextvars.ContextVar[Any] = contextvars.ContextVar("sbn_tf_sample", default=None)
 
 KINDS = ("split", "flipout", "local")
@@ -160,6 +163,33 @@ def kept_draw(layer: keras.layers.Layer, name: str, make: Callable[[], Any]) -> 
     if (id(layer), name) in kept:
         return keras.ops.convert_to_tensor(kept[id(layer), name])  # a constant of the graph that is traced
     key = (id(layer), name, current_graph())  # a tensor made within a traced loop is unknown outside it
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
+
+
+@contextlib.contextmanager
+def computed_once() -> Iterator[None]:
+    """Within this context `once` computes each thing once in a graph that TensorFlow traces.
+
+    For one training step: what is kept must not depend on a variable that changes within it.
+    """
+    token = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+def once(owner: keras.layers.Layer, name: str, make: Callable[[], Any]) -> Any:
+    """`make()`, or within `computed_once` what it returned before for this owner, name and graph.
+
+    Outside a graph it is computed each time: JAX's compiler merges equal operations itself, eager steps are not hot.
+    """
+    kept, graph = _once.get(), current_graph()
+    if kept is None or graph is None:
+        return make()
+    key = (id(owner), name, graph)  # a tensor made within a traced loop is unknown outside it
     if key not in kept:
         kept[key] = make()
     return kept[key]

@@ -14,7 +14,7 @@ from sbn_tf.core.optimizers import others_stay
 from sbn_tf.core.sampler import one_draw
 from sbn_tf.layers import masked_layers
 
-__all__ = ["ESTIMATORS", "check_estimator", "refuse_as_a_part", "train_in_turns"]
+__all__ = ["ESTIMATORS", "check_estimator", "one_step", "refuse_as_a_part"]
 
 
 def _all_draws(model: keras.Model, inputs) -> dict:
@@ -55,8 +55,10 @@ def refuse_as_a_part(model: keras.Model) -> None:
         )
 
 
-def train_in_turns(model: keras.Model, train_step, *args):
-    """A training step of which the members that did not train, and an optimiser's slots of them, stay as they are."""
+def one_step(model: keras.Model, train_step, *args):
+    """A training step. With "turns", members that did not train, and an optimiser's slots of them, stay unchanged."""
+    if model.estimator != "turns":
+        return train_step(*args)
     position = [id(v) for v in model.non_trainable_variables].index(id(model.turn))
     optimizer = model.optimizer
     names = [v.path for v in (*model.trainable_variables, *optimizer.variables)]

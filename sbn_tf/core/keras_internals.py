@@ -23,7 +23,7 @@ __all__ = [
     "added_losses", "all_layers", "as_trusted", "call_context", "children", "compile_arguments", "compiled_loss",
     "copy_call_signature", "current_values", "functional_of", "in_stateless_scope", "is_called_by_another",
     "is_functional", "logits_of", "loss_arguments", "made_by", "mask_of", "moving_averages", "nodes_in_order",
-    "nodes_of", "noise_states", "optimized_variables", "own_trained", "own_variables", "replaced",
+    "nodes_of", "noise_states", "of_any_backend", "optimized_variables", "own_trained", "own_variables", "replaced",
     "run_graph_by", "set_logits", "set_mask", "set_own_trainable", "set_part", "spare_weight_decay",
     "strategy_of", "summed_loss", "traced", "unconnected_copy", "unlocked", "update_mean", "with_moving_averages",
     "with_symbolic_build",
@@ -431,3 +431,16 @@ def as_trusted(cls: type, config: dict, custom_objects: dict) -> Any:
     name = "sbn_tf>as_trusted"
     given = {"module": None, "class_name": name, "config": config, "registered_name": name}
     return keras.saving.deserialize_keras_object(given, {**custom_objects, name: cls}, safe_mode=False)
+
+
+def of_any_backend(config: Any) -> Any:
+    """A compile config in which no optimiser is named by torch's own module.
+
+    Why: on torch Keras saves `Adam` as a class of `keras.src.backend.torch`, which no other backend can import.
+    """
+    if not isinstance(config, dict):
+        return config
+    found = {key: of_any_backend(value) for key, value in config.items()}
+    if str(found.get("module")).startswith("keras.src.backend.torch.optimizers."):
+        found |= {"module": "keras.optimizers", "registered_name": None}
+    return found

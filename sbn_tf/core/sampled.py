@@ -13,7 +13,14 @@ from sbn_tf.core.checks import check_choice, check_count
 from sbn_tf.core.context import is_at_mean
 from sbn_tf.core.examples import check_inputs
 from sbn_tf.core.graph import Graph
-from sbn_tf.core.keras_internals import added_losses, all_layers, call_context, noise_states, own_trained
+from sbn_tf.core.keras_internals import (
+    added_losses,
+    all_layers,
+    call_context,
+    noise_states,
+    of_any_backend,
+    own_trained,
+)
 from sbn_tf.core.losses import set_added_shares
 from sbn_tf.core.outputs import Outputs, class_axes, input_structure, is_samples, output_kind
 from sbn_tf.core.overlap import spread_cuts
@@ -342,7 +349,7 @@ class SampledModel(Distributed):
 
     def get_compile_config(self):
         """How the model is compiled, for every backend."""
-        return _of_any_backend(super().get_compile_config())
+        return of_any_backend(super().get_compile_config())
 
     def compile_from_config(self, config):
         """Compile again after loading, optimiser state included."""
@@ -398,16 +405,6 @@ def refuse_posterior_mean() -> None:
             "Expected fit, evaluate and predict outside posterior_mean(): it acts on what is being traced, and "
             "would last. For the network at its locs: with posterior_mean(): bnn.network(x)"
         )
-
-
-def _of_any_backend(config):
-    """A config in which no optimiser is named by torch's own module, which only torch can import."""
-    if not isinstance(config, dict):
-        return config
-    found = {key: _of_any_backend(value) for key, value in config.items()}
-    if str(found.get("module")).startswith("keras.src.backend.torch.optimizers."):
-        found |= {"module": "keras.optimizers", "registered_name": None}
-    return found
 
 
 def _is_of_network(path, network):
