@@ -95,8 +95,8 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # optimum the gradients of examples have a mean of about 0, so the expected square of a batch's mean gradient is that of
 # one example divided by the batch size: `fisher` ranks weights nearly as `per_example`, which needs batches of one. Why
 # $n_b$? Without it a last batch of one example would count too much: the square of its noise is 32 times that of a
-# batch of 32. In an epoch of 20 batches that is 32 of 51 parts of the score. The code adds up the batches, then computes
-# the scores from the sums. Two scores need no gradients:
+# batch of 32. In an epoch of 20 batches that is 32 of 51 parts of the score. The scores are computed from sums over
+# the batches. Two scores need no gradients:
 
 
 # %%
@@ -506,8 +506,7 @@ def saliency_against_cost(
 # > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
 # > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left is
 # > $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum). It says where the optimiser happened to
-# > stop, so its square ranks noise. The spread between batches is 0 only if every example is fitted exactly, or if the
-# > weight has no effect.
+# > stop, so its square ranks noise. The spread between batches is 0 only at an exact fit, or without any effect.
 #
 # Is that so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection
 # that means something should be nearly the same when it is made from half of the training data.
