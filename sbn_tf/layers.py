@@ -133,9 +133,10 @@ __all__ = [
 # %% [markdown]
 # ## 3. What is a posterior?
 #
-# An object for the entries of one weight: it makes their variables, draws them and computes their KL. `Posterior`
-# (`sbn_tf.core.posterior`) stores the positions and defines the interface; the Gaussian one adds the two formulas
-# above. Two more have the same interface: a few trained values per entry ("members"), and a mixture of Gaussians.
+# In the code, a posterior is an object for the Bayesian entries of one weight. It makes the variables that they need,
+# draws the entries, and computes their KL. `Posterior` (`sbn_tf.core.posterior`) stores the positions and defines the
+# interface; the Gaussian one adds the two formulas above. Two more have the same interface: a few trained values per
+# entry ("members"), and a mixture of Gaussians.
 
 
 # %%
@@ -187,15 +188,15 @@ class GaussianPosterior(Posterior):
 POSTERIORS["gaussian"] = GaussianPosterior
 
 # %% [markdown]
-# `Posteriors` keeps one such object for each weight of a layer, and the seed of the layer's noise: same seed, same
-# draws. Under a distribution strategy each replica draws noise of its own.
+# `Posteriors` keeps one posterior for each weight of a layer that has Bayesian entries, and the seed of the layer's
+# noise: same seed, same draws. Under a distribution strategy each replica draws noise of its own.
 #
 # ## 4. How does a stock layer get such a weight?
 #
 # The `call` of a stock layer reads each weight as an attribute, such as `self.kernel`. *Inside* the layer's own `call`
 # our property returns this call's draw; *outside* it returns the loc. A draw is a dense tensor of the weight's shape,
-# made and dropped within the call: parameters, optimiser slots, noise and KL grow with `k`; the arithmetic of the layer
-# stays as it was. So one mixin serves all layers, and each keeps its stock signature, dtype policy and config. Code
+# but it lives only within the call. What is stored, drawn and trained in addition grows with `k` alone. So one mixin
+# serves all the layers of section 5, and each keeps its stock arguments, dtype policy and config, with ours added. Code
 # outside `call` that reads `layer.kernel`, such as Keras's saving, gets the loc and never a random draw.
 
 
@@ -250,7 +251,8 @@ def add_seams(cls):
 # default: the ELBO needs `1 / num_train` for a loss averaged over images, and `1 / (num_train * pixels)` for a loss
 # averaged over pixels.
 #
-# The mixin follows, in the order of a Keras layer. Look at `call`: it is the stock layer's own, with drawn weights.
+# The mixin follows. Its methods come in the order in which Keras calls them. Look at `call`: it is the stock layer's
+# own, with drawn weights.
 
 
 # %%
@@ -501,9 +503,9 @@ def masked_layers(model: keras.layers.Layer) -> list:
 # %% [markdown]
 # ## 7. How does it go into your own model?
 #
-# A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson:
-# `from sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? One Bayesian entry is the bias. Its noise
-# changes the output of every input, even where the eight Bayesian kernel entries get inputs of 0.
+# A masked layer goes where its stock layer went; `compile` and `fit` stay as they are. (From outside this lesson: `from
+# sbn_tf.layers import Dense`.) The task: does $x_0 x_1 > 0$ hold? Of the nine Bayesian entries, one is the bias. Its
+# noise changes the output of every input, even where the eight Bayesian kernel entries get inputs of 0.
 
 # %% tags=["active-ipynb"]
 # keras.utils.set_random_seed(0)

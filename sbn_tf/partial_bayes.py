@@ -84,18 +84,19 @@ __all__ = [
 # ## 2. What is the loss, and what is its KL divided by?
 #
 # Training minimises the negative *evidence lower bound* (ELBO; Blundell et al. 2015, equation 2), estimated with $S$
-# draws $w_s$ of the weights. Keras's loss is a mean, so the whole ELBO is divided by the number of its terms, $N T$.
-# The NLL is the negative log-likelihood of the targets, the KL says how far the posterior $q$ is from the prior $p$
-# (layers, section 2), and $\beta$ is a factor, 1 in the ELBO:
+# draws $w_s$ of the weights. Keras's loss is a mean, so the whole ELBO is divided by the number of its terms, $N T$. In
+# the formula NLL is Keras's loss, the mean negative log-likelihood of a term (defined below), the KL says how far the
+# posterior $q$ is from the prior $p$ (layers, section 2), and $\beta$ is a factor, 1 in the ELBO:
 #
 # $$ \frac{1}{S} \sum_{s=1}^{S} \mathrm{NLL}(x, y; w_s) \;+\; \frac{\beta}{N\,T} \, \mathrm{KL}(q \,\|\, p). $$
 #
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
 # averages over: 1 if it averages over images only, the number of pixels if it also averages over pixels, the number of
-# labels if it also averages over labels. A mean squared error is not an NLL: the NLL is that error divided by $2 s^2$
-# ($s$: the noise's sd), so give `beta=2 * s**2`. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's weight
-# is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a mean over sample weights),
-# the terms of every training batch are counted, and $T$ is the mean number per example over all batches so far.
+# labels if it also averages over labels. A mean squared error is $2 s^2$ times an NLL, up to a constant ($s$: the
+# noise's sd): `beta=2 * s**2` makes the KL as large. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's
+# weight is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a loss divided by the
+# sum of the sample weights), the terms of every training batch are counted, and $T$ is the mean number per example over
+# all batches so far.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms
@@ -366,9 +367,9 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # | `"flipout"` (Wen et al. 2018) | one noise, each example with signs of its own | 1 to 2 | axis 0 is the batch |
 # | `"local"` (Kingma et al. 2015) | noise on each Dense output; other layers: flipout | 1 to 2 | axis 0 is the batch |
 #
-# *Which one?* `"split"` and `"turns"` cost least; `"flipout"` has the least variance of gradients for its time in
-# `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for your own). Take `"all"` where the batch is
-# smaller than S, or where most of the network runs once.
+# *Which one?* `"split"` and `"turns"` cost least; at equal computing time `"flipout"` has gradients of the least
+# variance in `benchmarks/estimators.py` (small networks, 32 px, batch 50: run it for your own). Take `"all"` where the
+# batch is smaller than S, or where most of the network runs once.
 #
 # A check against the closed form: a linear network with squared loss has
 # $\mathbb{E}[(x^\top w - t)^2] = (x^\top \mu - t)^2 + \sum_i x_i^2 \sigma_i^2$. Each estimator's mean must agree with
@@ -392,7 +393,7 @@ def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
 # %% [markdown]
 # ### How do other programs use the model?
 #
-# `bnn.export(path, outputs="uncertainty")` writes a SavedModel with the S draws inside: its `serve` gives what
+# `bnn.export(path, outputs="uncertainty")` writes a SavedModel that makes S draws in each call: its `serve` gives what
 # `predict_uncertainty` gives. The states of the noise seeds are stored too: two calls of a loaded model differ, and
 # each fresh load repeats the same sequence.
 
@@ -501,8 +502,8 @@ class BetaSchedule(keras.callbacks.Callback):
 # plt.show()
 
 # %% [markdown]
-# A check on this picture: on average the samples disagree more away from the points, where the border fans out, than
-# near them.
+# A check on this picture: on average the samples disagree more away from the points, where each has its border
+# elsewhere, than near them.
 
 # %% tags=["active-ipynb"]
 # distance = np.min(np.linalg.norm(plane[:, None] - x[None], axis=-1), axis=1)
@@ -534,8 +535,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #   `bnn.scales()`.
 # - *Mutual information near 0.* Then all samples say the same, and one would do.
 # - *One seed, five samples.* Both are noisy: repeat before you believe a difference.
-# - *A number without its trivial row*, the row of a predictor that ignores the image. Where a label is true of 6 % of
-# the images, always saying no is right on 94 %.
+# - *A score without that of a trivial predictor beside it*, one that ignores the image. Where a label is true of 6 % of
+#   the images, always saying no is right on 94 %.
 #
 # ## Exercises
 #
@@ -558,7 +559,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #    <details><summary>Answer</summary>
 #
 #    The ELBO has the *expected* log-likelihood, $\mathbb{E}_q[\log p(y \mid x, w)]$. By Jensen's inequality the log
-#    of the mean probability is larger: a loss on that mean gives no such bound, and samples may disagree at no cost.
+#    of the mean probability is at least as large: a loss on that mean is no bound on the evidence, and samples may
+#    disagree at no cost.
 #    </details>
 # 4. Set `beta=20` in section 8 and fit again. What happens to the scales and to the accuracy?
 #

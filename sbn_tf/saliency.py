@@ -64,7 +64,7 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # %% [markdown]
 # ## 1. What is a score?
 #
-# Take two weights and two batches. The first weight has the gradients 3 and -3, which cancel. The second has 1 and 1,
+# Take two entries and two batches. The first entry has the gradients 3 and -3, which cancel. The second has 1 and 1,
 # which do not. The two main scores are the mean of the squares and the square of the sum.
 
 # %% tags=["active-ipynb"]
@@ -95,8 +95,8 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 # optimum the gradients of examples have a mean of about 0, so the expected square of a batch's mean gradient is that of
 # one example divided by the batch size: `fisher` ranks weights nearly as `per_example`, which needs batches of one. Why
 # $n_b$? Without it a last batch of one example would count too much: the square of its noise is 32 times that of a
-# batch of 32. In an epoch of 20 batches that is 32 of 51 parts of the score. The scores are computed from sums over
-# the batches. Two scores need no gradients:
+# batch of 32. In an epoch of 20 batches that is more than half of the score. The scores are computed from sums over the
+# batches. Two scores need no gradients:
 
 
 # %%
@@ -340,7 +340,7 @@ class Masks(Mapping):
         return self.num_bayesian / max(self.num_weights, 1)
 
     def digest(self) -> str:
-        """Ten hexadecimal digits that stand for the chosen entries: other masks have other digits."""
+        """Ten hexadecimal digits of a hash of the chosen entries, which other masks almost certainly do not share."""
         found = hashlib.blake2b(digest_size=5)
         for key, mask in self.items():
             found.update(f"{key}{mask.shape}".encode())
@@ -438,7 +438,7 @@ def top_k(
 # Single entries are scattered over a kernel. If they fill whole output channels instead, the random part of a
 # convolution is a small dense one. That is cheap, but such a selection has less saliency than the best single entries.
 # Each channel has $n_c$ entries and the saliency $s_c = \sum_{i \in c} s_i$. `scope="channel"` takes channels in the
-# order of $s_c / n_c$, and skips those that no longer fit. By the sum $s_c$ alone the widest layers would win.
+# order of $s_c / n_c$, and skips those that no longer fit. By $s_c$ alone the channels with most entries would win.
 #
 # By hand: a layer with 2 inputs and 3 outputs has three channels of two kernel entries and one bias entry each. Their
 # sums are 3, 6 and 2. With $k = 4$ one of them fits. (`one_per_channel` is the other extreme.)
@@ -506,7 +506,7 @@ def saliency_against_cost(
 # > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
 # > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left is
 # > $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum). It says where the optimiser happened to
-# > stop, so its square ranks noise. The spread between batches is 0 only at an exact fit, or without any effect.
+# > stop, so its square ranks noise. There the spread between batches is 0 only if the fit is exact.
 #
 # Is that so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection
 # that means something should be nearly the same when it is made from half of the training data.
@@ -579,7 +579,7 @@ def saliency_against_cost(
 #
 # - `saliency` passes once over the training data; `SaliencyRecorder` takes nearly the same from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses exactly `round(r_bayes * n)` entries. `cost_aware` restricts the choice to late, cheap weights.
+# - `top_k` chooses `round(r_bayes * n)` entries (of whole channels at most). `cost_aware`: late, cheap weights only.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises
