@@ -566,7 +566,7 @@ def bytes_of(model: keras.Model) -> dict[str, int]:
 # - Nearly all operations are convolutions and matrix products: 2 a multiplication and addition.
 # - Backward takes twice as many as forward: once by the inputs, once by the weights.
 # - Five samples have five backward passes: about 5 deterministic steps, and 6 with step 1. The paper's 3.36 counts one.
-# - `"split"` draws five samples with the operations of one pass; on the clock it takes more, 1.3 passes here.
+# - `"split"` draws five samples with the operations of one pass; on the clock it takes more, about 1.4 passes here.
 # - A graph is counted as it was traced. Only the clock shows what TensorFlow fuses and runs at once.
 #
 # ## Exercises

@@ -206,7 +206,11 @@ def show(table: pd.DataFrame, best: Mapping[str, float] | None = None, *, digits
         raise ValueError(f"Expected columns among {list(table)}. Received: {unknown}")
     bold, notes = {**table.attrs.get("best", {})}, [*table.attrs.get("notes", ())]
     if any(bold.values()):
-        notes.insert(0, "Bold: the best of a column, trivial rows aside, whether or not it differs by more than noise.")
+        notes.insert(
+            0,
+            "Bold: the best of a column (of rows with as many samples, where they count), trivial rows aside, "
+            "even where it differs by no more than noise.",
+        )
     for key, goal in (best or {}).items():
         numbers = table[key].astype(float).round(digits)
         far = abs(numbers - goal) if math.isfinite(goal) else -math.copysign(1, goal) * numbers

@@ -219,7 +219,7 @@ def _notes(found, keys, marks, num_resamples):
     known = [key for key in keys if key in METRICS]
     ways = {True: "Higher is better", False: "Lower is better", None: "Neither way is better"}
     by_way = {text: [key for key in known if METRICS[key].higher_is_better is way] for way, text in ways.items()}
-    notes = [". ".join(f"{text}: {', '.join(those)}" for text, those in by_way.items() if those) + "."]
+    notes = [". ".join(f"{text}: {', '.join(those)}" for text, those in by_way.items() if those) + "."] if known else []
     if marks.labels:
         notes.append(
             "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
@@ -271,7 +271,7 @@ def _notes_of_samples(found, keys, marks):
     if any(key in marks.labels for key in shown):
         note += f" Compared and marked there: rows with {_usual_samples(found)}."
     elif len(labels) > 1:
-        note += " So no row is marked there."
+        note += " So no row has a star there."
     return [note]
 
 
