@@ -38,7 +38,7 @@ import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import keras
 from keras import ops
 
-from sbn_tf.core.checks import check_choice
+from sbn_tf.core.checks import check_choice, check_fraction
 from sbn_tf.core.context import computed_once
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
@@ -317,9 +317,10 @@ def to_partial_bayes(
 
 # %%
 def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
+    check_fraction("r_bayes", r_bayes)  # before the pass over the data
     own = getattr(model, "loss", None) if loss is None else loss
     if data is None or own is None:
-        missing = "data" if data is None else "loss, and the model is not compiled"
+        missing = "data" if data is None else "loss, and the model is not compiled: give loss="
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
     several = isinstance(own, dict | list) or (loss is None and len(getattr(model, "outputs", ())) > 1)
     loss = compiled_loss(model) if several else own

@@ -52,6 +52,15 @@ def numbers(model):
 # ---- conversion ----
 
 
+def test_a_wrong_share_is_refused_before_any_example_is_read():
+    def batches():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(ValueError, match=r"Expected r_bayes.*Received: r_bayes=1.5"):
+        to_partial_bayes(network(), r_bayes=1.5, data=batches(), num_train=16, loss="binary_crossentropy")
+
+
 def test_a_shared_layer_is_drawn_once_a_sample():
     x = keras.Input((3,))
     shared = kl.Dense(2, name="shared")
