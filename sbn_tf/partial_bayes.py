@@ -38,7 +38,7 @@ import sbn_tf  # noqa: F401 (first: it silences TensorFlow's log)
 import keras
 from keras import ops
 
-from sbn_tf.core.checks import check_choice, check_fraction
+from sbn_tf.core.checks import check_choice
 from sbn_tf.core.context import computed_once
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
@@ -47,7 +47,7 @@ from sbn_tf.core.examples import check_targets
 from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
-from sbn_tf.core.options import START_OPTIONS, refuse_idle_biases, sorted_options
+from sbn_tf.core.options import START_OPTIONS, check_masks_or_share, refuse_idle_biases, sorted_options
 from sbn_tf.core.outputs import is_samples
 from sbn_tf.core.sampled import SampledModel, refuse_posterior_mean, settle_batch_norm
 from sbn_tf.core.start import Start, WatchedData, narrow_scales
@@ -296,8 +296,7 @@ def to_partial_bayes(
     check_convertible(model)
     of_layers, of_model = sorted_options(options, model)
     trains_batch_norm = of_model.get("batch_norm", "frozen") != "frozen"
-    if (masks is None) == (r_bayes is None):
-        raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
+    check_masks_or_share(masks, r_bayes)
     seen = WatchedData(data, model, loss)
     masks = _salient(model, r_bayes, seen.data, loss, trains_batch_norm, verbose) if masks is None else masks
     refuse_idle_biases(model, masks, trains_batch_norm)
@@ -317,7 +316,6 @@ def to_partial_bayes(
 
 # %%
 def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
-    check_fraction("r_bayes", r_bayes)  # before the pass over the data
     own = getattr(model, "loss", None) if loss is None else loss
     if data is None or own is None:
         missing = "data" if data is None else "loss, and the model is not compiled: give loss="

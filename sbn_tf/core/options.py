@@ -7,13 +7,26 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.posterior import OPTION_NAMES
 from sbn_tf.core.weights import biases_before_batch_norm
 
-__all__ = ["START_OPTIONS", "refuse_idle_biases", "sorted_options"]
+__all__ = ["START_OPTIONS", "check_masks_or_share", "refuse_idle_biases", "sorted_options"]
 
 START_OPTIONS = {"initial_scale", "relative", "untransformed_scale_initializer"}
 _OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits", "class_axis")
+
+
+def check_masks_or_share(masks, r_bayes) -> None:
+    """Refuse a choice of weights that is none, two at once, or no share: before any pass over the data.
+
+    Raises:
+        ValueError: neither or both of masks and r_bayes, or a share outside [0, 1].
+    """
+    if (masks is None) == (r_bayes is None):
+        raise ValueError(f"Expected masks, or r_bayes and data. Received: masks={masks!r}, r_bayes={r_bayes!r}")
+    if r_bayes is not None:
+        check_fraction("r_bayes", r_bayes)
 
 
 def sorted_options(options: Mapping, model: keras.Model) -> tuple[dict, dict]:
