@@ -173,8 +173,6 @@ def draw(table, path):
     panels[0].set_ylabel("over the plain network")
     panels[1].legend(fontsize=7)
     figure.suptitle("The number of samples sets the cost, over the plain network's; little else changes it", size=10)
-        "Only the number of samples, and Bayesian weights in every layer, raise the cost of a step", size=10
-    )
     figure.savefig(path, dpi=80)
 
 
