@@ -136,7 +136,7 @@ __all__ = [
 # In the code, a posterior is an object for the Bayesian entries of one weight. It makes the variables that they need,
 # draws the entries, and computes their KL. `Posterior` (`sbn_tf.core.posterior`) stores the positions and defines the
 # interface; the Gaussian one adds the two formulas above. Two more have the same interface: a few trained values per
-# entry ("members"), and a mixture of Gaussians.
+# entry ("members": draw $s$ takes the $s$-th value of every entry), and a mixture of Gaussians.
 
 
 # %%
