@@ -8,7 +8,7 @@ One ResNet-18, of which one thing is varied at a time: the share of Bayesian wei
 the side of the images, the width of the network. Each number is a ratio to the plain network of the same size: a step
 to its step, a prediction to its prediction, peak memory of steps to that of its steps. A slope is the exponent p in
 `ratio ~ value^p`, by least squares in logarithms: 0 is a cost that grows as the plain network's does, 1 is one that
-grows in proportion to the value. Masks are random, which leaves no layer without: the dearest masks.
+grows in proportion to the value. Random masks reach every layer, so they cost most.
 """
 
 import argparse
@@ -47,7 +47,7 @@ KINDS = {"all": 'step, "all"', "split": 'step, "split"', "prediction": "predicti
 def main():
     """Measure the points that are missing, draw them, print the slopes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("growth.csv"))
+    parser.add_argument("--out", type=Path, help="growth.csv beside this file; of --quick runs/growth_quick.csv")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="pairs timed in turn")
     parser.add_argument("--quick", action="store_true", help="one small point: does it run?")
@@ -59,8 +59,11 @@ def main():
         found = times(args) if args.what == "time" else peak(args)
         print(json.dumps(found))
         return
+    args.out = args.out or (Path("runs/growth_quick.csv") if args.quick else Path(__file__).with_name("growth.csv"))
     points = [{**BASE, "side": 32, "width": 8}] if args.quick else grid()
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    if any(row["threads"] != args.threads for row in rows):
+        parser.error(f"Expected --threads as in {args.out}. Received: {args.threads}")
     for number, point in enumerate(points, 1):
         if any(all(np.isclose(row[name], value) for name, value in point.items()) for row in rows):
             continue
@@ -86,7 +89,7 @@ def measured(point, args):
     def process(what):
         command = [sys.executable, __file__, "--point", json.dumps(point), "--what", what]
         command += ["--threads", str(args.threads), "--repeats", str(1 if args.quick else args.repeats)]
-        out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+        out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         return json.loads(out.splitlines()[-1])
 
     return {**process("time"), "peak_all": process("all") / process("one"), "threads": args.threads}
@@ -172,7 +175,7 @@ def draw(table, path):
     panels[0].set_yticks(ticks, map(str, ticks))
     panels[0].set_ylabel("over the plain network")
     panels[1].legend(fontsize=7)
-    figure.suptitle("The number of samples sets the cost, over the plain network's; little else changes it", size=10)
+    figure.suptitle("Cost over the plain network's, with one setting varied at a time", size=10)
     figure.savefig(path, dpi=80)
 
 

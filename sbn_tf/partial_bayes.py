@@ -318,7 +318,7 @@ def to_partial_bayes(
 def _salient(model, r_bayes, data, loss, trains_batch_norm, verbose):
     own = getattr(model, "loss", None) if loss is None else loss
     if data is None or own is None:
-        missing = "data" if data is None else "loss, and the model is not compiled: give loss="
+        missing = "data" if data is None else "loss, and the model is not compiled: give loss=..."
         raise ValueError(f"Expected data=(x, y) and a loss to choose the weights by. Received: no {missing}.")
     several = isinstance(own, dict | list) or (loss is None and len(getattr(model, "outputs", ())) > 1)
     loss = compiled_loss(model) if several else own

@@ -172,7 +172,7 @@ def kept_draw(layer: keras.layers.Layer, name: str, make: Callable[[], Any]) -> 
 def computed_once() -> Iterator[None]:
     """Within this context `once` computes each thing once in a graph that TensorFlow traces.
 
-    For one training step: what is kept must not depend on a variable that changes within it.
+    For one training step, up to the optimiser's update: what is kept does not follow it.
     """
     token = _once.set({})
     try:
