@@ -17,7 +17,7 @@ START_OPTIONS = {"initial_scale", "relative", "untransformed_scale_initializer"}
 _OF_THE_MODEL = ("beta", "terms_per_example", "estimator", "batch_norm", "probabilities", "from_logits", "class_axis")
 
 
-def check_masks_or_share(masks, r_bayes) -> None:
+def check_masks_or_share(masks: Mapping | None, r_bayes: float | None) -> None:
     """Refuse a choice of weights that is none, two at once, or no share: before any pass over the data.
 
     Raises:
