@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from sbn_tf import saliency
+from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 
@@ -70,7 +71,8 @@ def main():
         print(f"{number} of {len(points)}: {point}", flush=True)
         rows.append({**point, **measured(point, args)})
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.4g")
+        text = pd.DataFrame(rows).to_csv(index=False, float_format="%.4g")
+        write_atomically(args.out, lambda file, text=text: file.write(text.encode()))
     table = pd.DataFrame(rows)
     if not args.quick:
         draw(table, args.out.with_suffix(".png"))

@@ -184,7 +184,7 @@ class PartialBayes(SampledModel):
             return ESTIMATORS[self.estimator](self, inputs)
 
     def train_step(self, *args):
-        """`keras.Model.train_step`; with "turns" only one member changes."""
+        """`keras.Model.train_step`, which computes each scale once; with "turns" only one member changes."""
         with computed_once():
             return one_step(self, super().train_step, *args)
 

@@ -41,6 +41,12 @@ def code_cells(notebook):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+def test_stored_notebooks_show_no_progress_bars_or_logs():
+    for name, notebook in tracked_notebooks().items():
+        outputs = [one for cell in notebook["cells"] for one in cell.get("outputs", [])]
+        assert not [one for one in outputs if one.get("name") == "stderr"], name
+
+
 def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, data = {}, {}
