@@ -122,7 +122,7 @@ def test_every_method_fits_predicts_and_is_the_same_when_loaded(name, data, runs
     method = fitted(name)
     samples = method.predict_samples(images)
     deterministic = name in ("deterministic", "deterministic_longer", "temperature")
-    several = {"budget_3": 3, "budget_5": 5}.get(name, 2)
+    several = {"budget_3": 3, "budget_5": 5, "turned": 8}.get(name, 2)
     assert method.num_samples == (1 if deterministic or name == "snapshot" else several)
     assert samples.shape == (method.num_samples, 7, 8, 8) and samples.dtype == np.float32
     assert samples.min() >= 0 and samples.max() <= 1
@@ -590,10 +590,10 @@ def test_methods_name_the_trainings_that_they_share(data):
     masks = data["segmentation"]
     found = {name: made(name, masks, None).estimate(masks).trainings for name in METHODS}
     assert {name for name in METHODS if "step1" not in found[name]} == {
-        *("bayes_normal", "branched", "budget_2", "budget_3", "budget_5")
+        *("bayes_normal", "branched", "branched_turned", "budget_2", "budget_3", "budget_5")
     }
     assert set(found["budget_2"]) == {"budget_2_member0", "budget_2_member1"}
-    assert set(found["branched"]) == {"stem", "saliency_of_stem", "branched"}
+    assert set(found["branched"]) == set(found["branched_turned"]) == {"stem", "saliency_of_stem", "branched"}
     assert set(found["deterministic_longer"]) == {"step1", "longer0"} < set(found["ensemble_longer"])
     assert set(found["ensemble"]) == {"step1", "member1"} < set(found["ensemble_longer"])
     assert set(found["partial"]) == {"step1", "saliency_fisher", "partial"}

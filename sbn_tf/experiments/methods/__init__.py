@@ -24,12 +24,14 @@ __all__ = ["METHODS", "Estimate", "Method", "Sizes", "describe", "make"]
 
 _CLASSES = (
     plain.Deterministic,
+    plain.Turned,
     plain.DeterministicLonger,
     plain.Temperature,
     ensembles.Budget2,
     ensembles.Budget3,
     ensembles.Budget5,
     ensembles.Ensemble,
+    ensembles.EnsembleTurned,
     ensembles.EnsembleLonger,
     ensembles.Snapshot,
     dropout.MCDropout,
@@ -42,6 +44,7 @@ _CLASSES = (
     partial.Members,
     partial.Mixture,
     partial.Branched,
+    partial.BranchedTurned,
     partial.FirstLayer,
     partial.LastLayer,
     partial.FirstLast,

@@ -9,6 +9,7 @@ from scipy import optimize, special
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
 from sbn_tf.experiments.methods.base import Method, chosen, validation
 from sbn_tf.experiments.predictor import recovered_logits, tempered
+from sbn_tf.experiments.turns import NUM_TURNS, turned_samples
 
 __all__ = ["fit_temperature"]
 
@@ -22,6 +23,28 @@ class Deterministic(Method):
 
     def _paper_flops(self):
         return 1.0
+
+
+class Turned(Deterministic):
+    """`deterministic`, which sees each image in eight ways, flipped and turned: their mean predicts.
+
+    Reference: Wang et al. 2019, "Aleatoric uncertainty estimation with test-time augmentation".
+    """
+
+    name, title = "turned", "deterministic, mean over eight flips and turns"
+
+    def _count_samples(self, num_samples):
+        return NUM_TURNS
+
+    def _train(self, data):
+        super()._train(data)
+        self.folder = self._own_folder(data)
+
+    def _samples(self, images):
+        return turned_samples(super()._samples, images, self.num_samples)
+
+    def _paper_flops(self):
+        return None
 
 
 class DeterministicLonger(Method):

@@ -1,0 +1,59 @@
+"""Test-time augmentation: the eight symmetries of the square, against rotations and mirrors of NumPy."""
+
+import numpy as np
+import pytest
+
+from sbn_tf.experiments.turns import turn, turn_back, turned_samples
+
+IMAGES = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype("float32")
+
+
+def test_the_eight_symmetries_are_the_turns_and_mirrors_of_numpy():
+    mirrored = IMAGES[:, :, ::-1]
+    expected = [np.rot90(images, k, axes=(1, 2)) for images in (IMAGES, mirrored) for k in range(4)]
+    found = [turn(IMAGES, k) for k in range(8)]
+    assert {a.tobytes() for a in found} == {np.ascontiguousarray(a).tobytes() for a in expected}
+    assert len({a.tobytes() for a in found}) == 8
+    np.testing.assert_array_equal(found[0], IMAGES)
+    np.testing.assert_array_equal(found[1], np.flip(IMAGES, 2))
+    np.testing.assert_array_equal(found[2], np.flip(IMAGES, 1))
+    np.testing.assert_array_equal(found[4], IMAGES.transpose(0, 2, 1, 3))
+    for k in range(8):
+        np.testing.assert_array_equal(turn_back(found[k], k), IMAGES)
+
+
+def test_a_network_that_commutes_with_symmetries_gives_the_same_eight_times():
+    samples = turned_samples(lambda x: (x.sum(-1, keepdims=True) ** 2)[None], IMAGES, 8)
+    assert samples.shape == (8, 2, 4, 4, 1)
+    for sample in samples:
+        np.testing.assert_array_equal(sample, IMAGES.sum(-1, keepdims=True) ** 2)
+
+
+def test_member_s_sees_symmetry_s_modulo_8():
+    seen = []
+
+    def members(images):  # member m: the images as they came, plus 1,000 m
+        seen.append(images)
+        return np.stack([images + 1000 * m for m in range(10)])
+
+    samples = turned_samples(members, IMAGES, 10)
+    assert len(seen) == 8
+    for m, sample in enumerate(samples):
+        np.testing.assert_array_equal(sample, IMAGES + 1000 * m)
+    ramp = np.linspace(0, 1, 4, dtype="float32")[:, None, None] * np.ones((2, 4, 4, 1), "float32")  # of rows
+    weighted = turned_samples(lambda x: np.stack([ramp * (m + 1) for m in range(4)]), IMAGES, 4)
+    for m, sample in enumerate(weighted):  # a map fixed to the frame turns with the image
+        np.testing.assert_array_equal(sample, turn_back(ramp * (m + 1), m))
+
+
+def test_labels_are_not_turned_back():
+    samples = turned_samples(lambda x: x[None, :, 0, 0, :], IMAGES, 8)
+    assert samples.shape == (8, 2, 3)
+    np.testing.assert_array_equal(samples[0], IMAGES[:, 0, 0])
+    np.testing.assert_array_equal(samples[1], IMAGES[:, 0, -1])  # mirrored left-right: the corner was on the right
+    np.testing.assert_array_equal(samples[2], IMAGES[:, -1, 0])
+
+
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match=r"Expected square images for quarter turns. Received: \(2, 4, 3, 3\)"):
+        turned_samples(lambda x: x[None], IMAGES[:, :, :3], 8)
