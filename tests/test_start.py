@@ -118,6 +118,38 @@ def test_fit_compiles_as_the_network_was_trained_and_by_default_ruins_nothing(tr
         bayes(plain, loss="binary_crossentropy").fit(X, Y, verbose=0)
 
 
+def test_evaluate_compiles_as_fit_does(trained):
+    fresh = bayes(trained)
+    loss, accuracy = (fresh.evaluate(X, Y, return_dict=True, verbose=0)[key] for key in ("loss", "accuracy"))
+    assert np.isfinite(loss) and accuracy == np.mean((fresh.predict(X, verbose=0) > 0.5) == Y)
+    assert isinstance(fresh.optimizer, keras.optimizers.Optimizer)
+
+
+@pytest.mark.parametrize("labels", ["sparse", "logits"])
+def test_a_network_whose_running_statistics_lag_behind_warns(labels):
+    """Few steps at batch norm's usual momentum of .99: right in training mode, at chance in inference mode."""
+    keras.utils.set_random_seed(0)
+    x = 100 + 3 * np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    y = (x[:, 0] > 100).astype("int32")
+    head = keras.layers.Dense(2, None if labels == "logits" else "softmax")
+    layers = [keras.layers.Dense(8, "relu"), keras.layers.BatchNormalization(), head]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=labels == "logits")
+    model.compile(keras.optimizers.Adam(0.02), loss, metrics=["accuracy"])
+    model.fit(x, y, epochs=10, batch_size=32, verbose=0)
+    assert loss(y, model(x, training=True)) < 0.5 < np.log(2) < model.evaluate(x, y, verbose=0)[0]
+    share, before = {"r_bayes": 0.5, "data": (x, y), "verbose": False, "num_samples": 2}, model.get_weights()
+    with pytest.warns(UserWarning, match=r"on the first 32 examples .* inference mode .* lag behind"):
+        to_partial_bayes(model, **share)
+    for weights, value in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weights, value)
+    for _ in range(500):
+        model(x, training=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        to_partial_bayes(model, **share)
+
+
 def test_nll_is_the_loss_without_the_kl(trained):
     bnn = bayes(trained, posterior="members", num_samples=3)  # the members are the same in each call
     bnn.compile(keras.optimizers.SGD(0.0))

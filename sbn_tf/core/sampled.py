@@ -172,6 +172,12 @@ class SampledModel(Distributed):
         set_added_shares(self, dict.fromkeys(losses, 1.0), 1 / num_samples)
         return outputs.averaged(state, first, num_samples)
 
+    def evaluate(self, *args, **kwargs):
+        """`keras.Model.evaluate`; compiles first, by the defaults of `compile`, if needed."""
+        if not self.compiled:
+            self.compile()
+        return super().evaluate(*args, **kwargs)
+
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Metrics of the predictive mean, also where training returned one output a draw."""
         if is_samples(self.network, y_pred):
