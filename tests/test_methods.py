@@ -15,8 +15,8 @@ from sklearn.metrics import log_loss
 from sbn_tf import cost, datasets
 from sbn_tf.core.graph import Graph
 from sbn_tf.experiments import recipes, training
-from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make, plain
-from sbn_tf.experiments.predictor import tempered
+from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make
+from sbn_tf.experiments.temperature import fit_temperature, tempered
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
 
@@ -308,7 +308,7 @@ def test_temperature_finds_the_factor_of_calibrated_logits(task):
         cumulative = special.softmax(logits, axis=-1).cumsum(axis=-1)
         targets = np.eye(4)[(random.random((4000, 1)) > cumulative[:, :-1]).sum(axis=-1)]
     for factor in (0.3, 1.0, 4.0):
-        found = plain.fit_temperature(factor * logits, targets, task)
+        found = fit_temperature(factor * logits, targets, task)
         assert found == pytest.approx(factor, rel=0.08)
 
         def nll(temperature, factor=factor):
@@ -336,20 +336,20 @@ def test_tempered_probabilities(task):
 def test_temperature_stays_in_its_bounds(spread, expected):
     logits = np.array([[0.2], [-0.2]] * 20)
     targets = logits > 0 if spread == 0 else logits < 0  # always right; always wrong
-    assert plain.fit_temperature(logits, targets, "binary") == pytest.approx(expected, rel=1e-3)
+    assert fit_temperature(logits, targets, "binary") == pytest.approx(expected, rel=1e-3)
 
 
 def test_soft_targets_of_masks_weigh_as_their_raters():
     random = np.random.default_rng(1)
     logits, raters = random.normal(0, 3, (6, 4, 4)), random.integers(0, 2, (5, 6, 4, 4))
-    soft = plain.fit_temperature(logits, raters.mean(0), "segmentation")
-    hard = plain.fit_temperature(np.tile(logits, (5, 1, 1)), raters.reshape(30, 4, 4), "segmentation")
+    soft = fit_temperature(logits, raters.mean(0), "segmentation")
+    hard = fit_temperature(np.tile(logits, (5, 1, 1)), raters.reshape(30, 4, 4), "segmentation")
     assert soft == pytest.approx(hard, rel=1e-4)
 
 
 def test_temperature_of_logits_that_are_not_finite():
     with pytest.raises(ValueError, match="Expected finite logits"):
-        plain.fit_temperature(np.array([[np.nan, 1.0]]), np.ones((1, 2)), "multi-label")
+        fit_temperature(np.array([[np.nan, 1.0]]), np.ones((1, 2)), "multi-label")
 
 
 @pytest.fixture(scope="module")
@@ -584,6 +584,20 @@ def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs, fitt
     assert 0.99 * found["train_flops"] <= trained <= 2 * found["train_flops"]
     assert 0.9 * found["predict_flops"] <= before.predict_flops <= 2.5 * found["predict_flops"]
     assert before.num_bytes >= 3 * found["weight_bytes"] / method.num_networks / 2
+
+
+@pytest.mark.parametrize("name", ["turned", "ensemble_turned", "branched_turned"])
+def test_a_turned_method_takes_the_trained_networks_of_its_namesake(name, data, fitted):
+    """Sample s of the plain method, of the images under symmetry s, turned back."""
+    images = images_of(data["segmentation"])
+    turned, plain_one = fitted(name), fitted({"turned": "deterministic"}.get(name, name.removesuffix("_turned")))
+    assert [run.folder for run in turned.trained] == [run.folder for run in plain_one.trained]
+    assert turned.folder != plain_one.folder
+    samples, plain_samples = turned.predict_samples(images), plain_one.predict_samples(images)
+    np.testing.assert_allclose(samples[0], plain_samples[0], atol=2e-6)
+    mirrored = plain_one.predict_samples(images[:, :, ::-1])[-1 if len(plain_samples) == 1 else 1]
+    np.testing.assert_allclose(samples[1], mirrored[:, :, ::-1], atol=2e-6)
+    assert not np.allclose(samples[1], plain_samples[-1 if len(plain_samples) == 1 else 1], atol=1e-4)
 
 
 def test_methods_name_the_trainings_that_they_share(data):

@@ -21,7 +21,8 @@ from sbn_tf.__main__ import main
 from sbn_tf.experiments import predict, predictor, scoring
 from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
-from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor, tempered
+from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
+from sbn_tf.experiments.temperature import tempered
 from sbn_tf.experiments.train import predictor_of
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k

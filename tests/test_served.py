@@ -15,7 +15,7 @@ CARD = {**NETWORK_CARD, **COLOURS, "num_samples": 3}
 NAMES = {"mean": "probabilities"} | {name: name for name in ("entropy", "expected_entropy", "mutual_information")}
 
 
-def made(task, posterior, temperature):
+def made(task, posterior, temperature, turned=False):
     keras.utils.set_random_seed(0)
     layers = keras.layers
     first = [layers.Conv2D(4, 3, padding="same", activation="relu"), layers.BatchNormalization()]
@@ -39,13 +39,20 @@ def made(task, posterior, temperature):
             network, r_bayes=0.5, data=(x, y.astype("float32")), loss=loss, posterior=posterior, num_samples=3, seed=1,
             verbose=False, **options,
         )  # fmt: skip
-    card = {**CARD, "task": task, "classes": classes, "temperature": temperature}
+    card = {**CARD, "task": task, "classes": classes, "temperature": temperature, "turned": turned}
     return Predictor(network, NetworkCard.model_validate(card))
 
 
 @pytest.fixture(
     scope="module",
-    params=[("segmentation", "gaussian", 1.5), ("multi-class", "members", 0.7), ("segmentation", None, 1.0)],
+    params=[
+        ("segmentation", "gaussian", 1.5),
+        ("multi-class", "members", 0.7),
+        ("segmentation", None, 1.0),
+        ("segmentation", "members", 1.0, True),
+        ("segmentation", None, 1.0, True),
+        ("multi-class", "gaussian", 1.0, True),
+    ],
     ids=str,
 )
 def predictor(request):
@@ -59,7 +66,8 @@ def pixels():
 
 def expected(predictor, pixels):
     found = predictor.predict(pixels)
-    drawn = predictor.card.num_samples if hasattr(predictor.model, "network") else 1
+    card = predictor.card
+    drawn = card.num_samples if hasattr(predictor.model, "network") or card.turned else 1
     assert len(found[0].samples) == drawn
     return {name: np.stack([one.values[key] for one in found]) for name, key in NAMES.items()}
 

@@ -12,10 +12,8 @@ from typing import Literal
 
 import keras
 import numpy as np
-from numpy.typing import ArrayLike
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy import special
 
 from sbn_tf.core.checks import check_number
 from sbn_tf.core.files import check_archive, replacing, write_atomically
@@ -31,9 +29,11 @@ from sbn_tf.experiments.distance import Features, mahalanobis
 from sbn_tf.experiments.folders import read_arrays, read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.served import export_served
+from sbn_tf.experiments.temperature import tempered
+from sbn_tf.experiments.turns import turned_samples
 from sbn_tf.metrics import uncertainty
 
-__all__ = ["Predictor", "recovered_logits", "tempered"]
+__all__ = ["Predictor"]
 
 MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time
@@ -53,6 +53,7 @@ class NetworkCard(BaseModel):
         mean, sd: of each channel on the 0..1 scale.
         threshold: where probabilities are cut into labels and masks.
         num_samples: draws of a prediction.
+        turned: draw s sees the image under symmetry s modulo 8, as `turned_samples` says.
         temperature: the logits of every draw are divided by it, > 0; 1 where that does not lower the validation NLL.
         quantiles: the 0 %, 1 %, ... 100 % quantiles of the total uncertainty of a validation image, in nats.
         aleatoric_quantiles, epistemic_quantiles: those of its two parts.
@@ -75,6 +76,7 @@ class NetworkCard(BaseModel):
     sd: tuple[float, ...]
     threshold: float = Field(gt=0, lt=1)
     num_samples: int = Field(gt=0)
+    turned: bool = False
     temperature: float = Field(gt=0)
     quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
     aleatoric_quantiles: tuple[float, ...] = Field(min_length=101, max_length=101)
@@ -300,13 +302,16 @@ class Predictor:
         The card's temperature divides the logits of every draw. So the mean probability, both parts of the entropy and
         the sampled masks all follow from the same tempered draws, and total = aleatoric + epistemic still.
         """
-        if self._sampled is None:
-            samples = np.asarray(self.model.predict_on_batch(inputs))[None]
-        else:
-            samples = self._sampled.samples(inputs, self.card.num_samples)
-        if self.card.task == SEGMENTATION:
+        card = self.card
+        samples = turned_samples(self._drawn, inputs, card.num_samples) if card.turned else self._drawn(inputs)
+        if card.task == SEGMENTATION:
             samples = samples[..., 0]
-        return samples if self.card.temperature == 1 else tempered(samples, self.card.temperature, self.card.task)
+        return samples if card.temperature == 1 else tempered(samples, card.temperature, card.task)
+
+    def _drawn(self, inputs):
+        if self._sampled is None:
+            return np.asarray(self.model.predict_on_batch(inputs))[None]
+        return self._sampled.samples(inputs, self.card.num_samples)
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""
@@ -371,23 +376,6 @@ def _predictions(card, samples, wholes, far=None):
         Prediction(card, whole, {key: values[i] for key, values in maps.items()}, samples[:, i], far and far[i])
         for i, whole in enumerate(wholes)
     ]
-
-
-def recovered_logits(probs: ArrayLike, task: str) -> np.ndarray:
-    """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
-
-    `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
-    float32 number, one of 1 as the largest below 1.
-    """
-    limits = np.finfo("float32")
-    probs = np.clip(np.asarray(probs, "float64"), limits.tiny, 1.0 if task in EXCLUSIVE else 1.0 - limits.epsneg)
-    return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
-
-
-def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
-    """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
-    logits = recovered_logits(probs, task) / temperature
-    return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
 
 
 def _starts(length, size):

@@ -16,6 +16,7 @@ from sbn_tf.core.context import posterior_sample, recorded_draws
 from sbn_tf.core.outputs import entropy
 from sbn_tf.core.sampled import SampledModel
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
+from sbn_tf.experiments.turns import NUM_TURNS, turn, turn_back
 
 FORMATS = ("tf_saved_model", "onnx", "litert")
 
@@ -40,7 +41,9 @@ class Served(keras.Model):
         """Outputs of pixels (batch, size, size, channels)."""
         card = self.card
         x = (ops.cast(pixels, "float32") / 255.0 - np.float32(card.mean)) / np.float32(card.sd)
-        if isinstance(self.model, SampledModel):
+        if card.turned:
+            found = [self._turned_draw(x, number) for number in range(card.num_samples)]
+        elif isinstance(self.model, SampledModel):
             with self.model.graph.sharing():
                 found = [self._draw(x, number, fixed) for number, fixed in enumerate(self._draws())]
         else:
@@ -58,13 +61,20 @@ class Served(keras.Model):
             "mutual_information": total - expected,
         }
 
+    def _turned_draw(self, x, number):
+        """A draw that sees the image as in `turns.turned_samples`."""
+        x, draws = turn(x, number % NUM_TURNS), self._draws()
+        sampled = isinstance(self.model, SampledModel)
+        found = self._draw(x, number, draws[number]) if sampled else self.model(x, training=False)
+        return turn_back(found, number % NUM_TURNS) if self.card.task == SEGMENTATION else found
+
     def _draw(self, x, number, fixed):
         with posterior_sample(number, fixed):
             outputs = self.model.network(x, training=False)
         return self.model.outputs_of_samples.as_probabilities(outputs)
 
     def _tempered(self, probs):
-        """As `methods.plain.tempered`, in the graph."""
+        """As `temperature.tempered`, in the graph."""
         if self.card.temperature == 1:
             return probs
         limits = np.finfo("float32")

@@ -23,18 +23,19 @@ from sbn_tf.experiments.folders import begin
 from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
-from sbn_tf.experiments.methods.plain import fit_temperature
 from sbn_tf.experiments.networks import NETWORKS
-from sbn_tf.experiments.predictor import NetworkCard, Predictor, recovered_logits
+from sbn_tf.experiments.predictor import NetworkCard, Predictor
+from sbn_tf.experiments.temperature import fit_temperature, recovered_logits
 from sbn_tf.experiments.training_page import write_training_page
 
-ONE_NETWORK = ("members", "branched", "mixture", "partial", CONTROLS[0])  # they predict from one saved model
+# They predict from one saved model.
+ONE_NETWORK = ("members", "branched", "branched_turned", "mixture", "partial", CONTROLS[0], "turned")
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[float, float] | None = None) -> Predictor:
     """A fitted method as a network that reads image files; what it says of certainty is of the validation images.
 
-    The temperature is fitted to the mean probability (`plain.fit_temperature`), and kept only if dividing the logits of
+    The temperature is fitted to the mean probability (`fit_temperature`), and kept only if dividing the logits of
     every draw by it, as `Predictor.samples` does, lowers the NLL of the validation images; else it is 1.
 
     Args:
@@ -58,6 +59,7 @@ def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[flo
             "sd": np.asarray(data.sd).tolist(),
             "threshold": settings.threshold,
             "num_samples": made.num_samples,
+            "turned": made.turned,
             "temperature": 1.0,
             **dict.fromkeys(("quantiles", "aleatoric_quantiles", "epistemic_quantiles"), [0.0] * 101),
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import keras
 import numpy as np
 
 __all__ = ["NUM_TURNS", "turned_samples"]
@@ -41,15 +43,19 @@ def turned_samples(samples_of: Callable[[np.ndarray], np.ndarray], images: np.nd
     return np.stack([found[s % NUM_TURNS][s // NUM_TURNS % len(found[s % NUM_TURNS])] for s in range(num_samples)])
 
 
-def turn(images: np.ndarray, symmetry: int) -> np.ndarray:
-    """Images (..., side, side, channels) under one symmetry, 0..7."""
+def turn(images: Any, symmetry: int) -> Any:
+    """Images (..., side, side, channels) under one symmetry, 0..7: an array, or a tensor of the backend."""
     images = images[..., ::-1, :] if symmetry & 1 else images
     images = images[..., ::-1, :, :] if symmetry & 2 else images
-    return images.swapaxes(-3, -2) if symmetry & 4 else images
+    return _transposed(images) if symmetry & 4 else images
 
 
-def turn_back(images: np.ndarray, symmetry: int) -> np.ndarray:
+def turn_back(images: Any, symmetry: int) -> Any:
     """The inverse of `turn`."""
-    images = images.swapaxes(-3, -2) if symmetry & 4 else images
+    images = _transposed(images) if symmetry & 4 else images
     images = images[..., ::-1, :, :] if symmetry & 2 else images
     return images[..., ::-1, :] if symmetry & 1 else images
+
+
+def _transposed(images):
+    return images.swapaxes(-3, -2) if isinstance(images, np.ndarray) else keras.ops.swapaxes(images, -3, -2)

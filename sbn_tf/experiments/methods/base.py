@@ -19,6 +19,7 @@ from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
+from sbn_tf.experiments.turns import turned_samples
 
 _COUNTED = (
     "predict_flops_per_sample",
@@ -42,6 +43,7 @@ class Method:
         title: one line for a table.
         takes_r_bayes: whether `r_bayes` shapes it.
         takes_samples: whether it predicts with as many samples as it is asked for.
+        turned: whether each sample sees the image flipped or turned, as `turns.turned_samples` says.
         sets: fields of the recipe that the method sets for itself.
         num_samples: samples of a prediction: the first axis of `predict_samples`.
         selection: what was chosen on the validation split, such as `{"temperature": 1.31}`; {} where nothing was.
@@ -51,7 +53,7 @@ class Method:
     """
 
     name = title = ""
-    takes_r_bayes = takes_samples = False
+    takes_r_bayes = takes_samples = turned = False
     sets: tuple[str, ...] = ()
     num_networks = 1  # that are stored
     needs_step1 = True  # the recipe's, which methods share
@@ -120,9 +122,12 @@ class Method:
                 f"Received: shape {images.shape}"
             )
         size = self.recipe.batch_size
-        parts = [self._samples(images[start : start + size]) for start in range(0, len(images), size)]
+        parts = [self._turned(images[start : start + size]) for start in range(0, len(images), size)]
         probs = np.concatenate(parts, axis=1)
         return probs[..., 0] if self._task == SEGMENTATION else probs
+
+    def _turned(self, images):
+        return turned_samples(self._samples, images, self.num_samples) if self.turned else self._samples(images)
 
     def cost(self) -> dict:
         """What it took: a dict of numbers for JSON. Floating point operations are counted from traced graphs, and

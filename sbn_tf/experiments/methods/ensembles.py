@@ -9,7 +9,6 @@ import numpy as np
 from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import write_json
 from sbn_tf.experiments.methods.base import Method
-from sbn_tf.experiments.turns import turned_samples
 
 MAX_CYCLES = 5
 
@@ -83,9 +82,7 @@ class EnsembleTurned(Ensemble):
     """`ensemble`, whose members see each image flipped or turned, each in another way."""
 
     name, title = "ensemble_turned", "deep ensemble, each member with a flip or turn of its own"
-
-    def _samples(self, images):
-        return turned_samples(super()._samples, images, self.num_samples)
+    turned = True
 
 
 class Budget2(Networks):

@@ -15,7 +15,6 @@ from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.methods.sampled import Sampled, score_flops
 from sbn_tf.experiments.recipes import optimizer_for
 from sbn_tf.experiments.run_folder import Run
-from sbn_tf.experiments.turns import turned_samples
 from sbn_tf.saliency import Masks, biases_before_batch_norm, saliency
 
 FAN_OUT = 0.5  # of `partial_late`: highest share of the operations that run again for each sample
@@ -202,14 +201,12 @@ class BranchedTurned(Branched):
     """`branched`, whose members see each image flipped or turned, each in another way."""
 
     name, title = "branched_turned", "sparse ensemble that parts early, each member with a flip or turn of its own"
+    turned = True
     trained_as = "branched"
 
     def _train(self, data):
         super()._train(data)
         self.folder = self._own_folder(data, members=self.folder.name)
-
-    def _samples(self, images):
-        return turned_samples(super()._samples, images, self.num_samples)
 
     def _sample_flops(self, batch):
         return costs.prediction_flops(self.step1.model, batch)  # members share no layer of different images
