@@ -151,10 +151,18 @@ def test_segmentation_panel_shows_the_uncertainty_of_metrics():
 def test_segmentation_panel_sets_another_network_beside_ours_on_one_scale():
     probs, other = RNG.random((3, 2, 8, 8)), RNG.random((1, 2, 8, 8))
     axes = plots.plot_segmentation(np.zeros((2, 8, 8, 1)), np.ones((2, 8, 8)), probs, without=other)
-    assert [ax.get_title() for ax in axes[0, -3:]] == ["plain entropy", "entropy", "mutual information"]
+    assert [ax.get_title() for ax in axes[0, -3:]] == ["entropy without", "entropy", "mutual information"]
     expected = -other[0] * np.log(other[0]) - (1 - other[0]) * np.log(1 - other[0])
     np.testing.assert_allclose(axes[1, -3].images[0].get_array(), expected[1], rtol=1e-6)
     assert axes[0, -3].images[0].get_clim() == axes[1, -2].images[0].get_clim()
+
+
+def test_segmentation_panel_says_how_many_raters_marked_nothing():
+    truths = np.ones((2, 8, 8, 4))
+    truths[0, ..., 1:3] = 0
+    valid = np.array([[True, True, True, False], [True] * 4])
+    axes = plots.plot_segmentation(np.zeros((2, 8, 8, 1)), truths, RNG.random((3, 2, 8, 8)), rater_valid=valid)
+    assert [ax.get_xlabel() for ax in axes[:, 1]] == ["2 of 3 marked nothing", ""]
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])

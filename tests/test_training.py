@@ -210,7 +210,8 @@ def test_the_three_steps_are_made_once_and_then_loaded(data, tmp_path, masked):
     for a, b in zip(first.model.weights, again.model.weights, strict=True):
         np.testing.assert_array_equal(a, b)
     assert training.deterministic_run(data, recipe, network=masked, runs=tmp_path).history == step1.history
-    assert json.loads((first.folder / "config.json").read_text())["recipe"]["num_samples"] == 2
+    written = json.loads((first.folder / "config.json").read_text())
+    assert written["recipe"]["num_samples"] == 2 and written["r_bayes"] == masks.r_bayes
     settings = json.loads((step1.folder / "config.json").read_text())["settings"]
     assert "activation" not in settings  # the folders of masks and labels have the names that they had
 

@@ -140,8 +140,10 @@ class RunFolder:
         return self.read()
 
     def _write(self, model, history):
-        recipe = dataclasses.asdict(self.recipe)
-        write_json(self.path / "config.json", {"settings": self.settings, "recipe": recipe})
+        written = {"settings": self.settings, "recipe": dataclasses.asdict(self.recipe)}
+        if self.masks is not None:
+            written["r_bayes"] = self.masks.r_bayes  # the settings have the masks' digest
+        write_json(self.path / "config.json", written)
         write_checked(self.path / "history.json", history)
         with replacing(self.path / "model.keras") as temporary:
             model.save(temporary)

@@ -91,8 +91,8 @@ def plot_segmentation(
     parts = uncertainty(probs[:, :rows])
     maps = {"entropy": parts["entropy"], "mutual information": parts["mutual_information"]}
     if without is not None:
-        maps = {"plain entropy": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
-    highest = max(float(one.max()) for title, one in maps.items() if title.endswith("entropy"))
+        maps = {"entropy without": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
+    highest = max(float(one.max()) for title, one in maps.items() if title.startswith("entropy"))
     predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
     titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
     titles += list(maps)
@@ -103,6 +103,9 @@ def plot_segmentation(
         show_image(columns["image"], images[row])
         show_image(columns[titles[1]], images[row])
         outline_raters(columns[titles[1]], truths[row], valid[row], width=1.2)
+        empty = int((~truths[row].astype(bool).any((0, 1)) & valid[row]).sum())
+        if several and empty:
+            columns["raters"].set_xlabel(f"{empty} of {int(valid[row].sum())} marked nothing", fontsize="x-small")
         show_image(columns["prediction"], images[row])
         _overlay(columns["prediction"], _hits(predicted[row], majority[row]))
         if several:
@@ -110,10 +113,11 @@ def plot_segmentation(
             picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
             coloured["disagreement"] = picture, "raters' variance"
         for title, values in maps.items():
-            high = highest if title.endswith("entropy") else float(values.max())
+            high = highest if title.startswith("entropy") else float(values.max())
             # One sample has no mutual information, only its rounding.
             picture = columns[title].imshow(values[row], "viridis", vmin=0, vmax=max(high, 0.01))
-            coloured[title] = picture, f"{'predictive ' * (title == 'entropy')}{title} (nats)"
+            label = {"entropy": "predictive entropy", "entropy without": "without posterior"}.get(title, title)
+            coloured[title] = picture, f"{label} (nats)"
     for title, (picture, label) in coloured.items():
         column = axes[:, titles.index(title)]
         _colour_bar(figure, picture, column, label, location="bottom", shrink=0.9, pad=0.02)
