@@ -162,23 +162,7 @@ class Bench:
 
     def ratio(self, above, below):
         """Two calls timed in turn."""
-        pairs, start = [], time.perf_counter()
-        enough = 1 if self.args.quick else 3
-        while len(pairs) < self.args.repeats:
-            if len(pairs) >= enough and time.perf_counter() - start > self.args.row_seconds:
-                break
-            first = len(pairs) % 2
-            seconds = [(above, below)[first](), (above, below)[1 - first]()]
-            pairs.append(seconds[::-1] if first else seconds)
-        pairs = np.array(pairs)
-        low, median, high = np.percentile(pairs[:, 0] / pairs[:, 1], [25, 50, 75])
-        return {
-            "ratio": float(median),
-            "quartiles": [float(low), float(high)],
-            "seconds": float(np.median(pairs[:, 0])),
-            "of_seconds": float(np.median(pairs[:, 1])),
-            "pairs": len(pairs),
-        }
+        return ratio_of(above, below, self.args.repeats, self.args.row_seconds, 1 if self.args.quick else 3)
 
     # ---- rows ----
 
@@ -307,6 +291,26 @@ class _Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         return self.batches[index]
+
+
+def ratio_of(above, below, repeats, most_seconds=np.inf, fewest=1):
+    """Seconds of `above()` over those of `below()`, timed in pairs, in turn; of `fewest` pairs on it ends in time."""
+    pairs, start = [], time.perf_counter()
+    while len(pairs) < repeats:
+        if len(pairs) >= fewest and time.perf_counter() - start > most_seconds:
+            break
+        first = len(pairs) % 2
+        seconds = [(above, below)[first](), (above, below)[1 - first]()]
+        pairs.append(seconds[::-1] if first else seconds)
+    pairs = np.array(pairs)
+    low, median, high = np.percentile(pairs[:, 0] / pairs[:, 1], [25, 50, 75])
+    return {
+        "ratio": float(median),
+        "quartiles": [float(low), float(high)],
+        "seconds": float(np.median(pairs[:, 0])),
+        "of_seconds": float(np.median(pairs[:, 1])),
+        "pairs": len(pairs),
+    }
 
 
 def frozen(model):

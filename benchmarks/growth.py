@@ -122,9 +122,8 @@ def times(args):
     for name, (above, below) in pairs.items():
         for call in (above, below):
             call(2)
-        seconds = np.array([[seconds_of(call) for call in (above, below)] for _ in range(args.repeats)])
-        low, median, high = np.percentile(seconds[:, 0] / seconds[:, 1], [25, 50, 75])
-        found |= {name: median, f"{name}_low": low, f"{name}_high": high}
+        row = floor.ratio_of(lambda call=above: seconds_of(call), lambda call=below: seconds_of(call), args.repeats)
+        found |= dict(zip((name, f"{name}_low", f"{name}_high"), (row["ratio"], *row["quartiles"]), strict=True))
     return found
 
 
