@@ -185,7 +185,7 @@ def test_costs_add_up(fitted, spent):
     for name, found in spent.items():
         assert set(found) == COST_KEYS and json.loads(json.dumps(found)) == found
         assert all(found[key] > 0 for key in COST_KEYS - {"num_bayesian", "paper_flops", "train_grown_bytes"})
-        assert (found["num_bayesian"] > 0) == hasattr(methods[name], "masks")
+        assert (found["num_bayesian"] > 0) == hasattr(getattr(methods[name], "other", methods[name]), "masks")
         assert found["predict_flops"] == methods[name].num_samples * found["predict_flops_per_sample"]
     step1 = methods["deterministic"].model
     step = cost.training_flops(step1, 5)
@@ -586,7 +586,7 @@ def test_an_estimate_before_anything_runs_covers_the_cost(name, data, runs, fitt
     assert before.num_bytes >= 3 * found["weight_bytes"] / method.num_networks / 2
 
 
-@pytest.mark.parametrize("name", ["turned", "ensemble_turned", "branched_turned"])
+@pytest.mark.parametrize("name", ["turned", "ensemble_turned", "members_turned", "branched_turned"])
 def test_a_turned_method_takes_the_trained_networks_of_its_namesake(name, data, fitted):
     """Sample s of the plain method, of the images under symmetry s, turned back."""
     images = images_of(data["segmentation"])

@@ -29,7 +29,7 @@ from sbn_tf.experiments.temperature import fit_temperature, recovered_logits
 from sbn_tf.experiments.training_page import write_training_page
 
 # They predict from one saved model.
-ONE_NETWORK = ("members", "branched", "branched_turned", "mixture", "partial", CONTROLS[0], "turned")
+ONE_NETWORK = ("members", "members_turned", "branched", "branched_turned", "mixture", "partial", CONTROLS[0], "turned")
 
 
 def predictor_of(settings: Experiment, made: Method, fit: str, window: tuple[float, float] | None = None) -> Predictor:

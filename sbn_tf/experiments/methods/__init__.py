@@ -15,7 +15,7 @@ the test split.
 
 from __future__ import annotations
 
-from sbn_tf.experiments.methods import dropout, ensembles, laplace, partial, plain
+from sbn_tf.experiments.methods import dropout, ensembles, laplace, partial, plain, turned
 from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.methods.estimates import Estimate, Sizes
 from sbn_tf.experiments.recipes import Recipe
@@ -24,14 +24,14 @@ __all__ = ["METHODS", "Estimate", "Method", "Sizes", "describe", "make"]
 
 _CLASSES = (
     plain.Deterministic,
-    plain.Turned,
+    turned.Turned,
     plain.DeterministicLonger,
     plain.Temperature,
     ensembles.Budget2,
     ensembles.Budget3,
     ensembles.Budget5,
     ensembles.Ensemble,
-    ensembles.EnsembleTurned,
+    turned.EnsembleTurned,
     ensembles.EnsembleLonger,
     ensembles.Snapshot,
     dropout.MCDropout,
@@ -42,9 +42,10 @@ _CLASSES = (
     partial.PartialChannel,
     partial.PartialLate,
     partial.Members,
+    turned.MembersTurned,
     partial.Mixture,
     partial.Branched,
-    partial.BranchedTurned,
+    turned.BranchedTurned,
     partial.FirstLayer,
     partial.LastLayer,
     partial.FirstLast,

@@ -19,7 +19,6 @@ from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
-from sbn_tf.experiments.turns import turned_samples
 
 _COUNTED = (
     "predict_flops_per_sample",
@@ -122,12 +121,9 @@ class Method:
                 f"Received: shape {images.shape}"
             )
         size = self.recipe.batch_size
-        parts = [self._turned(images[start : start + size]) for start in range(0, len(images), size)]
+        parts = [self._samples(images[start : start + size]) for start in range(0, len(images), size)]
         probs = np.concatenate(parts, axis=1)
         return probs[..., 0] if self._task == SEGMENTATION else probs
-
-    def _turned(self, images):
-        return turned_samples(self._samples, images, self.num_samples) if self.turned else self._samples(images)
 
     def cost(self) -> dict:
         """What it took: a dict of numbers for JSON. Floating point operations are counted from traced graphs, and

@@ -78,13 +78,6 @@ class Ensemble(Networks):
         return float(self.num_members)
 
 
-class EnsembleTurned(Ensemble):
-    """`ensemble`, whose members see each image flipped or turned, each in another way."""
-
-    name, title = "ensemble_turned", "deep ensemble, each member with a flip or turn of its own"
-    turned = True
-
-
 class Budget2(Networks):
     """Networks that together have the epochs of one: what a posterior at the price of one training has to beat."""
 

@@ -31,7 +31,6 @@ class Partial(Method):
     takes_r_bayes = takes_samples = True
     uses_scores = True  # whether a saliency pass chooses the weights
     posterior = "gaussian"
-    trained_as = ""  # another method, whose run it takes
     places: tuple[int, ...] | None = None  # of layers that are wholly Bayesian, in the network's order; None: by score
 
     def _count_samples(self, num_samples):
@@ -52,8 +51,8 @@ class Partial(Method):
         return training.masks_run(self.step1, data, recipe, self.r_bayes, seed=self.seed, verbose=self.verbose)
 
     def _train_posterior(self, data):
-        name = self.trained_as or self.name
-        options = {"method": None if name == "partial" else name, "posterior": self.posterior, **self._options()}
+        method = None if self.name == "partial" else self.name
+        options = {"method": method, "posterior": self.posterior, **self._options()}
         return training.partial_run(self.step1, self.masks, data, self._use(**self._settings()), **options)
 
     def _settings(self):
@@ -194,22 +193,7 @@ class Branched(Partial):
     def _trainings(self, parts):
         share = self._stem() / self.recipe.epochs
         members = parts.bayesian / self.recipe.bayes_epochs * self._settings()["bayes_epochs"]
-        return {"stem": share * parts.first, "saliency_of_stem": parts.saliency, self.trained_as or self.name: members}
-
-
-class BranchedTurned(Branched):
-    """`branched`, whose members see each image flipped or turned, each in another way."""
-
-    name, title = "branched_turned", "sparse ensemble that parts early, each member with a flip or turn of its own"
-    turned = True
-    trained_as = "branched"
-
-    def _train(self, data):
-        super()._train(data)
-        self.folder = self._own_folder(data, members=self.folder.name)
-
-    def _sample_flops(self, batch):
-        return costs.prediction_flops(self.step1.model, batch)  # members share no layer of different images
+        return {"stem": share * parts.first, "saliency_of_stem": parts.saliency, self.name: members}
 
 
 class Mixture(Partial):

@@ -7,7 +7,6 @@ import numpy as np
 from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.experiments.methods.base import Method, chosen, validation
 from sbn_tf.experiments.temperature import TEMPERATURES, fit_temperature, recovered_logits, tempered
-from sbn_tf.experiments.turns import NUM_TURNS
 
 
 class Deterministic(Method):
@@ -17,26 +16,6 @@ class Deterministic(Method):
 
     def _paper_flops(self):
         return 1.0
-
-
-class Turned(Deterministic):
-    """`deterministic`, which sees each image in eight ways, flipped and turned: their mean predicts.
-
-    Reference: Wang et al. 2019, "Aleatoric uncertainty estimation with test-time augmentation".
-    """
-
-    name, title = "turned", "deterministic, mean over eight flips and turns"
-    turned = True
-
-    def _count_samples(self, num_samples):
-        return NUM_TURNS
-
-    def _train(self, data):
-        super()._train(data)
-        self.folder = self._own_folder(data)
-
-    def _paper_flops(self):
-        return None
 
 
 class DeterministicLonger(Method):
