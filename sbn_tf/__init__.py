@@ -23,6 +23,7 @@ __all__ = [
     "load",
     "to_partial_bayes",
     "top_k",
+    "turned_samples",
 ]
 __version__ = "0.2.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "core.loading",
     "to_partial_bayes": "partial_bayes",
     "top_k": "saliency",
+    "turned_samples": "core.turns",
 }
 _MODULES = ("cost", "datasets", "layers", "metrics", "partial_bayes", "saliency")
 

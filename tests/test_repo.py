@@ -54,11 +54,12 @@ def test_readme_examples_run(capsys, tmp_path, monkeypatch):
     examples = {
         page: re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S) for page in pages
     }
-    for (page, (example,)), found in zip(examples.items(), (names, names, data), strict=True):
-        exec(compile(example, page, "exec"), found)
+    for (page, blocks), found in zip(examples.items(), (names, names, data), strict=True):
+        exec(compile("\n".join(blocks), page, "exec"), found)
         if page == "README.md":
             assert names["bayes"].num_bayesian == round(0.05 * names["model"].count_params())
     assert names["bayes"].num_bayesian == names["masks"].num_bayesian == round(0.05 * names["model"].count_params())
+    assert names["samples"].shape == (8, 4, 32, 32, 1) and names["parts"]["mean_probs"].shape == (4, 32, 32)
     with posterior_mean():
         np.testing.assert_allclose(names["plain"](names["x"]), names["bayes"].network(names["x"]), rtol=1e-6)
     loaded = tf.saved_model.load(tmp_path / "runs" / "served")

@@ -109,4 +109,5 @@ print(*(getattr(sbn_tf, n).__name__ for n in sbn_tf.__all__ if n[0] != "_"))
         "load",
         "to_partial_bayes",
         "top_k",
+        "turned_samples",
     ]

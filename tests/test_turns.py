@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sbn_tf.experiments.turns import turn, turn_back, turned_samples
+from sbn_tf.core.turns import turn, turn_back, turned_samples
 
 IMAGES = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype("float32")
 

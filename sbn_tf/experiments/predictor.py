@@ -19,6 +19,7 @@ from sbn_tf.core.checks import check_number
 from sbn_tf.core.files import check_archive, replacing, write_atomically
 from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SameDraws, SampledModel
+from sbn_tf.core.turns import turned_samples
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, read_scaled, square
 from sbn_tf.datasets.files import listed
@@ -30,7 +31,6 @@ from sbn_tf.experiments.folders import read_arrays, read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.served import export_served
 from sbn_tf.experiments.temperature import tempered
-from sbn_tf.experiments.turns import turned_samples
 from sbn_tf.metrics import uncertainty
 
 __all__ = ["Predictor"]

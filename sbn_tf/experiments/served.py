@@ -15,8 +15,8 @@ from sbn_tf.core.checks import check_choice
 from sbn_tf.core.context import posterior_sample, recorded_draws
 from sbn_tf.core.outputs import entropy
 from sbn_tf.core.sampled import SampledModel
+from sbn_tf.core.turns import NUM_TURNS, turn, turn_back
 from sbn_tf.datasets.base import EXCLUSIVE, SEGMENTATION
-from sbn_tf.experiments.turns import NUM_TURNS, turn, turn_back
 
 FORMATS = ("tf_saved_model", "onnx", "litert")
 

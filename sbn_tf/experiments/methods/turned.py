@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sbn_tf import cost as costs
+from sbn_tf.core.turns import NUM_TURNS, turned_samples
 from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.methods.ensembles import Ensemble
 from sbn_tf.experiments.methods.partial import Branched, Members
 from sbn_tf.experiments.methods.plain import Deterministic
-from sbn_tf.experiments.turns import NUM_TURNS, turned_samples
 
 
 class Turned(Method):
