@@ -76,8 +76,8 @@ __all__ = [
 # %% [markdown]
 # ## 1. What is stored?
 #
-# A trained weight $w \in \mathbb{R}^n$ and a mask of $k$ entries. The paper (Abboud et al. 2024, section 2.3) lets $w_i
-# \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with $\sigma = \log(1 +
+# A mask chooses $k$ entries of a trained weight $w \in \mathbb{R}^n$. The paper (Abboud et al. 2024, section 2.3) lets
+# $w_i \sim \mathcal{N}(\mu_i, \sigma_i^2)$ at the masked entries and $w_i = \mu_i$ elsewhere, with $\sigma = \log(1 +
 # e^{\rho})$. TensorFlow Probability calls $\mu$ `loc`, $\sigma$ `scale` and $\rho$ `untransformed_scale`. A draw is
 # computed from $\mu$, $\rho$ and noise that is drawn independently of them. So the loss of a draw has gradients with
 # respect to $\mu$ and $\rho$ (the *reparameterization trick*, Kingma and Welling 2014):

@@ -93,7 +93,7 @@ __all__ = [
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
 # averages over: 1 if it averages over images only, the number of pixels if it also averages over pixels, the number of
 # labels if it also averages over labels. A mean squared error is $2 s^2$ times an NLL, up to a constant ($s$: the
-# noise's sd): `beta=2 * s**2` makes the KL as large. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's
+# noise's sd): `beta=2 * s**2` scales the KL, too. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's
 # weight is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a loss divided by the
 # sum of the sample weights), the terms of every training batch are counted, and $T$ is the mean number per example over
 # all batches so far.
@@ -286,7 +286,7 @@ def to_partial_bayes(
         posterior: "gaussian" (the paper's), "members" (`num_samples` trained values per entry) or "mixture".
         seed: int, fixes initial values and noise. verbose: whether to show the progress of the pass over `data`.
         options: fields of `PosteriorOptions` (`initial_scale`: left out, a tenth of a weight's magnitude, halved while
-            that raises the loss of the first examples much; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
+            its noise raises the first examples' loss much; `prior`, ...) and of `PartialBayes` (`estimator`, ...).
 
     Raises:
         ValueError: masks of another model, neither masks nor r_bayes with data, a wrong option, or a trap of the table.
@@ -501,8 +501,7 @@ class BetaSchedule(keras.callbacks.Callback):
 # plt.show()
 
 # %% [markdown]
-# A check on this picture: on average the samples disagree more away from the points, where each has its border
-# elsewhere, than near them.
+# A check on this picture: on average the samples disagree more far from the points than near them.
 
 # %% tags=["active-ipynb"]
 # distance = np.min(np.linalg.norm(plane[:, None] - x[None], axis=-1), axis=1)

@@ -73,10 +73,10 @@ __all__ += ["biases_before_batch_norm", "captured", "eligible_weights", "named_w
 #
 # gradients_by_hand = np.array([[3.0, 1.0], [-3.0, 1.0]])  # (batches, weights)
 # by_hand = {"fisher": (gradients_by_hand**2).mean(axis=0), "paper": gradients_by_hand.sum(axis=0) ** 2}
-# pd.DataFrame(by_hand, index=["first weight", "second weight"])
+# pd.DataFrame(by_hand, index=["first entry", "second entry"])
 
 # %% [markdown]
-# `fisher` ranks the first weight higher, `paper` the second. Section 6 asks which is right for a trained network.
+# `fisher` ranks the first entry higher, `paper` the second. Section 6 asks which is right for a trained network.
 #
 # Now all six. Let $g_b$ be the gradient of batch $b$'s mean loss at the trained weights, $n_b$ its number of examples
 # and $N = \sum_b n_b$:
@@ -424,7 +424,7 @@ def top_k(
 
 
 # %% [markdown]
-# By hand: five entries, `k = round(0.4 * 5) = 2`. The 3 is chosen, and of the two equal scores the earlier one.
+# By hand: five entries, `k = round(0.4 * 5) = 2`. The 3 is chosen, and of the equal scores the earliest.
 
 # %% tags=["active-ipynb"]
 # masks = top_k({"a/kernel": np.array([3.0, 1.0, 2.0]), "b/kernel": np.array([2.0, 2.0])}, 0.4)
@@ -501,12 +501,12 @@ def saliency_against_cost(
 # + \underbrace{\frac1B \sum_b (g_b - \bar g)^2}_{\text{spread between batches}},
 # \qquad \bar g = \frac1B \sum_b g_b . $$
 #
-# With batches of equal size `fisher` has both parts, `paper` only the first. In section 1, weight 1: $3^2 = 0^2 + 3^2$.
+# With batches of equal size `fisher` has both parts, `paper` only the first. In section 1, entry 1: $3^2 = 0^2 + 3^2$.
 #
 # > **Misconception: "$(\sum_b g_b)^2$ is the squared gradient of the whole loss, so it is the better score."**
 # > Training goes where that gradient is 0, for *every* weight, salient or not, and stops close by. What is left is
 # > $\bar g \approx H (w - w^*)$ ($H$: the curvature, $w^*$: the optimum). It says where the optimiser happened to
-# > stop, so its square ranks noise. There the spread between batches is 0 only if the fit is exact.
+# > stop, so its square ranks noise. At $w^*$ the batches' spread is 0 only if the fit is exact.
 #
 # Is that so? Take three small networks, trained until their loss hardly moves, on two noisy half-moons. A selection
 # that means something should be nearly the same when it is made from half of the training data.
@@ -551,7 +551,7 @@ def saliency_against_cost(
 # ## 7. Where do the chosen weights lie?
 #
 # The pictures are of the last of the three networks: the share of each weight's entries that `fisher` chose (left), and
-# the saliency lost by cheaper choices (right; 4 % are chosen, so that the last layer could hold all).
+# the saliency kept by cheaper choices (right; 4 % are chosen, so that the last layer could hold all).
 
 # %% tags=["active-ipynb", "nbval-ignore-output"]
 # import matplotlib.pyplot as plt
@@ -565,7 +565,7 @@ def saliency_against_cost(
 # plt.show()
 
 # %% [markdown]
-# *Reading*: a bar beyond the dashed line is a weight with more than its share of the 10 %. Nearly all chosen entries
+# *Reading*: a bar beyond the dashed line is a weight with more than its share of the 10 %. Most of the chosen entries
 # are in the first layer, which sees the data. Each point on the right is the best selection at its cost: the last
 # layer alone is cheap, but loses nearly all saliency. Does the recorder, in one more epoch, choose the same?
 
@@ -579,7 +579,7 @@ def saliency_against_cost(
 #
 # - `saliency` passes once over the training data; `SaliencyRecorder` takes nearly the same from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses `round(r_bayes * n)` entries (of whole channels at most). `cost_aware`: late, cheap weights only.
+# - `top_k` chooses `round(r_bayes * n)` entries (at most that, of whole channels). `cost_aware`: late, cheap ones.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises

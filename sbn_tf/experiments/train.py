@@ -114,7 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="folder of the trained network, new or empty; the same command again goes on"
     )
-    parser.add_argument("--method", default="members", choices=ONE_NETWORK, help="default: members")
+    parser.add_argument(
+        "--method", choices=ONE_NETWORK, help="default: members_turned if the recipe trains with flips, else members"
+    )
     parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
     parser.add_argument("--recipe", default="sbn", help=f"one of {', '.join(recipes.RECIPES)}")
     parser.add_argument("--network", help="a name of sbn_tf.experiments.networks.NETWORKS; default: the recipe's")
@@ -151,6 +153,8 @@ def run(given: argparse.Namespace) -> None:
     if given.network is not None:
         check_choice("network", given.network, tuple(NETWORKS))
     settings = of_training(out, asked)
+    if given.method is None:
+        given.method = asked["method"] = "members_turned" if settings.recipe.augment else "members"
     print(settings.data.card, settings.data, sep="\n")
     begin(out, TRAINING, asked | identity(settings))
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))

@@ -1,0 +1,111 @@
+"""What one training buys, on test patients: the tables of docs/results.md, from the rows that `sbn-tf study` wrote.
+
+Run: `python benchmarks/confirm.py [--table results/confirm.csv] [--runs runs]`. For each dataset it prints the mean of
+each method over its trainings, the share of the five networks' gain, and each method's difference from the one network,
+training by training. With `--runs` it reads the records of these trainings, and adds the 95 % interval of the mean
+difference in NLL, resampling the patients (images, where no patient is known) of all folds, 2,000 times, seed 0.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sbn_tf.experiments import results
+from sbn_tf.experiments.records import Record
+from sbn_tf.experiments.result import read as read_result
+
+NAMES = {
+    "deterministic": "one network",
+    "budget_2": "two networks of half the epochs",
+    "branched": "five members on 20 %, parted early",
+    "turned": "one network, eight flips and turns",
+    "branched_turned": "the five members, a flip or turn each",
+    "deterministic_longer": "one network, 15 epochs more",
+    "partial": "then Gaussians on the salient 1 %",
+    "members": "then members on the salient 20 %",
+    "members_turned": "these members, a flip or turn each",
+    "ensemble": "five networks",
+    "ensemble_turned": "five networks, a flip or turn each",
+}
+SHOWN = ["nll", "member_nll", "brier", "ece", "iou", "ged"]
+
+
+def main():
+    """Print the tables of each dataset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=Path("results/confirm.csv"))
+    parser.add_argument("--runs", type=Path, help="folder of the finished runs; default: no intervals")
+    args = parser.parse_args()
+    found = results.wide(results.read_csv(args.table))
+    found = found[(found["split"] == "test") & found["method"].isin(NAMES)]
+    for dataset, rows in found.groupby("dataset"):
+        records = {} if args.runs is None else records_of(args.runs / dataset)
+        print(f"\n## {dataset}\n\n{means(rows).to_markdown(floatfmt='.4f')}")
+        print(f"\n{differences(rows, records).to_markdown(floatfmt='.4f')}")
+
+
+def units(rows, method):
+    """Rows of a method by (fold, seed)."""
+    mine = rows[rows["method"] == method]
+    return mine.set_index([mine["fold"].fillna(-1).astype(int), mine["seed"].astype(int)])
+
+
+def means(rows):
+    """Mean over trainings of each method, and how many there are."""
+    rows = rows.assign(stored=rows["weight_bytes"] / units(rows, "deterministic")["weight_bytes"].iloc[0])
+    shown = [key for key in SHOWN if rows[key].notna().any()]
+    columns = [*shown, "train_flops_ratio", "predict_flops_ratio", "stored"]
+    table = rows.groupby("method")[columns].mean().assign(trainings=rows.groupby("method").size())
+    return table.reindex([name for name in NAMES if name in table.index]).rename(index=NAMES)
+
+
+def differences(rows, records):
+    """Of each method from the one network, over the trainings that both have; and the share of the ensemble's gain."""
+    plain, found = units(rows, "deterministic"), {}
+    for method in [name for name in NAMES if name != "deterministic" and name in set(rows["method"])]:
+        mine = units(rows, method)
+        both = mine.index.intersection(plain.index)
+        change = (mine.loc[both, ["nll", "brier", "ece"]] - plain.loc[both, ["nll", "brier", "ece"]]).astype(float)
+        row = {"trainings": len(both), **change.mean(), "lower NLL in": int((change["nll"] < 0).sum())}
+        mark = units(rows, "ensemble")
+        shared = both.intersection(mark.index)
+        for key in ("nll", "brier"):
+            gain = (plain.loc[shared, key] - mark.loc[shared, key]).astype(float).mean()
+            own = (plain.loc[shared, key] - mine.loc[shared, key]).astype(float).mean()
+            row[f"share of the gain in {key}"] = own / gain if len(shared) else np.nan
+        if records:
+            row["low"], row["high"] = interval(
+                [(records[method, *one], records["deterministic", *one]) for one in both]
+            )
+        found[NAMES[method]] = row
+    return pd.DataFrame(found).T
+
+
+def records_of(folder):
+    """(method, fold, seed) -> record of the test images, of each finished result below a folder."""
+    found = {}
+    for path in sorted(folder.glob("*/seed*/*/metrics.json")):
+        result = read_result(path.parent)
+        fold = result.options.get("fold", -1)
+        found[result.method, fold, result.seed] = Record.load(path.with_name("record.npz"))
+    return found
+
+
+def interval(pairs, resamples=2000):
+    """95 % of the mean difference in NLL over trainings, with all their patients resampled together."""
+    changes = []
+    for mine, plain in pairs:
+        groups = np.arange(len(mine.arrays["nll"])) if mine.groups is None else mine.groups
+        changes.append(pd.Series(mine.arrays["nll"] - plain.arrays["nll"]).groupby(groups).agg(["sum", "count"]))
+    totals = pd.concat(changes, keys=range(len(changes))).reset_index(names=["training", "patient"])
+    sums = totals.pivot_table(index="patient", columns="training", values="sum", fill_value=0).to_numpy()
+    counts = totals.pivot_table(index="patient", columns="training", values="count", fill_value=0).to_numpy()
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(resamples)]
+    return np.percentile([np.mean(sums[one].sum(0) / counts[one].sum(0)) for one in drawn], [2.5, 97.5])
+
+
+if __name__ == "__main__":
+    main()
