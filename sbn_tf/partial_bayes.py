@@ -477,7 +477,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #     print(f"{name:<16}right on the training points: {right:.1%}")
 
 # %% [markdown]
-# The scales left their initial 0.01, a guess that was too narrow. The KL falls while they grow towards the prior's 1.
+# The scales left their initial 0.01, a guess that was too narrow (given here to watch them grow; by default each scale
+# starts relative to its weight). The KL falls while they grow towards the prior's 1.
 # The loss on the data stops this growth: the more sensitive that loss is to a weight, the smaller its scale stays.
 #
 # ### Where is the model unsure, and why?
@@ -560,13 +561,15 @@ class BetaSchedule(keras.callbacks.Callback):
 #    of the mean probability is at least as large: a loss on that mean is no bound on the evidence, and samples may
 #    disagree at no cost.
 #    </details>
-# 4. Set `beta=20` in section 8 and fit again. What happens to the scales and to the accuracy?
+# 4. Pass `beta=20` to `to_partial_bayes` in section 8 and run that section again. What happens to the scales, to the
+#    accuracy, and to the last check?
 #
 #    <details><summary>Answer</summary>
 #
 #    The KL now outweighs the data: the scales go towards the prior's 1 (0.93 when this was written) and the accuracy
-#    falls (from 94 % to 85 %). The locs hardly move: their rate is small, and the point entries compensate for the
-#    noise. A KL whose division was forgotten looks like this.
+#    falls (from 94 % to 85 %). The last check fails: now the samples disagree near the points as well. The locs hardly
+#    move: their rate is small, and the point entries compensate for the noise. A KL whose division was forgotten looks
+#    like this.
 #    </details>
 #
 # ## References
