@@ -43,7 +43,7 @@ from sbn_tf.core.context import computed_once
 from sbn_tf.core.conversion import check_convertible, convert, to_deterministic
 from sbn_tf.core.elbo import KLWeight, watched_scales
 from sbn_tf.core.estimators import ESTIMATORS, check_estimator, one_step, refuse_as_a_part
-from sbn_tf.core.examples import check_targets
+from sbn_tf.core.examples import check_examples
 from sbn_tf.core.keras_internals import call_context, compiled_loss, update_mean
 from sbn_tf.core.losses import weighted_losses
 from sbn_tf.core.optimizers import LocScaleOptimizer, spare_scales
@@ -214,7 +214,7 @@ class PartialBayes(SampledModel):
         refuse_posterior_mean()
         if not self.compiled:
             self.compile()
-        check_targets(self.network, self.loss, x, y)
+        check_examples(self.network, self.loss, x, y)
         callbacks = self.start.guarded(self, x, y, batch_size, callbacks)
         with watched_scales(self):
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)

@@ -105,6 +105,7 @@ print(*(getattr(sbn_tf, n).__name__ for n in sbn_tf.__all__ if n[0] != "_"))
         "CalibrationError",
         "LocScaleOptimizer",
         "Masks",
+        "estimate_batch_norm",
         "fit_branched",
         "load",
         "to_partial_bayes",

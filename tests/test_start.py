@@ -311,3 +311,24 @@ def test_the_guard_keeps_few_examples_of_its_own(trained):
     x, y = bnn.start.guard.examples
     np.testing.assert_array_equal(x, X[:5])
     assert x.base is None and len(y) == 5
+
+
+@pytest.mark.parametrize("kind", ["texts", "numbers", "NumPy numbers"])
+def test_a_list_of_labels_is_refused_in_one_line(trained, kind):
+    y = {"texts": ["a", "b"] * 25, "numbers": [0, 1] * 25, "NumPy numbers": list(Y[:, 0])}[kind]
+    says = "of texts give np.unique" if kind == "texts" else r"give np.array\(y\). Received: a list of numbers"
+    with pytest.raises(ValueError, match=says):
+        bayes(trained, data=(X, y))
+    fresh = bayes(trained)
+    for method in (fresh.fit, fresh.evaluate):
+        with pytest.raises(ValueError, match=says):
+            method(X, y, verbose=0)
+
+
+def test_inputs_of_another_shape_are_refused_in_one_line(trained):
+    fresh = bayes(trained)
+    for call in (lambda x: fresh.fit(x, Y), lambda x: fresh.evaluate(x, Y), fresh.predict, fresh.predict_uncertainty):
+        with pytest.raises(ValueError, match=r"Expected inputs of shape \(batch, 4\). Received: shape \(50, 3\)"):
+            call(X[:, :3])
+        with pytest.raises(ValueError, match=r"give np.stack\(x\). Received: a list of 50"):
+            call(list(X))

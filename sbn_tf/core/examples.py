@@ -10,7 +10,7 @@ import numpy as np
 from sbn_tf.core.keras_internals import loss_arguments
 from sbn_tf.core.outputs import input_structure
 
-__all__ = ["check_inputs", "check_targets"]
+__all__ = ["check_examples", "check_inputs", "check_targets"]
 
 _SPARSE = ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 _BINARY = ("binary_crossentropy", "BinaryCrossentropy")
@@ -27,6 +27,8 @@ def check_inputs(network: keras.Model, x: Any) -> None:
     if not getattr(network, "inputs", None):  # a subclassed model
         return
     wanted = input_structure(network)
+    if isinstance(x, list) and len(x) != 1 and not isinstance(wanted, list | tuple | dict):
+        raise ValueError(f"Expected one array of inputs: give np.stack(x). Received: a list of {len(x)}")
     try:
         keras.tree.assert_same_structure(wanted, x)
     except (TypeError, ValueError):
@@ -44,12 +46,25 @@ def check_inputs(network: keras.Model, x: Any) -> None:
             raise ValueError(f"Expected inputs of shape {_shown(whole)}. Received: shape {shape}{hint}")
 
 
+def check_examples(network: keras.Model, loss: Any, x: Any, y: Any) -> None:
+    """`check_inputs` and `check_targets`, of what `fit` and `evaluate` take."""
+    check_inputs(network, x)
+    check_targets(network, loss, x, y)
+
+
 def check_targets(network: keras.Model, loss: Any, x: Any, y: Any) -> None:
     """Refuse arrays of targets that one loss of one output cannot take. Everything else passes.
 
     Raises:
-        ValueError: another number of examples than `x`, texts, or labels out of range.
+        ValueError: a list of labels, another number of examples than `x`, texts, or labels out of range.
     """
+    if isinstance(y, list | tuple) and y and np.ndim(y[0]) == 0:
+        if isinstance(y[0], str):
+            y = np.asarray(y)
+        else:
+            raise ValueError(
+                f"Expected targets as an array: give np.array(y). Received: a {type(y).__name__} of numbers"
+            )
     if not isinstance(y, np.ndarray) or not isinstance(x, np.ndarray):
         return
     if y.ndim and x.ndim and len(x) != len(y):

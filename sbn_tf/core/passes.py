@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from sbn_tf.core.checks import check_choice, check_count
 from sbn_tf.core.gradients import check_gradients, compiled, state
 
-__all__ = ["add_up", "check_options", "is_endless", "is_of_arrays", "mean_loss"]
+__all__ = ["add_up", "batches_of", "check_options", "is_endless", "is_of_arrays", "mean_loss"]
 
 SCORES = ("fisher", "paper", "per_example", "magnitude", "taylor", "random")
 
@@ -57,7 +58,7 @@ def add_up(gradients: Any, sums: Any, data, batch_size: int, max_batches: int | 
 
     changed = [*sums.totals.values(), finite.first, *(copy for _, copy in gradients.seeds)]
     run = compiled(step, changed, gradients.model.variables, each=sums.score == "per_example")
-    batches, total = _batches(data, batch_size, max_batches)
+    batches, total = batches_of(data, batch_size, max_batches)
     num_batches = num_examples = 0
     for batch in tqdm(batches, "saliency", total, mininterval=2.0, disable=not verbose):
         batch = _checked(batch, num_batches)
@@ -84,13 +85,13 @@ def is_endless(data: Any) -> bool:
     return hasattr(data, "cardinality") and int(data.cardinality()) == -1  # `tf.data.INFINITE_CARDINALITY`
 
 
-def _batches(data, batch_size, max_batches):
+def batches_of(data: Any, batch_size: int, max_batches: int | None) -> tuple[Iterable, int | None]:
     """The batches of any data, and how many there are; None where that is not known."""
     if is_of_arrays(data):
         data = _slices(data, batch_size)
     if isinstance(data, keras.utils.PyDataset):
         total = data.num_batches  # None: endless
-        max_batches = min(max_batches or total, total or max_batches)
+        max_batches = min((one for one in (max_batches, total) if one), default=None)
         data = map(data.__getitem__, itertools.count())
     try:
         total = len(data)

@@ -11,7 +11,7 @@ from keras import ops
 
 from sbn_tf.core.checks import check_choice, check_count
 from sbn_tf.core.context import is_at_mean
-from sbn_tf.core.examples import check_inputs
+from sbn_tf.core.examples import check_examples, check_inputs
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import (
     added_losses,
@@ -172,11 +172,17 @@ class SampledModel(Distributed):
         set_added_shares(self, dict.fromkeys(losses, 1.0), 1 / num_samples)
         return outputs.averaged(state, first, num_samples)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, **kwargs):
         """`keras.Model.evaluate`; compiles first, by the defaults of `compile`, if needed."""
         if not self.compiled:
             self.compile()
-        return super().evaluate(*args, **kwargs)
+        check_examples(self.network, self.loss, x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """`keras.Model.predict`: the predictive mean."""
+        check_inputs(self.network, x)
+        return super().predict(x, *args, **kwargs)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Metrics of the predictive mean, also where training returned one output a draw."""

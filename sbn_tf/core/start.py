@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.batch_norm import warn_of_lag
 from sbn_tf.core.checks import check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
 from sbn_tf.core.examples import check_inputs, check_targets
@@ -20,11 +21,10 @@ from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.layers import masked_layers
 
-__all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "narrow_scales", "warn_of_lag"]
+__all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "narrow_scales"]
 
 _NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
 _NUM_DRAWS = 3  # draws of the posterior that are averaged there
-_FEWEST_COMPARED = 8  # examples whose own statistics batch norm may use
 _MOST_TRIALS = 10  # of narrower scales at the start
 # Of the trained network's learning rate: its weights are near their optimum. Batch norm with frozen statistics does not
 # take up what a step changes before it (`benchmarks/first_epoch.py`: at a tenth MobileNetV3 lost 12 and 33 points).
@@ -154,40 +154,6 @@ def _loss(network, loss, examples, num_draws):
     for seed, state in zip(seeds, before, strict=True):
         seed.assign(state)
     return float(np.mean(found))
-
-
-def warn_of_lag(model: keras.Model, loss: Any, examples: tuple | None) -> None:
-    """Warn where a network fits a few training examples far worse in inference mode than in training mode.
-
-    Then the running statistics of its batch norm are not those of its layers: it was trained for few steps, or with a
-    momentum that is too high for them. The network is the same afterwards.
-
-    Args:
-        model: a trained network; loss: as called on (y, outputs).
-        examples: (x, y) of training examples; None or fewer than 8: nothing is compared.
-    """
-    norms = [one for one in all_layers(model) if isinstance(one, keras.layers.BatchNormalization)]
-    if not norms or loss is None or examples is None or len(keras.tree.flatten(examples[0])[0]) < _FEWEST_COMPARED:
-        return
-    x, y = examples
-    before = [(one, ops.convert_to_numpy(one)) for one in (*model.non_trainable_variables, *noise_states(model))]
-    try:
-        own, trained = (
-            float(np.mean(ops.convert_to_numpy(loss(y, model(x, training=mode))))) for mode in (False, True)
-        )
-    except Exception:  # whatever a loss of the user's raises; `fit` says it
-        return
-    finally:
-        for variable, value in before:
-            variable.assign(value)
-    if own > 3 * trained + 0.1:
-        count = len(keras.tree.flatten(x)[0])
-        warnings.warn(
-            f"The network's loss on the first {count} examples is {own:.3g} in inference mode and {trained:.3g} in "
-            "training mode: the running statistics of its batch norm lag behind. Train it longer, or "
-            "call model(batch, training=True) on some 500 batches, and convert again.",
-            stacklevel=4,
-        )
 
 
 class Guard(keras.callbacks.Callback):

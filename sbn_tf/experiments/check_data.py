@@ -46,4 +46,6 @@ def run(given: argparse.Namespace) -> int:
     data = datasets.load(name, root=given.data_root, size=given.size)
     about = datasets.check(data, max_images=given.max_images)
     print(about)
+    if about.problems and is_folder(given.dataset):
+        print("\n`sbn-tf train` runs all the same.")
     return 1 if found or about.problems else 0

@@ -20,6 +20,7 @@ from sbn_tf.experiments.predictor import NetworkCard, Predictor
 
 CASES = 12
 NAMED = 20  # images to refer, at most, that the page names
+FEW = 20  # validation images
 UNUSUAL = 0.01  # probability of so many flags, if the images were like those of validation
 
 
@@ -59,6 +60,11 @@ def write_prediction_page(
         words = f"are further from the training images, in the network's features, than {100 * (1 - flag):g} % of those"
         sentences += _sentences(len(table), int(table["unlike"].sum()), flag, f"{words} of validation")
         listed = unsure[unsure["flag"] | unsure["unlike"]]
+    if card.calibration is not None and len(card.calibration.total) < FEW:
+        sentences.append(
+            f"The network has {len(card.calibration.total)} validation images: too few for flags and percentages to "
+            "mean much."
+        )
     if settings and settings.get("tile_scale"):
         sentences.append("These were cut into tiles; flags compare them with whole images of validation.")
     if "refer" in table:

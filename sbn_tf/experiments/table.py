@@ -241,7 +241,8 @@ def _notes(found, keys, marks, num_resamples):
         )
     if marks.untested:
         notes.append(
-            "Not tested against the best (no record, other test images, or no common seed): "
+            "Not tested against the best (no record, other test images, no common seed, or undefined in many of the "
+            "resamples): "
             f"{'; '.join(marks.untested)}."
         )
     above = {}
