@@ -36,8 +36,9 @@ def main():
     table = pd.DataFrame(rows)
     text = table.to_csv(index=False, float_format="%.4g").encode()
     write_atomically(args.out, lambda file: file.write(text))
-    means = table.drop(columns="seed").groupby("method", sort=False).agg(["mean", "std"]).round(4)
-    print(means.T.unstack().to_markdown())
+    of_method = table.drop(columns="seed").groupby("method", sort=False)
+    mean, spread = (part.map("{:.3f}".format) for part in (of_method.mean(), of_method.std()))
+    print((mean + " +- " + spread).replace("nan +- nan", "").T.to_markdown())
 
 
 def numbers(result):
