@@ -16,7 +16,8 @@ from sbn_tf import cost, datasets
 from sbn_tf.core.graph import Graph
 from sbn_tf.experiments import recipes, training
 from sbn_tf.experiments.methods import METHODS, Sizes, describe, laplace, make
-from sbn_tf.experiments.temperature import fit_temperature, tempered
+from sbn_tf.experiments.predictor import tempered
+from sbn_tf.experiments.temperature import fit_temperature
 from sbn_tf.layers import masked_layers
 from sbn_tf.saliency import named_weights, saliency
 

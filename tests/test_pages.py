@@ -15,9 +15,10 @@ from PIL import Image
 
 from sbn_tf import datasets
 from sbn_tf.core import files
+from sbn_tf.datasets.image_files import image_files
 from sbn_tf.experiments import pages, prediction_page, recipes, results, scoring, training_page
 from sbn_tf.experiments.experiment import Experiment
-from sbn_tf.experiments.predictor import NetworkCard, Predictor, image_files
+from sbn_tf.experiments.predictor import NetworkCard, Predictor
 from sbn_tf.experiments.result import Result, write
 
 CLASSES = ("a", "b", "c")

@@ -18,11 +18,11 @@ from sklearn.covariance import LedoitWolf
 import sbn_tf
 from sbn_tf import datasets
 from sbn_tf.__main__ import main
-from sbn_tf.experiments import predict, predictor, scoring
+from sbn_tf.datasets import image_files
+from sbn_tf.experiments import predict, scoring
 from sbn_tf.experiments.distance import Features
 from sbn_tf.experiments.guarantees import CUTS
-from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor
-from sbn_tf.experiments.temperature import tempered
+from sbn_tf.experiments.predictor import NetworkCard, Prediction, Predictor, tempered
 from sbn_tf.experiments.train import predictor_of
 from sbn_tf.partial_bayes import to_partial_bayes
 from sbn_tf.saliency import saliency, top_k
@@ -570,7 +570,7 @@ def test_a_card_of_another_network_is_refused():
 
 def test_the_endings_are_those_of_the_formats():
     registered = Image.registered_extensions()
-    assert {registered[ending] for ending in predictor.ENDINGS} == set(predictor.FORMATS)
+    assert {registered[ending] for ending in image_files.ENDINGS} == set(image_files.FORMATS)
 
 
 def test_results_are_those_of_compare(places):

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from sbn_tf.core.checks import check_fraction
 from sbn_tf.core.files import write_atomically
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
+from sbn_tf.datasets.image_files import image_files
 from sbn_tf.datasets.medical import pixel_spacing
 from sbn_tf.experiments.folders import begin
 from sbn_tf.experiments.guarantees import CONFIDENCE, two_classes
 from sbn_tf.experiments.prediction_page import write_prediction_page
-from sbn_tf.experiments.predictor import BATCH, NetworkCard, Prediction, Predictor, image_files
+from sbn_tf.experiments.predictor import BATCH, NetworkCard, Prediction, Predictor
 
 TABLE, SKIPPED, SETTINGS, REPORT = "predictions.csv", "skipped.csv", "settings.json", "report.html"
 

@@ -12,8 +12,10 @@ from typing import Literal
 
 import keras
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import special
 
 from sbn_tf.core.checks import check_number
 from sbn_tf.core.files import check_archive, replacing, write_atomically
@@ -21,24 +23,20 @@ from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SameDraws, SampledModel
 from sbn_tf.core.turns import turned_samples
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
-from sbn_tf.datasets.decoding import FORMATS, MODES, read_image, read_scaled, square
-from sbn_tf.datasets.files import listed
-from sbn_tf.datasets.medical import ENDINGS as MEDICAL
-from sbn_tf.datasets.medical import is_medical, slices
+from sbn_tf.datasets.decoding import MODES, read_image, read_scaled, square
+from sbn_tf.datasets.image_files import image_files
 from sbn_tf.datasets.split import normalise
 from sbn_tf.experiments.distance import Features, mahalanobis
 from sbn_tf.experiments.folders import read_arrays, read_json, write_json
 from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.served import export_served
-from sbn_tf.experiments.temperature import tempered
 from sbn_tf.metrics import uncertainty
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "recovered_logits", "tempered"]
 
 MODEL, CARD, TRAINING = "model.keras", "network.json", "training_features.npz"
 BATCH = 16  # images in memory at a time
 MARGIN = 8  # an eighth of a tile is not used where another tile sees it from further inside
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")  # of `decoding.FORMATS`
 
 
 class NetworkCard(BaseModel):
@@ -378,6 +376,23 @@ def _predictions(card, samples, wholes, far=None):
     ]
 
 
+def recovered_logits(probs: ArrayLike, task: str) -> np.ndarray:
+    """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
+
+    `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
+    float32 number, one of 1 as the largest below 1.
+    """
+    limits = np.finfo("float32")
+    probs = np.clip(np.asarray(probs, "float64"), limits.tiny, 1.0 if task in EXCLUSIVE else 1.0 - limits.epsneg)
+    return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
+
+
+def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
+    """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
+    logits = recovered_logits(probs, task) / temperature
+    return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")
+
+
 def _starts(length, size):
     """Where tiles begin: half a tile apart, the last one at the end."""
     return [*range(0, length - size, size // 2), length - size]
@@ -389,31 +404,6 @@ def _weights(start, size, length):
     before = np.inf if start == 0 else place - margin
     after = np.inf if start + size == length else size - place - margin
     return np.clip(np.minimum(before, after) / size, 0, 1) * np.ones(size)
-
-
-def image_files(folder: str | os.PathLike) -> dict[str, Path]:
-    """The images of a folder and of those in it: name below it -> path. Hidden files do not count.
-
-    Of a file of several frames or slices each is one, `name#number`.
-
-    Raises:
-        ValueError: no such folder, or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"Expected a folder of images. Received: {folder}, which is not there.")
-    files = {name: path for name, path in listed(folder, deep=True).items() if name.lower().endswith(ENDINGS + MEDICAL)}
-    if not files:
-        raise ValueError(f"Expected images ({', '.join((*FORMATS, 'DICOM', 'NIfTI'))}) in {folder}. Received: none.")
-    return {f"{name}{at}": Path(f"{path}{at}") for name, path in files.items() for at in _slices(path)}
-
-
-def _slices(path):
-    """What is added to a file's name for each image in it; where it cannot be read, reading says why."""
-    try:
-        return slices(path) if is_medical(path) else [""]
-    except (ValueError, OSError):
-        return [""]
 
 
 def _items(images) -> Iterable:

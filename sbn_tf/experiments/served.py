@@ -74,7 +74,7 @@ class Served(keras.Model):
         return self.model.outputs_of_samples.as_probabilities(outputs)
 
     def _tempered(self, probs):
-        """As `temperature.tempered`, in the graph."""
+        """As `predictor.tempered`, in the graph."""
         if self.card.temperature == 1:
             return probs
         limits = np.finfo("float32")

@@ -241,8 +241,7 @@ def _notes(found, keys, marks, num_resamples):
         )
     if marks.untested:
         notes.append(
-            "Not tested against the best (no record, other test images, no common seed, or undefined in many of the "
-            "resamples): "
+            "Not tested against the best (no record, other test images, undefined in many resamples, or no common seed): "
             f"{'; '.join(marks.untested)}."
         )
     above = {}

@@ -1,4 +1,4 @@
-"""Temperature scaling of probabilities: fitted on validation, applied to every draw."""
+"""The temperature that fits probabilities to validation targets best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scipy import optimize, special
 
 from sbn_tf.core.predictions import EXCLUSIVE
 
-__all__ = ["fit_temperature", "recovered_logits", "tempered"]
+__all__ = ["fit_temperature"]
 
 TEMPERATURES = (0.05, 20.0)
 
@@ -48,20 +48,3 @@ def fit_temperature(logits: ArrayLike, targets: ArrayLike, task: str) -> float:
 
     found = optimize.minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-5})
     return float(np.exp(found.x))
-
-
-def recovered_logits(probs: ArrayLike, task: str) -> np.ndarray:
-    """Logits of float32 probabilities, up to a constant an image for classes, clipped where float32 ends.
-
-    `log p - log(1 - p)` of labels and pixels, `log p` of classes; a probability of 0 counts as the smallest normal
-    float32 number, one of 1 as the largest below 1.
-    """
-    limits = np.finfo("float32")
-    probs = np.clip(np.asarray(probs, "float64"), limits.tiny, 1.0 if task in EXCLUSIVE else 1.0 - limits.epsneg)
-    return np.log(probs) if task in EXCLUSIVE else special.logit(probs)
-
-
-def tempered(probs: ArrayLike, temperature: float, task: str) -> np.ndarray:
-    """Probabilities with their logits divided by `temperature`: float32 of the same shape."""
-    logits = recovered_logits(probs, task) / temperature
-    return (special.softmax(logits, axis=-1) if task in EXCLUSIVE else special.expit(logits)).astype("float32")

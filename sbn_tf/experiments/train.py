@@ -24,8 +24,8 @@ from sbn_tf.experiments.guarantees import calibrated
 from sbn_tf.experiments.methods import METHODS
 from sbn_tf.experiments.methods.base import Method, validation
 from sbn_tf.experiments.networks import NETWORKS
-from sbn_tf.experiments.predictor import NetworkCard, Predictor
-from sbn_tf.experiments.temperature import fit_temperature, recovered_logits
+from sbn_tf.experiments.predictor import NetworkCard, Predictor, recovered_logits
+from sbn_tf.experiments.temperature import fit_temperature
 from sbn_tf.experiments.training_page import write_training_page
 
 # They predict from one saved model.

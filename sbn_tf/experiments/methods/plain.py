@@ -6,7 +6,8 @@ import numpy as np
 
 from sbn_tf.datasets.base import SEGMENTATION
 from sbn_tf.experiments.methods.base import Method, chosen, validation
-from sbn_tf.experiments.temperature import TEMPERATURES, fit_temperature, recovered_logits, tempered
+from sbn_tf.experiments.predictor import recovered_logits, tempered
+from sbn_tf.experiments.temperature import TEMPERATURES, fit_temperature
 
 
 class Deterministic(Method):
