@@ -42,7 +42,8 @@ def test_table_by_hand():
             "Higher is better: dice. Lower is better: nll. Neither way is better: entropy.  ",
             "Marked *: the best method, and those that a paired test does not set apart at 5 %, corrected for rows. "
             "The best is picked on the same images.  ",
-            "Not tested against the best (no record, other test images, undefined in many resamples, or no common seed): deterministic.  ",
+            "Not tested against the best (no record, other test images, undefined in many "
+            "resamples, or no common seed): deterministic.  ",
             "Trivial rows better than every method: trivial_prevalence in nll.  ",
             "No interval, as more than 5 % of the resamples leave it undefined: nll of deterministic; nll of partial; "
             "entropy of deterministic; entropy of partial.  ",

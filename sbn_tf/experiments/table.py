@@ -241,7 +241,8 @@ def _notes(found, keys, marks, num_resamples):
         )
     if marks.untested:
         notes.append(
-            "Not tested against the best (no record, other test images, undefined in many resamples, or no common seed): "
+            "Not tested against the best (no record, other test images, undefined in many resamples, or no common "
+            "seed): "
             f"{'; '.join(marks.untested)}."
         )
     above = {}
