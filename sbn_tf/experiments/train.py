@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help="folder of the trained network, new or empty; the same command again goes on"
     )
     parser.add_argument(
-        "--method", choices=ONE_NETWORK, help="default: members_turned if the recipe trains with flips, else members"
+        "--method", choices=ONE_NETWORK, help="default: turned if the recipe trains with flips, as sbn does for masks; else members"
     )
     parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
     parser.add_argument("--recipe", default="sbn", help=f"one of {', '.join(recipes.RECIPES)}")
@@ -154,7 +154,7 @@ def run(given: argparse.Namespace) -> None:
         check_choice("network", given.network, tuple(NETWORKS))
     settings = of_training(out, asked)
     if given.method is None:
-        given.method = asked["method"] = "members_turned" if settings.recipe.augment else "members"
+        given.method = asked["method"] = "turned" if settings.recipe.augment else "members"
     print(settings.data.card, settings.data, sep="\n")
     begin(out, TRAINING, asked | identity(settings))
     rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
