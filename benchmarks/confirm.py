@@ -76,35 +76,53 @@ def differences(rows, records):
             own = (plain.loc[shared, key] - mine.loc[shared, key]).astype(float).mean()
             row[f"share of the gain in {key}"] = own / gain if len(shared) else np.nan
         if records:
-            row["low"], row["high"] = interval(
-                [(records[method, *one], records["deterministic", *one]) for one in both]
-            )
+            rows_of = {method: mine, "deterministic": plain}
+            pairs = {
+                one: [record_of(records[name, *one], part.loc[one, "nll"]) for name, part in rows_of.items()]
+                for one in both
+            }
+            row["low"], row["high"] = interval(pairs)
         found[NAMES[method]] = row
     return pd.DataFrame(found).T
 
 
 def records_of(folder):
-    """(method, fold, seed) -> record of the test images, of each finished result below a folder."""
+    """(method, fold, seed) -> results of the test images and their records, of whatever settings, below a folder."""
     found = {}
     for path in sorted(folder.glob("*/seed*/*/metrics.json")):
         result = read_result(path.parent)
-        fold = result.options.get("fold", -1)
-        found[result.method, fold, result.seed] = Record.load(path.with_name("record.npz"))
+        key = (result.method, result.options.get("fold", -1), result.seed)
+        found.setdefault(key, []).append((result.metrics.get("nll"), path.with_name("record.npz")))
     return found
 
 
+def record_of(some, nll):
+    """The record whose NLL is a row's: others are of other settings."""
+    near = [path for value, path in some if value is not None and abs(value - nll) < 1e-6]
+    if not near:
+        raise ValueError(
+            f"Expected a finished run with NLL {nll:.6f} in --runs. Received: {[value for value, _ in some]}"
+        )
+    return Record.load(near[0])
+
+
 def interval(pairs, resamples=2000):
-    """95 % of the mean difference in NLL over trainings, with all their patients resampled together."""
-    changes = []
-    for mine, plain in pairs:
+    """95 % of the mean difference in NLL over trainings, the patients of each fold resampled.
+
+    Args:
+        pairs: (fold, seed) -> record of a method, record of the one network. Trainings of a fold share its patients.
+    """
+    folds, rng = {}, np.random.default_rng(0)
+    for (fold, _), (mine, plain) in pairs.items():
         groups = np.arange(len(mine.arrays["nll"])) if mine.groups is None else mine.groups
-        changes.append(pd.Series(mine.arrays["nll"] - plain.arrays["nll"]).groupby(groups).agg(["sum", "count"]))
-    totals = pd.concat(changes, keys=range(len(changes))).reset_index(names=["training", "patient"])
-    sums = totals.pivot_table(index="patient", columns="training", values="sum", fill_value=0).to_numpy()
-    counts = totals.pivot_table(index="patient", columns="training", values="count", fill_value=0).to_numpy()
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(resamples)]
-    return np.percentile([np.mean(sums[one].sum(0) / counts[one].sum(0)) for one in drawn], [2.5, 97.5])
+        change = pd.Series(mine.arrays["nll"] - plain.arrays["nll"]).groupby(np.asarray(groups)).agg(["sum", "count"])
+        folds.setdefault(fold, []).append(change.to_numpy())
+    means = []
+    for _ in range(resamples):
+        drawn = {fold: rng.integers(len(some[0]), size=len(some[0])) for fold, some in folds.items()}
+        sums = [one[drawn[fold]].sum(0) for fold, some in folds.items() for one in some]
+        means.append(np.mean([total / count for total, count in sums]))
+    return np.percentile(means, [2.5, 97.5])
 
 
 if __name__ == "__main__":

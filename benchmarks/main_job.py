@@ -19,10 +19,12 @@ METHODS = ("deterministic", "deterministic_longer", "partial", "members")
 def main():
     """Train or read every seed, write the rows, print their means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=compare.parse_seeds, default=list(range(8)))
+    parser.add_argument("--seeds", type=compare.parse_seeds, help="default: 0 to 7")
     parser.add_argument("--runs")
-    parser.add_argument("--out", default=folders.repository() / "results" / "main_job_seeds.csv")
+    parser.add_argument("--out", help="default: results/main_job_seeds.csv of all seeds, else runs/main_job_seeds.csv")
     args = parser.parse_args()
+    folder = folders.repository() / ("runs" if args.seeds else "results")
+    args.seeds, args.out = args.seeds or range(8), args.out or folder / "main_job_seeds.csv"
     rows = []
     for seed in args.seeds:
         shared = compare.experiment("phantom_nodule", "quick", seed=seed, runs=args.runs, verbose=False)

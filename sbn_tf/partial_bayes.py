@@ -93,10 +93,10 @@ __all__ = [
 # $N$ is `num_train`, the number of training examples. $T$ is the number of *terms* of one example that the loss
 # averages over: 1 if it averages over images only, the number of pixels if it also averages over pixels, the number of
 # labels if it also averages over labels. A mean squared error is $2 s^2$ times an NLL, up to a constant ($s$: the
-# noise's sd): `beta=2 * s**2` scales the KL, too. By hand: 1,000 images of 32 x 32 pixels, $\beta = 1$: the KL's
-# weight is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a loss divided by the
-# sum of the sample weights), the terms of every training batch are counted, and $T$ is the mean number per example over
-# all batches so far.
+# noise's sd): `beta=2 * s**2` multiplies the KL by the same factor. By hand: 1,000 images of 32 x 32 pixels, $\beta =
+# 1$: the KL's weight is $1 / 1{,}024{,}000$. If $T$ depends on the data (masked padding, an `ignore_class`, a loss
+# divided by the sum of the sample weights), the terms of every training batch are counted, and $T$ is the mean number
+# per example over all batches so far.
 
 # %% tags=["active-ipynb"]
 # from sbn_tf.core.losses import loss_terms

@@ -579,7 +579,7 @@ def saliency_against_cost(
 #
 # - `saliency` passes once over the training data; `SaliencyRecorder` takes nearly the same from an epoch of `fit`.
 # - `paper` is the paper's code to the letter; at a trained optimum its sum nearly cancels.
-# - `top_k` chooses `round(r_bayes * n)` entries (at most that, of whole channels). `cost_aware`: late, cheap ones.
+# - `top_k` chooses `round(r_bayes * n)` entries (whole channels: at most so many). `cost_aware`: late ones.
 # - A bias right before a batch norm has no gradient in training mode (`biases_before_batch_norm` names it).
 #
 # ## Exercises

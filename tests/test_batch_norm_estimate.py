@@ -48,6 +48,22 @@ def test_a_network_that_was_at_chance_is_mended_and_no_longer_warned_of(recwarn)
     assert not [one for one in recwarn if "lag behind" in str(one.message)]
 
 
+def test_a_smaller_last_batch_counts_by_its_size():
+    model, (first, _) = network()
+    estimate_batch_norm(model, (X[:40], np.ones(40)), batch_size=32)
+    np.testing.assert_allclose(first.moving_mean, X[:40].mean(0), rtol=1e-4)
+    variances = 0.8 * X[:32].var(0) + 0.2 * X[32:40].var(0)
+    np.testing.assert_allclose(first.moving_variance, variances, rtol=1e-3)
+
+
+def test_a_loss_below_zero_is_compared_by_its_size(recwarn):
+    model, _ = network()
+    estimate_batch_norm(model, (X, np.ones(64)))
+    model.compile("sgd", lambda y, p: keras.ops.mean((y - p) ** 2, -1) - 5)
+    sbn_tf.to_partial_bayes(model, r_bayes=0.5, data=(X, np.ones((64, 1), "float32")), num_samples=2, verbose=False)
+    assert not [one for one in recwarn if "lag behind" in str(one.message)]
+
+
 def test_frozen_batch_norm_stays_and_no_data_is_an_error():
     model, (first, second) = network()
     first.trainable = False
@@ -56,3 +72,8 @@ def test_frozen_batch_norm_stays_and_no_data_is_an_error():
     assert abs(np.asarray(second.moving_variance) - 1).max() > 0.01
     with pytest.raises(ValueError, match="one batch or more"):
         estimate_batch_norm(model, [])
+    with pytest.raises(ValueError, match="without y"):
+        estimate_batch_norm(model, X)
+    second.trainable = False
+    with pytest.raises(ValueError, match="batch norm that trains"):
+        estimate_batch_norm(model, (X, np.ones(64)))

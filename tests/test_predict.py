@@ -543,7 +543,8 @@ def test_a_recipe_with_flips_predicts_from_eight_turns(places, tmp_path):
     out, arguments = tmp_path / "network", ["--size", "16", "--network", "tiny_masks", "--epochs", "1"]
     with tiny_networks():
         assert main(["train", str(places / "data"), "--out", str(out), *arguments, "--bayes-epochs", "1"]) == 0
-    assert json.loads((out / "training.json").read_text())["method"] == "turned"
+    begun = json.loads((out / "training.json").read_text())
+    assert begun["method"] == "turned" and begun["fields"]["augment"] == "flips_and_quarter_turns"
     network = sbn_tf.load(out)
     assert network.card.turned and network.card.num_samples == 8
     x = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype("float32")

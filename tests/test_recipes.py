@@ -172,6 +172,13 @@ def test_the_papers_recipes_take_its_networks_and_constants():
     assert recipes.normalisation_for("quick", chest) == "train"
 
 
+def test_our_recipe_turns_the_images_of_segmentations_alone():
+    of = {name: recipes.recipe_for("sbn", datasets.card(name)) for name in ("lidc", "isic2018", "nih_chest")}
+    assert [one.augment for one in of.values()] == ["flips_and_quarter_turns", "flips_and_quarter_turns", None]
+    assert [one.targets for one in of.values()] == ["mean", "random", "random"]
+    assert recipes.recipe_for("quick", datasets.card("lidc")).augment is None
+
+
 def test_the_last_weights_are_kept_unless_a_recipe_says_otherwise():
     assert {name for name, recipe in recipes.RECIPES.items() if recipe.keep == "best"} == {"sbn"}
     assert recipes.recipe_for("quick", datasets.card("lidc"), keep="best").keep == "best"

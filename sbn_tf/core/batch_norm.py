@@ -18,10 +18,11 @@ _FEWEST_COMPARED = 8  # examples whose own statistics batch norm may use
 
 
 def estimate_batch_norm(model: keras.Model, data: Any, batch_size: int = 32, max_batches: int | None = None) -> None:
-    """Set the running mean and variance of each batch norm to their mean over the batches of `data`.
+    """Set the running mean and variance of each batch norm to their mean over the batches of `data`, by their size.
 
     One pass in training mode. For a network that was trained for few steps, whose statistics still hold their start:
-    momentum .999 needs thousands of steps. Batch norm that does not train stays as it is.
+    momentum .999 needs thousands of steps. Batch norm that does not train stays as it is. A layer that the network uses
+    several times keeps what its last use gave.
 
     Args:
         model: built `keras.Model`; it changes.
@@ -30,21 +31,30 @@ def estimate_batch_norm(model: keras.Model, data: Any, batch_size: int = 32, max
         max_batches: stop after so many; None: all.
 
     Raises:
-        ValueError: no batch, or endless data without max_batches.
+        ValueError: no batch norm that trains, no batch, data without y, or endless data without max_batches.
 
     Reference: Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2.
     """
     norms = [one for one in _norms(model) if one.trainable]
-    before, number = [one.momentum for one in norms], 0
+    if not norms:
+        raise ValueError("Expected a network with batch norm that trains. Received: none")
+    before, seen = [one.momentum for one in norms], 0
     try:
-        for number, batch in enumerate(batches_of(data, batch_size, max_batches)[0], 1):
+        for batch in batches_of(data, batch_size, max_batches)[0]:
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                raise ValueError(
+                    f"Expected data as (x, y), or batches of it. Received: {type(data).__name__} without y"
+                )
+            x = keras.tree.map_structure(ops.convert_to_tensor, batch[0])
+            size = int(ops.shape(keras.tree.flatten(x)[0])[0])
             for norm in norms:
-                norm.momentum = 1 - 1 / number  # so the statistics are the mean of those of all batches so far
-            model(keras.tree.map_structure(ops.convert_to_tensor, batch[0]), training=True)
+                norm.momentum = seen / (seen + size)  # so the statistics are the mean over all examples so far
+            model(x, training=True)
+            seen += size
     finally:
         for norm, momentum in zip(norms, before, strict=True):
             norm.momentum = momentum
-    if not number:
+    if not seen:
         raise ValueError("Expected data with one batch or more. Received: none")
 
 
@@ -80,7 +90,7 @@ def warn_of_lag(model: keras.Model, loss: Any, examples: tuple | None) -> None:
     finally:
         for variable, value in before:
             variable.assign(value)
-    if own > 3 * trained + 0.1:
+    if own - trained > 2 * abs(trained) + 0.1:
         count = len(keras.tree.flatten(x)[0])
         warnings.warn(
             f"The network's loss on the first {count} examples is {own:.3g} in inference mode and {trained:.3g} in "

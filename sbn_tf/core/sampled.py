@@ -203,6 +203,13 @@ class SampledModel(Distributed):
         outputs = self._sampler("samples", num_samples).by_slices(x, batch_size, verbose)
         return keras.tree.map_structure(lambda a: np.moveaxis(a, 1, 0), outputs)
 
+    def predict_draw(self, x, number: int):
+        """Outputs of one batch by draw `number` of the weights, as probabilities: (batch, ...) for each output."""
+        refuse_posterior_mean()
+        sampler = self._sampler("one", 1)
+        sampler.number.assign(number)
+        return sampler.predict_on_batch(x)
+
     def predict_masks(self, x, num_masks: int | None = None, batch_size=None, verbose=0):
         """Masks of a segmentation that vary as the answer may: bool (num_masks, batch, ...) for each output.
 
@@ -396,6 +403,12 @@ class SameDraws:
         """Outputs of one batch: (num_samples, batch, ...)."""
         self.start()
         return self.model.predict_samples(images, num_samples=num_samples, batch_size=len(images))
+
+    def one(self, images: np.ndarray, number: int) -> np.ndarray:
+        """Outputs of one batch by draw `number` alone: of members that of `samples`. Gaussians go on from draw 0 on."""
+        if number == 0:
+            self.start()
+        return self.model.predict_draw(images, number)
 
 
 def settle_batch_norm(network: keras.Model, how: str) -> None:

@@ -28,6 +28,8 @@ class Sampler(Distributed):
     def __init__(self, model, kind, num_samples):
         super().__init__(name=f"{kind}_of_{num_samples}")
         self.model, self.kind, self.num_samples = model, kind, num_samples  # tracked: JAX passes its variables
+        if kind == "one":  # the number of its draw
+            self.number = self.add_weight(name="number", shape=(), dtype="int32", initializer="zeros", trainable=False)
         self.built = True
 
     def by_slices(self, x, batch_size, verbose):
@@ -52,6 +54,8 @@ class Sampler(Distributed):
     def call(self, inputs):
         """The samples, or what follows from their sums."""
         with self.model.graph.sharing():
+            if self.kind == "one":
+                return self._draw(inputs, ops.convert_to_tensor(self.number))
             return self._array(inputs) if self.kind == "samples" else self._sums(inputs)
 
     def _array(self, inputs):

@@ -228,7 +228,7 @@ def _label_problems(tally, classes):
     if absent and not tally.is_sample:
         found.append(
             f"{tally.name} has no image of {_listed(absent)}: nothing can be learnt or "
-            "measured there. Another seed, or a column split, may help."
+            "measured there. A column split may help."
         )
     if always and not tally.is_sample:
         found.append(f"Every image of {tally.name} is of {_listed(always)}.")

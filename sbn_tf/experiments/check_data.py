@@ -47,5 +47,5 @@ def run(given: argparse.Namespace) -> int:
     about = datasets.check(data, max_images=given.max_images)
     print(about)
     if about.problems and is_folder(given.dataset):
-        print("\n`sbn-tf train` runs all the same.")
+        print(f"\n`sbn-tf train{' --skip-broken' * bool(found)}` runs all the same.")
     return 1 if found or about.problems else 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -156,7 +158,7 @@ def trained_in(out: Path) -> tuple[Experiment, dict]:
     """The experiment of `sbn-tf train`, and what it was asked for: what `training.json` in its folder says."""
     try:
         asked = read_json(out / TRAINING)
-        begun = {key: asked[key] for key in ("images", "backend", "dtype")}
+        begun = {key: asked[key] for key in ("images", "backend", "dtype", "fields")}
     except (KeyError, ValueError):
         raise ValueError(f"Expected {out / TRAINING} as `sbn-tf train` wrote it. Received: another file.") from None
     made = of_training(out, asked)
@@ -165,10 +167,11 @@ def trained_in(out: Path) -> tuple[Experiment, dict]:
     return made, asked
 
 
-def identity(made: Experiment) -> dict[str, str]:
+def identity(made: Experiment) -> dict[str, Any]:
     """What tells the runs of a trained folder apart, beside what `sbn-tf train` was asked for."""
     policy = keras.config.dtype_policy().name
-    return {"images": made.data.digest(), "backend": keras.backend.backend(), "dtype": policy}
+    fields = json.loads(json.dumps(dataclasses.asdict(made.recipe)))  # a recipe of this name may change
+    return {"images": made.data.digest(), "backend": keras.backend.backend(), "dtype": policy, "fields": fields}
 
 
 def of_training(out: Path, asked: dict) -> Experiment:
@@ -176,6 +179,7 @@ def of_training(out: Path, asked: dict) -> Experiment:
     folder = Folder(asked["folder"], asked["threshold"], asked["skip_broken"])
     chosen = {key: asked[key] for key in ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")}
     options = {"fit": asked["fit"]} | ({"window": asked["window"]} if asked["window"] else {})
+    chosen["changes"] = asked["changes"]
     return experiment(folder, asked["recipe"], **chosen, options=options, runs=out / "runs", shifts={})
 
 

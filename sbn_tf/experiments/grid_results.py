@@ -47,6 +47,7 @@ def _shaping(plan, name):
     """All that shapes a dataset's results, as JSON gives it back."""
     parameters = plan.datasets[name].parameters
     recipe = compare.recipe_of(name, plan.recipe, **parameters)
+    parameters.pop("changes", None)  # the recipe has them
     return json.loads(json.dumps({"parameters": parameters, "recipe": dataclasses.asdict(recipe)}))
 
 

@@ -21,7 +21,7 @@ from sbn_tf.core.checks import check_number
 from sbn_tf.core.files import check_archive, replacing, write_atomically
 from sbn_tf.core.loading import load
 from sbn_tf.core.sampled import SameDraws, SampledModel
-from sbn_tf.core.turns import turned_samples
+from sbn_tf.core.turns import turned
 from sbn_tf.datasets.base import BINARY, EXCLUSIVE, SEGMENTATION
 from sbn_tf.datasets.decoding import MODES, read_image, read_scaled, square
 from sbn_tf.datasets.image_files import image_files
@@ -301,7 +301,7 @@ class Predictor:
         the sampled masks all follow from the same tempered draws, and total = aleatoric + epistemic still.
         """
         card = self.card
-        samples = turned_samples(self._drawn, inputs, card.num_samples) if card.turned else self._drawn(inputs)
+        samples = turned(self._draw, inputs, card.num_samples) if card.turned else self._drawn(inputs)
         if card.task == SEGMENTATION:
             samples = samples[..., 0]
         return samples if card.temperature == 1 else tempered(samples, card.temperature, card.task)
@@ -310,6 +310,11 @@ class Predictor:
         if self._sampled is None:
             return np.asarray(self.model.predict_on_batch(inputs))[None]
         return self._sampled.samples(inputs, self.card.num_samples)
+
+    def _draw(self, inputs, number):
+        if self._sampled is None:
+            return np.asarray(self.model.predict_on_batch(inputs))
+        return self._sampled.one(inputs, number)
 
     def predict_batch(self, inputs: np.ndarray, wholes: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
         """Predictions of normalised inputs (batch, size, size, channels); maps at the sizes `wholes`, if given."""

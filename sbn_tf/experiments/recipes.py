@@ -179,8 +179,8 @@ RECIPES = {
     # For lessons: minutes on two cores. Not tuned for any score. Beta is the paper's: with beta = 1 the KL of 7,000
     # weights from N(0, 1) drowns the likelihood of the 600 images of phantom_chest (measured: AUC .73 fell to .51).
     "quick": dataclasses.replace(_SMALL, name="quick", epochs=16, bayes_epochs=4, beta_start=0.01, beta_stop=0.01),
-    # Ours, by nbs/09_what_works.ipynb. After 120 epochs of step 1 more of them gain nothing; after 60 they still did,
-    # and that looked like a posterior's gain. Both steps cost 1.13 times step 1.
+    # Ours, by nbs/09_what_works.ipynb. Without flips, after 120 epochs of step 1 more of them gain nothing; after 60 they
+    # still did, and that looked like a posterior's gain. Both steps cost 1.13 times step 1.
     "sbn": dataclasses.replace(
         _SMALL, name="sbn", epochs=120, bayes_epochs=15, scale_start="relative", initial_scale=0.1, keep="best"
     ),
@@ -238,7 +238,7 @@ def recipe_for(name: str, card: Card, **changes) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"Expected a recipe among {sorted(RECIPES)}. Received: recipe={name!r}")
     recipe = RECIPES[name]
-    if name == "sbn" and card.task == "segmentation":  # docs/results.md: worth more than any posterior
+    if name == "sbn" and card.task == "segmentation":  # docs/results.md: flips are worth more than a posterior
         targets = "mean" if card.num_raters > 1 else "random"
         recipe = dataclasses.replace(recipe, augment="flips_and_quarter_turns", targets=targets)
     if name.startswith("paper") and card.task == "segmentation":

@@ -115,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help="folder of the trained network, new or empty; the same command again goes on"
     )
     parser.add_argument(
-        "--method", choices=ONE_NETWORK, help="default: turned if the recipe trains with flips, as sbn does for masks; else members"
+        "--method",
+        choices=ONE_NETWORK,
+        help="default: turned where training has flips (sbn, masks), else members",
     )
     parser.add_argument("--r-bayes", type=float, default=0.2, help="fraction of the weights with a posterior, 0..1")
     parser.add_argument("--recipe", default="sbn", help=f"one of {', '.join(recipes.RECIPES)}")
@@ -131,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, help="of step 1; default: the recipe's")
     parser.add_argument("--bayes-epochs", type=int, help="of step 3; default: the recipe's")
+    parser.add_argument("--changes", default="", help="other fields of the recipe, such as augment=none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rivals", default="", help="other methods to train and compare, such as budget_2,ensemble")
     parser.add_argument("--limit", type=int, help="at most so many images a split")
@@ -157,7 +160,9 @@ def run(given: argparse.Namespace) -> None:
         given.method = asked["method"] = "turned" if settings.recipe.augment else "members"
     print(settings.data.card, settings.data, sep="\n")
     begin(out, TRAINING, asked | identity(settings))
-    rows = all_rows(settings, dict.fromkeys((*CONTROLS, *rivals, given.method)))
+    # What the turns give by themselves is no merit of a posterior.
+    turned = ("turned",) if METHODS[given.method].turned else ()
+    rows = all_rows(settings, dict.fromkeys((*CONTROLS, *turned, *rivals, given.method)))
     predictor = predictor_of(settings, fitted(settings, given.method), given.fit, given.window)
     predictor.save(out)
     frame = results.frame(rows)

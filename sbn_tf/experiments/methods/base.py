@@ -42,7 +42,7 @@ class Method:
         title: one line for a table.
         takes_r_bayes: whether `r_bayes` shapes it.
         takes_samples: whether it predicts with as many samples as it is asked for.
-        turned: whether each sample sees the image flipped or turned, as `turns.turned_samples` says.
+        turned: whether each sample sees the image flipped or turned, as `core.turns` says.
         sets: fields of the recipe that the method sets for itself.
         num_samples: samples of a prediction: the first axis of `predict_samples`.
         selection: what was chosen on the validation split, such as `{"temperature": 1.31}`; {} where nothing was.
@@ -200,6 +200,11 @@ class Method:
     def _samples(self, images):
         """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
         return self.model.predict_on_batch(images)[None]
+
+    def _one_sample(self, images, number):
+        """Sample `number` alone, (batch, ...); of a method of one sample that one."""
+        samples = self._samples(images)
+        return samples[number if len(samples) > 1 else 0]
 
     def _sample_flops(self, batch):
         """Operations of a sample of one image: the mean over the samples of a prediction."""

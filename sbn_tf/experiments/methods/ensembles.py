@@ -35,6 +35,10 @@ class Networks(Method):
             samples.append(super()._samples(images))
         return np.concatenate(samples)
 
+    def _one_sample(self, images, number):
+        self.model.set_weights(self._weights[number])
+        return super()._samples(images)[0]
+
     def _trainings(self, parts):
         first, member = 0 if self.share > 1 else 1, parts.first / self.recipe.epochs * self._epochs()
         kind = "member" if self.share == 1 else f"{self.name}_member"

@@ -70,6 +70,9 @@ class Partial(Method):
     def _samples(self, images):
         return self.sampled.samples(images, self.num_samples)
 
+    def _one_sample(self, images, number):
+        return self.sampled.one(images, number)
+
     def _sample_flops(self, batch):
         return self.sampled.flops(batch, self.num_samples)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sbn_tf import cost as costs
-from sbn_tf.core.turns import NUM_TURNS, turned_samples
+from sbn_tf.core.turns import NUM_TURNS, turned
 from sbn_tf.experiments.methods.base import Method
 from sbn_tf.experiments.methods.ensembles import Ensemble
 from sbn_tf.experiments.methods.partial import Branched, Members
@@ -11,7 +11,7 @@ from sbn_tf.experiments.methods.plain import Deterministic
 
 
 class Turned(Method):
-    """Another method, trained as it is by itself: sample s sees the image under symmetry s, see `turned_samples`.
+    """Another method, trained as it is by itself: sample s sees the image under symmetry s, see `core.turns`.
 
     A method of one sample gets eight. Reference: Wang et al. 2019, "Aleatoric uncertainty estimation with test-time
     augmentation".
@@ -45,7 +45,7 @@ class Turned(Method):
         self.folder = self._own_folder(data, of=other.folder.relative_to(other.folder.parents[2]).as_posix())
 
     def _samples(self, images):
-        return turned_samples(self.other._samples, images, self.num_samples)
+        return turned(self.other._one_sample, images, self.num_samples)
 
     def _sample_flops(self, batch):
         return costs.prediction_flops(self.step1.model, batch)  # samples of different images share no layer
