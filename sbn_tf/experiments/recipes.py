@@ -179,7 +179,7 @@ RECIPES = {
     # For lessons: minutes on two cores. Not tuned for any score. Beta is the paper's: with beta = 1 the KL of 7,000
     # weights from N(0, 1) drowns the likelihood of the 600 images of phantom_chest (measured: AUC .73 fell to .51).
     "quick": dataclasses.replace(_SMALL, name="quick", epochs=16, bayes_epochs=4, beta_start=0.01, beta_stop=0.01),
-    # Ours, by nbs/09_what_works.ipynb. Without flips, after 120 epochs of step 1 more of them gain nothing; after 60 they
+    # Ours, by nbs/09_what_works.ipynb. Without flips, after 120 epochs of step 1 more gain nothing; after 60 they
     # still did, and that looked like a posterior's gain. Both steps cost 1.13 times step 1.
     "sbn": dataclasses.replace(
         _SMALL, name="sbn", epochs=120, bayes_epochs=15, scale_start="relative", initial_scale=0.1, keep="best"
