@@ -401,7 +401,7 @@ def test_the_temperature_has_the_lowest_nll_on_validation(task):
     logits = (x.reshape(400, -1) @ kernel).astype("float64")
     noisy = logits / 4 + rng.logistic(size=logits.shape)  # so the network is overconfident
     targets = (noisy > 0).astype("uint8") if task == "binary" else np.eye(3, dtype="uint8")[noisy.argmax(1)]
-    made = SimpleNamespace(model=one.model, title="made", num_samples=1)
+    made = SimpleNamespace(turned=False, model=one.model, title="made", num_samples=1)
     found = predictor_of(settings_of(images, targets, task), made, "pad").card.temperature
     grid = np.geomspace(0.5, 20, 2000)
     if task == "binary":
@@ -420,7 +420,7 @@ def test_a_temperature_that_raises_the_nll_of_the_draws_is_not_kept(monkeypatch)
     )
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "uint8")
     targets = (np.arange(100) % 10 > 0).astype("uint8")[:, None]
-    made = SimpleNamespace(model=one.model, title="made", num_samples=2)
+    made = SimpleNamespace(turned=False, model=one.model, title="made", num_samples=2)
     assert predictor_of(settings_of(images, targets, "binary"), made, "pad").card.temperature == 1
 
 
@@ -430,7 +430,7 @@ def test_validation_meets_the_draws_of_every_later_prediction(tmp_path):
     bnn = to_partial_bayes(network, masks, num_train=10, num_samples=3, initial_scale=0.5, seed=0)
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), "uint8")
     settings = settings_of(images, (np.arange(20) % 2).astype("uint8")[:, None], "binary")
-    made = SimpleNamespace(model=bnn, title="made", num_samples=3)
+    made = SimpleNamespace(turned=False, model=bnn, title="made", num_samples=3)
     predictor_of(settings, made, "pad").save(tmp_path)
     loaded = Predictor.load(tmp_path)
     total = [one.means["total"] for one in loaded.predict(images)]
