@@ -201,7 +201,7 @@ class Method:
         """Raw outputs for a batch no larger than the recipe's: (samples, batch, ...)."""
         return self.model.predict_on_batch(images)[None]
 
-    def _one_sample(self, images, number):
+    def one_sample(self, images, number):
         """Sample `number` alone, (batch, ...); of a method of one sample that one."""
         samples = self._samples(images)
         return samples[number if len(samples) > 1 else 0]

@@ -35,7 +35,8 @@ class Networks(Method):
             samples.append(super()._samples(images))
         return np.concatenate(samples)
 
-    def _one_sample(self, images, number):
+    def one_sample(self, images, number):
+        """Sample `number` alone, (batch, ...)."""
         self.model.set_weights(self._weights[number])
         return super()._samples(images)[0]
 

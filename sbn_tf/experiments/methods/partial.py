@@ -70,7 +70,8 @@ class Partial(Method):
     def _samples(self, images):
         return self.sampled.samples(images, self.num_samples)
 
-    def _one_sample(self, images, number):
+    def one_sample(self, images, number):
+        """Sample `number` alone, (batch, ...)."""
         return self.sampled.one(images, number)
 
     def _sample_flops(self, batch):

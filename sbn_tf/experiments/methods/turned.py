@@ -45,7 +45,7 @@ class Turned(Method):
         self.folder = self._own_folder(data, of=other.folder.relative_to(other.folder.parents[2]).as_posix())
 
     def _samples(self, images):
-        return turned(self.other._one_sample, images, self.num_samples)
+        return turned(self.other.one_sample, images, self.num_samples)
 
     def _sample_flops(self, batch):
         return costs.prediction_flops(self.step1.model, batch)  # samples of different images share no layer
