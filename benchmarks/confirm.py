@@ -29,6 +29,7 @@ NAMES = {
     "ensemble": "five networks",
     "ensemble_turned": "five networks, a flip or turn each",
 }
+CUTS = "trivial_level_sets"
 SHOWN = ["nll", "member_nll", "brier", "ece", "iou", "ged"]
 
 
@@ -39,11 +40,14 @@ def main():
     parser.add_argument("--runs", type=Path, help="folder of the finished runs; default: no intervals")
     args = parser.parse_args()
     found = results.wide(results.read_csv(args.table))
-    found = found[(found["split"] == "test") & found["method"].isin(NAMES)]
+    everything = found[found["split"] == "test"]
+    found = everything[everything["method"].isin(NAMES)]
     for dataset, rows in found.groupby("dataset"):
         records = {} if args.runs is None else records_of(args.runs / dataset)
         print(f"\n## {dataset}\n\n{means(rows).to_markdown(floatfmt='.4f')}")
         print(f"\n{differences(rows, records).to_markdown(floatfmt='.4f')}")
+        if cuts := everything[(everything["dataset"] == dataset) & (everything["method"] == CUTS)]["ged"].tolist():
+            print(f"\nGED of five level sets of the one network's map: {np.mean(cuts):.3f}")
 
 
 def units(rows, method):
@@ -93,6 +97,8 @@ def records_of(folder):
         result = read_result(path.parent)
         key = (result.method, result.options.get("fold", -1), result.seed)
         found.setdefault(key, []).append((result.metrics.get("nll"), path.with_name("record.npz")))
+    if not found:
+        raise ValueError(f"Expected finished runs in {folder}. Received: none. Leave --runs out: no intervals")
     return found
 
 
