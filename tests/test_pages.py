@@ -18,6 +18,7 @@ from sbn_tf.core import files
 from sbn_tf.datasets.image_files import image_files
 from sbn_tf.experiments import pages, prediction_page, recipes, results, scoring, training_page
 from sbn_tf.experiments.experiment import Experiment
+from sbn_tf.experiments.guarantees import Calibration
 from sbn_tf.experiments.predictor import NetworkCard, Predictor
 from sbn_tf.experiments.result import Result, write
 
@@ -226,6 +227,13 @@ def test_the_prediction_page_says_what_is_flagged_and_why(trained, tmp_path):
     # 0.99 is between the 98 % and the 99 % quantile of 0, 0.01, ... 1, and 0.74 above 74 of them.
     assert rows[0][2:] == ["0.990 nats, above 98 %", "epistemic, above 74 %; aleatoric above 0 %"]
     assert page.tables["skipped"][1:] == [["x.png", "truncated"]]
+    assert "how far these views disagree" not in page.text and "too few for flags" not in page.text
+    few = Calibration(unit="images", num=5, owners=range(5), total=[0.1] * 5, error=[False] * 5)
+    turned = Predictor(trained.predictor.model, card.model_copy(update={"turned": True, "calibration": few}))
+    other = tmp_path / "turned.html"
+    prediction_page.write_prediction_page(other, turned, image_files(tmp_path / "in"), tmp_path, table, skipped, 0.1)
+    assert "how far these views disagree" in page_of(other).text
+    assert "5 validation images: too few for flags" in page_of(other).text
     assert len(page.pictures) == 12 and max(opened(page.pictures[0]).size) == pages.SIDE
 
 

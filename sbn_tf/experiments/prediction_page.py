@@ -65,6 +65,10 @@ def write_prediction_page(
             f"The network has {len(card.calibration.total)} validation images: too few for flags and percentages to "
             "mean much."
         )
+    if card.turned:
+        sentences.append(
+            "Each draw sees an image flipped or turned another way: its epistemic part is how far these views disagree."
+        )
     if settings and settings.get("tile_scale"):
         sentences.append("These were cut into tiles; flags compare them with whole images of validation.")
     if "refer" in table:
