@@ -1,0 +1,40 @@
+"""The interval of `benchmarks/confirm.py`, by hand."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+_FILE = Path(__file__).parents[1] / "benchmarks" / "confirm.py"
+_SPEC = importlib.util.spec_from_file_location("confirm", _FILE)
+confirm = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(confirm)
+
+
+def record(nll, groups=None):
+    return SimpleNamespace(arrays={"nll": np.asarray(nll, "float64")}, groups=groups)
+
+
+def test_a_difference_that_all_images_share_is_its_own_interval():
+    plain = record([0.3, 0.5, 0.1, 0.4], np.array([0, 0, 1, 2]))
+    pairs = {(2, 0): [record(plain.arrays["nll"] - 0.01, plain.groups), plain]}
+    np.testing.assert_allclose(confirm.interval(pairs, resamples=50), [-0.01, -0.01])
+
+
+def test_patients_of_two_folds_are_resampled_apart():
+    """Patient 0 of each fold has difference 1, patient 1 has 0: a mean of 0, 1/2 or 1 in each fold, independently."""
+    groups = np.array([0, 1])
+    pairs = {(fold, 0): [record([1.0, 0.0], groups), record([0.0, 0.0], groups)] for fold in (2, 3)}
+    low, high = confirm.interval(pairs, resamples=4000)
+    assert (low, high) == (0.0, 1.0)  # 1/16 of the resamples each: both are beyond 2.5 %
+    one = {(2, seed): pairs[2, 0] for seed in (0, 1)}  # two trainings of one fold share their patients
+    assert tuple(confirm.interval(one, resamples=4000)) == (0.0, 1.0)
+
+
+def test_a_record_is_found_by_its_nll(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a finished run with NLL 0.500000 .* Received: \[0.4\]"):
+        confirm.record_of([(0.4, tmp_path)], 0.5)
+    with pytest.raises(ValueError, match="Leave --runs out"):
+        confirm.records_of(tmp_path)
