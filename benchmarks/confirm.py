@@ -116,19 +116,13 @@ def interval(pairs, resamples=2000):
     """95 % of the mean difference in NLL over trainings, the patients of each fold resampled.
 
     Args:
-        pairs: (fold, seed) -> record of a method, record of the one network. Trainings of a fold share its patients.
+        pairs: (fold, seed) -> record of a method, record of the one network. Trainings of a fold share its resamples.
     """
-    folds, rng = {}, np.random.default_rng(0)
-    for (fold, _), (mine, plain) in pairs.items():
-        groups = np.arange(len(mine.arrays["nll"])) if mine.groups is None else mine.groups
-        change = pd.Series(mine.arrays["nll"] - plain.arrays["nll"]).groupby(np.asarray(groups)).agg(["sum", "count"])
-        folds.setdefault(fold, []).append(change.to_numpy())
-    means = []
-    for _ in range(resamples):
-        drawn = {fold: rng.integers(len(some[0]), size=len(some[0])) for fold, some in folds.items()}
-        sums = [one[drawn[fold]].sum(0) for fold, some in folds.items() for one in some]
-        means.append(np.mean([total / count for total, count in sums]))
-    return np.percentile(means, [2.5, 97.5])
+    changes = []
+    for (fold, _), records in pairs.items():
+        mine, plain = (one.distribution(["nll"], resamples, seed=fold + 1)["nll"] for one in records)
+        changes.append(mine - plain)
+    return np.percentile(np.mean(changes, axis=0), [2.5, 97.5])
 
 
 if __name__ == "__main__":

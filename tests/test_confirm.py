@@ -2,10 +2,11 @@
 
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from sbn_tf.experiments.records import Record
 
 _FILE = Path(__file__).parents[1] / "benchmarks" / "confirm.py"
 _SPEC = importlib.util.spec_from_file_location("confirm", _FILE)
@@ -14,7 +15,8 @@ _SPEC.loader.exec_module(confirm)
 
 
 def record(nll, groups=None):
-    return SimpleNamespace(arrays={"nll": np.asarray(nll, "float64")}, groups=groups)
+    arrays = {"nll": np.asarray(nll, "float64"), "risk": np.zeros(len(nll))}
+    return Record(task="binary", arrays=arrays, threshold=0.5, num_samples=1, groups=groups)
 
 
 def test_a_difference_that_all_images_share_is_its_own_interval():

@@ -12,7 +12,7 @@ from keras import ops
 from sbn_tf.core.keras_internals import all_layers, noise_states
 from sbn_tf.core.passes import batches_of
 
-__all__ = ["estimate_batch_norm", "warn_of_lag"]
+__all__ = ["batch_norms", "estimate_batch_norm", "warn_of_lag"]
 
 _FEWEST_COMPARED = 8  # examples whose own statistics batch norm may use
 
@@ -35,7 +35,7 @@ def estimate_batch_norm(model: keras.Model, data: Any, batch_size: int = 32, max
 
     Reference: Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3.2.
     """
-    norms = [one for one in _norms(model) if one.trainable]
+    norms = [one for one in batch_norms(model) if one.trainable]
     if not norms:
         raise ValueError("Expected a network with batch norm that trains. Received: none")
     before, seen = [one.momentum for one in norms], 0
@@ -58,7 +58,8 @@ def estimate_batch_norm(model: keras.Model, data: Any, batch_size: int = 32, max
         raise ValueError("Expected data with one batch or more. Received: none")
 
 
-def _norms(model):
+def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """The batch norms of a network, those of nested models too."""
     return [one for one in all_layers(model) if isinstance(one, keras.layers.BatchNormalization)]
 
 
@@ -73,7 +74,7 @@ def warn_of_lag(model: keras.Model, loss: Any, examples: tuple | None) -> None:
         examples: (x, y) of training examples; None or fewer than 8: nothing is compared.
     """
     if (
-        not _norms(model)
+        not batch_norms(model)
         or loss is None
         or examples is None
         or len(keras.tree.flatten(examples[0])[0]) < _FEWEST_COMPARED

@@ -9,13 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from sbn_tf.core.batch_norm import batch_norms
 from sbn_tf.core.checks import check_choice, check_count
 from sbn_tf.core.context import is_at_mean
 from sbn_tf.core.examples import check_examples, check_inputs
 from sbn_tf.core.graph import Graph
 from sbn_tf.core.keras_internals import (
     added_losses,
-    all_layers,
     call_context,
     noise_states,
     of_any_backend,
@@ -413,14 +413,13 @@ class SameDraws:
 
 def settle_batch_norm(network: keras.Model, how: str) -> None:
     """What of batch norm trains: nothing ("frozen"), its running statistics alone ("statistics"), or all of it."""
-    for layer in all_layers(network):
-        if isinstance(layer, keras.layers.BatchNormalization):
-            if how == "frozen":  # Keras then runs it in inference mode
-                layer.trainable = False
-            elif how == "statistics":
-                for variable in (layer.gamma, layer.beta):
-                    if variable is not None:
-                        variable.trainable = False
+    for layer in batch_norms(network):
+        if how == "frozen":  # Keras then runs it in inference mode
+            layer.trainable = False
+        elif how == "statistics":
+            for variable in (layer.gamma, layer.beta):
+                if variable is not None:
+                    variable.trainable = False
 
 
 def refuse_posterior_mean() -> None:

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from sbn_tf.core.batch_norm import warn_of_lag
+from sbn_tf.core.batch_norm import batch_norms, warn_of_lag
 from sbn_tf.core.checks import check_count
 from sbn_tf.core.context import posterior_mean, posterior_sample
-from sbn_tf.core.examples import check_inputs, check_targets
-from sbn_tf.core.keras_internals import all_layers, compile_arguments, compiled_loss, noise_states
+from sbn_tf.core.examples import check_examples
+from sbn_tf.core.keras_internals import compile_arguments, compiled_loss, noise_states
 from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.layers import masked_layers
@@ -56,8 +56,7 @@ class WatchedData:
         self.first: tuple | None = None
         self._inner: Any = None
         if is_of_arrays(data):
-            check_inputs(model, data[0])
-            check_targets(model, getattr(model, "loss", None) if loss is None else loss, *data[:2])
+            check_examples(model, getattr(model, "loss", None) if loss is None else loss, *data[:2])
             self.first = _first_examples(data[0], data[1]) if len(data) > 1 else None
             self.count = len(keras.tree.flatten(data[0])[0]) if self.first is not None else None
         elif data is not None and not isinstance(data, keras.utils.PyDataset) and not is_endless(data):
@@ -212,8 +211,7 @@ class Start:
         self.guard: Guard | None = None
         if model is None or not model.compiled:
             return
-        frozen = frozen and any(isinstance(one, keras.layers.BatchNormalization) for one in all_layers(model))
-        rate = LOC_RATE_BESIDE_FROZEN_NORM if frozen else LOC_RATE
+        rate = LOC_RATE_BESIDE_FROZEN_NORM if frozen and batch_norms(model) else LOC_RATE
         self.optimizer, self.settings = _gentle(model.optimizer, rate), {"loss": model.loss}
         warn_of_lag(model, compiled_loss(model), examples)
         given = compile_arguments(model)

@@ -227,8 +227,8 @@ def _label_problems(tally, classes):
     absent, always = _absent_and_always(tally, classes)
     if absent and not tally.is_sample:
         found.append(
-            f"{tally.name} has no image of {_listed(absent)}: nothing can be learnt or "
-            "measured there. A column split may help."
+            f"{tally.name} has no image of {_listed(absent)}: nothing can be learnt or measured there. A column split "
+            "may help."
         )
     if always and not tally.is_sample:
         found.append(f"Every image of {tally.name} is of {_listed(always)}.")

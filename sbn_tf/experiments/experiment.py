@@ -177,9 +177,10 @@ def identity(made: Experiment) -> dict[str, Any]:
 def of_training(out: Path, asked: dict) -> Experiment:
     """The experiment of `sbn-tf train`, whose runs lie below `out`."""
     folder = Folder(asked["folder"], asked["threshold"], asked["skip_broken"])
-    chosen = {key: asked[key] for key in ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed")}
+    chosen = {
+        key: asked[key] for key in ("network", "epochs", "bayes_epochs", "size", "limit", "r_bayes", "seed", "changes")
+    }
     options = {"fit": asked["fit"]} | ({"window": asked["window"]} if asked["window"] else {})
-    chosen["changes"] = asked["changes"]
     return experiment(folder, asked["recipe"], **chosen, options=options, runs=out / "runs", shifts={})
 
 

@@ -308,7 +308,7 @@ class Predictor:
 
     def _drawn(self, inputs):
         if self._sampled is None:
-            return np.asarray(self.model.predict_on_batch(inputs))[None]
+            return self._draw(inputs, 0)[None]
         return self._sampled.samples(inputs, self.card.num_samples)
 
     def _draw(self, inputs, number):

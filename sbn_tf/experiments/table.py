@@ -242,8 +242,7 @@ def _notes(found, keys, marks, num_resamples):
     if marks.untested:
         notes.append(
             "Not tested against the best (no record, other test images, undefined in many resamples, or no common "
-            "seed): "
-            f"{'; '.join(marks.untested)}."
+            f"seed): {'; '.join(marks.untested)}."
         )
     above = {}
     for key in known:

@@ -19,6 +19,7 @@ from sbn_tf.experiments import training
 from sbn_tf.experiments.folders import read_json, run_folder, write_json
 from sbn_tf.experiments.methods.estimates import Estimate, Parts, Sizes, parts_of
 from sbn_tf.experiments.recipes import Recipe, loss_for
+from sbn_tf.saliency import Masks
 
 _COUNTED = (
     "predict_flops_per_sample",
@@ -55,6 +56,7 @@ class Method:
     takes_r_bayes = takes_samples = turned = False
     sets: tuple[str, ...] = ()
     num_networks = 1  # that are stored
+    masks: Masks | None = None  # of the weights that have a posterior of any kind
     needs_step1 = True  # the recipe's, which methods share
 
     def __init__(
@@ -144,6 +146,8 @@ class Method:
         sizes = {**costs.parameters(self.model), "weight_bytes": costs.bytes_of(self.model)["weight_bytes"]}
         sizes["num_trainable"] = costs.parameters(self.trained[-1].model)["num_trainable"]
         found = {key: int(value) * self.num_networks for key, value in sizes.items()}
+        if self.masks is not None:
+            found["num_bayesian"] = self.masks.num_bayesian
         found["optimizer_bytes"] = max(int(costs.bytes_of(run.model)["optimizer_bytes"]) for run in self.trained)
         seconds, peaks, grown = (
             [getattr(run, key) for run in self.trained] for key in ("seconds", "peak_bytes", "grown_bytes")

@@ -29,15 +29,11 @@ class Networks(Method):
         self.trained = self._train_members(data)
 
     def _samples(self, images):
-        samples = []
-        for weights in self._weights:  # one traced network for all
-            self.model.set_weights(weights)
-            samples.append(super()._samples(images))
-        return np.concatenate(samples)
+        return np.stack([self.one_sample(images, number) for number in range(len(self._weights))])
 
     def one_sample(self, images, number):
         """Sample `number` alone, (batch, ...)."""
-        self.model.set_weights(self._weights[number])
+        self.model.set_weights(self._weights[number])  # one traced network for all
         return super()._samples(images)[0]
 
     def _trainings(self, parts):

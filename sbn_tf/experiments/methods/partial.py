@@ -63,10 +63,6 @@ class Partial(Method):
         self.trained = [self.step1, run]
         self.model, self.folder, self.sampled = run.model, run.folder, Sampled(run.model)
 
-    def cost(self) -> dict:
-        """As of every method; Bayesian are the weights that have a posterior of any kind."""
-        return {**super().cost(), "num_bayesian": self.masks.num_bayesian}
-
     def _samples(self, images):
         return self.sampled.samples(images, self.num_samples)
 

@@ -42,6 +42,7 @@ class Turned(Method):
         self.step1, self.trained, self.model, self.recipe_used = (
             other.step1, other.trained, other.model, other.recipe_used,
         )  # fmt: skip
+        self.masks = other.masks
         self.folder = self._own_folder(data, of=other.folder.relative_to(other.folder.parents[2]).as_posix())
 
     def _samples(self, images):
@@ -49,10 +50,6 @@ class Turned(Method):
 
     def _sample_flops(self, batch):
         return costs.prediction_flops(self.step1.model, batch)  # samples of different images share no layer
-
-    def cost(self) -> dict:
-        """As of every method; Bayesian are the other one's weights."""
-        return {**super().cost(), "num_bayesian": self.other.cost()["num_bayesian"]}
 
     def _saliency_flops(self, batch):
         return self.other._saliency_flops(batch)
