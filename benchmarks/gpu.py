@@ -143,29 +143,32 @@ def is_there(name: str) -> bool:
 
 
 def requirements() -> list[str]:
-    """`name==version` of all that sbn_tf and its notebooks need, without what TensorFlow, JAX and torch bring."""
+    """`name==version` of all that sbn_tf and its notebooks need beside a backend and what JAX and torch bring.
+
+    Left out, too, is what they run without: completion and a debugger for Jupyter.
+    """
     from packaging.requirements import Requirement
 
-    def below(name, extras=(), seen=None):
+    def below(name, extras=(), seen=None, skipped=()):
         seen = {} if seen is None else seen
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             return seen
-        if (key := found.metadata["Name"].lower().replace("_", "-")) in seen and not extras:
+        key = found.metadata["Name"].lower().replace("_", "-")
+        if key in skipped or (key in seen and not extras):
             return seen
         seen[key] = found.version
         for text in found.requires or []:
             one = Requirement(text)
             if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-                below(one.name, one.extras, seen)
+                below(one.name, one.extras, seen, skipped)
         return seen
 
     brought = {name for backend in ("jax", "torch") for name in below(backend)}
-    tensorflow = below("tensorflow").keys() | below("tensorflow-probability", ("tf",)).keys()
-    skipped = {"sbn-tf", *(tensorflow - below("keras").keys())}
-    needed = below("sbn_tf", ("notebooks",))
-    return sorted(f"{name}=={version}" for name, version in needed.items() if name not in skipped | brought)
+    unused = {"debugpy", "jedi", "tensorflow", "tensorflow-probability"}
+    needed = below("sbn_tf", ("notebooks",), skipped=unused | brought)
+    return sorted(f"{name}=={version}" for name, version in needed.items() if name != "sbn-tf")
 
 
 def main():

@@ -2,9 +2,9 @@
 
 For each Python on PATH it makes one virtual environment (3 GB in a temporary folder, or in `--folder`, where it stays),
 installs the wheel, then each version of Keras in turn, and prints a table. It takes about ten minutes a row, so CI does
-not run it. With `--backends jax torch` it instead makes one environment for each of these backends, without TensorFlow
-and TFP, and runs the tests marked "backends" in it: this Python, with TensorFlow, compares the numbers. `--dry-run`
-prints the commands. The exit code is 1 if a test fails.
+not run it. With `--backends jax torch` it instead makes an environment for each Python and each of these backends,
+without TensorFlow and TFP, and runs the tests marked "backends" in it: this Python, with TensorFlow, compares the
+numbers. `--dry-run` prints the commands. The exit code is 1 if a test fails.
 """
 
 import argparse
@@ -43,10 +43,10 @@ def output_of(*command) -> str | None:
 
 
 def environment(version: str, folder: Path) -> Path | None:
-    """The Python of a virtual environment with the package installed; None where PATH has no such Python."""
+    """The Python of a virtual environment in this folder; None where PATH has no such Python."""
     if output_of(f"python{version}", "-c", "import sys; print('%d.%d' % sys.version_info[:2])") != version:
         return None
-    python = folder / f"python{version}" / "bin" / "python"
+    python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([f"python{version}", "-m", "venv", python.parents[1]], check=True)
     return python
@@ -70,17 +70,18 @@ def backend_commands(python: Path | str, backend: str) -> tuple[list[str], list[
     return install, [*pytest, "tests/test_backends.py"]
 
 
-def backend_row(backend: str, folder: Path) -> bool:
-    """Make the environment of a backend, print its row, and say whether all tests passed."""
-    python = folder / backend / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+def backend_row(version: str, backend: str, folder: Path) -> bool:
+    """Install a backend for a Python, print its row, and say whether all tests passed."""
+    python = environment(version, folder / f"{backend}{version}")
+    if python is None:
+        print(f"| {version} | {backend} | not on PATH | |", flush=True)
+        return True
     install, test = backend_commands(python, backend)
     subprocess.run(install, check=True)
     found = output_of(python, "-c", f"from importlib.metadata import version; print(version('{backend}'))")
     start = time.monotonic()
     result = run(test, {f"SBN_TF_PYTHON_{backend.upper()}": str(python)})
-    print(f"| {backend} {found} | {result} | {time.monotonic() - start:.0f} |", flush=True)
+    print(f"| {version} | {backend} {found} | {result} | {time.monotonic() - start:.0f} |", flush=True)
     return re.fullmatch(r"\d+ passed", result) is not None
 
 
@@ -108,13 +109,14 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     given = parser.parse_args()
     if given.dry_run and given.backends:
-        for backend in given.backends:
-            print(*map(shlex.join, backend_commands(f"{backend}/bin/python", backend)), sep="\n")
+        for version, backend in itertools.product(given.python, given.backends):
+            print(*map(shlex.join, backend_commands(f"{backend}{version}/bin/python", backend)), sep="\n")
         return 0
     if given.backends:
-        print("| backend | tests | seconds |\n|---|---|---|", flush=True)
+        print("| Python | backend | tests | seconds |\n|---|---|---|---|", flush=True)
         with tempfile.TemporaryDirectory() as temporary:
-            return int(not all([backend_row(one, given.folder or Path(temporary)) for one in given.backends]))
+            folder, rows = given.folder or Path(temporary), itertools.product(given.python, given.backends)
+            return int(not all([backend_row(version, backend, folder) for version, backend in rows]))
     if given.dry_run:
         for version, keras in itertools.product(given.python, given.keras):
             print(*map(shlex.join, commands(f"python{version}", keras)), sep="\n")
@@ -124,7 +126,7 @@ def main() -> int:
     print("|---" * (len(SUITES) + 3) + "|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for version in given.python:
-            python = environment(version, given.folder or Path(temporary))
+            python = environment(version, (given.folder or Path(temporary)) / f"python{version}")
             if python is None:
                 print(f"| {version} | not on PATH |" + " |" * (len(SUITES) + 1), flush=True)
                 continue
