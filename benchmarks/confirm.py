@@ -1,9 +1,13 @@
 """What one training buys, on test patients: the tables of docs/results.md, from the rows that `sbn-tf study` wrote.
 
-Run: `python benchmarks/confirm.py [--table results/confirm.csv] [--runs runs]`. For each dataset it prints the mean of
-each method over its trainings, the share of the five networks' gain, and each method's difference from the one network,
-training by training. With `--runs` it reads the records of these trainings, and adds the 95 % interval of the mean
-difference in NLL, resampling the patients (images, where no patient is known) of all folds, 2,000 times, seed 0.
+Run: `python benchmarks/confirm.py [--table results/confirm.csv]`. For each dataset it prints the mean of each method
+over its trainings, the share of the five networks' gain, and each method's difference from the one network, training
+by training, with two 95 % intervals of the mean difference in NLL. *Patients*: the test patients (images, where no
+patient is known) of all folds resampled, 2,000 times, seed 0, for these trainings. *Trainings*: Student's t over them,
+where there are three or more.
+
+The NLL of each test image is in the file beside the table (`confirm_images.npz`). `--runs runs` makes it from the
+records of finished runs; rows of your own need that once.
 """
 
 import argparse
@@ -11,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import results
 from sbn_tf.experiments.records import Record
 from sbn_tf.experiments.result import read as read_result
@@ -36,16 +42,18 @@ SHOWN = ["nll", "member_nll", "brier", "ece", "iou", "ged"]
 def main():
     """Print the tables of each dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=Path("results/confirm.csv"))
-    parser.add_argument("--runs", type=Path, help="folder of the finished runs; default: no intervals")
+    parser.add_argument("--table", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "confirm.csv")
+    parser.add_argument("--runs", type=Path, help="folder of the finished runs: read the NLL of each image from there")
     args = parser.parse_args()
-    found = results.wide(results.read_csv(args.table))
-    everything = found[found["split"] == "test"]
+    everything = results.wide(results.read_csv(args.table))
     found = everything[everything["method"].isin(NAMES)]
+    images = args.table.with_name(f"{args.table.stem}_images.npz")
+    if args.runs is not None:
+        keep_images(images, found, args.runs)
+    records = images_of(images)
     for dataset, rows in found.groupby("dataset"):
-        records = {} if args.runs is None else records_of(args.runs / dataset)
         print(f"\n## {dataset}\n\n{means(rows).to_markdown(floatfmt='.4f')}")
-        print(f"\n{differences(rows, records).to_markdown(floatfmt='.4f')}")
+        print(f"\n{differences(rows, records[dataset]).to_markdown(floatfmt='.4f')}")
         if cuts := everything[(everything["dataset"] == dataset) & (everything["method"] == CUTS)]["ged"].tolist():
             print(f"\nGED of five level sets of the one network's map: {np.mean(cuts):.3f}")
 
@@ -53,7 +61,14 @@ def main():
 def units(rows, method):
     """Rows of a method by (fold, seed)."""
     mine = rows[rows["method"] == method]
-    return mine.set_index([mine["fold"].fillna(-1).astype(int), mine["seed"].astype(int)])
+    mine = mine.set_index([mine["fold"].fillna(-1).astype(int), mine["seed"].astype(int)])
+    if mine.index.has_duplicates:
+        fold, seed = mine.index[mine.index.duplicated()][0]
+        raise ValueError(
+            f"Expected one row of {method!r} for each fold and seed. Received: two of {(int(fold), int(seed))}"
+            ", of other settings or images.\nKeep rows of your own in a table of their own: --table runs/confirm.csv"
+        )
+    return mine
 
 
 def means(rows):
@@ -79,15 +94,42 @@ def differences(rows, records):
             gain = (plain.loc[shared, key] - mark.loc[shared, key]).astype(float).mean()
             own = (plain.loc[shared, key] - mine.loc[shared, key]).astype(float).mean()
             row[f"share of the gain in {key}"] = own / gain if len(shared) else np.nan
-        if records:
-            rows_of = {method: mine, "deterministic": plain}
-            pairs = {
-                one: [record_of(records[name, *one], part.loc[one, "nll"]) for name, part in rows_of.items()]
-                for one in both
-            }
-            row["low"], row["high"] = interval(pairs)
+        pairs = {one: [records[name, *one] for name in (method, "deterministic")] for one in both}
+        row["low, patients"], row["high, patients"] = interval(pairs)
+        if len(both) > 2:
+            half = stats.t.ppf(0.975, len(both) - 1) * change["nll"].sem()
+            row["low, trainings"], row["high, trainings"] = row["nll"] - half, row["nll"] + half
         found[NAMES[method]] = row
     return pd.DataFrame(found).T
+
+
+def keep_images(path, found, runs):
+    """Write the NLL of each test image of the table's rows, and the patients of each fold, from finished runs."""
+    kept = {}
+    for dataset, rows in found.groupby("dataset"):
+        runs_of = records_of(runs / dataset)
+        for method in rows["method"].unique():
+            for one, nll in units(rows, method)["nll"].items():
+                record = record_of(runs_of.get((method, *one), []), nll)
+                kept["/".join(map(str, (dataset, method, *one)))] = record["nll"].astype("float32")
+                if record.groups is not None:
+                    kept[f"{dataset}/groups/{one[0]}"] = record.groups.astype("int16")
+    write_atomically(path, lambda file: np.savez_compressed(file, **kept))
+
+
+def images_of(path):
+    """Dataset -> (method, fold, seed) -> record of the NLL of each image."""
+    found = {}
+    with np.load(path, allow_pickle=False) as file:
+        kept = dict(file)
+    for key, nll in kept.items():
+        dataset, method, fold, *seed = key.split("/")
+        if seed:
+            arrays = {"nll": nll.astype("float64"), "risk": np.zeros(len(nll))}
+            groups = kept.get(f"{dataset}/groups/{fold}")
+            record = Record(task="binary", arrays=arrays, threshold=0.5, num_samples=1, groups=groups)
+            found.setdefault(dataset, {})[method, int(fold), int(seed[0])] = record
+    return found
 
 
 def records_of(folder):
@@ -98,7 +140,7 @@ def records_of(folder):
         key = (result.method, result.options.get("fold", -1), result.seed)
         found.setdefault(key, []).append((result.metrics.get("nll"), path.with_name("record.npz")))
     if not found:
-        raise ValueError(f"Expected finished runs in {folder}. Received: none. Leave --runs out: no intervals")
+        raise ValueError(f"Expected finished runs in {folder}. Received: none. Leave --runs out")
     return found
 
 

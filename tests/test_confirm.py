@@ -4,11 +4,14 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from sbn_tf.experiments import results
 from sbn_tf.experiments.records import Record
 
 _FILE = Path(__file__).parents[1] / "benchmarks" / "confirm.py"
+TABLE = _FILE.parents[1] / "results" / "confirm.csv"
 _SPEC = importlib.util.spec_from_file_location("confirm", _FILE)
 confirm = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(confirm)
@@ -40,3 +43,18 @@ def test_a_record_is_found_by_its_nll(tmp_path):
         confirm.record_of([(0.4, tmp_path)], 0.5)
     with pytest.raises(ValueError, match="Leave --runs out"):
         confirm.records_of(tmp_path)
+
+
+def test_the_kept_images_have_the_means_of_the_table():
+    found = results.wide(results.read_csv(TABLE))
+    records = confirm.images_of(TABLE.with_name("confirm_images.npz"))
+    for dataset, rows in found[found["method"].isin(confirm.NAMES)].groupby("dataset"):
+        for method in rows["method"].unique():
+            for one, nll in confirm.units(rows, method)["nll"].items():
+                np.testing.assert_allclose(records[dataset][method, *one]["nll"].mean(), nll, rtol=1e-6)
+
+
+def test_two_rows_of_one_training_are_refused():
+    found = results.wide(results.read_csv(TABLE))
+    with pytest.raises(ValueError, match=r"one row of 'turned' .* Received: two of \(2, 0\)"):
+        confirm.units(pd.concat([found, found[found["fold"] == 2]]), "turned")

@@ -20,7 +20,8 @@ NIH_CHEST = Card(
     num_raters=1,
     licence="no restriction on use; NIH asks for attribution and the citation",
     citation="Wang, X., et al. (2017). ChestX-ray8. CVPR, 3462-3471.",
-    source="https://nihcc.app.box.com/v/ChestXray-NIHCC (NIH Clinical Center)",
+    source="https://nihcc.app.box.com/v/ChestXray-NIHCC (NIH Clinical Center, as PNGs: data/README.md has the keys "
+    "of the file to make from them)",
     files=("nih_chestxray14_64/nih_chestxray14_64.npz",),
     default_size=64,
     network="resnet18",

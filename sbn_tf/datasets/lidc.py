@@ -26,7 +26,8 @@ LIDC = Card(
     licence="CC BY 3.0 (TCIA)",
     citation="Armato III, S. G., et al. (2015). Data From LIDC-IDRI. The Cancer Imaging Archive, "
     "doi:10.7937/K9/TCIA.2015.LO9QL9SX; Armato III, S. G., et al. (2011). Medical Physics 38(2), 915-931.",
-    source="https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX (TCIA)",
+    source="https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX (TCIA, as DICOMs: data/README.md has the keys of the file to "
+    "make from them; lidc_patches has a script)",
     files=("lidc_idri/lidc_idri_maxslice_71.npz",),
     default_size=64,
     network="unet",

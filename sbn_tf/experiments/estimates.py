@@ -51,7 +51,10 @@ def _sizes(plan: Plan, name: str):
     card, data = datasets.card(name), plan.datasets[name]
     images = data.images or card.counts
     if images is None:
-        raise ValueError(f"Expected images: [train, val, test] of {name!r} in the plan. Received: none")
+        raise ValueError(
+            f"Expected how many images {name!r} has, as its files are not here. Received: none.\n"
+            f"Add to it in the plan: images: [1300, 300, 400], its numbers of training, validation and test images"
+        )
     recipe = compare.recipe_of(name, plan.recipe, **data.parameters)
     network = data.network or recipes.network_for(plan.recipe, card)
     side = data.size or card.default_size
