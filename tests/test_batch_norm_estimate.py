@@ -48,6 +48,20 @@ def test_a_network_that_was_at_chance_is_mended_and_no_longer_warned_of(recwarn)
     assert not [one for one in recwarn if "lag behind" in str(one.message)]
 
 
+def test_four_classes_near_chance_are_warned_of():
+    """Half-trained: .94 in training mode and 1.97 in inference mode, where chance is 1.39."""
+    random = np.random.default_rng(0)
+    x, y = 100 + 30 * random.normal(size=(64, 6)), random.integers(4, size=64)
+    x[np.arange(64), y] += 25
+    keras.utils.set_random_seed(0)
+    first, second = keras.layers.BatchNormalization(momentum=0.999), keras.layers.BatchNormalization(momentum=0.999)
+    model = keras.Sequential([keras.Input((6,)), first, keras.layers.Dense(4), second, keras.layers.Softmax()])
+    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
+    model.fit(x, y, epochs=40, verbose=0)
+    with pytest.warns(UserWarning, match="lag behind"):
+        sbn_tf.to_partial_bayes(model, r_bayes=0.5, data=(x, y), num_samples=2, verbose=False)
+
+
 def test_a_smaller_last_batch_counts_by_its_size():
     model, (first, _) = network()
     estimate_batch_norm(model, (X[:40], np.ones(40)), batch_size=32)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
+from scipy import stats
 
 from sbn_tf import layers
 from sbn_tf.core import batch as parts_of
 from sbn_tf.core import draws
+from sbn_tf.core.context import computed_once
 from sbn_tf.core.optimizers import others_stay
 
 HOW = ("split", "flipout", "local")
@@ -529,3 +531,45 @@ def test_local_noise_in_half_precision(size, scale, entries):
 def test_errors_say_what_was_expected_and_received(arguments, message):
     with pytest.raises(ValueError, match=message), layers.batch_draws(*arguments):
         pass
+
+
+# ---- the noise of a training step
+
+
+def test_the_draws_of_a_step_are_normal_uncorrelated_and_share_their_noise():
+    layer = built("Dense", (64,), mask={"kernel": np.ones((64, 128), bool)}, units=128)
+    for compiled in (False, True):
+
+        def five(layer=layer):
+            with computed_once():
+                return ops.stack([layer.posteriors.offsets("kernel", s) for s in range(5)])
+
+        drawn = (tf.function(five) if compiled else five)().numpy() / layer.scale("kernel").ravel()
+        assert min(stats.kstest(one, "norm").pvalue for one in drawn) > 1e-3
+        correlations = np.corrcoef(drawn)[np.triu_indices(5, 1)]
+        assert np.abs(correlations).max() < 4.5 / np.sqrt(8192) and np.abs(correlations).min() > 0
+        np.testing.assert_allclose(*np.sort(np.abs(drawn[:2]), axis=1), rtol=1e-5)
+    apart = np.sort(np.abs([ops.convert_to_numpy(layer.posteriors.offsets("kernel", s)) for s in range(2)]), axis=1)
+    assert np.abs(apart[0] - apart[1]).max() > 1e-3  # outside a step nothing is shared
+
+
+def test_a_step_of_shared_noise_has_the_mean_and_the_variance_of_independent_draws():
+    """`(c @ w)**2` of five draws w ~ N(loc, scale): the mean is `m**2 + v`, the variance `(2 v**2 + 4 m**2 v) / 5`."""
+    layer = built("Dense", (64,), mask={"kernel": np.ones((64, 64), bool)}, units=64)
+    c = np.random.default_rng(1).normal(size=4096) / 64
+    scale, loc = layer.scale("kernel").ravel(), ops.convert_to_numpy(layer.loc("kernel")).ravel()
+    m, v = c @ loc, (c**2) @ scale**2
+
+    @tf.function
+    def steps():
+        def one(_):
+            with computed_once():
+                drawn = ops.stack([layer.posteriors.offsets("kernel", s) for s in range(5)])
+            return ops.mean((drawn @ ops.convert_to_tensor(c[:, None], "float32") + m) ** 2)
+
+        return tf.map_fn(one, tf.range(4000), fn_output_signature="float32")
+
+    found, variance = steps().numpy().astype("float64"), (2 * v**2 + 4 * m**2 * v) / 5
+    assert abs(found.mean() - (m**2 + v)) < 4 * np.sqrt(variance / 4000)
+    spread = np.sqrt(np.mean((found - found.mean()) ** 4) - found.var() ** 2) / np.sqrt(4000)
+    assert abs(found.var() - variance) < 4 * spread

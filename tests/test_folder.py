@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sbn_tf import datasets
+from sbn_tf.datasets import folder
 from sbn_tf.datasets.base import BINARY, MULTI_CLASS, MULTI_LABEL, ORDINAL, SEGMENTATION
 
 SIDE = 16
@@ -515,9 +516,16 @@ def test_too_few_to_draw_a_split_from(tmp_path, patient):
 
 
 def test_no_such_folder():
-    with pytest.raises(FileNotFoundError, match="no such folder") as error:
+    with pytest.raises(FileNotFoundError, match=r"no such folder .*\nCheck the path.") as error:
         datasets.load("path/to/nothing")
     assert str(error.value).count("\n") == 1
+
+
+def test_class_names_in_a_column_of_another_name_are_one_fault(tmp_path):
+    path = make(tmp_path / "my_data", {"class": ["bar", "foo"] * 15})
+    with pytest.raises(ValueError, match=r"texts in column 'class'.\nRename 'class' to label"):
+        load(path)
+    assert [one.file for one in folder.faults(path)] == ["images.csv"]
 
 
 def test_a_file_put_right_is_read_on(tmp_path):

@@ -134,7 +134,7 @@ def test_segmentation_panel_colours_by_the_majority_of_valid_raters():
     for pixel, colour in enumerate([predictions.TRUE_POSITIVE, predictions.FALSE_POSITIVE, predictions.FALSE_NEGATIVE]):
         np.testing.assert_allclose(overlay[pixel, :3], matplotlib.colors.to_rgb(colour))
     assert overlay[3, 3] == 0
-    disagreement = next(ax for ax in axes[0] if ax.get_title() == "disagreement")
+    disagreement = next(ax for ax in axes[0] if ax.get_title() == "raters disagree")
     assert not disagreement.images[0].get_array().any()
 
 

@@ -139,7 +139,7 @@ def test_labels_are_fitted_to_the_outputs_and_never_broadcast(loss):
     model, x, y = linear("float32")
     flat = saliency(model, (x, y[:, 0]), loss, verbose=False)
     np.testing.assert_array_equal(flat["out/kernel"], saliency(model, (x, y), loss, verbose=False)["out/kernel"])
-    with pytest.raises(ValueError, match=r"fit the outputs \(\d+, 1\). Received: labels \(\d+, 3\)"):
+    with pytest.raises(ValueError, match=r"fit the outputs \(batch, 1\). Received: labels \(batch, 3\)"):
         saliency(model, (x, x), loss, verbose=False)
 
 
@@ -487,7 +487,7 @@ def test_the_compiled_loss_is_the_default():
 
 def test_one_hot_labels_of_a_sparse_loss_are_told():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "softmax")])
-    with pytest.raises(ValueError, match="class numbers, without a class axis"):
+    with pytest.raises(ValueError, match=r"class numbers, without a class axis.* give y.argmax\(-1\)"):
         saliency(model, (np.ones((4, 2)), np.eye(3)[[0, 1, 2, 0]]), "sparse_categorical_crossentropy", verbose=False)
 
 

@@ -91,7 +91,7 @@ def warn_of_lag(model: keras.Model, loss: Any, examples: tuple | None) -> None:
     finally:
         for variable, value in before:
             variable.assign(value)
-    if own - trained > 2 * abs(trained) + 0.1:
+    if own - trained > 0.5 * abs(trained) + 0.1:
         count = len(keras.tree.flatten(x)[0])
         warnings.warn(
             f"The network's loss on the first {count} examples is {own:.3g} in inference mode and {trained:.3g} in "

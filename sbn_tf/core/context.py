@@ -26,6 +26,7 @@ __all__ = [
     "current_sample",
     "drawn_weight",
     "is_at_mean",
+    "is_one_step",
     "kept_draw",
     "once",
     "posterior_mean",
@@ -170,7 +171,7 @@ def kept_draw(layer: keras.layers.Layer, name: str, make: Callable[[], Any]) -> 
 
 @contextlib.contextmanager
 def computed_once() -> Iterator[None]:
-    """Within this context `once` computes each thing once in a graph that TensorFlow traces.
+    """Within this context `once` computes each thing once, on TensorFlow, in each graph that it traces.
 
     For one training step, up to the optimiser's update: what is kept does not follow it.
     """
@@ -184,15 +185,20 @@ def computed_once() -> Iterator[None]:
 def once(owner: keras.layers.Layer, name: str, make: Callable[[], Any]) -> Any:
     """`make()`, or within `computed_once` what it returned before for this owner, name and graph.
 
-    Outside a graph it is computed each time: JAX's compiler merges equal operations itself, eager steps are not hot.
+    On JAX and torch it is computed each time: JAX's compiler merges equal operations itself.
     """
-    kept, graph = _once.get(), current_graph()
-    if kept is None or graph is None:
+    kept = _once.get()
+    if kept is None or not is_one_step():
         return make()
-    key = (id(owner), name, graph)  # a tensor made within a traced loop is unknown outside it
+    key = (id(owner), name, current_graph())  # a tensor made within a traced loop is unknown outside it
     if key not in kept:
         kept[key] = make()
     return kept[key]
+
+
+def is_one_step() -> bool:
+    """Whether `once` keeps what it computes now."""
+    return _once.get() is not None and keras.backend.backend() == "tensorflow"
 
 
 def is_at_mean() -> bool:

@@ -198,8 +198,13 @@ def _fitted(name, y, y_pred):
             y = y[..., None]
         fits = _agree(tuple(y.shape), shape)
     if not fits:
-        kind = "class numbers, without a class axis," if "sparse" in name else "labels"
-        raise ValueError(f"Expected {kind} that fit the outputs {shape}. Received: labels {tuple(y.shape)}.")
+        (kind, advice) = ("labels", "")
+        if "sparse" in name:
+            kind = "class numbers, without a class axis,"
+            if _agree(tuple(y.shape), shape):
+                advice = " Of one-hot labels give y.argmax(-1), or compile with categorical_crossentropy."
+        shape, received = (f"(batch, {', '.join(map(str, one[1:]))})" for one in (shape, tuple(y.shape)))
+        raise ValueError(f"Expected {kind} that fit the outputs {shape}. Received: labels {received}.{advice}")
     return y
 
 

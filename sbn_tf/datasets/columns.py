@@ -26,11 +26,11 @@ def csv_of(folder: Path) -> Path:
     """The path of a folder's images.csv; a FileNotFoundError where there is none."""
     path = folder / CSV
     if not path.is_file():
-        received = f"no {CSV} in it" if folder.is_dir() else f"no such folder (from {Path.cwd()})"
-        raise FileNotFoundError(
-            f"Expected a folder with an {CSV}. Received: {folder}, {received}.\n"
-            "Write one with a row for each image: image,split,label, or with mask for segmentation."
-        )
+        received, advice = f"no such folder (from {Path.cwd()})", "Check the path."
+        if folder.is_dir():
+            received = f"no {CSV} in it"
+            advice = "Write one with a row for each image: image,split,label, or with mask for segmentation."
+        raise FileNotFoundError(f"Expected a folder with an {CSV}. Received: {folder}, {received}.\n{advice}")
     return path
 
 
@@ -130,6 +130,11 @@ def targets_of(
     values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
     advice = f"A column that is none of {', '.join(_KNOWN)} is a label; leave out all others."
     for name in others:
+        texts = [cell for cell in column[name] if cell not in values]
+        if len(texts) > len(column[name]) / 2:
+            expected = "class names in a column label, or 0 and 1 in a column for each label"
+            better = f"Rename {name!r} to label if it has the classes, else leave it out."
+            raise wrong(path, expected, f"{texts[0]!r} and other texts in column {name!r}", better)
         _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
     targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
     return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""

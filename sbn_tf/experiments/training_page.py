@@ -144,12 +144,16 @@ def _as_table(tests):
         columns[key] = {
             label: "-"
             if np.isnan(one["difference"])
-            else f"{one['difference']:+.3f}"
-            + ("" if np.isnan(one["low"]) else f" [{one['low']:+.3f}, {one['high']:+.3f}]")
+            else _signed(one["difference"])
+            + ("" if np.isnan(one["low"]) else f" [{_signed(one['low'])}, {_signed(one['high'])}]")
             + (f" {one['outcome']}" if one["outcome"] else "")
             for label, one in test.iterrows()
         }
     return pd.DataFrame(columns)
+
+
+def _signed(value):
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no -0.000
 
 
 # ---- the verdict

@@ -94,7 +94,7 @@ def plot_segmentation(
         maps = {"entropy without": uncertainty(np.asarray(without)[:, :rows])["entropy"], **maps}
     highest = max(float(one.max()) for title, one in maps.items() if title.startswith("entropy"))
     predicted, majority = parts["mean_probs"] > 0.5, majority_mask(truths[:rows], valid[:rows])
-    titles = ["image", "raters" if several else "truth", *["disagreement"] * several, "prediction"]
+    titles = ["image", "raters" if several else "truth", *["raters disagree"] * several, "prediction"]
     titles += list(maps)
     figure, axes = _panels(rows, titles, panel_inches, (0, 0.9))
     coloured = {}
@@ -110,8 +110,8 @@ def plot_segmentation(
         _overlay(columns["prediction"], _hits(predicted[row], majority[row]))
         if several:
             variance = truths[row][..., valid[row]].astype("float64").var(-1)
-            picture = columns["disagreement"].imshow(variance, "cividis", vmin=0, vmax=0.25)
-            coloured["disagreement"] = picture, "raters' variance"
+            picture = columns["raters disagree"].imshow(variance, "cividis", vmin=0, vmax=0.25)
+            coloured["raters disagree"] = picture, "raters' variance"
         for title, values in maps.items():
             high = highest if title.startswith("entropy") else float(values.max())
             # One sample has no mutual information, only its rounding.
