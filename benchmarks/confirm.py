@@ -1,10 +1,10 @@
 """What one training buys, on test patients: the tables of docs/results.md, from the rows that `sbn-tf study` wrote.
 
-Run: `python benchmarks/confirm.py [--table results/confirm.csv]`. For each dataset it prints the mean of each method
-over its trainings, the share of the five networks' gain, and each method's difference from the one network, training
-by training, with two 95 % intervals of the mean difference in NLL. *Patients*: the test patients (images, where no
-patient is known) of all folds resampled, 2,000 times, seed 0, for these trainings. *Trainings*: Student's t over them,
-where there are three or more.
+Run: `python benchmarks/confirm.py [--table results/confirm.csv]`. For each dataset it prints the means of each method
+over its trainings; its difference in NLL from the one network of the same trainings, with the 95 % interval of that
+mean over test patients (images, where no patient is known) of all folds, resampled 2,000 times, seed 0; the interval by
+Student's t over trainings, of three or more; in how many trainings the NLL is lower; and the shares of the five
+networks' gain in NLL and in Brier score, over the trainings that they have, too.
 
 The NLL of each test image is in the file beside the table (`confirm_images.npz`). `--runs runs` makes it from the
 records of finished runs; rows of your own need that once.
@@ -36,7 +36,6 @@ NAMES = {
     "ensemble_turned": "five networks, a flip or turn each",
 }
 CUTS = "trivial_level_sets"
-SHOWN = ["nll", "member_nll", "brier", "ece", "iou", "ged"]
 
 
 def main():
@@ -52,8 +51,7 @@ def main():
         keep_images(images, found, args.runs)
     records = images_of(images)
     for dataset, rows in found.groupby("dataset"):
-        print(f"\n## {dataset}\n\n{means(rows).to_markdown(floatfmt='.4f')}")
-        print(f"\n{differences(rows, records[dataset]).to_markdown(floatfmt='.4f')}")
+        print(f"\n## {dataset}\n\n{table_of(rows, records[dataset]).to_markdown(disable_numparse=True)}")
         if cuts := everything[(everything["dataset"] == dataset) & (everything["method"] == CUTS)]["ged"].tolist():
             print(f"\nGED of five level sets of the one network's map: {np.mean(cuts):.3f}")
 
@@ -71,36 +69,49 @@ def units(rows, method):
     return mine
 
 
-def means(rows):
-    """Mean over trainings of each method, and how many there are."""
-    rows = rows.assign(stored=rows["weight_bytes"] / units(rows, "deterministic")["weight_bytes"].iloc[0])
-    shown = [key for key in SHOWN if rows[key].notna().any()]
-    columns = [*shown, "train_flops_ratio", "predict_flops_ratio", "stored"]
-    table = rows.groupby("method")[columns].mean().assign(trainings=rows.groupby("method").size())
-    return table.reindex([name for name in NAMES if name in table.index]).rename(index=NAMES)
-
-
-def differences(rows, records):
-    """Of each method from the one network, over the trainings that both have; and the share of the ensemble's gain."""
-    plain, found = units(rows, "deterministic"), {}
-    for method in [name for name in NAMES if name != "deterministic" and name in set(rows["method"])]:
+def table_of(rows, records):
+    """A line for each method, as texts."""
+    plain, mark, found = units(rows, "deterministic"), units(rows, "ensemble"), {}
+    of_masks = "ged" if rows["ged"].notna().any() else "iou"
+    for method in [name for name in NAMES if name in set(rows["method"])]:
         mine = units(rows, method)
         both = mine.index.intersection(plain.index)
-        change = (mine.loc[both, ["nll", "brier", "ece"]] - plain.loc[both, ["nll", "brier", "ece"]]).astype(float)
-        row = {"trainings": len(both), **change.mean(), "lower NLL in": int((change["nll"] < 0).sum())}
-        mark = units(rows, "ensemble")
-        shared = both.intersection(mark.index)
-        for key in ("nll", "brier"):
-            gain = (plain.loc[shared, key] - mark.loc[shared, key]).astype(float).mean()
-            own = (plain.loc[shared, key] - mine.loc[shared, key]).astype(float).mean()
-            row[f"share of the gain in {key}"] = own / gain if len(shared) else np.nan
-        pairs = {one: [records[name, *one] for name in (method, "deterministic")] for one in both}
-        row["low, patients"], row["high, patients"] = interval(pairs)
-        if len(both) > 2:
-            half = stats.t.ppf(0.975, len(both) - 1) * change["nll"].sem()
-            row["low, trainings"], row["high, trainings"] = row["nll"] - half, row["nll"] + half
-        found[NAMES[method]] = row
+        change = (mine["nll"] - plain["nll"]).loc[both].astype(float)
+        means = mine[["nll", "brier", "ece", of_masks, "train_flops_ratio", "predict_flops_ratio"]].mean()
+        line = dict.fromkeys(("minus one network's", "over trainings", "lower in", "share of the gain", "in Brier"), "")
+        if method != "deterministic":
+            pairs = {one: [records[name, *one] for name in (method, "deterministic")] for one in both}
+            line["minus one network's"] = f"{short(change.mean(), '+.4f')} {span(*interval(pairs))}"
+            if len(both) > 2:
+                half = stats.t.ppf(0.975, len(both) - 1) * change.sem()
+                line["over trainings"] = span(change.mean() - half, change.mean() + half)
+            line["lower in"] = f"{(change < 0).sum()} of {len(both)}"
+            if len(shared := both.intersection(mark.index)):
+                for key, title in (("nll", "share of the gain"), ("brier", "in Brier")):
+                    gains = [(plain[key] - one[key]).loc[shared].mean() for one in (mine, mark)]
+                    line[title] = f"{gains[0] / gains[1]:.0%}"
+        found[NAMES[method]] = {
+            "NLL": short(means["nll"]),
+            **line,
+            "Brier": short(means["brier"]),
+            "ECE": short(means["ece"]),
+            of_masks.replace("ged", "GED").replace("iou", "IoU"): short(means[of_masks], ".3f"),
+            "training": f"{means['train_flops_ratio']:.2f}",
+            "stored": f"{(mine['weight_bytes'] / plain['weight_bytes']).mean():.1f}",
+            "passes": f"{means['predict_flops_ratio']:.0f}",
+            "trainings": str(len(mine)),
+        }
     return pd.DataFrame(found).T
+
+
+def short(value, form=".4f"):
+    """A number without the 0 before its point."""
+    return format(value, form).replace("0.", ".", 1)
+
+
+def span(low, high):
+    """An interval of differences."""
+    return f"[{short(low, '+.4f')}, {short(high, '+.4f')}]"
 
 
 def keep_images(path, found, runs):

@@ -54,6 +54,19 @@ def test_the_kept_images_have_the_means_of_the_table():
                 np.testing.assert_allclose(records[dataset][method, *one]["nll"].mean(), nll, rtol=1e-6)
 
 
+def test_the_page_of_results_has_these_tables():
+    found = results.wide(results.read_csv(TABLE))
+    records = confirm.images_of(TABLE.with_name("confirm_images.npz"))
+    _, after = (TABLE.parents[1] / "docs" / "results.md").read_text("utf-8").split("## What does one training buy?")
+    section = after.split("\n### ")[0]
+    pages = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    for dataset, rows in found[found["method"].isin(confirm.NAMES)].groupby("dataset"):
+        made = confirm.table_of(rows, records[dataset])
+        assert ["", *made.columns] in pages
+        for label, line in made.iterrows():
+            assert [label, *line] in pages, (dataset, label)
+
+
 def test_two_rows_of_one_training_are_refused():
     found = results.wide(results.read_csv(TABLE))
     with pytest.raises(ValueError, match=r"one row of 'turned' .* Received: two of \(2, 0\)"):
