@@ -12,6 +12,7 @@ from sbn_tf.core import batch as parts_of
 from sbn_tf.core import draws
 from sbn_tf.core.context import computed_once
 from sbn_tf.core.optimizers import others_stay
+from sbn_tf.partial_bayes import to_partial_bayes
 
 HOW = ("split", "flipout", "local")
 
@@ -553,12 +554,14 @@ def test_the_draws_of_a_step_are_normal_uncorrelated_and_share_their_noise():
     assert np.abs(apart[0] - apart[1]).max() > 1e-3  # outside a step nothing is shared
 
 
-def test_a_step_of_shared_noise_has_the_mean_and_the_variance_of_independent_draws():
+@pytest.mark.parametrize("features", ["normal", "relu", "ones"])
+def test_a_step_of_shared_noise_has_the_mean_and_the_variance_of_independent_draws(features):
     """`(c @ w)**2` of five draws w ~ N(loc, scale): the mean is `m**2 + v`, the variance `(2 v**2 + 4 m**2 v) / 5`."""
     layer = built("Dense", (64,), mask={"kernel": np.ones((64, 64), bool)}, units=64)
     c = np.random.default_rng(1).normal(size=4096) / 64
-    scale, loc = layer.scale("kernel").ravel(), ops.convert_to_numpy(layer.loc("kernel")).ravel()
-    m, v = c @ loc, (c**2) @ scale**2
+    c = {"normal": c, "relu": np.maximum(c, 0), "ones": np.full(4096, 1 / 64)}[features]
+    scale, m = layer.scale("kernel").ravel(), 0.3
+    v = (c**2) @ scale**2
 
     @tf.function
     def steps():
@@ -573,3 +576,23 @@ def test_a_step_of_shared_noise_has_the_mean_and_the_variance_of_independent_dra
     assert abs(found.mean() - (m**2 + v)) < 4 * np.sqrt(variance / 4000)
     spread = np.sqrt(np.mean((found - found.mean()) ** 4) - found.var() ** 2) / np.sqrt(4000)
     assert abs(found.var() - variance) < 4 * spread
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+@pytest.mark.parametrize("posterior", ["gaussian", "mixture"])
+@pytest.mark.parametrize("estimator", ["all", "split"])
+def test_a_step_of_shared_noise_is_the_same_compiled_and_eager_and_runs_by_xla(dtype, posterior, estimator):
+    x, y = np.random.default_rng(0).normal(size=(8, 64)), np.ones((8, 1))
+    losses = {}
+    for name, how in {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}.items():
+        keras.utils.set_random_seed(0)
+        once = keras.layers.Dense(64, "tanh", name="shared", dtype=dtype)
+        inputs = keras.Input((64,), dtype="float64" if dtype == "float64" else None)
+        outputs = keras.layers.Dense(1, dtype=dtype)(once(once(inputs)))
+        options = {"num_train": 8, "posterior": posterior, "estimator": estimator, "seed": 0}
+        model = to_partial_bayes(keras.Model(inputs, outputs), {"shared/kernel": np.ones((64, 64), bool)}, **options)
+        model.compile("adam", "mse", **how)
+        losses[name] = model.fit(x, y, epochs=3, verbose=0, shuffle=False).history["nll"]
+    tolerance = 0.02 if dtype == "mixed_bfloat16" else 1e-4
+    np.testing.assert_allclose(losses["eager"], losses["graph"], rtol=tolerance)
+    assert np.isfinite(losses["xla"]).all()  # XLA has random numbers of its own

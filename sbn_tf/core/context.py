@@ -173,7 +173,8 @@ def kept_draw(layer: keras.layers.Layer, name: str, make: Callable[[], Any]) -> 
 def computed_once() -> Iterator[None]:
     """Within this context `once` computes each thing once, on TensorFlow, in each graph that it traces.
 
-    For one training step, up to the optimiser's update: what is kept does not follow it.
+    For one training step, up to the optimiser's update: what is kept does not follow it. In an eager step it stays in
+    memory until then.
     """
     token = _once.set({})
     try:
@@ -188,7 +189,7 @@ def once(owner: keras.layers.Layer, name: str, make: Callable[[], Any]) -> Any:
     On JAX and torch it is computed each time: JAX's compiler merges equal operations itself.
     """
     kept = _once.get()
-    if kept is None or not is_one_step():
+    if kept is None or keras.backend.backend() != "tensorflow":
         return make()
     key = (id(owner), name, current_graph())  # a tensor made within a traced loop is unknown outside it
     if key not in kept:

@@ -26,7 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 __all__ = [
     "LEAST_LOC", "OPTION_NAMES", "POSTERIORS", "KLRegularizer", "MembersPosterior", "MixturePosterior", "Posterior",
-    "PosteriorOptions", "scatter_entries", "scattered", "softplus_inverse", "standard_normal",
+    "PosteriorOptions", "scatter_entries", "scattered", "softplus_inverse",
 ]  # fmt: skip
 
 LEAST_LOC = 1e-3  # a relative start takes at least this for |loc|: an entry at 0 gets a spread, too
@@ -55,19 +55,6 @@ def scattered(values, index, size: int):
     if keras.backend.backend() == "torch":  # Keras's scatter is a loop over the entries there
         return ops.scatter_update(ops.zeros((size,), values.dtype), ops.expand_dims(index, -1), values)
     return ops.scatter(ops.expand_dims(index, -1), values, (size,))
-
-
-def standard_normal(size, seed_generator, dtype: str = "float32"):
-    """Standard normal noise of `size`, a count or a shape; different for each call and each replica of a strategy."""
-    shape = (size,) if isinstance(size, int) else size
-    if keras.backend.backend() == "tensorflow":
-        context = tf.distribute.get_replica_context()
-        if context is not None and context.num_replicas_in_sync > 1:
-            replica = tf.cast(context.replica_id_in_sync_group, "int32")
-            # In the seed, not in the counter beside it: no replica meets later what another has drawn.
-            seed = tf.cast(seed_generator.next(ordered=False), "int32") + tf.stack([replica * 1013904243, 0])
-            return tf.random.stateless_normal(shape, seed, dtype=dtype)
-    return keras.random.normal(shape, dtype=dtype, seed=seed_generator)
 
 
 @dataclass
@@ -233,7 +220,8 @@ class Posterior(keras.layers.Layer):
 
         Args:
             sample: number of the draw, an int or integer tensor; None: any draw.
-            noise: `noise(shape)` gives standard normal numbers.
+            noise: `noise(shape)` gives standard normal numbers. With a count, not a shape, call it once a draw: the
+                draws of a training step share those numbers, turned.
         """
         raise NotImplementedError
 

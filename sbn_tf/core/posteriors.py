@@ -10,17 +10,16 @@ import numpy as np
 from keras import ops
 
 from sbn_tf.core.checks import check_seed, is_number
-from sbn_tf.core.context import current_sample, is_at_mean, is_one_step, kept_draw, once
+from sbn_tf.core.context import current_sample, is_at_mean, kept_draw
 from sbn_tf.core.keras_internals import all_layers, own_variables, set_part, unlocked
-from sbn_tf.core.posterior import AS_SAVED, POSTERIORS, Posterior, PosteriorOptions, standard_normal
+from sbn_tf.core.noise import noise_of_a_step, standard_normal
+from sbn_tf.core.posterior import AS_SAVED, POSTERIORS, Posterior, PosteriorOptions
 from sbn_tf.core.registry import partial_class
 
 __all__ = ["NO_LORA", "NO_QUANTIZATION", "Posteriors", "WithPosteriors"]
 
 NO_LORA = "LoRA cannot be enabled on it. Enable it before the conversion"
 NO_QUANTIZATION = "it cannot be quantized. Quantize to_deterministic(model)"
-
-LEAST_SHARED = 4096  # entries of a weight from which on the draws of a training step share their noise
 
 _EXACT = "exact:"  # in a file, before what is no count
 
@@ -112,19 +111,8 @@ class Posteriors(keras.layers.Layer):
     def offsets(self, name: str, sample=None):
         """New offsets of the Bayesian entries from their loc, (k,): of draw `sample`, or of any."""
         one = self.by_weight[name]
-        return one.offsets(sample, functools.partial(self._noise_of_a_step, one))
-
-    def _noise_of_a_step(self, posterior, size):
-        """`noise`; in a training step many numbers are drawn once, and each draw takes them from another start.
-
-        Each draw is standard normal as ever, and by its random sign uncorrelated with the others; what the draws share
-        is their length, which differs by `1 / sqrt(2 k)` of itself between independent ones.
-        """
-        if not isinstance(size, int) or size < LEAST_SHARED or not is_one_step():
-            return self.noise(size)
-        first, (sign, place) = once(posterior, "noise", lambda: self.noise(size)), ops.unstack(self.noise((2,)))
-        start = ops.cast(size * 0.5 * (1 + ops.erf(place / np.sqrt(2.0))), "int32")  # uniform over the entries
-        return ops.roll(first, start) * ops.where(sign < 0, -1.0, 1.0)
+        noise = functools.partial(noise_of_a_step, one, seed_generator=self.noise_seed, dtype=self.variable_dtype)
+        return one.offsets(sample, noise)
 
     def draw(self, name: str, offsets=None):
         """A draw of weight `name`, of its shape: a new one, or the one with these offsets (k,)."""
