@@ -4,13 +4,14 @@ Run: `python benchmarks/confirm.py [--table results/confirm.csv]`. For each data
 over its trainings; its difference in NLL from the one network of the same trainings, with the 95 % interval of that
 mean over test patients (images, where no patient is known) of all folds, resampled 2,000 times, seed 0; the interval by
 Student's t over trainings, of three or more; in how many trainings the NLL is lower; and the shares of the five
-networks' gain in NLL and in Brier score, over the trainings that they have, too.
+networks' gain in NLL and in Brier score, over the trainings that both have.
 
 The NLL of each test image is in the file beside the table (`confirm_images.npz`). `--runs runs` makes it from the
-records of finished runs; rows of your own need that once.
+records of finished runs; run it so once for rows of your own.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +43,19 @@ def main():
     """Print the tables of each dataset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "confirm.csv")
-    parser.add_argument("--runs", type=Path, help="folder of the finished runs: read the NLL of each image from there")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the finished runs: write the NLL of each image beside the table"
+    )
     args = parser.parse_args()
     everything = results.wide(results.read_csv(args.table))
+    everything = everything[everything["split"] == "test"]
     found = everything[everything["method"].isin(NAMES)]
     images = args.table.with_name(f"{args.table.stem}_images.npz")
     if args.runs is not None:
         keep_images(images, found, args.runs)
     records = images_of(images)
     for dataset, rows in found.groupby("dataset"):
-        print(f"\n## {dataset}\n\n{table_of(rows, records[dataset]).to_markdown(disable_numparse=True)}")
+        print(f"\n## {dataset}\n\n{table_of(rows, records.get(dataset, {})).to_markdown(disable_numparse=True)}")
         if cuts := everything[(everything["dataset"] == dataset) & (everything["method"] == CUTS)]["ged"].tolist():
             print(f"\nGED of five level sets of the one network's map: {np.mean(cuts):.3f}")
 
@@ -80,6 +84,13 @@ def table_of(rows, records):
         means = mine[["nll", "brier", "ece", of_masks, "train_flops_ratio", "predict_flops_ratio"]].mean()
         line = dict.fromkeys(("minus one network's", "over trainings", "lower in", "share of the gain", "in Brier"), "")
         if method != "deterministic":
+            missing = [
+                (name, *one) for one in both for name in (method, "deterministic") if (name, *one) not in records
+            ]
+            if missing:
+                raise ValueError(
+                    f"Expected the NLL of each image of {missing[0]}. Received: none.\nMake it: --runs runs"
+                )
             pairs = {one: [records[name, *one] for name in (method, "deterministic")] for one in both}
             line["minus one network's"] = f"{short(change.mean(), '+.4f')} {span(*interval(pairs))}"
             if len(both) > 2:
@@ -105,8 +116,9 @@ def table_of(rows, records):
 
 
 def short(value, form=".4f"):
-    """A number without the 0 before its point."""
-    return format(value, form).replace("0.", ".", 1)
+    """A number without the 0 before its point, and without the sign of -0."""
+    digits = int(form[-2])
+    return re.sub(r"^([+-]?)0\.", r"\1.", format(round(value, digits) + 0.0, form))
 
 
 def span(low, high):
@@ -124,12 +136,16 @@ def keep_images(path, found, runs):
                 record = record_of(runs_of.get((method, *one), []), nll)
                 kept["/".join(map(str, (dataset, method, *one)))] = record["nll"].astype("float32")
                 if record.groups is not None:
-                    kept[f"{dataset}/groups/{one[0]}"] = record.groups.astype("int16")
+                    kept[f"{dataset}/groups/{one[0]}"] = np.unique(record.groups, return_inverse=True)[1].astype(
+                        "int32"
+                    )
     write_atomically(path, lambda file: np.savez_compressed(file, **kept))
 
 
 def images_of(path):
     """Dataset -> (method, fold, seed) -> record of the NLL of each image."""
+    if not path.is_file():
+        raise ValueError(f"Expected {path}, the NLL of each image. Received: no such file.\nMake it once: --runs runs")
     found = {}
     with np.load(path, allow_pickle=False) as file:
         kept = dict(file)

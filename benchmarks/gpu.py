@@ -145,7 +145,8 @@ def is_there(name: str) -> bool:
 def requirements() -> list[str]:
     """`name==version` of all that sbn_tf and its notebooks need beside a backend and what JAX and torch bring.
 
-    Left out, too, is what they run without: completion and a debugger for Jupyter.
+    This environment needs both of them: what they bring here is left out. It also omits what notebooks run without,
+    completion and a debugger for Jupyter.
     """
     from packaging.requirements import Requirement
 

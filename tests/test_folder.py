@@ -523,7 +523,7 @@ def test_no_such_folder():
 
 def test_class_names_in_a_column_of_another_name_are_one_fault(tmp_path):
     path = make(tmp_path / "my_data", {"class": ["bar", "foo"] * 15})
-    with pytest.raises(ValueError, match=r"texts in column 'class'.\nRename 'class' to label"):
+    with pytest.raises(ValueError, match=r"texts such as 'bar' in column 'class'.\nRename 'class' to label"):
         load(path)
     assert [one.file for one in folder.faults(path)] == ["images.csv"]
 

@@ -491,6 +491,12 @@ def test_one_hot_labels_of_a_sparse_loss_are_told():
         saliency(model, (np.ones((4, 2)), np.eye(3)[[0, 1, 2, 0]]), "sparse_categorical_crossentropy", verbose=False)
 
 
+def test_class_numbers_for_categorical_crossentropy_are_told():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "softmax")])
+    with pytest.raises(ValueError, match=r"labels \(batch,\). For class numbers compile with sparse_categorical_cross"):
+        saliency(model, (np.ones((4, 2)), np.array([0, 1, 2, 0])), "categorical_crossentropy", verbose=False)
+
+
 def test_a_share_that_rounds_to_nothing_warns():
     with pytest.warns(UserWarning, match="No entry is Bayesian: r_bayes=0.01 of 3 entries rounds to 0"):
         assert top_k({"w": np.ones(3)}, 0.01).num_bayesian == 0

@@ -91,11 +91,11 @@ def warn_of_lag(model: keras.Model, loss: Any, examples: tuple | None) -> None:
     finally:
         for variable, value in before:
             variable.assign(value)
-    if own - trained > 0.5 * abs(trained) + 0.1:
+    if own - trained > (0.5 if trained > 0 else 2) * abs(trained) + 0.1:  # below 0 a loss has no natural unit
         count = len(keras.tree.flatten(x)[0])
         warnings.warn(
             f"The network's loss on the first {count} examples is {own:.3g} in inference mode and {trained:.3g} in "
-            "training mode: the running statistics of its batch norm lag behind. Train it longer, or call "
+            "training mode: the running statistics of its batch norm probably lag behind. Train it longer, or call "
             "sbn_tf.estimate_batch_norm(model, data), which changes the model, and convert again.",
             stacklevel=4,
         )

@@ -198,13 +198,16 @@ def _fitted(name, y, y_pred):
             y = y[..., None]
         fits = _agree(tuple(y.shape), shape)
     if not fits:
-        (kind, advice) = ("labels", "")
+        kind, advice, given = "labels", "", tuple(y.shape)
         if "sparse" in name:
             kind = "class numbers, without a class axis,"
-            if _agree(tuple(y.shape), shape):
-                advice = " Of one-hot labels give y.argmax(-1), or compile with categorical_crossentropy."
-        shape, received = (f"(batch, {', '.join(map(str, one[1:]))})" for one in (shape, tuple(y.shape)))
-        raise ValueError(f"Expected {kind} that fit the outputs {shape}. Received: labels {received}.{advice}")
+            if _agree(given, shape):
+                advice = " For one-hot labels pass y.argmax(-1), or compile with categorical_crossentropy."
+        elif "categorical" in name and given == shape[:-1]:
+            advice = " For class numbers compile with sparse_categorical_crossentropy."
+        if given[:1] == shape[:1]:  # the batch is not what differs, and not the user's
+            shape, given = (str(("batch", *one[1:])).replace("'", "") for one in (shape, given))
+        raise ValueError(f"Expected {kind} that fit the outputs {shape}. Received: labels {given}.{advice}")
     return y
 
 

@@ -130,11 +130,11 @@ def targets_of(
     values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes 1.0 in a column that had an empty cell
     advice = f"A column that is none of {', '.join(_KNOWN)} is a label; leave out all others."
     for name in others:
-        texts = [cell for cell in column[name] if cell not in values]
+        texts = [cell for cell in column[name] if cell and not _NUMBER.fullmatch(cell)]
         if len(texts) > len(column[name]) / 2:
             expected = "class names in a column label, or 0 and 1 in a column for each label"
             better = f"Rename {name!r} to label if it has the classes, else leave it out."
-            raise wrong(path, expected, f"{texts[0]!r} and other texts in column {name!r}", better)
+            raise wrong(path, expected, f"texts such as {texts[0]!r} in column {name!r}", better)
         _check_cells(column[name], values.__contains__, f"0 or 1 in column {name!r}", path, advice)
     targets = np.array([[values[cell] for cell in column[name]] for name in others], "uint8").T
     return (MULTI_LABEL if len(others) > 1 else BINARY), tuple(others), np.ascontiguousarray(targets), None, ""

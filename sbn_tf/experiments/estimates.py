@@ -52,8 +52,8 @@ def _sizes(plan: Plan, name: str):
     images = data.images or card.counts
     if images is None:
         raise ValueError(
-            f"Expected how many images {name!r} has, as its files are not here. Received: none.\n"
-            f"Add to it in the plan: images: [1300, 300, 400], its numbers of training, validation and test images"
+            f"Expected the number of images of {name!r}, whose files are not here. Received: none.\n"
+            f"Add to this dataset in the plan, as numbers of training, validation and test images: images: [1300, 300, 400]"
         )
     recipe = compare.recipe_of(name, plan.recipe, **data.parameters)
     network = data.network or recipes.network_for(plan.recipe, card)
