@@ -53,7 +53,7 @@ def _sizes(plan: Plan, name: str):
     if images is None:
         raise ValueError(
             f"Expected the number of images of {name!r}, whose files are not here. Received: none.\n"
-            f"Add to this dataset in the plan, as numbers of training, validation and test images: images: [1300, 300, 400]"
+            "Add to this dataset in the plan its training, validation and test images, as images: [1300, 300, 400]"
         )
     recipe = compare.recipe_of(name, plan.recipe, **data.parameters)
     network = data.network or recipes.network_for(plan.recipe, card)
