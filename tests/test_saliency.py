@@ -487,7 +487,7 @@ def test_the_compiled_loss_is_the_default():
 
 def test_one_hot_labels_of_a_sparse_loss_are_told():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "softmax")])
-    with pytest.raises(ValueError, match=r"class numbers, without a class axis.* give y.argmax\(-1\)"):
+    with pytest.raises(ValueError, match=r"class numbers, without a class axis.* pass y.argmax\(-1\)"):
         saliency(model, (np.ones((4, 2)), np.eye(3)[[0, 1, 2, 0]]), "sparse_categorical_crossentropy", verbose=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,7 +19,7 @@ __all__ = ["LEAST_SHARED", "noise_of_a_step", "standard_normal"]
 LEAST_SHARED = 4096  # with at least so many Bayesian entries of a weight, the draws of a training step share noise
 
 
-def standard_normal(size, seed_generator, dtype: str = "float32"):
+def standard_normal(size: int | tuple, seed_generator: Any, dtype: str = "float32") -> Any:
     """Standard normal noise of `size`, a count or a shape; different for each call and each replica of a strategy."""
     shape = (size,) if isinstance(size, int) else size
     if keras.backend.backend() == "tensorflow":
@@ -31,7 +32,7 @@ def standard_normal(size, seed_generator, dtype: str = "float32"):
     return keras.random.normal(shape, dtype=dtype, seed=seed_generator)
 
 
-def noise_of_a_step(owner, size, seed_generator, dtype: str):
+def noise_of_a_step(owner: keras.layers.Layer, size: int | tuple, seed_generator: Any, dtype: str) -> Any:
     """Noise of one draw. Within a training step long vectors are drawn once, and rolled with new signs for each draw.
 
     Every draw is standard normal, and draws are uncorrelated, their products of two entries too: the signs of each
@@ -40,7 +41,7 @@ def noise_of_a_step(owner, size, seed_generator, dtype: str):
 
     Args:
         owner: the posterior whose draws share them.
-        size: number of entries, or a shape, which is always drawn anew; so is everything outside a training step.
+        size: number of entries, or a shape, which is always fresh; so is everything outside a training step.
         seed_generator, dtype: as for `standard_normal`.
 
     Reference: Wen et al. 2018, "Flipout", section 3.1.
