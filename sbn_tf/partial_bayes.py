@@ -569,8 +569,8 @@ class BetaSchedule(keras.callbacks.Callback):
 #
 #    The KL now outweighs the data: the scales go towards the prior's 1 (0.93 when this was written) and the accuracy
 #    falls (from 94 % to 85 %). The last check fails: on the border the samples now disagree nearly as much among the
-#    points as beyond them. The Bayesian locs (those of `to_deterministic(bnn)` at the masks) move by .09 in the root mean
-#    square, a fifth of their size; with `beta=1` by .035. A KL whose division was forgotten looks like this.
+#    points as beyond them. The Bayesian locs (`to_deterministic(bnn)` has them) move by .09 in the root mean square, a
+#    fifth of their size; with `beta=1` by .035. A KL whose division was forgotten looks like this.
 #    </details>
 #
 # ## References
