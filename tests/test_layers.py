@@ -14,7 +14,7 @@ import tensorflow_probability as tfp
 from keras import ops
 
 from sbn_tf import layers
-from sbn_tf.core import posteriors
+from sbn_tf.core import noise
 from sbn_tf.core.prior import make_prior
 
 tfd = tfp.distributions
@@ -459,7 +459,7 @@ def test_moments_of_an_output_against_the_closed_form():
 @pytest.mark.parametrize("num_bayesian", [{"kernel": 5, "bias": 2}, {"kernel": 12, "bias": 3}])
 def test_gradients_equal_finite_differences(monkeypatch, num_bayesian):
     monkeypatch.setattr(
-        posteriors, "standard_normal", lambda size, generator, dtype: ops.cast(np.linspace(-1.5, 2.0, size), dtype)
+        noise, "standard_normal", lambda size, generator, dtype: ops.cast(np.linspace(-1.5, 2.0, size), dtype)
     )
     layer = dense(num_bayesian=num_bayesian, initial_scale=0.5, dtype="float64")
     assert {w.dtype for w in layer.trainable_weights} == {"float64"}

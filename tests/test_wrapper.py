@@ -6,7 +6,7 @@ import pytest
 from keras import layers as kl
 
 from sbn_tf import layers
-from sbn_tf.core import posteriors
+from sbn_tf.core import noise
 from sbn_tf.core.conversion import convert
 from sbn_tf.core.wrapper import MaskedWrapper
 from sbn_tf.saliency import named_weights
@@ -215,9 +215,7 @@ def test_an_outer_scope_is_heard():
 def test_gradients_equal_finite_differences(monkeypatch, kind):
     import tensorflow as tf
 
-    monkeypatch.setattr(
-        posteriors, "standard_normal", lambda size, seed, dtype="float32": tf.ones((size,), dtype) * 0.7
-    )
+    monkeypatch.setattr(noise, "standard_normal", lambda size, seed, dtype="float32": tf.ones((size,), dtype) * 0.7)
     keras.config.set_dtype_policy("float64")
     try:
         x = inputs(dtype="float64")
