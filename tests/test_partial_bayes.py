@@ -13,7 +13,7 @@ from keras import layers as kl
 from scipy import special, stats
 
 from sbn_tf import layers
-from sbn_tf.core import posteriors, sampler
+from sbn_tf.core import noise, sampler
 from sbn_tf.core.conversion import to_deterministic
 from sbn_tf.core.losses import loss_terms
 from sbn_tf.core.outputs import entropy
@@ -273,7 +273,7 @@ def test_sure_and_wrong_costs_its_logit_and_learns(estimator, activation, loss, 
 def test_one_step_against_numpy(monkeypatch, estimator, num_samples):
     """The KL counts once however many samples are drawn."""
     monkeypatch.setattr(
-        posteriors, "standard_normal", lambda n, generator, dtype="float32": keras.ops.full((n,), 0.5, dtype)
+        noise, "standard_normal", lambda n, generator, dtype="float32": keras.ops.full((n,), 0.5, dtype)
     )
     x, y = data()
     model = keras.Sequential([keras.Input((3,)), kl.Dense(1, name="d")])
@@ -987,7 +987,7 @@ def test_uncertainty_by_hand(monkeypatch, two, expected):
     """Samples that say 0 and 1: all epistemic. Samples that both say 0.5: all aleatoric."""
     calls = iter(two * 20)
     monkeypatch.setattr(
-        posteriors, "standard_normal", lambda n, g, dtype="float32": keras.ops.full((n,), next(calls), dtype)
+        noise, "standard_normal", lambda n, g, dtype="float32": keras.ops.full((n,), next(calls), dtype)
     )
     model = keras.Sequential([keras.Input((1,)), kl.Dense(1, "sigmoid", use_bias=False, name="d")])
     model.set_weights([np.zeros((1, 1))])
