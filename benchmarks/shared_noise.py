@@ -5,18 +5,18 @@ random masks. Each line is a ratio to the step of the plain network: the median 
 """
 
 import argparse
-import time
+import functools
 
 import floor
 import keras
-import numpy as np
+from growth import seconds_of
 
 from sbn_tf import saliency
 from sbn_tf.core import noise
 from sbn_tf.experiments import networks
 from sbn_tf.partial_bayes import to_partial_bayes
 
-SIDE, BATCH, STEPS = 32, 10, 3
+SIDE, BATCH = 32, 10
 
 
 def main():
@@ -35,20 +35,17 @@ def main():
         step(1)  # traces it
         return step
 
-    steps, least = {"plain": compiled(base)}, noise.LEAST_SHARED
+    plain, least = compiled(base), noise.LEAST_SHARED
     for estimator in ("all", "split"):
-        for name, noise.LEAST_SHARED in (("noise for each draw", float("inf")), ("one noise a step", least)):
-            options = {"num_train": 1000, "num_samples": 5, "estimator": estimator, "seed": 0}
-            steps[f'"{estimator}", {name}'] = compiled(to_partial_bayes(base, masks, **options))
-    seconds = {name: [] for name in steps}
-    for _ in range(args.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(STEPS)
-            seconds[name].append((time.perf_counter() - start) / STEPS)
-    for name, values in seconds.items():
-        low, median, high = np.quantile(np.divide(values, seconds["plain"]), [0.25, 0.5, 0.75])
-        print(f"{name}: {median:.2f} [{low:.2f}, {high:.2f}] plain steps, {np.median(values):.3f} s")
+        options = {"num_train": 1000, "num_samples": 5, "estimator": estimator, "seed": 0}
+        for name, entries in (("noise for each draw", float("inf")), ("one noise a step", least)):
+            noise.LEAST_SHARED = entries  # read when a step is traced
+            step = compiled(to_partial_bayes(base, masks, **options))
+            row = floor.ratio_of(
+                functools.partial(seconds_of, step), functools.partial(seconds_of, plain), args.repeats
+            )
+            low, high = row["quartiles"]
+            print(f'"{estimator}", {name}: {row["ratio"]:.2f} [{low:.2f}, {high:.2f}] plain steps', flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ For each Python on PATH it makes one virtual environment (3 GB in a temporary fo
 installs the wheel, then each version of Keras in turn, and prints a table. It takes about ten minutes a row, so CI does
 not run it. With `--backends jax torch` it instead makes an environment for each Python and each of these backends,
 without TensorFlow and TFP, and runs the tests marked "backends" in it: this Python, with TensorFlow, compares the
-numbers. `--python` names those that are on PATH. `--dry-run` prints the commands. The exit code is 1 if a test fails.
+numbers. `--python` names those that are on PATH. `--dry-run` prints the commands. The exit code is 1 if a test
+fails, and with `--backends` if a Python is missing.
 """
 
 import argparse

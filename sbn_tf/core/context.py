@@ -176,7 +176,7 @@ def computed_once() -> Iterator[None]:
     For one training step, up to the optimiser's update: what is kept does not follow it. In an eager step it stays in
     memory until then.
     """
-    token = _once.set({})
+    token = _once.set({} if keras.backend.backend() == "tensorflow" else None)
     try:
         yield
     finally:
@@ -189,7 +189,7 @@ def once(owner: keras.layers.Layer, name: str, make: Callable[[], Any]) -> Any:
     On JAX and torch it is computed each time: JAX's compiler merges equal operations itself.
     """
     kept = _once.get()
-    if kept is None or keras.backend.backend() != "tensorflow":
+    if kept is None:
         return make()
     key = (id(owner), name, current_graph())  # a tensor made within a traced loop is unknown outside it
     if key not in kept:
@@ -199,7 +199,7 @@ def once(owner: keras.layers.Layer, name: str, make: Callable[[], Any]) -> Any:
 
 def is_one_step() -> bool:
     """Whether `once` keeps what it computes now."""
-    return _once.get() is not None and keras.backend.backend() == "tensorflow"
+    return _once.get() is not None
 
 
 def is_at_mean() -> bool:
