@@ -38,7 +38,7 @@ REQUIRED = {
 COSTS = {
     "num_weights": "weights of the network, all members together",
     "num_trainable": "numbers that the last training changes, scales included; step 3 may freeze batch norm",
-    "num_bayesian": "weights that have a scale",
+    "num_bayesian": "weights with a distribution, or with a value for each member",
     "weight_bytes": "bytes of all variables",
     "optimizer_bytes": "bytes of the optimiser's state",
     "num_samples": "passes behind one prediction",

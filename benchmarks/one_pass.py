@@ -1,0 +1,179 @@
+"""What was tried and not kept: members or turns put into one pass, and a head that samples whole masks.
+
+Run: `python benchmarks/one_pass.py isic2018 [--seeds 0,1,2] [--runs runs]`, or `lidc [--folds 2,3]`. Small U-Nets at
+32 px with the settings of `profiles/confirm.yaml` and `confirm_isic.yaml`, whose finished runs in --runs are loaded.
+Rows are of the *validation* images. Each is added to `results/one_pass.csv` when it is done; a row that is there is not
+made again. The means over seeds and folds are printed. NLL, Brier score, ECE and GED as in `sbn_tf.metrics`.
+
+- *Taught by turns*: the one network trains on for step 3's epochs; its target is a mix of the true mask and the mean of
+  its own eight flips and turns. A share of 0 is the control. Hinton, Vinyals and Dean 2015, "Distilling the Knowledge
+  in a Neural Network", section 2 (there with a temperature).
+- *Members' mean weights*: each salient weight is the mean of its five members'; batch norm's statistics are estimated
+  again. Izmailov et al. 2018, "Averaging weights leads to wider optima".
+- *Low-rank Gaussian over the logits* (data of several raters): a head gives the mean, 10 factors and a diagonal. It
+  trains on from the one network, on one rater's mask a step, with 20 samples. Monteiro et al. 2020, "Stochastic
+  segmentation networks: modelling spatially correlated aleatoric uncertainty".
+"""
+
+import argparse
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import ops
+
+from sbn_tf import estimate_batch_norm
+from sbn_tf.core.batch_norm import batch_norms
+from sbn_tf.core.turns import NUM_TURNS, turn
+from sbn_tf.experiments import methods
+from sbn_tf.experiments.experiment import experiment
+from sbn_tf.experiments.scoring import evaluate
+from sbn_tf.partial_bayes import to_deterministic
+
+TABLE = Path(__file__).resolve().parents[1] / "results" / "one_pass.csv"
+SETTINGS = "keep=last, augment=flips_and_quarter_turns, scale_start=layer, initial_scale=1.0"
+EPOCHS = {"isic2018": 60, "lidc": 240}
+AFTERWARDS = {"scale_start": "relative", "initial_scale": 0.3}
+RANK, TRAINING_SAMPLES, NUM_CUTS = 10, 20, 16
+KEPT = ("nll", "brier", "ece", "ged")
+
+
+def main():
+    """Make the rows that are missing, and print their means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=sorted(EPOCHS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--folds", default="2,3", help="of lidc, by patient")
+    parser.add_argument("--runs", default=None, help="folder of finished runs; default: runs/ of the repository")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    args = parser.parse_args()
+    for fold in map(int, args.folds.split(",")) if args.dataset == "lidc" else [None]:
+        for seed in map(int, args.seeds.split(",")):
+            Trial(args.dataset, fold, seed, args.runs, args.table).run()
+    table = pd.read_csv(args.table)
+    print(table[table["dataset"] == args.dataset].groupby("method", sort=False)[list(KEPT)].agg(["mean", "count"]))
+
+
+class Trial:
+    """The rows of one seed and fold."""
+
+    def __init__(self, dataset, fold, seed, runs, table):
+        self.about, self.runs, self.table = {"dataset": dataset, "fold": fold, "seed": seed}, runs, table
+        options = {} if fold is None else {"split": "patient", "fold": fold}
+        changes = SETTINGS + (", targets=mean" if fold is not None else "")
+        made = {"network": "unet_small", "size": 32, "epochs": EPOCHS[dataset], "seed": seed, "options": options}
+        self.settings = experiment(dataset, "sbn", changes=changes, **made)
+        self.data, self.recipe = self.settings.data, self.settings.recipe
+        self.images = self.data.val.normalised(slice(0, self.data.val.num_examples))
+        self.steps = self.data.train.steps(self.recipe.batch_size)
+
+    def run(self):
+        """All rows."""
+        for name in ("deterministic", "turned", "members", "branched"):
+            self.row(name, lambda name=name: self.method(name).predict_samples(self.images))
+        for name in ("members", "branched"):
+            self.row(f"{name}: mean weights, one pass", lambda name=name: self.mean_weights(name))
+        for share in (0.0, 0.5, 1.0):
+            self.row(f"taught by turns, share {share:g}", lambda share=share: self.taught(share))
+        if self.data.train.num_raters > 1:
+            self.row(f"{NUM_CUTS} level sets of deterministic", self.level_sets)
+            for epochs, rate in ((15, 1e-3), (40, 3e-3)):
+                name = f"low-rank Gaussian over the logits, {epochs} epochs at {rate:g}"
+                self.row(name, lambda epochs=epochs, rate=rate: self.low_rank(epochs, rate))
+
+    def row(self, name, predict):
+        """Add one row, if it is not there."""
+        done = pd.read_csv(self.table) if self.table.exists() else pd.DataFrame()
+        line = {**self.about, "method": name}
+        if len(done) and (done[list(line)].fillna(-1) == pd.Series(line).fillna(-1)).all(axis=1).any():
+            return
+        val = self.data.val
+        found = evaluate(predict(), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
+        line |= {"num_val": val.num_examples, **{key: found.get(key) for key in KEPT}}
+        pd.concat([done, pd.DataFrame([line])]).to_csv(self.table, index=False, float_format="%.6f")
+        print(line, flush=True)
+
+    def method(self, name):
+        """A method of the library, trained or loaded."""
+        recipe = self.recipe
+        if name == "members":
+            recipe = type(recipe)(**{**vars(recipe), **AFTERWARDS})
+        options = {"r_bayes": 0.2, "seed": self.about["seed"], "network": "unet_small", "runs": self.runs}
+        return methods.make(name, recipe, **options).fit(self.data)
+
+    def mean_weights(self, name):
+        """One pass with the mean of the members' values."""
+        plain = to_deterministic(self.method(name).model)
+        for norm in batch_norms(plain):
+            norm.trainable = True  # it was frozen, with one network's statistics
+        estimate_batch_norm(plain, self.data.train.batches(self.recipe.batch_size, seed=0))
+        return plain.predict(self.images, verbose=0)[None, ..., 0]
+
+    def taught(self, share):
+        """One pass of the network that trained on, `share` of its target the mean of its eight flips and turns."""
+        base, train = self.method("deterministic").model, self.data.train
+        images, truth = train.normalised(slice(0, train.num_examples)), train.mean_mask(slice(0, train.num_examples))
+        mean = self.method("turned").predict_samples(images).mean(0)[..., None]
+        target = (share * mean + (1 - share) * truth).astype("float32")
+        random = np.random.default_rng(self.about["seed"])
+
+        def batches():
+            while True:
+                order, symmetries = random.permutation(len(images)), random.integers(NUM_TURNS, size=len(images))
+                for some in np.array_split(order, self.steps):
+                    pairs = [(turn(images[i], symmetries[i]), turn(target[i], symmetries[i])) for i in some]
+                    yield tuple(map(np.stack, zip(*pairs, strict=True)))
+
+        self.compiled(base, "binary_crossentropy", self.recipe.bayes_epochs, self.recipe.bayes_learning_rate)
+        base.fit(batches(), steps_per_epoch=self.steps, epochs=self.recipe.bayes_epochs, verbose=0)
+        return base.predict(self.images, verbose=0)[None, ..., 0]
+
+    def level_sets(self):
+        """The one map cut at (m - 1/2) / M, each cut softened so that its logarithm exists."""
+        probs = self.method("deterministic").predict_samples(self.images)[0]
+        cuts = (np.arange(NUM_CUTS) + 0.5) / NUM_CUTS
+        return np.stack([np.where(probs > cut, 0.999, 0.001) for cut in cuts])
+
+    def low_rank(self, epochs, rate):
+        """Samples of the head, `NUM_CUTS` of them."""
+        base = self.method("deterministic").model
+        last = base.layers[-1]
+        parts = [
+            keras.layers.Conv2D(1, 1, name="mean"),
+            keras.layers.Conv2D(RANK, 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.05, seed=1)),
+            keras.layers.Conv2D(1, 1, kernel_initializer="zeros", bias_initializer=keras.initializers.Constant(-4.0)),
+        ]
+        head = keras.Model(base.inputs, keras.layers.Concatenate()([part(last.input) for part in parts]))
+        parts[0].set_weights(last.get_weights())
+        noise = keras.random.SeedGenerator(self.about["seed"])
+
+        def loss(y_true, y_pred):
+            logits = sampled_logits(y_pred, TRAINING_SAMPLES, noise)
+            likelihood = ops.sum(y_true[None, ..., 0] * logits - ops.softplus(logits), axis=(2, 3))
+            mean = ops.logsumexp(likelihood, axis=0) - np.log(TRAINING_SAMPLES)
+            return -mean / (y_pred.shape[1] * y_pred.shape[2])
+
+        self.compiled(head, loss, epochs, rate)
+        stream = {"augment": self.recipe.augment, "rater": "random", "seed": self.about["seed"], "epochs": epochs}
+        batches = self.data.train.batches(self.recipe.batch_size, **stream)
+        head.fit(batches, steps_per_epoch=self.steps, epochs=epochs, shuffle=False, verbose=0)
+        logits = sampled_logits(ops.convert_to_tensor(head.predict(self.images, verbose=0)), NUM_CUTS, noise)
+        return ops.convert_to_numpy(ops.sigmoid(logits))
+
+    def compiled(self, model, loss, epochs, rate):
+        """Compile for a training with cosine decay."""
+        model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, self.steps * epochs)), loss)
+
+
+def sampled_logits(outputs, num_samples, noise):
+    """Logits, (samples, batch, height, width), of N(mean, factors factors' + exp(log diagonal))."""
+    batch, height, width, _ = outputs.shape if outputs.shape[0] else ops.shape(outputs)
+    mean, factors, diagonal = outputs[..., 0], outputs[..., 1 : 1 + RANK], outputs[..., -1]
+    shared = keras.random.normal((num_samples, batch, RANK), seed=noise)
+    own = keras.random.normal((num_samples, batch, height, width), seed=noise)
+    return mean + ops.einsum("bhwr,sbr->sbhw", factors, shared) + ops.exp(0.5 * diagonal) * own
+
+
+if __name__ == "__main__":
+    main()
