@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -1050,6 +1051,23 @@ def test_settings_of_step_3_that_are_none(tmp_path, tiny, options, message):
     masks = top_k(saliency(step1.model, None, None, score="magnitude"), 0.1)
     with pytest.raises(ValueError, match=message):
         training.partial_run(step1, masks, data, quick(data), runs=tmp_path, **options)
+
+
+@pytest.mark.parametrize(("initial_scale", "ruined"), [(0.01, False), (100.0, True)])
+def test_step_3_says_when_it_has_ruined_the_network(tmp_path, data, masked, initial_scale, ruined):
+    recipe = quick(data, bayes_epochs=1, initial_scale=initial_scale, bayes_learning_rate=1e-6)
+    options = {"runs": tmp_path, "verbose": False}
+    step1 = training.deterministic_run(data, recipe, network=masked, **options)
+    masks = top_k(saliency(step1.model, None, None, score="magnitude"), 1.0)
+    for _ in ("trained", "loaded"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = training.partial_run(step1, masks, data, recipe, **options)
+        own, drawn = step1.history["loss"][-1], run.history["nll"][-1]
+        assert (drawn > 2 * own + 0.05) == ruined
+        assert [f"NLL {drawn:.3g}" in str(one.message) for one in caught if "Step 3" in str(one.message)] == [
+            True
+        ] * ruined
 
 
 def untransformed_scale_of(key):

@@ -21,7 +21,7 @@ from sbn_tf.core.optimizers import LocScaleOptimizer
 from sbn_tf.core.passes import is_endless, is_of_arrays
 from sbn_tf.layers import masked_layers
 
-__all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "narrow_scales"]
+__all__ = ["Guard", "Start", "WatchedData", "check_callbacks", "is_far_worse", "narrow_scales"]
 
 _NUM_PROBED = 32  # examples on which draws are compared with the trained network, at most
 _NUM_DRAWS = 3  # draws of the posterior that are averaged there
@@ -155,6 +155,11 @@ def _loss(network, loss, examples, num_draws):
     return float(np.mean(found))
 
 
+def is_far_worse(drawn: float, own: float) -> bool:
+    """Whether a posterior's loss on training examples is above twice the trained network's own, and .05; or NaN."""
+    return not drawn <= own + abs(own) + 0.05
+
+
 class Guard(keras.callbacks.Callback):
     """Warns, once, if draws of the posterior fit training examples far worse than the trained network does.
 
@@ -186,7 +191,7 @@ class Guard(keras.callbacks.Callback):
         if self.own is None or not math.isfinite(self.own):
             return
         drawn = _loss(self.model.network, compiled_loss(self.model), self.examples, _NUM_DRAWS)
-        if not drawn <= self.own + abs(self.own) + 0.05:
+        if is_far_worse(drawn, self.own):
             warnings.warn(
                 f"The posterior's NLL on a few training examples is {drawn:.3g} {when}; the trained network's is "
                 f"{self.own:.3g}. {remedy}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from keras import ops
 from sbn_tf.core.checks import check_count, check_seed
 from sbn_tf.core.files import write_atomically
 from sbn_tf.core.losses import loss_terms
+from sbn_tf.core.start import is_far_worse
 from sbn_tf.datasets.base import EXCLUSIVE, Data
 from sbn_tf.experiments import networks
 from sbn_tf.experiments.bayesian import Held, bayesian_network, draw_locs, start_scales
@@ -302,7 +304,20 @@ def partial_run(
             return [schedule]
         return [schedule, Held(model, masks if recipe.trains == "bayesian" else {})]
 
-    return folder.trained(make, recipe.bayes_epochs, schedules)
+    run = folder.trained(make, recipe.bayes_epochs, schedules)
+    _warn_if_far_worse(run, step1)
+    return run
+
+
+def _warn_if_far_worse(run, step1):
+    """Warn where step 3 ends with a far higher NLL of the training images than step 1 did."""
+    before, after = step1.history.get("loss"), run.history.get("nll")
+    if before and after and is_far_worse(after[-1], before[-1]):
+        warnings.warn(
+            f"Step 3 ends with NLL {after[-1]:.3g} on the training images; step 1 ended with {before[-1]:.3g}. Its "
+            "predictions may be ruined: look at the accuracy, and lower initial_scale or bayes_learning_rate.",
+            stacklevel=4,
+        )
 
 
 def untrained_network(
