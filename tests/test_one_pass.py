@@ -1,0 +1,24 @@
+"""The low-rank Gaussian of `benchmarks/one_pass.py`, by its mean and covariance."""
+
+import importlib.util
+from pathlib import Path
+
+import keras
+import numpy as np
+
+_FILE = Path(__file__).parents[1] / "benchmarks" / "one_pass.py"
+_SPEC = importlib.util.spec_from_file_location("one_pass", _FILE)
+one_pass = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(one_pass)
+
+
+def test_logits_have_the_mean_and_covariance_of_the_head():
+    outputs = np.random.default_rng(0).normal(size=(2, 1, 3, 2 + one_pass.RANK)).astype("float32")
+    drawn = keras.ops.convert_to_numpy(one_pass.sampled_logits(outputs, 100_000, keras.random.SeedGenerator(0)))
+    for image, samples in zip(outputs[:, 0], drawn[:, :, 0].swapaxes(0, 1), strict=True):
+        mean, factors, diagonal = image[:, 0], image[:, 1:-1], image[:, -1]
+        np.testing.assert_allclose(samples.mean(0), mean, atol=0.05)
+        expected = factors @ factors.T + np.diag(np.exp(diagonal))
+        np.testing.assert_allclose(np.cov(samples.T), expected, atol=0.3)
+    together = np.cov(drawn[:, :, 0].reshape(len(drawn), -1).T)
+    np.testing.assert_allclose(together[:3, 3:], 0, atol=0.15)  # two images are independent
