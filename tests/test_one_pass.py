@@ -5,6 +5,8 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
+import pytest
 
 _FILE = Path(__file__).parents[1] / "benchmarks" / "one_pass.py"
 _SPEC = importlib.util.spec_from_file_location("one_pass", _FILE)
@@ -22,3 +24,16 @@ def test_logits_have_the_mean_and_covariance_of_the_head():
         np.testing.assert_allclose(np.cov(samples.T), expected, atol=0.3)
     together = np.cov(drawn[:, :, 0].reshape(len(drawn), -1).T)
     np.testing.assert_allclose(together[:3, 3:], 0, atol=0.15)  # two images are independent
+
+
+def test_the_page_of_results_has_the_means_of_the_rows():
+    means = pd.read_csv(one_pass.TABLE).groupby(["method", "dataset"])[["nll", "ged"]].mean()
+    page = (one_pass.TABLE.parents[1] / "docs" / "results.md").read_text("utf-8")
+    section = page.split("### Tried, and not kept")[1].split("###")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if " | " in line][1:]
+    assert {row[0] for row in rows} == set(means.index.get_level_values("method"))
+    for method, *cells, _ in rows:
+        for cell, (dataset, key) in zip(cells, [("isic2018", "nll"), ("lidc", "nll"), ("lidc", "ged")], strict=True):
+            if cell != "-":
+                digits = len(cell.split(".")[1])
+                assert float(cell) == pytest.approx(means.loc[(method, dataset), key], abs=0.5001 * 10**-digits)
