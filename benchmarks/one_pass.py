@@ -16,6 +16,7 @@ made again. The means over seeds and folds are printed. NLL, Brier score, ECE an
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import keras
@@ -35,7 +36,7 @@ TABLE = Path(__file__).resolve().parents[1] / "results" / "one_pass.csv"
 SETTINGS = "keep=last, augment=flips_and_quarter_turns, scale_start=layer, initial_scale=1.0"
 EPOCHS = {"isic2018": 60, "lidc": 240}
 AFTERWARDS = {"scale_start": "relative", "initial_scale": 0.3}
-RANK, TRAINING_SAMPLES, NUM_CUTS = 10, 20, 16
+RANK, TRAINING_SAMPLES, NUM_MASKS = 10, 20, 16
 KEPT = ("nll", "brier", "ece", "ged")
 
 
@@ -71,25 +72,25 @@ class Trial:
     def run(self):
         """All rows."""
         for name in ("deterministic", "turned", "members", "branched"):
-            self.row(name, lambda name=name: self.method(name).predict_samples(self.images))
+            self.row(name, self.samples, name)
         for name in ("members", "branched"):
-            self.row(f"{name}: mean weights, one pass", lambda name=name: self.mean_weights(name))
+            self.row(f"{name}: mean weights, one pass", self.mean_weights, name)
         for share in (0.0, 0.5, 1.0):
-            self.row(f"taught by turns, share {share:g}", lambda share=share: self.taught(share))
+            self.row(f"taught by turns, share {share:g}", self.taught, share)
         if self.data.train.num_raters > 1:
-            self.row(f"{NUM_CUTS} level sets of deterministic", self.level_sets)
+            self.row(f"{NUM_MASKS} level sets of deterministic", self.level_sets)
             for epochs, rate in ((15, 1e-3), (40, 3e-3)):
                 name = f"low-rank Gaussian over the logits, {epochs} epochs at {rate:g}"
-                self.row(name, lambda epochs=epochs, rate=rate: self.low_rank(epochs, rate))
+                self.row(name, self.low_rank, epochs, rate)
 
-    def row(self, name, predict):
+    def row(self, name, predict, *given):
         """Add one row, if it is not there."""
         done = pd.read_csv(self.table) if self.table.exists() else pd.DataFrame()
         line = {**self.about, "method": name}
         if len(done) and (done[list(line)].fillna(-1) == pd.Series(line).fillna(-1)).all(axis=1).any():
             return
         val = self.data.val
-        found = evaluate(predict(), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
+        found = evaluate(predict(*given), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
         line |= {"num_val": val.num_examples, **{key: found.get(key) for key in KEPT}}
         pd.concat([done, pd.DataFrame([line])]).to_csv(self.table, index=False, float_format="%.6f")
         print(line, flush=True)
@@ -98,9 +99,13 @@ class Trial:
         """A method of the library, trained or loaded."""
         recipe = self.recipe
         if name == "members":
-            recipe = type(recipe)(**{**vars(recipe), **AFTERWARDS})
+            recipe = dataclasses.replace(recipe, **AFTERWARDS)
         options = {"r_bayes": 0.2, "seed": self.about["seed"], "network": "unet_small", "runs": self.runs}
         return methods.make(name, recipe, **options).fit(self.data)
+
+    def samples(self, name):
+        """Samples of a method of the library."""
+        return self.method(name).predict_samples(self.images)
 
     def mean_weights(self, name):
         """One pass with the mean of the members' values."""
@@ -132,11 +137,11 @@ class Trial:
     def level_sets(self):
         """The one map cut at (m - 1/2) / M, each cut softened so that its logarithm exists."""
         probs = self.method("deterministic").predict_samples(self.images)[0]
-        cuts = (np.arange(NUM_CUTS) + 0.5) / NUM_CUTS
+        cuts = (np.arange(NUM_MASKS) + 0.5) / NUM_MASKS
         return np.stack([np.where(probs > cut, 0.999, 0.001) for cut in cuts])
 
     def low_rank(self, epochs, rate):
-        """Samples of the head, `NUM_CUTS` of them."""
+        """Samples of the head, `NUM_MASKS` of them."""
         base = self.method("deterministic").model
         last = base.layers[-1]
         parts = [
@@ -158,7 +163,7 @@ class Trial:
         stream = {"augment": self.recipe.augment, "rater": "random", "seed": self.about["seed"], "epochs": epochs}
         batches = self.data.train.batches(self.recipe.batch_size, **stream)
         head.fit(batches, steps_per_epoch=self.steps, epochs=epochs, shuffle=False, verbose=0)
-        logits = sampled_logits(ops.convert_to_tensor(head.predict(self.images, verbose=0)), NUM_CUTS, noise)
+        logits = sampled_logits(ops.convert_to_tensor(head.predict(self.images, verbose=0)), NUM_MASKS, noise)
         return ops.convert_to_numpy(ops.sigmoid(logits))
 
     def compiled(self, model, loss, epochs, rate):
@@ -168,7 +173,7 @@ class Trial:
 
 def sampled_logits(outputs, num_samples, noise):
     """Logits, (samples, batch, height, width), of N(mean, factors factors' + exp(log diagonal))."""
-    batch, height, width, _ = outputs.shape if outputs.shape[0] else ops.shape(outputs)
+    batch, height, width, _ = ops.shape(outputs)
     mean, factors, diagonal = outputs[..., 0], outputs[..., 1 : 1 + RANK], outputs[..., -1]
     shared = keras.random.normal((num_samples, batch, RANK), seed=noise)
     own = keras.random.normal((num_samples, batch, height, width), seed=noise)

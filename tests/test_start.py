@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from sklearn.metrics import log_loss
 
-from sbn_tf.core.start import Start
+from sbn_tf.core.start import Start, is_far_worse
 from sbn_tf.layers import masked_layers
 from sbn_tf.partial_bayes import to_partial_bayes
 
@@ -31,6 +31,14 @@ def bayes(model, **options):
     """Of two samples, unless told otherwise: each is traced."""
     options = {"r_bayes": 0.5, "data": (X, Y), "seed": 0, "verbose": False, "num_samples": 2} | options
     return to_partial_bayes(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "own", "worse"),
+    [(0.44, 0.2, False), (0.46, 0.2, True), (0.04, 0.0, False), (0.06, 0.0, True), (-1.0, -1.0, False)],
+)
+def test_far_worse_is_above_twice_the_own_loss_and_a_little(drawn, own, worse):
+    assert is_far_worse(drawn, own) == worse and is_far_worse(float("nan"), own)
 
 
 def test_scales_start_at_a_tenth_of_each_weight_or_of_all_together(trained):

@@ -1065,9 +1065,26 @@ def test_step_3_says_when_it_has_ruined_the_network(tmp_path, data, masked, init
             run = training.partial_run(step1, masks, data, recipe, **options)
         own, drawn = step1.history["loss"][-1], run.history["nll"][-1]
         assert (drawn > 2 * own + 0.05) == ruined
-        assert [f"NLL {drawn:.3g}" in str(one.message) for one in caught if "Step 3" in str(one.message)] == [
-            True
-        ] * ruined
+        found = [str(one.message) for one in caught if "Step 3" in str(one.message)]
+        assert len(found) == ruined and all(f"NLL {drawn:.3g} on" in message for message in found)
+
+
+def test_the_warning_compares_the_epochs_that_are_kept(tmp_path):
+    """Step 1 ended at .02 but kept an epoch of .10: step 3 at .10 has ruined nothing."""
+
+    def run(**history):
+        return run_folder.Run(None, history, tmp_path)
+
+    step1 = run(loss=[0.3, 0.10, 0.02], kept_epoch=[1])
+    for history, ruined in (
+        ({"nll": [0.10, 0.12]}, False),
+        ({"nll": [0.5, 0.1], "kept_epoch": [0]}, True),
+        ({}, False),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training._warn_if_far_worse(run(**history), step1)
+        assert len(caught) == ruined
 
 
 def untransformed_scale_of(key):

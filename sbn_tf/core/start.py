@@ -156,7 +156,7 @@ def _loss(network, loss, examples, num_draws):
 
 
 def is_far_worse(drawn: float, own: float) -> bool:
-    """Whether a posterior's loss on training examples is above twice the trained network's own, and .05; or NaN."""
+    """Whether a posterior's loss on training examples exceeds twice the trained network's own plus .05, or is NaN."""
     return not drawn <= own + abs(own) + 0.05
 
 

@@ -310,13 +310,17 @@ def partial_run(
 
 
 def _warn_if_far_worse(run, step1):
-    """Warn where step 3 ends with a far higher NLL of the training images than step 1 did."""
-    before, after = step1.history.get("loss"), run.history.get("nll")
-    if before and after and is_far_worse(after[-1], before[-1]):
+    """Warn where step 3 ends with a far higher NLL of the training images than step 1 did, by the epochs kept."""
+
+    def kept(history, key):
+        return history[key][history.get("kept_epoch", [-1])[0]] if history.get(key) else math.nan
+
+    before, after = kept(step1.history, "loss"), kept(run.history, "nll")
+    if not math.isnan(before + after) and is_far_worse(after, before):
         warnings.warn(
-            f"Step 3 ends with NLL {after[-1]:.3g} on the training images; step 1 ended with {before[-1]:.3g}. Its "
-            "predictions may be ruined: look at the accuracy, and lower initial_scale or bayes_learning_rate.",
-            stacklevel=4,
+            f"Step 3 ends with NLL {after:.3g} on the training images; step 1 ended with {before:.3g}. Its predictions "
+            "may be ruined: look at the metrics, and lower initial_scale or bayes_learning_rate.",
+            stacklevel=3,
         )
 
 
