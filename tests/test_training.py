@@ -1127,7 +1127,12 @@ def test_scales_start_at_a_multiple_of_the_loc_or_of_laplace_s(tmp_path, shared,
     fisher = training.empirical_fisher(scores, "fisher", terms=16 * 16, num_examples=24, batch_size=recipe.batch_size)
     curvature = np.concatenate([fisher[key][mask] for key, mask in masks.items()])
     starts = []
-    monkeypatch.setattr(run_folder.RunFolder, "trained", lambda folder, make, *_: starts.append(make()))
+
+    def trained(folder, make, *_):
+        starts.append(make())
+        return run_folder.Run(starts[-1], {}, folder.path)
+
+    monkeypatch.setattr(run_folder.RunFolder, "trained", trained)
     expected = {
         "relative": 0.3 * np.maximum(np.abs(locs), 1e-3),
         "fisher": 0.3 * (24 * curvature + 1.0) ** -0.5,
