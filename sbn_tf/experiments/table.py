@@ -84,7 +84,7 @@ def table(
     if intervals and bare:
         notes.append(f"No interval, as more than 5 % of the resamples leave it undefined: {'; '.join(bare)}.")
     if not frame.empty:
-        notes.append(_origin(found, frame, intervals))
+        notes.append(_origin(found, frame, intervals, reference is not None))
     made.attrs["notes"] = notes
     made.attrs["best"] = {key: _shown_best(found, key, cells[key]) for key in keys}
     return made
@@ -279,7 +279,7 @@ def _notes_of_samples(found, keys, marks):
 _CHANGED = ("epochs", "bayes_epochs", "num_samples", "keep")
 
 
-def _origin(found, frame, intervals):
+def _origin(found, frame, intervals, differ):
     """One line: data, seeds, recipe and network, and the kind of the intervals."""
 
     def all_of(column, content=frame):
@@ -302,11 +302,14 @@ def _origin(found, frame, intervals):
     options = [json.loads(text) for text in _unique(methods["options"])]
     changed |= {key: [one[key] for one in options if key in one] for one in options for key in one}
     parts += [f"{key} {', '.join(map(str, dict.fromkeys(values)))}" for key, values in changed.items() if values]
-    if intervals and frame["low"].notna().any():
+    trainings = max((len(row.units) for row in found), default=0)
+    if intervals and frame["low"].notna().any() and any(len(row.units) == 1 for row in found):
         over, resamples = "patients" if patients else "images", all_of("num_resamples")
         parts.append(f"[95 % interval] over {over}" + (f", {resamples} resamples" * bool(resamples)))
-    if intervals and any(len(row.units) > 1 for row in found):
-        parts.append(f"+- standard deviation over {max(len(row.units) for row in found)} trainings")
+    if intervals and trainings > 1:
+        parts.append(f"+- standard deviation over {trainings} trainings")
+    if differ and trainings > 1:
+        parts.append("differences with [95 % interval] over trainings, by Student's t")
     leak = all_of("leak")
     return "; ".join(parts) + "." + (f" Leak: {leak}" if leak else "")
 
