@@ -17,6 +17,7 @@ made again. The means over seeds and folds are printed. NLL, Brier score, ECE an
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import keras
@@ -26,10 +27,14 @@ from keras import ops
 
 from sbn_tf import estimate_batch_norm
 from sbn_tf.core.batch_norm import batch_norms
+from sbn_tf.core.files import write_atomically
+from sbn_tf.core.overlap import spread_cuts
 from sbn_tf.core.turns import NUM_TURNS, turn
 from sbn_tf.experiments import methods
 from sbn_tf.experiments.experiment import experiment
+from sbn_tf.experiments.recipes import optimizer_for
 from sbn_tf.experiments.scoring import evaluate
+from sbn_tf.experiments.trivial import level_sets
 from sbn_tf.partial_bayes import to_deterministic
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "one_pass.csv"
@@ -64,9 +69,9 @@ class Trial:
         options = {} if fold is None else {"split": "patient", "fold": fold}
         changes = SETTINGS + (", targets=mean" if fold is not None else "")
         made = {"network": "unet_small", "size": 32, "epochs": EPOCHS[dataset], "seed": seed, "options": options}
-        self.settings = experiment(dataset, "sbn", changes=changes, **made)
-        self.data, self.recipe = self.settings.data, self.settings.recipe
-        self.images = self.data.val.normalised(slice(0, self.data.val.num_examples))
+        settings = experiment(dataset, "sbn", changes=changes, **made)
+        self.data, self.recipe = settings.data, settings.recipe
+        self.images = self.data.val.normalised()
         self.steps = self.data.train.steps(self.recipe.batch_size)
 
     def run(self):
@@ -92,7 +97,8 @@ class Trial:
         val = self.data.val
         found = evaluate(predict(*given), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
         line |= {"num_val": val.num_examples, **{key: found.get(key) for key in KEPT}}
-        pd.concat([done, pd.DataFrame([line])]).to_csv(self.table, index=False, float_format="%.6f")
+        text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6f")
+        write_atomically(self.table, lambda file: file.write(text.encode()))
         print(line, flush=True)
 
     def method(self, name):
@@ -117,10 +123,8 @@ class Trial:
 
     def taught(self, share):
         """One pass of the network that trained on, `share` of its target the mean of its eight flips and turns."""
-        base, train = self.method("deterministic").model, self.data.train
-        images, truth = train.normalised(slice(0, train.num_examples)), train.mean_mask(slice(0, train.num_examples))
-        mean = self.method("turned").predict_samples(images).mean(0)[..., None]
-        target = (share * mean + (1 - share) * truth).astype("float32")
+        base, images = self.method("deterministic").model, self.data.train.normalised()
+        target = (share * self.mean_of_turns + (1 - share) * self.data.train.mean_mask()).astype("float32")
         random = np.random.default_rng(self.about["seed"])
 
         def batches():
@@ -134,11 +138,15 @@ class Trial:
         base.fit(batches(), steps_per_epoch=self.steps, epochs=self.recipe.bayes_epochs, verbose=0)
         return base.predict(self.images, verbose=0)[None, ..., 0]
 
+    @functools.cached_property
+    def mean_of_turns(self):
+        """Mean prediction from the eight flips and turns of each training image."""
+        return self.method("turned").predict_samples(self.data.train.normalised()).mean(0)[..., None]
+
     def level_sets(self):
         """The one map cut at (m - 1/2) / M, each cut softened so that its logarithm exists."""
-        probs = self.method("deterministic").predict_samples(self.images)[0]
-        cuts = (np.arange(NUM_MASKS) + 0.5) / NUM_MASKS
-        return np.stack([np.where(probs > cut, 0.999, 0.001) for cut in cuts])
+        cut = level_sets(self.samples("deterministic")[0], spread_cuts(NUM_MASKS))
+        return np.where(cut, 0.999, 0.001)
 
     def low_rank(self, epochs, rate):
         """Samples of the head, `NUM_MASKS` of them."""
@@ -168,7 +176,7 @@ class Trial:
 
     def compiled(self, model, loss, epochs, rate):
         """Compile for a training with cosine decay."""
-        model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, self.steps * epochs)), loss)
+        model.compile(optimizer_for("adam", rate, decay="cosine", steps=self.steps * epochs), loss)
 
 
 def sampled_logits(outputs, num_samples, noise):

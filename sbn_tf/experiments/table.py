@@ -302,13 +302,13 @@ def _origin(found, frame, intervals, differ):
     options = [json.loads(text) for text in _unique(methods["options"])]
     changed |= {key: [one[key] for one in options if key in one] for one in options for key in one}
     parts += [f"{key} {', '.join(map(str, dict.fromkeys(values)))}" for key, values in changed.items() if values]
-    trainings = max((len(row.units) for row in found), default=0)
-    if intervals and frame["low"].notna().any() and any(len(row.units) == 1 for row in found):
+    trainings = [len(row.units) for row in found]
+    if intervals and frame["low"].notna().any() and 1 in trainings:
         over, resamples = "patients" if patients else "images", all_of("num_resamples")
         parts.append(f"[95 % interval] over {over}" + (f", {resamples} resamples" * bool(resamples)))
-    if intervals and trainings > 1:
-        parts.append(f"+- standard deviation over {trainings} trainings")
-    if differ and trainings > 1:
+    if intervals and max(trainings) > 1:
+        parts.append(f"+- standard deviation over {max(trainings)} trainings")
+    if differ and max(trainings) > 1:
         parts.append("differences with [95 % interval] over trainings, by Student's t")
     leak = all_of("leak")
     return "; ".join(parts) + "." + (f" Leak: {leak}" if leak else "")
