@@ -896,6 +896,23 @@ def test_the_best_epoch_is_kept_also_after_an_interruption(data, tmp_path, monke
         assert len(resumed["seconds"]) == 5 and min(resumed["seconds"]) > 0
 
 
+def test_long_trainings_that_keep_the_last_epoch_validate_every_few(data, tmp_path, monkeypatch):
+    rates = [1e-3] * 41
+    for epochs in (39, 41):  # too few epochs, and a prime number of them
+        assert np.isfinite(shaken(data, tmp_path / str(epochs), epochs, "last", rates)[1]["val_loss"]).all()
+    model, history = shaken(data, tmp_path / "last", 40, "last", rates)
+    each, often = shaken(data, tmp_path / "best", 40, "best", rates)
+    assert_equal_weights(model.get_weights(), each.get_weights())  # the loss falls to the end: both keep the last epoch
+    assert np.isnan(history["val_loss"][::2]).all() and history["val_loss"][1::2] == often["val_loss"][1::2]
+    assert len(history["loss"]) == len(history["val_loss"]) == len(history["seconds"]) == 40
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 7)  # after an epoch without validation
+        shaken(data, tmp_path / "again", 40, "last", rates)
+    again, resumed = shaken(data, tmp_path / "again", 40, "last", rates)
+    assert_equal_weights(again.get_weights(), model.get_weights())
+    np.testing.assert_array_equal(resumed["val_loss"], history["val_loss"])
+
+
 def test_of_equal_epochs_the_first_is_kept(data, tmp_path):
     _, history = shaken(data, tmp_path, 3, "best", rates=(0.0, 0.0, 0.0))
     assert len(set(history["val_loss"])) == 1 and history["kept_epoch"] == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -152,7 +153,9 @@ class Checkpoint(keras.callbacks.Callback):
         if self.guard is not None and self.guard.stopped:
             return
         for key, value in {**(logs or {}), "seconds": time.perf_counter() - self._began}.items():
-            self.history.setdefault(key, []).append(float(value))
+            values = self.history.setdefault(key, [])
+            values += [math.nan] * (epoch - len(values))  # epochs without validation
+            values.append(float(value))
         if self.keep == "best":
             losses = self.history["val_loss"]
             self._best_before = self.best
@@ -225,11 +228,12 @@ def fit(
         verbose: show a progress bar.
 
     Returns:
-        dict of lists. For each epoch, resumed ones included, what Keras logs, and `seconds`: wall time, with validation
-        and with tracing where it was traced; of an epoch that was interrupted only its second, whole try counts. Of one
-        value: `nan_in_epoch` where a loss that was not finite stopped it, `kept_epoch` under `keep="best"`, both
-        counted from 0; `peak_bytes`, the peak memory of the process while it trained (the last process, of a run that
-        was resumed), and `grown_bytes`, how far that is above its memory before training, if the system says so.
+        dict of lists. For each epoch, resumed ones included, what Keras logs (NaN where it was not validated, see
+        `validated_every`), and `seconds`: wall time, with validation and with tracing where it was traced; of an epoch
+        that was interrupted only its second, whole try counts. Of one value: `nan_in_epoch` where a loss that was not
+        finite stopped it, `kept_epoch` under `keep="best"`, both counted from 0; `peak_bytes`, the peak memory of the
+        process while it trained (the last process, of a run that was resumed), and `grown_bytes`, how far that is above
+        its memory before training, if the system says so.
 
     Raises:
         ValueError: a checkpoint that is corrupt, of another model, or of more epochs than asked for; `keep="best"`
@@ -265,6 +269,7 @@ def fit(
                     initial_epoch=done,
                     epochs=epochs,
                     validation_data=None if val is None else _val_batches(val, batch_size),
+                    validation_freq=validated_every(epochs, keep),
                     callbacks=[guard, *callbacks, *progress, checkpoint],
                     shuffle=False,  # the stream does
                     verbose=0,
@@ -286,6 +291,15 @@ def fit(
                 model.beta = callback.at(kept)
         checkpoint.history["kept_epoch"] = [kept]
     return checkpoint.history
+
+
+def validated_every(epochs: int, keep: str) -> int:
+    """Epochs from one validation to the next: 1 where validation chooses the weights (`keep="best"`), or below 40.
+
+    Else nothing depends on it, and members validate with all their passes. 20 times in a training are enough; they are
+    more where `epochs` has no such divisor, since the last epoch is always validated.
+    """
+    return 1 if keep == "best" else max(n for n in range(1, max(1, epochs // 20) + 1) if epochs % n == 0)
 
 
 def _val_batches(val, batch_size):

@@ -334,6 +334,7 @@ NETWORKS: dict[str, tuple[Callable[..., keras.Model], dict[str, Any]]] = {
     "resnet18_paper": (resnet18_paper, {}),
     "unet": (unet, {}),
     "unet_small": (unet, {"widths": (8, 16, 32), "name": "unet_small"}),
+    "unet_medium": (unet, {"widths": (16, 32, 64, 96), "name": "unet_medium"}),  # 13 times the weights of unet_small
     "unet_paper_lidc": (unet_paper, {"dataset": "lidc"}),
     "unet_paper_isic": (unet_paper, {"dataset": "isic"}),
 }

@@ -31,13 +31,13 @@ def plot_history(histories: Mapping[str, Mapping[str, Sequence[float]]], keys: S
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(len(histories), 1)))
     for (name, history), colour in zip(histories.items(), colours, strict=False):
         for index, key in enumerate(keys):
-            values = history.get(key, [])
-            if len(values):
+            values = np.asarray(history.get(key, []), "float64")
+            known = np.flatnonzero(~np.isnan(values))  # not each epoch is validated
+            if len(known):
                 label = name if len(keys) == 1 else f"{name}, {key}"
-                marker = "o" if len(values) == 1 else None
+                marker = "o" if len(known) == 1 else None
                 style = styles[index % len(styles)]
-                epochs = np.arange(1, len(values) + 1)
-                ax.plot(epochs, values, style, color=colour, label=label, marker=marker)
+                ax.plot(known + 1, values[known], style, color=colour, label=label, marker=marker)
     ax.set_xlabel("epoch")
     ax.set_ylabel(" / ".join(keys))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
