@@ -45,20 +45,20 @@ RANK, TRAINING_SAMPLES, NUM_MASKS = 10, 20, 16
 KEPT = ("nll", "brier", "ece", "ged")
 
 
-def main():
+def main(about, trial, table):
     """Make the rows that are missing, and print their means."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=sorted(EPOCHS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--folds", default="2,3", help="of lidc, by patient")
     parser.add_argument("--runs", default=None, help="folder of finished runs; default: runs/ of the repository")
-    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--table", type=Path, default=table)
     args = parser.parse_args()
     for fold in map(int, args.folds.split(",")) if args.dataset == "lidc" else [None]:
         for seed in map(int, args.seeds.split(",")):
-            Trial(args.dataset, fold, seed, args.runs, args.table).run()
-    table = pd.read_csv(args.table)
-    print(table[table["dataset"] == args.dataset].groupby("method", sort=False)[list(KEPT)].agg(["mean", "count"]))
+            trial(args.dataset, fold, seed, args.runs, args.table).run()
+    rows = pd.read_csv(args.table)
+    print(rows[rows["dataset"] == args.dataset].groupby("method", sort=False)[list(KEPT)].agg(["mean", "count"]))
 
 
 class Trial:
@@ -88,14 +88,16 @@ class Trial:
                 name = f"low-rank Gaussian over the logits, {epochs} epochs at {rate:g}"
                 self.row(name, self.low_rank, epochs, rate)
 
-    def row(self, name, predict, *given):
+    def row(self, name, predict, *given, **options):
         """Add one row, if it is not there."""
         done = pd.read_csv(self.table) if self.table.exists() else pd.DataFrame()
         line = {**self.about, "method": name}
         if len(done) and (done[list(line)].fillna(-1) == pd.Series(line).fillna(-1)).all(axis=1).any():
             return
         val = self.data.val
-        found = evaluate(predict(*given), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
+        found = evaluate(
+            predict(*given, **options), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid
+        )
         line |= {"num_val": val.num_examples, **{key: found.get(key) for key in KEPT}}
         text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6f")
         write_atomically(self.table, lambda file: file.write(text.encode()))
@@ -104,7 +106,7 @@ class Trial:
     def method(self, name):
         """A method of the library, trained or loaded."""
         recipe = self.recipe
-        if name == "members":
+        if name.startswith("members"):
             recipe = dataclasses.replace(recipe, **AFTERWARDS)
         options = {"r_bayes": 0.2, "seed": self.about["seed"], "network": "unet_small", "runs": self.runs}
         return methods.make(name, recipe, **options).fit(self.data)
@@ -189,4 +191,4 @@ def sampled_logits(outputs, num_samples, noise):
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, Trial, TABLE)

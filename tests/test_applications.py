@@ -5,14 +5,12 @@ the test's name tells. The script itself runs all of them and prints the table.
 """
 
 import datetime
-import importlib.util
 import os
-import pathlib
 
+import applications
 import keras
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "applications.py"
 LIGHT = [
     *("MobileNet", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large", "ResNet50V2", "EfficientNetB0", "ResNet50"),
     *("ConvNeXtTiny", "Xception"),
@@ -21,30 +19,22 @@ ROTATION = int(os.environ.get("SBN_TF_ROTATION", datetime.date.today().toordinal
 TODAY = [LIGHT[ROTATION % len(LIGHT)]]  # one: a minute or two of the time that CI has
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("applications", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_knows_every_architecture(script):
+def test_the_script_knows_every_architecture():
     families = [family for family in vars(keras.applications).values() if hasattr(family, "preprocess_input")]
     offered = {name for family in families for name in vars(family) if name[:1].isupper()}
-    assert set(script.names()) == offered | {"MobileNetV3Small", "MobileNetV3Large"}  # their module names none
-    assert len(script.names()) >= 40 and set(LIGHT) <= set(script.names())
+    assert set(applications.names()) == offered | {"MobileNetV3Small", "MobileNetV3Large"}  # their module names none
+    assert len(applications.names()) >= 40 and set(LIGHT) <= set(applications.names())
 
 
 @pytest.mark.parametrize("name", TODAY, ids=[f"rotation{ROTATION}-{name}" for name in TODAY])
-def test_an_architecture_holds(script, name):
-    row = script.check(name)
+def test_an_architecture_holds(name):
+    row = applications.check(name)
     assert row["ok"], row
 
 
-def test_the_table_tells_what_failed(script):
+def test_the_table_tells_what_failed():
     good = {"architecture": "A", "size": 32, "parameters": 1000, "bayesian": 10, "difference": 0.0, "seconds": 1.0}
     bad = {"architecture": "B", "ok": False, "reason": "not done within 30 minutes"}
-    lines = script.table([{**good, "ok": True, "reason": ""}, bad]).splitlines()
+    lines = applications.table([{**good, "ok": True, "reason": ""}, bad]).splitlines()
     assert lines[1].endswith("ok") and lines[2].endswith("not done within 30 minutes")
     assert lines[-1] == "1 of 2 hold."

@@ -1,8 +1,8 @@
 """The interval of `benchmarks/confirm.py`, by hand."""
 
-import importlib.util
 from pathlib import Path
 
+import confirm
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,11 +10,7 @@ import pytest
 from sbn_tf.experiments import results
 from sbn_tf.experiments.records import Record
 
-_FILE = Path(__file__).parents[1] / "benchmarks" / "confirm.py"
-TABLE = _FILE.parents[1] / "results" / "confirm.csv"
-_SPEC = importlib.util.spec_from_file_location("confirm", _FILE)
-confirm = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(confirm)
+TABLE = Path(__file__).parents[1] / "results" / "confirm.csv"
 
 
 def record(nll, groups=None):

@@ -1,17 +1,10 @@
 """The low-rank Gaussian of `benchmarks/one_pass.py`, by its mean and covariance."""
 
-import importlib.util
-from pathlib import Path
-
 import keras
 import numpy as np
+import one_pass
 import pandas as pd
 import pytest
-
-_FILE = Path(__file__).parents[1] / "benchmarks" / "one_pass.py"
-_SPEC = importlib.util.spec_from_file_location("one_pass", _FILE)
-one_pass = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(one_pass)
 
 
 def test_logits_have_the_mean_and_covariance_of_the_head():

@@ -1,0 +1,133 @@
+"""What else members could have of their own: batch norm, and a flip or turn in training.
+
+Run: `python benchmarks/own_members.py isic2018 [--seeds 0,1] [--runs runs]`, or `lidc [--folds 2,3]`. Networks,
+settings, *validation* images and the ways to run it are those of `one_pass.py`; rows go to `results/own_members.csv`.
+
+Five members, on the salient weights of one network: of the trained one, which then trains on for 15 epochs (*after*),
+or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
+
+- *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch.
+  In the methods all share the one network's, whose statistics stay as they are.
+- *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
+  predicts. In the methods each sees all of them in training.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+from one_pass import AFTERWARDS, Trial, main
+
+from sbn_tf.core.batch import part_bounds
+from sbn_tf.core.context import current_sample
+from sbn_tf.core.turns import turn, turned
+from sbn_tf.experiments import training
+from sbn_tf.experiments.branched import stem_epochs
+
+TABLE = Path(__file__).resolve().parents[1] / "results" / "own_members.csv"
+NUM_MEMBERS = 5
+
+
+class OwnNorm(keras.layers.Layer):
+    """A batch norm for each member: each trains on its part of the batch."""
+
+    def __init__(self, momentum, epsilon, **kwargs):
+        super().__init__(**kwargs)
+        self.given = {"momentum": momentum, "epsilon": epsilon}
+        self.norms = [keras.layers.BatchNormalization(**self.given) for _ in range(NUM_MEMBERS)]
+
+    def get_config(self):
+        """What makes it again."""
+        return {**super().get_config(), **self.given}
+
+    def build(self, input_shape):
+        """Variables of all members."""
+        for norm in self.norms:
+            norm.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        """As it came."""
+        return input_shape
+
+    def call(self, inputs, training=None, mask=None):
+        """By the batch norm of the member that sees these inputs; at the mean of the weights by the first's."""
+        member = 0 if current_sample() is None else current_sample()
+        if isinstance(member, int):
+            return self.norms[member](inputs, training=training)
+        member = ops.cast(member, "int32")  # in a loop over members that predict
+        names = ("moving_mean", "moving_variance", "beta", "gamma")
+        mean, variance, shift, scale = (
+            ops.stack([getattr(norm, name).value for norm in self.norms])[member] for name in names
+        )
+        return ops.batch_normalization(inputs, mean, variance, -1, shift, scale, self.given["epsilon"])
+
+
+def with_own_norms(network):
+    """A copy of a network whose batch norms are the members' own."""
+
+    def copied(layer):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return OwnNorm(layer.momentum, layer.epsilon, name=layer.name)
+        return layer.__class__.from_config(layer.get_config())
+
+    copy = keras.models.clone_model(network, clone_function=copied)
+    for one, other in zip(network.layers, copy.layers, strict=True):
+        for part in other.norms if isinstance(other, OwnNorm) else [other]:
+            part.set_weights(one.get_weights())
+    return copy
+
+
+class OwnMembers(Trial):
+    """The rows of one seed and fold."""
+
+    def run(self):
+        """All rows."""
+        for name in ("deterministic", "turned", "members", "members_turned", "branched", "branched_turned"):
+            self.row(name, self.samples, name)
+        for share in (0.2, 0.01):
+            self.row(f"early, {share:.0%}, own batch norm", self.members, True, share, own_norm=True)
+        for early, name in ((False, "after"), (True, "early")):
+            self.row(f"{name}, 20%, own turn", self.members, early, 0.2, own_turn=True)
+
+    def members(self, early, r_bayes, own_norm=False, own_turn=False):
+        """Samples of members that part early or are put on the trained network."""
+        recipe, seed, size = self.recipe, self.about["seed"], self.recipe.batch_size
+        if early:
+            stem = stem_epochs(recipe.epochs, recipe.branch_at)
+            first, epochs, rate = dataclasses.replace(recipe, epochs=stem, decay="none"), recipe.epochs - stem, None
+        else:
+            first, epochs, rate = recipe, recipe.bayes_epochs, recipe.bayes_learning_rate
+            recipe = dataclasses.replace(recipe, **AFTERWARDS)
+        options = {"seed": seed, "network": "unet_small", "runs": self.runs}
+        step1 = training.deterministic_run(self.data, first, **options)
+        masks = training.masks_run(step1, self.data, first, r_bayes)
+        if own_norm:
+            step1 = dataclasses.replace(step1, model=with_own_norms(step1.model))
+        model = training.untrained_network(step1, masks, self.data, recipe, seed=seed, posterior="members")
+        for layer in model.network.layers:
+            for norm in getattr(layer, "norms", ()):
+                norm.trainable = True  # `batch_norm="frozen"` of the recipe is for those that all share
+        self.compiled(model, "binary_crossentropy", epochs, rate or recipe.learning_rate)
+        rater = recipe.targets if self.data.train.num_raters > 1 else None
+        stream = {"augment": None if own_turn else recipe.augment, "rater": rater, "seed": seed, "epochs": epochs}
+        batches = self.data.train.batches(size, **stream)
+        if own_turn:
+            batches = (tuple(map(each_its_turn, batch[:2])) for batch in batches)
+        model.fit(batches, steps_per_epoch=self.steps, epochs=epochs, shuffle=False, verbose=0)
+
+        def predict(images):
+            return np.asarray(model.predict_samples(images, batch_size=size, verbose=0))[..., 0]
+
+        return turned(lambda x, m: predict(x)[m], self.images, NUM_MEMBERS) if own_turn else predict(self.images)
+
+
+def each_its_turn(images):
+    """Part m of the batch under flip or turn m."""
+    images, bounds = np.asarray(images), part_bounds(len(images), NUM_MEMBERS)
+    return np.concatenate([turn(images[start:stop], m) for m, (start, stop) in enumerate(bounds)])
+
+
+if __name__ == "__main__":
+    main(__doc__, OwnMembers, TABLE)

@@ -1,0 +1,47 @@
+"""The members of `benchmarks/own_members.py`, against a stock batch norm and by turning back."""
+
+import keras
+import numpy as np
+import own_members
+import pytest
+
+from sbn_tf.core.context import posterior_sample
+from sbn_tf.core.turns import turn_back
+
+IMAGES = np.random.default_rng(0).normal(size=(12, 4, 4, 3)).astype("float32")
+
+
+@pytest.fixture
+def network():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.BatchNormalization(momentum=0.9)]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *layers, keras.layers.Dense(1)])
+    model.layers[1].set_weights(np.array([[1.0, 2.0], [0.5, 0.0], [0.1, -0.1], [2.0, 3.0]]))
+    return model
+
+
+@pytest.mark.parametrize("sample", [None, 3, np.int32(3)])
+def test_members_start_with_the_network_s_batch_norm(network, sample):
+    with posterior_sample(sample):
+        found = own_members.with_own_norms(network)(IMAGES)
+    np.testing.assert_allclose(found, network(IMAGES), atol=1e-5)
+
+
+def test_a_member_s_batch_norm_trains_as_a_stock_one_and_the_others_stay(network):
+    own = own_members.with_own_norms(network)
+    with posterior_sample(3):
+        found = own(IMAGES, training=True)
+    np.testing.assert_allclose(found, network(IMAGES, training=True), atol=1e-5)
+    norms = own.layers[1].norms
+    for one, other in zip(norms[3].get_weights(), network.layers[1].get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert not np.allclose(norms[3].get_weights()[2], norms[0].get_weights()[2])
+    np.testing.assert_allclose(norms[0].get_weights()[2], [0.1, -0.1])
+
+
+def test_each_part_of_a_batch_has_its_turn():
+    found = own_members.each_its_turn(IMAGES)
+    parts = [(0, 2), (2, 4), (4, 7), (7, 9), (9, 12)]  # of 12 images for five members
+    back = [turn_back(found[start:stop], member) for member, (start, stop) in enumerate(parts)]
+    np.testing.assert_array_equal(np.concatenate(back), IMAGES)
+    np.testing.assert_array_equal(found[2:4], IMAGES[2:4, :, ::-1])  # the second sees mirrored images
