@@ -173,6 +173,19 @@ def test_the_verdict_says_what_the_tests_say(trained, training):
     assert found["kind"] == "worse" and "Worse than a plain network trained for as many epochs" in found["headline"]
 
 
+def test_a_gain_over_the_plain_network_that_its_turns_have_too_is_theirs(trained):
+    frame = training_page.titled(trained.frame, "members")
+    ours = frame[frame["method"] == "members"]
+    turned = ours.assign(method="turned", label="turned", title="turned")  # predicts the same
+    frame = pd.concat([frame.assign(label=frame["label"].astype(str)), turned], ignore_index=True)
+    frame["label"] = frame["label"].astype("category")
+    label = training_page.label_of(frame, "members")
+    found = training_page.verdict(frame, label, training_page.against(frame, label, ("accuracy", "nll")))
+    assert found["kind"] == "" and found["headline"].startswith("Better than a plain network")
+    assert found["headline"].endswith("eight flips and turns: what it gains is theirs.")
+    assert any(sentence.startswith("Against turned: accuracy") for sentence in found["sentences"])
+
+
 def test_a_network_no_better_than_the_training_frequencies_is_not_to_be_used(trained):
     frame = training_page.titled(trained.frame, "members")
     frame["method"] = frame["method"].replace({"members": "trivial_x", "trivial_prevalence": "members"})

@@ -174,8 +174,8 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     compared = {key: test.loc[trivial].dropna(subset=["difference"]) for key, test in tests.items() if key != "ece"}
     compared = {key: test for key, test in compared.items() if len(test)}
     useless = [key for key, test in compared.items() if (test["outcome"] != "better").any()]
-    plain = label_of(frame, "deterministic")
-    rivals = [label for label in (control, plain, *budgets) if label not in (None, ours)]
+    plain, turned = label_of(frame, "deterministic"), label_of(frame, "turned")
+    rivals = [label for label in (control, plain, turned, *budgets) if label not in (None, ours)]
     sentences = [_sentence(found, ours, label, tests) for label in rivals]
     if compared:
         sentences.append(
@@ -190,6 +190,10 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
         if plain not in (None, ours) and lost:
             kind = "" if kind == "better" else "worse"
             headline += f" Worse than the plain network of step 1 in {', '.join(lost)}."
+        won = [key for key, test in tests.items() if turned in test.index and test.loc[turned, "outcome"] == "better"]
+        if turned not in (None, ours) and not won:
+            kind = "" if kind == "better" else kind
+            headline += " No better than the plain network of step 1 in eight flips and turns: what it gains is theirs."
     if "nll" in useless:
         kind, headline = "worse", "Do not use it: a predictor that ignores the image has as good probabilities."
     number = int(frame["num_test"].max())
