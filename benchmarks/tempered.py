@@ -1,0 +1,88 @@
+"""What is left of the gains of docs/results.md when each method has a temperature of its own.
+
+Run: `python benchmarks/tempered.py profiles/confirm_isic64.yaml [--seeds 0] [--folds 2] [--runs runs]`: all questions
+of the plan but those on epochs; finished runs are loaded. The logits of the mean prediction are divided by the
+temperature that fits the *validation* images best; NLL of the test images. Each row is added to `results/tempered.csv`
+when it is done; a row that is there is not made again. Printed are the differences from the one network of the same
+seed and fold. Guo et al. 2017, "On calibration of modern neural networks", section 4.2.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sbn_tf.core.files import write_atomically
+from sbn_tf.experiments import compare, recipes, study
+from sbn_tf.experiments.predictor import recovered_logits
+from sbn_tf.experiments.temperature import fit_temperature
+
+TABLE = Path(__file__).resolve().parents[1] / "results" / "tempered.csv"
+DATA = ["dataset", "size", "network", "fold", "seed"]
+
+
+def main():
+    """Make the rows that are missing, and print the means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", help="a YAML file with questions")
+    parser.add_argument("--seeds", type=compare.parse_seeds, help="default: those of the plan")
+    parser.add_argument("--folds", type=compare.parse_seeds, help="default: those of the plan")
+    parser.add_argument("--questions", default="one_training,mark,turned,turned_mark,afterwards")
+    parser.add_argument("--runs", help="folder of finished runs; default: runs/ of the repository")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    args = parser.parse_args()
+    asked = study.read(args.plan)
+    ((name, data),) = asked.datasets.items()
+    names = [question for question in args.questions.split(",") if question in asked.questions]
+    for fold in args.folds or data.folds:
+        base = compare.experiment(name, asked.recipe, runs=args.runs, verbose=False, **data.arguments(fold))
+        for seed in args.seeds or data.seeds:
+            for variant in [one for question in names for one in asked.questions[question].variants]:
+                about = dict(zip(DATA, (name, base.data.input_shape[0], base.network, fold, seed), strict=True))
+                add_row(args.table, about | {"method": variant.method}, variant, dataclasses.replace(base, seed=seed))
+    print(means(pd.read_csv(args.table)).to_markdown(index=False, floatfmt=".4f"))
+
+
+def add_row(table, line, variant, settings):
+    """Add a variant's row, if it is not there."""
+    done = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=list(line))
+    if (done[list(line)] == pd.Series(line)).all(axis=1).any():
+        return
+    recipe = dataclasses.replace(settings.recipe, **recipes.parse_changes(variant.changes))
+    changed = dataclasses.replace(settings, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
+    made = compare.fitted(changed, variant.method)
+    (val, shares), (test, truth) = (of_split(made, part) for part in (settings.data.val, settings.data.test))
+    temperature = fit_temperature(val, shares, "segmentation")
+    line |= {"nll": nll(test, truth), "tempered": nll(test / temperature, truth), "temperature": temperature}
+    text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6g")
+    write_atomically(table, lambda file: file.write(text.encode()))
+    print(line, flush=True)
+
+
+def of_split(made, part):
+    """Logits of the mean prediction, and the share of raters who marked each pixel: (images, height, width)."""
+    probs = made.predict_samples(part.normalised()).mean(0)
+    return recovered_logits(probs, "segmentation"), part.mean_mask()[..., 0].astype("float32")
+
+
+def nll(logits, targets):
+    """Mean over pixels of the cross-entropy, in nats; linear in the target, so of several raters the mean of theirs."""
+    z = np.asarray(logits, "float64")
+    return float((np.logaddexp(0.0, z) - targets * z).mean())
+
+
+def means(rows):
+    """A line for each method: NLL minus the one network's, as it is and with a temperature each; mean temperature."""
+    rows = rows.set_index([*DATA, "method"])
+    plain = rows.xs("deterministic", level="method")
+    change = rows[["nll", "tempered"]] - plain[["nll", "tempered"]].reindex(rows.index.droplevel("method")).values
+    found = change.assign(temperature=rows["temperature"], trainings=1)
+    keys = ["dataset", "size", "network", "method"]
+    how = {"nll": "mean", "tempered": "mean", "temperature": "mean", "trainings": "sum"}
+    return found.groupby(level=keys, sort=False).agg(how).reset_index()
+
+
+if __name__ == "__main__":
+    main()
