@@ -6,8 +6,8 @@ settings, *validation* images and the ways to run it are those of `one_pass.py`;
 Five members, on the salient weights of one network: of the trained one, which then trains on for 15 epochs (*after*),
 or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
 
-- *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch.
-  In the methods all share the one network's, whose statistics stay as they are.
+- *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch,
+  or on *a whole batch in turn*. In the methods all share the one network's, whose statistics stay as they are.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
 """
@@ -31,41 +31,44 @@ NUM_MEMBERS = 5
 
 
 class OwnNorm(keras.layers.Layer):
-    """A batch norm for each member: each trains on its part of the batch."""
+    """A batch norm for each member: each trains on what its member sees. Variables are (members, channels)."""
 
     def __init__(self, momentum, epsilon, **kwargs):
         super().__init__(**kwargs)
-        self.given = {"momentum": momentum, "epsilon": epsilon}
-        self.norms = [keras.layers.BatchNormalization(**self.given) for _ in range(NUM_MEMBERS)]
+        self.momentum, self.epsilon = momentum, epsilon
 
     def get_config(self):
         """What makes it again."""
-        return {**super().get_config(), **self.given}
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
 
     def build(self, input_shape):
-        """Variables of all members."""
-        for norm in self.norms:
-            norm.build(input_shape)
+        """In the order of a stock batch norm's weights."""
+        shape = (NUM_MEMBERS, input_shape[-1])
+        names = {"gamma": "ones", "beta": "zeros", "moving_mean": "zeros", "moving_variance": "ones"}
+        for name, start in names.items():
+            weight = self.add_weight(name=name, shape=shape, initializer=start, trainable=not name.startswith("moving"))
+            setattr(self, name, weight)
 
     def compute_output_shape(self, input_shape):
         """As it came."""
         return input_shape
 
     def call(self, inputs, training=None, mask=None):
-        """By the batch norm of the member that sees these inputs; at the mean of the weights by the first's."""
-        member = 0 if current_sample() is None else current_sample()
-        if isinstance(member, int):
-            return self.norms[member](inputs, training=training)
-        member = ops.cast(member, "int32")  # in a loop over members that predict
-        names = ("moving_mean", "moving_variance", "beta", "gamma")
-        mean, variance, shift, scale = (
-            ops.stack([getattr(norm, name).value for norm in self.norms])[member] for name in names
-        )
-        return ops.batch_normalization(inputs, mean, variance, -1, shift, scale, self.given["epsilon"])
+        """By the variables of the member that sees these inputs; at the mean of the weights by the first's."""
+        member = ops.cast(0 if current_sample() is None else current_sample(), "int32") % NUM_MEMBERS
+        mean, variance = self.moving_mean.value[member], self.moving_variance.value[member]
+        if training:
+            own = (1 - self.momentum) * ops.one_hot(member, NUM_MEMBERS)[:, None]
+            before = mean, variance
+            mean, variance = ops.moments(inputs, axes=(0, 1, 2))
+            self.moving_mean.assign_add(own * (mean - before[0]))
+            self.moving_variance.assign_add(own * (variance - before[1]))
+        shift, scale = self.beta.value[member], self.gamma.value[member]
+        return ops.batch_normalization(inputs, mean, variance, -1, shift, scale, self.epsilon)
 
 
 def with_own_norms(network):
-    """A copy of a network whose batch norms are the members' own."""
+    """A copy of a network whose batch norms are the members' own, and equal."""
 
     def copied(layer):
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -74,8 +77,8 @@ def with_own_norms(network):
 
     copy = keras.models.clone_model(network, clone_function=copied)
     for one, other in zip(network.layers, copy.layers, strict=True):
-        for part in other.norms if isinstance(other, OwnNorm) else [other]:
-            part.set_weights(one.get_weights())
+        weights = one.get_weights()
+        other.set_weights([np.tile(w, (NUM_MEMBERS, 1)) for w in weights] if isinstance(other, OwnNorm) else weights)
     return copy
 
 
@@ -87,11 +90,13 @@ class OwnMembers(Trial):
         for name in ("deterministic", "turned", "members", "members_turned", "branched", "branched_turned"):
             self.row(name, self.samples, name)
         for share in (0.2, 0.01):
-            self.row(f"early, {share:.0%}, own batch norm", self.members, True, share, own_norm=True)
+            name = f"early, {share:.0%}, own batch norm"
+            self.row(name, self.members, True, share, own_norm=True)
+            self.row(f"{name}, a whole batch in turn", self.members, True, share, own_norm=True, estimator="turns")
         for early, name in ((False, "after"), (True, "early")):
             self.row(f"{name}, 20%, own turn", self.members, early, 0.2, own_turn=True)
 
-    def members(self, early, r_bayes, own_norm=False, own_turn=False):
+    def members(self, early, r_bayes, own_norm=False, own_turn=False, **changes):
         """Samples of members that part early or are put on the trained network."""
         recipe, seed, size = self.recipe, self.about["seed"], self.recipe.batch_size
         if early:
@@ -100,15 +105,13 @@ class OwnMembers(Trial):
         else:
             first, epochs, rate = recipe, recipe.bayes_epochs, recipe.bayes_learning_rate
             recipe = dataclasses.replace(recipe, **AFTERWARDS)
+        recipe = dataclasses.replace(recipe, **changes)
         options = {"seed": seed, "network": "unet_small", "runs": self.runs}
         step1 = training.deterministic_run(self.data, first, **options)
         masks = training.masks_run(step1, self.data, first, r_bayes)
         if own_norm:
             step1 = dataclasses.replace(step1, model=with_own_norms(step1.model))
         model = training.untrained_network(step1, masks, self.data, recipe, seed=seed, posterior="members")
-        for layer in model.network.layers:
-            for norm in getattr(layer, "norms", ()):
-                norm.trainable = True  # `batch_norm="frozen"` of the recipe is for those that all share
         self.compiled(model, "binary_crossentropy", epochs, rate or recipe.learning_rate)
         rater = recipe.targets if self.data.train.num_raters > 1 else None
         stream = {"augment": None if own_turn else recipe.augment, "rater": rater, "seed": seed, "epochs": epochs}
