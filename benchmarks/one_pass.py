@@ -58,11 +58,13 @@ def main(about, trial, table):
         for seed in map(int, args.seeds.split(",")):
             trial(args.dataset, fold, seed, args.runs, args.table).run()
     rows = pd.read_csv(args.table)
-    print(rows[rows["dataset"] == args.dataset].groupby("method", sort=False)[list(KEPT)].agg(["mean", "count"]))
+    print(rows[rows["dataset"] == args.dataset].groupby("method", sort=False)[list(trial.kept)].agg(["mean", "count"]))
 
 
 class Trial:
     """The rows of one seed and fold."""
+
+    kept = KEPT
 
     def __init__(self, dataset, fold, seed, runs, table):
         self.about, self.runs, self.table = {"dataset": dataset, "fold": fold, "seed": seed}, runs, table
@@ -98,7 +100,7 @@ class Trial:
         found = evaluate(
             predict(*given, **options), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid
         )
-        line |= {"num_val": val.num_examples, **{key: found.get(key) for key in KEPT}}
+        line |= {"num_val": val.num_examples, **{key: found.get(key) for key in self.kept}}
         text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6f")
         write_atomically(self.table, lambda file: file.write(text.encode()))
         print(line, flush=True)

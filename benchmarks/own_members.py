@@ -13,12 +13,13 @@ or of one that has had a fifth of its epochs (*early*). The schedules are those 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
-from one_pass import AFTERWARDS, Trial, main
+from one_pass import AFTERWARDS, KEPT, Trial, main
 
 from sbn_tf.core.batch import part_bounds
 from sbn_tf.core.context import current_sample
@@ -85,20 +86,37 @@ def with_own_norms(network):
 class OwnMembers(Trial):
     """The rows of one seed and fold."""
 
+    kept = (*KEPT, "member_nll", "mutual_information")
+
     def run(self):
         """All rows."""
         for name in ("deterministic", "turned", "members", "members_turned", "branched", "branched_turned"):
             self.row(name, self.samples, name)
         for share in (0.2, 0.01):
-            name = f"early, {share:.0%}, own batch norm"
-            self.row(name, self.members, True, share, own_norm=True)
-            self.row(f"{name}, a whole batch in turn", self.members, True, share, own_norm=True, estimator="turns")
-        for early, name in ((False, "after"), (True, "early")):
-            self.row(f"{name}, 20%, own turn", self.members, early, 0.2, own_turn=True)
+            self.row(f"early, {share:.0%}, own batch norm", self.members, r_bayes=share, own_norm=True)
+        for share in (0.2, 0.05, 0.01):
+            given = {"r_bayes": share, "own_norm": True, "estimator": "turns"}
+            for turned_too, name in ((False, ""), (True, ", a turn each")):
+                name = f"early, {share:.0%}, own batch norm, a whole batch in turn{name}"
+                self.row(name, self.members, turned_too=turned_too, **given)
+        self.row("early, 20%, own turn", self.members, own_turn=True)
+        self.row("after, 20%, own turn", self.members, early=False, own_turn=True)
 
-    def members(self, early, r_bayes, own_norm=False, own_turn=False, **changes):
-        """Samples of members that part early or are put on the trained network."""
-        recipe, seed, size = self.recipe, self.about["seed"], self.recipe.batch_size
+    def members(self, turned_too=False, **given):
+        """Samples of members, each of the images as they are or under its flip or turn."""
+        model, size = self.trained(**given), self.recipe.batch_size
+
+        def predict(images):
+            return np.asarray(model.predict_samples(images, batch_size=size, verbose=0))[..., 0]
+
+        if turned_too or given.get("own_turn"):
+            return turned(lambda images, m: predict(images)[m], self.images, NUM_MEMBERS)
+        return predict(self.images)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (a process makes few)
+    def trained(self, early=True, r_bayes=0.2, own_norm=False, own_turn=False, **changes):
+        """Members that part early or are put on the trained network."""
+        recipe, seed = self.recipe, self.about["seed"]
         if early:
             stem = stem_epochs(recipe.epochs, recipe.branch_at)
             first, epochs, rate = dataclasses.replace(recipe, epochs=stem, decay="none"), recipe.epochs - stem, None
@@ -115,15 +133,11 @@ class OwnMembers(Trial):
         self.compiled(model, "binary_crossentropy", epochs, rate or recipe.learning_rate)
         rater = recipe.targets if self.data.train.num_raters > 1 else None
         stream = {"augment": None if own_turn else recipe.augment, "rater": rater, "seed": seed, "epochs": epochs}
-        batches = self.data.train.batches(size, **stream)
+        batches = self.data.train.batches(recipe.batch_size, **stream)
         if own_turn:
             batches = (tuple(map(each_its_turn, batch[:2])) for batch in batches)
         model.fit(batches, steps_per_epoch=self.steps, epochs=epochs, shuffle=False, verbose=0)
-
-        def predict(images):
-            return np.asarray(model.predict_samples(images, batch_size=size, verbose=0))[..., 0]
-
-        return turned(lambda x, m: predict(x)[m], self.images, NUM_MEMBERS) if own_turn else predict(self.images)
+        return model
 
 
 def each_its_turn(images):
