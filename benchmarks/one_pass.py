@@ -61,6 +61,17 @@ def main(about, trial, table):
     print(rows[rows["dataset"] == args.dataset].groupby("method", sort=False)[list(trial.kept)].agg(["mean", "count"]))
 
 
+def add_row(table, about, numbers):
+    """Add a row to a CSV file, `about` and what `numbers()` gives, if it has none of `about`."""
+    done = pd.read_csv(table) if table.exists() else pd.DataFrame()
+    if len(done) and (done[list(about)].fillna(-1) == pd.Series(about).fillna(-1)).all(axis=1).any():
+        return
+    line = about | numbers()
+    text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6f")
+    write_atomically(table, lambda file: file.write(text.encode()))
+    print(line, flush=True)
+
+
 class Trial:
     """The rows of one seed and fold."""
 
@@ -92,18 +103,13 @@ class Trial:
 
     def row(self, name, predict, *given, **options):
         """Add one row, if it is not there."""
-        done = pd.read_csv(self.table) if self.table.exists() else pd.DataFrame()
-        line = {**self.about, "method": name}
-        if len(done) and (done[list(line)].fillna(-1) == pd.Series(line).fillna(-1)).all(axis=1).any():
-            return
-        val = self.data.val
-        found = evaluate(
-            predict(*given, **options), np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid
-        )
-        line |= {"num_val": val.num_examples, **{key: found.get(key) for key in self.kept}}
-        text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6f")
-        write_atomically(self.table, lambda file: file.write(text.encode()))
-        print(line, flush=True)
+
+        def numbers():
+            val, samples = self.data.val, predict(*given, **options)
+            found = evaluate(samples, np.asarray(val.targets), "segmentation", rater_valid=val.rater_valid)
+            return {"num_val": val.num_examples, **{key: found.get(key) for key in self.kept}}
+
+        add_row(self.table, {**self.about, "method": name}, numbers)
 
     def method(self, name):
         """A method of the library, trained or loaded."""

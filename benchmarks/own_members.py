@@ -7,7 +7,8 @@ Five members, on the salient weights of one network: of the trained one, which t
 or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
 
 - *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch,
-  or on *a whole batch in turn*. In the methods all share the one network's, whose statistics stay as they are.
+  or on *a whole batch in turn*. In the methods all share the one network's, and nothing of it trains: `branched` at
+  the same shares, and in turn, is the control.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
 """
@@ -45,10 +46,11 @@ class OwnNorm(keras.layers.Layer):
     def build(self, input_shape):
         """In the order of a stock batch norm's weights."""
         shape = (NUM_MEMBERS, input_shape[-1])
-        names = {"gamma": "ones", "beta": "zeros", "moving_mean": "zeros", "moving_variance": "ones"}
-        for name, start in names.items():
-            weight = self.add_weight(name=name, shape=shape, initializer=start, trainable=not name.startswith("moving"))
-            setattr(self, name, weight)
+        # With "turns" a step leaves other members' rows, and Adam's of them, of what is called so as they are.
+        self.gamma = self.add_weight(name="gamma_member_offsets", shape=shape, initializer="ones")
+        self.beta = self.add_weight(name="beta_member_offsets", shape=shape, initializer="zeros")
+        self.moving_mean = self.add_weight(name="moving_mean", shape=shape, initializer="zeros", trainable=False)
+        self.moving_variance = self.add_weight(name="moving_variance", shape=shape, initializer="ones", trainable=False)
 
     def compute_output_shape(self, input_shape):
         """As it came."""
@@ -90,9 +92,11 @@ class OwnMembers(Trial):
 
     def run(self):
         """All rows."""
-        for name in ("deterministic", "turned", "members", "members_turned", "branched", "branched_turned"):
+        for name in ("deterministic", "turned", "members", "members_turned", "branched_turned"):
             self.row(name, self.samples, name)
         for share in (0.2, 0.01):
+            self.row(f"early, {share:.0%}", self.members, r_bayes=share)
+            self.row(f"early, {share:.0%}, a whole batch in turn", self.members, r_bayes=share, estimator="turns")
             self.row(f"early, {share:.0%}, own batch norm", self.members, r_bayes=share, own_norm=True)
         for share in (0.2, 0.05, 0.01):
             given = {"r_bayes": share, "own_norm": True, "estimator": "turns"}

@@ -9,12 +9,13 @@ seed and fold. Guo et al. 2017, "On calibration of modern neural networks", sect
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from one_pass import add_row
 
-from sbn_tf.core.files import write_atomically
 from sbn_tf.experiments import compare, recipes, study
 from sbn_tf.experiments.predictor import recovered_logits
 from sbn_tf.experiments.temperature import fit_temperature
@@ -35,30 +36,28 @@ def main():
     args = parser.parse_args()
     asked = study.read(args.plan)
     ((name, data),) = asked.datasets.items()
-    names = [question for question in args.questions.split(",") if question in asked.questions]
+    names = [question for question in asked.questions if question in args.questions.split(",")]
+    variants = [one for question in names for one in asked.questions[question].variants]
+    if len({one.method for one in variants}) < len(variants) or not variants:
+        raise ValueError(f"Expected questions with one variant of each method. Received: {args.questions}")
     for fold in args.folds or data.folds:
         base = compare.experiment(name, asked.recipe, runs=args.runs, verbose=False, **data.arguments(fold))
         for seed in args.seeds or data.seeds:
-            for variant in [one for question in names for one in asked.questions[question].variants]:
+            for variant in variants:
                 about = dict(zip(DATA, (name, base.data.input_shape[0], base.network, fold, seed), strict=True))
-                add_row(args.table, about | {"method": variant.method}, variant, dataclasses.replace(base, seed=seed))
+                changed = dataclasses.replace(base, seed=seed)
+                add_row(args.table, about | {"method": variant.method}, functools.partial(numbers, variant, changed))
     print(means(pd.read_csv(args.table)).to_markdown(index=False, floatfmt=".4f"))
 
 
-def add_row(table, line, variant, settings):
-    """Add a variant's row, if it is not there."""
-    done = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=list(line))
-    if (done[list(line)] == pd.Series(line)).all(axis=1).any():
-        return
+def numbers(variant, settings):
+    """NLL of the test images as they are predicted and with the temperature, and that."""
     recipe = dataclasses.replace(settings.recipe, **recipes.parse_changes(variant.changes))
     changed = dataclasses.replace(settings, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
     made = compare.fitted(changed, variant.method)
     (val, shares), (test, truth) = (of_split(made, part) for part in (settings.data.val, settings.data.test))
     temperature = fit_temperature(val, shares, "segmentation")
-    line |= {"nll": nll(test, truth), "tempered": nll(test / temperature, truth), "temperature": temperature}
-    text = pd.concat([done, pd.DataFrame([line])]).to_csv(index=False, float_format="%.6g")
-    write_atomically(table, lambda file: file.write(text.encode()))
-    print(line, flush=True)
+    return {"nll": nll(test, truth), "tempered": nll(test / temperature, truth), "temperature": temperature}
 
 
 def of_split(made, part):

@@ -5,6 +5,7 @@ import numpy as np
 import own_members
 import pytest
 
+from sbn_tf import to_partial_bayes, top_k
 from sbn_tf.core.context import posterior_sample
 from sbn_tf.core.turns import turn_back
 
@@ -15,7 +16,7 @@ IMAGES = np.random.default_rng(0).normal(size=(12, 4, 4, 3)).astype("float32")
 def network():
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Conv2D(2, 3), keras.layers.BatchNormalization(momentum=0.9)]
-    model = keras.Sequential([keras.Input((4, 4, 3)), *layers, keras.layers.Dense(1)])
+    model = keras.Sequential([keras.Input((4, 4, 3)), *layers, keras.layers.Dense(1, name="last")])
     model.layers[1].set_weights(np.array([[1.0, 2.0], [0.5, 0.0], [0.1, -0.1], [2.0, 3.0]]))
     return model
 
@@ -43,3 +44,18 @@ def test_each_part_of_a_batch_has_its_turn():
     back = [turn_back(found[start:stop], member) for member, (start, stop) in enumerate(parts)]
     np.testing.assert_array_equal(np.concatenate(back), IMAGES)
     np.testing.assert_array_equal(found[2:4], IMAGES[2:4, :, ::-1])  # the second sees mirrored images
+
+
+def test_a_step_in_turn_trains_the_batch_norm_of_one_member(network):
+    model = to_partial_bayes(
+        own_members.with_own_norms(network), top_k({"last/kernel": np.ones((2, 1))}, 1.0), num_train=12,
+        posterior="members", estimator="turns", initial_scale=0.1, verbose=False,
+    )  # fmt: skip
+    norm = model.network.layers[1]
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    for member in range(2):  # Adam has a momentum of the first member's in the second step
+        before = [w.copy() for w in norm.get_weights()]
+        model.fit(IMAGES, np.ones((12, 2, 2, 1)), batch_size=12, epochs=1, verbose=0)
+        for old, new in zip(before, norm.get_weights(), strict=True):
+            assert (new[member] != old[member]).all()
+            np.testing.assert_array_equal(np.delete(new, member, 0), np.delete(old, member, 0))

@@ -83,7 +83,7 @@ INTO_AXES = {
 
 
 def test_a_curve_joins_the_epochs_that_have_a_value():
-    axes = plots.plot_history({"a": {"val_loss": [np.nan, 3.0, np.nan, 2.0]}}, ["val_loss"], plt.subplots()[1])
+    axes = plots.plot_history({"a": {"val_loss": [None, 3.0, None, 2.0]}}, ["val_loss"], plt.subplots()[1])
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[2, 3.0], [4, 2.0]])
 
 

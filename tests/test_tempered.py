@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/tempered.py`: a hand sum, and rows of one network that another's temperature cannot help."""
+"""The numbers of `benchmarks/tempered.py`, by a hand sum and hand-made rows."""
 
 import numpy as np
 import pandas as pd

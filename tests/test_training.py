@@ -898,19 +898,32 @@ def test_the_best_epoch_is_kept_also_after_an_interruption(data, tmp_path, monke
 
 def test_long_trainings_that_keep_the_last_epoch_validate_every_few(data, tmp_path, monkeypatch):
     rates = [1e-3] * 41
-    for epochs in (39, 41):  # too few epochs, and a prime number of them
-        assert np.isfinite(shaken(data, tmp_path / str(epochs), epochs, "last", rates)[1]["val_loss"]).all()
-    model, history = shaken(data, tmp_path / "last", 40, "last", rates)
-    each, often = shaken(data, tmp_path / "best", 40, "best", rates)
+    assert None not in shaken(data, tmp_path / "short", 39, "last", rates)[1]["val_loss"]
+    model, history = shaken(data, tmp_path / "last", 41, "last", rates)
+    each, often = shaken(data, tmp_path / "best", 41, "best", rates)
     assert_equal_weights(model.get_weights(), each.get_weights())  # the loss falls to the end: both keep the last epoch
-    assert np.isnan(history["val_loss"][::2]).all() and history["val_loss"][1::2] == often["val_loss"][1::2]
-    assert len(history["loss"]) == len(history["val_loss"]) == len(history["seconds"]) == 40
+    validated = [epoch for epoch, value in enumerate(history["val_loss"], 1) if value is not None]
+    assert validated == [*range(2, 41, 2), 41]
+    assert [history["val_loss"][epoch - 1] for epoch in validated] == [often["val_loss"][e - 1] for e in validated]
+    assert len(history["loss"]) == len(history["val_loss"]) == len(history["seconds"]) == 41
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt_after(patch, 7)  # after an epoch without validation
-        shaken(data, tmp_path / "again", 40, "last", rates)
-    again, resumed = shaken(data, tmp_path / "again", 40, "last", rates)
+        shaken(data, tmp_path / "again", 41, "last", rates)
+    again, resumed = shaken(data, tmp_path / "again", 41, "last", rates)
     assert_equal_weights(again.get_weights(), model.get_weights())
-    np.testing.assert_array_equal(resumed["val_loss"], history["val_loss"])
+    assert resumed["val_loss"] == history["val_loss"]
+
+
+def test_each_epoch_is_validated_where_something_depends_on_it(data):
+    def validated(model, *callbacks, keep="last"):
+        return len(fitting.validated_epochs(model, 200, keep, callbacks))
+
+    plain = linear(data, 1e-3)
+    gaussian = to_partial_bayes(plain, r_bayes=0.5, data=(data.train.normalised(), data.train.targets), verbose=False)
+    assert validated(plain) == 20 and validated(plain, keras.callbacks.TerminateOnNaN()) == 20
+    assert validated(plain, keep="best") == validated(gaussian) == 200
+    assert validated(plain, keras.callbacks.EarlyStopping(monitor="val_loss")) == 200
+    assert validated(plain, keras.callbacks.EarlyStopping(monitor="loss")) == 20
 
 
 def test_of_equal_epochs_the_first_is_kept(data, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import warnings
@@ -32,8 +31,8 @@ def state(model: keras.Model) -> list:
 class StopAtNaN(keras.callbacks.Callback):
     """Stops training that diverges, and puts back all that training changes as of the last good epoch.
 
-    An epoch is good when its losses (validation included) and weights are finite, and so is the loss of the first batch
-    after it: a loss is taken before its update, so only the next one shows what the update did.
+    An epoch is good when its losses (of validation, too, where there was one) and weights are finite, and so is the
+    loss of the first batch after it: a loss is taken before its update, so only the next one shows what the update did.
 
     Attributes:
         stopped: whether training was stopped.
@@ -152,10 +151,10 @@ class Checkpoint(keras.callbacks.Callback):
         """Write the state after this epoch."""
         if self.guard is not None and self.guard.stopped:
             return
-        for key, value in {**(logs or {}), "seconds": time.perf_counter() - self._began}.items():
-            values = self.history.setdefault(key, [])
-            values += [math.nan] * (epoch - len(values))  # epochs without validation
-            values.append(float(value))
+        told = {**(logs or {}), "seconds": time.perf_counter() - self._began}
+        for key in [*told, *(key for key in self.history if key.startswith("val_") and key not in told)]:
+            values = self.history.setdefault(key, [None] * epoch if key.startswith("val_") else [])
+            values.append(float(told[key]) if key in told else None)  # None: not validated
         if self.keep == "best":
             losses = self.history["val_loss"]
             self._best_before = self.best
@@ -228,8 +227,8 @@ def fit(
         verbose: show a progress bar.
 
     Returns:
-        dict of lists. For each epoch, resumed ones included, what Keras logs (NaN where it was not validated, see
-        `validated_every`), and `seconds`: wall time, with validation and with tracing where it was traced; of an epoch
+        dict of lists. For each epoch, resumed ones included, what Keras logs (None where it was not validated, see
+        `validated_epochs`), and `seconds`: wall time, with validation and with tracing where it was traced; of an epoch
         that was interrupted only its second, whole try counts. Of one value: `nan_in_epoch` where a loss that was not
         finite stopped it, `kept_epoch` under `keep="best"`, both counted from 0; `peak_bytes`, the peak memory of the
         process while it trained (the last process, of a run that was resumed), and `grown_bytes`, how far that is above
@@ -269,7 +268,7 @@ def fit(
                     initial_epoch=done,
                     epochs=epochs,
                     validation_data=None if val is None else _val_batches(val, batch_size),
-                    validation_freq=validated_every(epochs, keep),
+                    validation_freq=validated_epochs(model, epochs, keep, callbacks),
                     callbacks=[guard, *callbacks, *progress, checkpoint],
                     shuffle=False,  # the stream does
                     verbose=0,
@@ -293,13 +292,15 @@ def fit(
     return checkpoint.history
 
 
-def validated_every(epochs: int, keep: str) -> int:
-    """Epochs from one validation to the next: 1 where validation chooses the weights (`keep="best"`), or below 40.
+def validated_epochs(model: keras.Model, epochs: int, keep: str, callbacks: Sequence = ()) -> list[int]:
+    """The epochs that end with a validation, counted from 1: some twenty of a long training, and the last.
 
-    Else nothing depends on it, and members validate with all their passes. 20 times in a training are enough; they are
-    more where `epochs` has no such divisor, since the last epoch is always validated.
+    All, where something depends on them: the weights that are kept (`keep="best"`), the noise that follows (validation
+    draws, too), or a callback that monitors one, such as `EarlyStopping`. Members validate with all their passes.
     """
-    return 1 if keep == "best" else max(n for n in range(1, max(1, epochs // 20) + 1) if epochs % n == 0)
+    monitored = any(str(getattr(callback, "monitor", "")).startswith("val_") for callback in callbacks)
+    step = 1 if keep == "best" or monitored or noise_states(model) else max(1, epochs // 20)
+    return sorted({*range(step, epochs, step), epochs})
 
 
 def _val_batches(val, batch_size):

@@ -186,14 +186,16 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     kind, headline = ("", "There is no plain network to compare it with.")
     if control is not None and control != ours:
         kind, headline = _headline({key: test.loc[control, "outcome"] for key, test in tests.items()})
-        lost = [key for key, test in tests.items() if plain in test.index and test.loc[plain, "outcome"] == "worse"]
-        if plain not in (None, ours) and lost:
-            kind = "" if kind == "better" else "worse"
-            headline += f" Worse than the plain network of step 1 in {', '.join(lost)}."
-        won = [key for key, test in tests.items() if turned in test.index and test.loc[turned, "outcome"] == "better"]
-        if turned not in (None, ours) and not won:
-            kind = "" if kind == "better" else kind
-            headline += " No better than the plain network of step 1 in eight flips and turns: what it gains is theirs."
+        for label, name in ((plain, "the plain network of step 1"), (turned, "that network in eight flips and turns")):
+            if label in (None, ours):
+                continue
+            outcomes = {key: test.loc[label, "outcome"] for key, test in tests.items()}
+            if lost := [key for key, outcome in outcomes.items() if outcome == "worse"]:
+                kind = "" if kind == "better" else "worse"
+                headline += f" Worse than {name} in {', '.join(lost)}."
+            elif label == turned and "better" not in outcomes.values():
+                kind = "" if kind == "better" else kind
+                headline += f" No difference can be seen from {name}."
     if "nll" in useless:
         kind, headline = "worse", "Do not use it: a predictor that ignores the image has as good probabilities."
     number = int(frame["num_test"].max())

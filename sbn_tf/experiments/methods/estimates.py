@@ -11,7 +11,6 @@ import numpy as np
 from sbn_tf import cost as costs
 from sbn_tf.datasets.base import EXCLUSIVE, Card, Data
 from sbn_tf.experiments import networks
-from sbn_tf.experiments.fitting import validated_every
 from sbn_tf.experiments.recipes import Recipe, optimizer_for
 from sbn_tf.partial_bayes import LocScaleOptimizer, to_partial_bayes
 from sbn_tf.saliency import Masks, biases_before_batch_norm, eligible_weights
@@ -87,16 +86,12 @@ def parts_of(recipe: Recipe, data: Data | Sizes, network: str | None = None) -> 
     traced = _traced(network or data.card.network, tuple(data.input_shape), data.num_outputs, softmax, recipe)
     step, bayesian, whole, saliency, one_pass, num_weights, num_outputs = traced
     validated = one_pass * val
-
-    def training(epochs, step):
-        return epochs * step * train + epochs // validated_every(epochs, recipe.keep) * validated
-
     return Parts(
         recipe,
-        first=training(recipe.epochs, step),
-        longer=training(recipe.bayes_epochs, step),
-        bayesian=training(recipe.bayes_epochs, bayesian),
-        from_nothing=training(recipe.epochs + recipe.bayes_epochs, whole),
+        first=recipe.epochs * (step * train + validated),
+        longer=recipe.bayes_epochs * (step * train + validated),
+        bayesian=recipe.bayes_epochs * (bayesian * train + validated),
+        from_nothing=(recipe.epochs + recipe.bayes_epochs) * (whole * train + validated),
         saliency=saliency * train,
         validated=validated,
         one_pass=one_pass,

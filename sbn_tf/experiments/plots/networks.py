@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike
 from sbn_tf.experiments.plots.style import BLUE, GREY, ORANGE, plain
 
 
-def plot_history(histories: Mapping[str, Mapping[str, Sequence[float]]], keys: Sequence[str], ax: Axes) -> Axes:
+def plot_history(histories: Mapping[str, Mapping[str, Sequence[float | None]]], keys: Sequence[str], ax: Axes) -> Axes:
     """Training curves: a colour for each run, a line style for each key.
 
     Args:
-        histories: run name -> `History.history`: key -> one value for each epoch.
+        histories: run name -> `History.history`: key -> one value for each epoch, or None.
         keys: what to draw, such as `["loss", "val_loss"]`; a run that lacks a key is drawn without it.
         ax: where to draw.
 
