@@ -151,3 +151,21 @@ def test_the_studies_that_come_with_it_are_whole(name):
     rows = study.rows_of(question, plan, results.frame([]))
     assert list(rows["label"].cat.categories) == [one.label for one in question.variants]
     assert rows.empty
+
+
+def test_the_page_of_results_has_the_screening_of_early_members():
+    screening = study.read(ROOT / "profiles" / "parting.yaml")
+    found = results.wide(results.read_csv(ROOT / "results" / "parting.csv"))
+    found = found[found["seed"] == 0]
+    section = (ROOT / "docs" / "results.md").read_text("utf-8").split("### When, where and how far to part")[1]
+    lines = [line.strip("|").split("|") for line in section.split("\n### ")[0].splitlines() if line[:1] == "|"][2:]
+    page = {label.strip(): [float(cell) for cell in cells] for label, *cells in lines}
+    seen = set()
+    for question in screening.questions.values():
+        for _, row in study.rows_of(question, screening, found).iterrows():
+            mine = tuple(round(row[key], 4) for key in ("nll", "member_nll", "mutual_information"))
+            if row["label"] in page:
+                assert page.pop(row["label"]) == pytest.approx(mine, abs=1e-9), row["label"]
+                seen.add(mine)
+            assert mine in seen or row["label"] in ("after 12 epochs", "1.0 apart", "the salient 20 %"), row["label"]
+    assert not page
