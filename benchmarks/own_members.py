@@ -7,7 +7,7 @@ Five members, on the salient weights of one network: of the trained one, which t
 or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
 
 - *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch,
-  or on *a whole batch in turn*. In the methods all share the one network's, and nothing of it trains: `branched` at
+  or on a whole batch when it is its turn (*in turn*). In the methods all share the one network's, and nothing of it trains: `branched` at
   the same shares, and in turn, is the control.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
@@ -95,14 +95,13 @@ class OwnMembers(Trial):
         for name in ("deterministic", "turned", "members", "members_turned", "branched_turned"):
             self.row(name, self.samples, name)
         for share in (0.2, 0.01):
-            self.row(f"early, {share:.0%}", self.members, r_bayes=share)
-            self.row(f"early, {share:.0%}, a whole batch in turn", self.members, r_bayes=share, estimator="turns")
-            self.row(f"early, {share:.0%}, own batch norm", self.members, r_bayes=share, own_norm=True)
-        for share in (0.2, 0.05, 0.01):
-            given = {"r_bayes": share, "own_norm": True, "estimator": "turns"}
-            for turned_too, name in ((False, ""), (True, ", a turn each")):
-                name = f"early, {share:.0%}, own batch norm, a whole batch in turn{name}"
-                self.row(name, self.members, turned_too=turned_too, **given)
+            name, turns = f"early, {share:.0%}", {"r_bayes": share, "estimator": "turns"}
+            self.row(name, self.members, r_bayes=share)
+            self.row(f"{name}, in turn", self.members, **turns)
+            self.row(f"{name}, own batch norm", self.members, r_bayes=share, own_norm=True)
+            self.row(f"{name}, own batch norm, in turn", self.members, own_norm=True, **turns)
+            given = {"own_norm": True, "turned_too": True}
+            self.row(f"{name}, own batch norm, in turn, a flip or turn each", self.members, **given, **turns)
         self.row("early, 20%, own turn", self.members, own_turn=True)
         self.row("after, 20%, own turn", self.members, early=False, own_turn=True)
 
