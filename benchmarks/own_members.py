@@ -6,9 +6,8 @@ settings, *validation* images and the ways to run it are those of `one_pass.py`;
 Five members, on the salient weights of one network: of the trained one, which then trains on for 15 epochs (*after*),
 or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
 
-- *Own batch norm*: each member has its own scales, shifts and running statistics, which train on its part of a batch,
-  or on a whole batch when it is its turn (*in turn*). In the methods all share the one network's, and nothing of it trains: `branched` at
-  the same shares, and in turn, is the control.
+- *Own batch norm*: each member has its own scales, shifts and running statistics. They train on its part of a batch, or
+  on the whole batch when it is its turn (*in turn*). In the methods all share the one network's, and none of it trains.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
 """
