@@ -77,6 +77,7 @@ def table_of(rows, records):
     """A line for each method, as texts."""
     plain, mark, found = units(rows, "deterministic"), units(rows, "ensemble"), {}
     of_masks = "ged" if rows["ged"].notna().any() else "iou"
+    digits = ".5f" if plain["nll"].mean() < 0.05 else ".4f"  # images that are mostly background have small ones
     for method in [name for name in NAMES if name in set(rows["method"])]:
         mine = units(rows, method)
         both = mine.index.intersection(plain.index)
@@ -92,17 +93,17 @@ def table_of(rows, records):
                     f"Expected the NLL of each image of {missing[0]}. Received: none.\nMake it: --runs runs"
                 )
             pairs = {one: [records[name, *one] for name in (method, "deterministic")] for one in both}
-            line["minus one network's"] = f"{short(change.mean(), '+.4f')} {span(*interval(pairs))}"
+            line["minus one network's"] = f"{short(change.mean(), '+' + digits)} {span(*interval(pairs), digits)}"
             if len(both) > 2:
                 half = stats.t.ppf(0.975, len(both) - 1) * change.sem()
-                line["over trainings"] = span(change.mean() - half, change.mean() + half)
+                line["over trainings"] = span(change.mean() - half, change.mean() + half, digits)
             line["lower in"] = f"{(change < 0).sum()} of {len(both)}"
             if len(shared := both.intersection(mark.index)):
                 for key, title in (("nll", "share of the gain"), ("brier", "in Brier")):
                     gains = [(plain[key] - one[key]).loc[shared].mean() for one in (mine, mark)]
                     line[title] = f"{gains[0] / gains[1]:.0%}"
         found[NAMES[method]] = {
-            "NLL": short(means["nll"]),
+            "NLL": short(means["nll"], digits),
             **line,
             "Brier": short(means["brier"]),
             "ECE": short(means["ece"]),
@@ -121,9 +122,9 @@ def short(value, form=".4f"):
     return re.sub(r"^([+-]?)0\.", r"\1.", format(round(value, digits) + 0.0, form))
 
 
-def span(low, high):
+def span(low, high, digits):
     """An interval of differences."""
-    return f"[{short(low, '+.4f')}, {short(high, '+.4f')}]"
+    return f"[{short(low, '+' + digits)}, {short(high, '+' + digits)}]"
 
 
 def keep_images(path, found, runs):

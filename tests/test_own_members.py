@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import own_members
+import pandas as pd
 import pytest
 
 from sbn_tf import to_partial_bayes, top_k
@@ -59,3 +60,17 @@ def test_a_step_in_turn_trains_the_batch_norm_of_one_member(network):
         for old, new in zip(before, norm.get_weights(), strict=True):
             assert (new[member] != old[member]).all()
             np.testing.assert_array_equal(np.delete(new, member, 0), np.delete(old, member, 0))
+
+
+def test_the_page_of_results_has_the_rows():
+    rows = pd.read_csv(own_members.TABLE).set_index(["dataset", "method"])
+    page = (own_members.TABLE.parents[1] / "docs" / "results.md").read_text("utf-8")
+    section = page.split("### What members could have of their own")[1].split("\n### ")[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line[:1] == "|"][2:]
+    columns = [("isic2018", "nll"), ("isic2018", "member_nll"), ("isic2018", "mutual_information"), ("lidc", "nll")]
+    assert {line[0].strip() for line in lines} == set(rows.index.get_level_values("method"))
+    for name, *cells in lines:
+        for cell, (dataset, key) in zip(map(str.strip, cells), columns, strict=True):
+            made = (dataset, name.strip()) in rows.index
+            expected = f"{rows.loc[(dataset, name.strip()), key]:.4f}".lstrip("0") if made else "-"
+            assert cell == expected, (name, key)
