@@ -1,5 +1,6 @@
 """The numbers of `benchmarks/tempered.py`, by a hand sum and hand-made rows."""
 
+import confirm
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,3 +23,22 @@ def test_differences_are_from_the_network_of_the_same_seed_and_fold():
     turned = found.set_index("method").loc["turned"]
     assert (turned["nll"], turned["tempered"], turned["trainings"]) == pytest.approx((-0.3, -0.1, 1))
     assert found.set_index("method").loc["deterministic", "nll"] == 0
+
+
+def test_the_page_of_results_has_the_means():
+    found = tempered.means(pd.read_csv(tempered.TABLE)).set_index(["dataset", "method"])
+    page = (tempered.TABLE.parents[1] / "docs" / "results.md").read_text("utf-8")
+    section = page.split("### With a temperature each")[1].split("\n### ")[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line[:1] == "|"][2:]
+    methods = {label: method for method, label in confirm.NAMES.items()}
+    assert {methods[label.strip()] for label, *_ in lines} == set(found.index.get_level_values("method"))
+    for label, *cells in lines:
+        cells, method = [cell.strip() for cell in cells], methods[label.strip()]
+        for dataset, (raw, scaled, temperature) in (("isic2018", cells[:3]), ("lidc", cells[3:])):
+            if (dataset, method) not in found.index:
+                assert {raw, scaled, temperature} == {"-"}
+                continue
+            row = found.loc[(dataset, method)]
+            assert temperature == f"{row['temperature']:.2f}"
+            if method != "deterministic":
+                assert (raw, scaled) == tuple(confirm.short(row[key], "+.4f") for key in ("nll", "tempered"))
