@@ -96,11 +96,11 @@ class OwnMembers(Trial):
         for share in (0.2, 0.01):
             name, turns = f"early, {share:.0%}", {"r_bayes": share, "estimator": "turns"}
             self.row(name, self.members, r_bayes=share)
-            self.row(f"{name}, in turn", self.members, **turns)
+            self.row(f"{name}, alternating", self.members, **turns)
             self.row(f"{name}, own batch norm", self.members, r_bayes=share, own_norm=True)
-            self.row(f"{name}, own batch norm, in turn", self.members, own_norm=True, **turns)
+            self.row(f"{name}, own batch norm, alternating", self.members, own_norm=True, **turns)
             given = {"own_norm": True, "turned_too": True}
-            self.row(f"{name}, own batch norm, in turn, a flip or turn each", self.members, **given, **turns)
+            self.row(f"{name}, own batch norm, alternating, a flip or turn each", self.members, **given, **turns)
         self.row("early, 20%, own turn", self.members, own_turn=True)
         self.row("after, 20%, own turn", self.members, early=False, own_turn=True)
 
