@@ -105,7 +105,7 @@ def table_of(rows, records):
         found[NAMES[method]] = {
             "NLL": short(means["nll"], digits),
             **line,
-            "Brier": short(means["brier"]),
+            "Brier": short(means["brier"], digits),
             "ECE": short(means["ece"]),
             of_masks.replace("ged", "GED").replace("iou", "IoU"): short(means[of_masks], ".3f"),
             "training": f"{means['train_flops_ratio']:.2f}",
