@@ -151,10 +151,10 @@ class Checkpoint(keras.callbacks.Callback):
         """Write the state after this epoch."""
         if self.guard is not None and self.guard.stopped:
             return
-        told = {**(logs or {}), "seconds": time.perf_counter() - self._began}
-        for key in [*told, *(key for key in self.history if key.startswith("val_") and key not in told)]:
+        logged = {**(logs or {}), "seconds": time.perf_counter() - self._began}
+        for key in [*logged, *(key for key in self.history if key.startswith("val_") and key not in logged)]:
             values = self.history.setdefault(key, [None] * epoch if key.startswith("val_") else [])
-            values.append(float(told[key]) if key in told else None)  # None: not validated
+            values.append(float(logged[key]) if key in logged else None)  # None: not validated
         if self.keep == "best":
             losses = self.history["val_loss"]
             self._best_before = self.best
