@@ -187,7 +187,9 @@ def test_the_verdict_compares_with_the_plain_network_s_own_turns(trained):
 
     alike, worse = found("members"), found("deterministic_longer")
     assert alike["kind"] == "" and alike["headline"].startswith("Better than a plain network")
-    assert alike["headline"].endswith("No difference can be seen from that network in eight flips and turns.")
+    assert alike["headline"].endswith(
+        "No difference can be seen from the plain network of step 1 in eight flips and turns."
+    )
     assert worse["kind"] == "better" and "flips and turns" not in worse["headline"]
     assert any(sentence.startswith("Against its turns: accuracy") for sentence in worse["sentences"])
 

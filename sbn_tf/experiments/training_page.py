@@ -186,10 +186,11 @@ def verdict(frame: pd.DataFrame, ours: str, tests: dict[str, pd.DataFrame]) -> d
     kind, headline = ("", "There is no plain network to compare it with.")
     if control is not None and control != ours:
         kind, headline = _headline({key: test.loc[control, "outcome"] for key, test in tests.items()})
-        for label, name in ((plain, "the plain network of step 1"), (turned, "that network in eight flips and turns")):
+        step_1 = "the plain network of step 1"
+        for label, name in ((plain, step_1), (turned, f"{step_1} in eight flips and turns")):
             if label in (None, ours):
                 continue
-            outcomes = {key: test.loc[label, "outcome"] for key, test in tests.items()}
+            outcomes = {key: test.loc[label, "outcome"] for key, test in tests.items() if label in test.index}
             if lost := [key for key, outcome in outcomes.items() if outcome == "worse"]:
                 kind = "" if kind == "better" else "worse"
                 headline += f" Worse than {name} in {', '.join(lost)}."
