@@ -1,4 +1,4 @@
-"""What else members could have of their own: batch norm, and a flip or turn in training.
+"""What else members could have of their own: batch norm, a flip or turn in training, a higher rate, a trunk.
 
 Run: `python benchmarks/own_members.py isic2018 [--seeds 0,1] [--runs runs]`, or `lidc [--folds 2,3]`. Networks,
 settings, *validation* images and the ways to run it are those of `one_pass.py`; rows go to `results/own_members.csv`.
@@ -10,6 +10,7 @@ or of one that has had a fifth of its epochs (*early*). The schedules are those 
   on the whole batch when it is its turn (*in turn*). In the methods all share the one network's, and none of it trains.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
+- *Own weights at three times the rate*, and *two trunks*: two networks of half the epochs, each parted into three.
 """
 
 import dataclasses
@@ -84,6 +85,19 @@ def with_own_norms(network):
     return copy
 
 
+class AdamApart(keras.optimizers.Adam):
+    """Adam that moves what members have of their own at `factor` times the rate."""
+
+    def __init__(self, learning_rate, factor):
+        super().__init__(learning_rate)
+        self.factor = factor
+
+    def update_step(self, gradient, variable, learning_rate):
+        """One variable's step."""
+        own = "member_offsets" in variable.name
+        super().update_step(gradient, variable, self.factor * learning_rate if own else learning_rate)
+
+
 class OwnMembers(Trial):
     """The rows of one seed and fold."""
 
@@ -101,6 +115,8 @@ class OwnMembers(Trial):
             self.row(f"{name}, own batch norm, alternating", self.members, own_norm=True, **turns)
             given = {"own_norm": True, "turned_too": True}
             self.row(f"{name}, own batch norm, alternating, a flip or turn each", self.members, **given, **turns)
+        self.row("early, 20%, own weights at three times the rate", self.members, factor=3.0)
+        self.row("early, 20%, two trunks of half the epochs, three members each", self.two_trunks)
         self.row("early, 20%, own turn", self.members, own_turn=True)
         self.row("after, 20%, own turn", self.members, early=False, own_turn=True)
 
@@ -115,24 +131,30 @@ class OwnMembers(Trial):
             return turned(lambda images, m: predict(images)[m], self.images, NUM_MEMBERS)
         return predict(self.images)
 
+    def two_trunks(self):
+        """Samples of six members, three of each of two networks."""
+        half = {"epochs": self.recipe.epochs // 2, "num_samples": 3}
+        seeds = [training.member_seed(self.about["seed"], trunk) for trunk in range(2)]
+        return np.concatenate([self.members(seed=seed, **half) for seed in seeds])
+
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a process makes few)
-    def trained(self, early=True, r_bayes=0.2, own_norm=False, own_turn=False, **changes):
+    def trained(self, early=True, r_bayes=0.2, own_norm=False, own_turn=False, factor=1.0, seed=None, **changes):
         """Members that part early or are put on the trained network."""
-        recipe, seed = self.recipe, self.about["seed"]
+        recipe, seed = dataclasses.replace(self.recipe, **changes), self.about["seed"] if seed is None else seed
         if early:
             stem = stem_epochs(recipe.epochs, recipe.branch_at)
             first, epochs, rate = dataclasses.replace(recipe, epochs=stem, decay="none"), recipe.epochs - stem, None
         else:
             first, epochs, rate = recipe, recipe.bayes_epochs, recipe.bayes_learning_rate
             recipe = dataclasses.replace(recipe, **AFTERWARDS)
-        recipe = dataclasses.replace(recipe, **changes)
         options = {"seed": seed, "network": "unet_small", "runs": self.runs}
         step1 = training.deterministic_run(self.data, first, **options)
         masks = training.masks_run(step1, self.data, first, r_bayes)
         if own_norm:
             step1 = dataclasses.replace(step1, model=with_own_norms(step1.model))
         model = training.untrained_network(step1, masks, self.data, recipe, seed=seed, posterior="members")
-        self.compiled(model, "binary_crossentropy", epochs, rate or recipe.learning_rate)
+        decay = keras.optimizers.schedules.CosineDecay(rate or recipe.learning_rate, self.steps * epochs)
+        model.compile(AdamApart(decay, factor), "binary_crossentropy")
         rater = recipe.targets if self.data.train.num_raters > 1 else None
         stream = {"augment": None if own_turn else recipe.augment, "rater": rater, "seed": seed, "epochs": epochs}
         batches = self.data.train.batches(recipe.batch_size, **stream)

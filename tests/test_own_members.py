@@ -74,3 +74,12 @@ def test_the_page_of_results_has_the_rows():
             made = (dataset, name.strip()) in rows.index
             expected = f"{rows.loc[(dataset, name.strip()), key]:.4f}".lstrip("0") if made else "-"
             assert cell == expected, (name, key)
+
+
+def test_own_weights_move_at_a_multiple_of_the_rate():
+    shared, own = (keras.Variable([0.0], name=name) for name in ("kernel", "member_offsets"))
+    optimizer = own_members.AdamApart(0.01, 3.0)
+    optimizer.build([shared, own])
+    optimizer.apply([np.array([2.0], "float32"), np.array([-5.0], "float32")], [shared, own])
+    # Adam's first step is the rate, against the gradient's sign.
+    np.testing.assert_allclose([float(shared[0]), float(own[0])], [-0.01, 0.03], rtol=1e-4)
