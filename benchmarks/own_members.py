@@ -7,7 +7,7 @@ Five members, on the salient weights of one network: of the trained one, which t
 or of one that has had a fifth of its epochs (*early*). The schedules are those of the methods `members` and `branched`.
 
 - *Own batch norm*: each member has its own scales, shifts and running statistics. They train on its part of a batch, or
-  on the whole batch when it is its turn (*in turn*). In the methods all share the one network's, and none of it trains.
+  on each fifth batch as a whole (*alternating*). In the methods all share the one network's, and none of it trains.
 - *Own turn*: member m sees its part of a batch under flip or turn m, and nothing else is augmented; so it does when it
   predicts. In the methods each sees all of them in training.
 - *Own weights at three times the rate*, and *two trunks*: two networks of half the epochs, each parted into three.
@@ -24,7 +24,7 @@ from one_pass import AFTERWARDS, KEPT, Trial, main
 
 from sbn_tf.core.batch import part_bounds
 from sbn_tf.core.context import current_sample
-from sbn_tf.core.turns import turn, turned
+from sbn_tf.core.turns import turn, turned_samples
 from sbn_tf.experiments import training
 from sbn_tf.experiments.branched import stem_epochs
 
@@ -128,7 +128,7 @@ class OwnMembers(Trial):
             return np.asarray(model.predict_samples(images, batch_size=size, verbose=0))[..., 0]
 
         if turned_too or given.get("own_turn"):
-            return turned(lambda images, m: predict(images)[m], self.images, NUM_MEMBERS)
+            return turned_samples(predict, self.images, NUM_MEMBERS)
         return predict(self.images)
 
     def two_trunks(self):
@@ -143,7 +143,8 @@ class OwnMembers(Trial):
         recipe, seed = dataclasses.replace(self.recipe, **changes), self.about["seed"] if seed is None else seed
         if early:
             stem = stem_epochs(recipe.epochs, recipe.branch_at)
-            first, epochs, rate = dataclasses.replace(recipe, epochs=stem, decay="none"), recipe.epochs - stem, None
+            first, epochs = dataclasses.replace(recipe, epochs=stem, decay="none"), recipe.epochs - stem
+            rate = recipe.learning_rate
         else:
             first, epochs, rate = recipe, recipe.bayes_epochs, recipe.bayes_learning_rate
             recipe = dataclasses.replace(recipe, **AFTERWARDS)
@@ -153,7 +154,7 @@ class OwnMembers(Trial):
         if own_norm:
             step1 = dataclasses.replace(step1, model=with_own_norms(step1.model))
         model = training.untrained_network(step1, masks, self.data, recipe, seed=seed, posterior="members")
-        decay = keras.optimizers.schedules.CosineDecay(rate or recipe.learning_rate, self.steps * epochs)
+        decay = keras.optimizers.schedules.CosineDecay(rate, self.steps * epochs)
         model.compile(AdamApart(decay, factor), "binary_crossentropy")
         rater = recipe.targets if self.data.train.num_raters > 1 else None
         stream = {"augment": None if own_turn else recipe.augment, "rater": rater, "seed": seed, "epochs": epochs}

@@ -12,13 +12,14 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from one_pass import add_row
 
-from sbn_tf.experiments import compare, recipes, study
-from sbn_tf.experiments.predictor import recovered_logits
+from sbn_tf.datasets.base import SEGMENTATION
+from sbn_tf.experiments import compare, study
+from sbn_tf.experiments.predictor import recovered_logits, tempered
 from sbn_tf.experiments.temperature import fit_temperature
+from sbn_tf.metrics import nll
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "tempered.csv"
 DATA = ["dataset", "size", "network", "fold", "seed"]
@@ -52,24 +53,16 @@ def main():
 
 def numbers(variant, settings):
     """NLL of the test images as they are predicted and with the temperature, and that."""
-    recipe = dataclasses.replace(settings.recipe, **recipes.parse_changes(variant.changes))
-    changed = dataclasses.replace(settings, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
-    made = compare.fitted(changed, variant.method)
+    made = compare.fitted(study.settings_of(settings, variant), variant.method)
     (val, shares), (test, truth) = (of_split(made, part) for part in (settings.data.val, settings.data.test))
-    temperature = fit_temperature(val, shares, "segmentation")
-    return {"nll": nll(test, truth), "tempered": nll(test / temperature, truth), "temperature": temperature}
+    temperature = fit_temperature(recovered_logits(val, SEGMENTATION), shares, SEGMENTATION)
+    scaled = tempered(test, temperature, SEGMENTATION)
+    return {"nll": nll(truth, test), "tempered": nll(truth, scaled), "temperature": temperature}
 
 
 def of_split(made, part):
-    """Logits of the mean prediction, and the share of raters who marked each pixel: (images, height, width)."""
-    probs = made.predict_samples(part.normalised()).mean(0)
-    return recovered_logits(probs, "segmentation"), part.mean_mask()[..., 0].astype("float32")
-
-
-def nll(logits, targets):
-    """Mean over pixels of the cross-entropy, in nats; linear in the target, so of several raters the mean of theirs."""
-    z = np.asarray(logits, "float64")
-    return float((np.logaddexp(0.0, z) - targets * z).mean())
+    """Mean prediction, and the share of raters who marked each pixel: (images, height, width)."""
+    return made.predict_samples(part.normalised()).mean(0), part.mean_mask()[..., 0].astype("float32")
 
 
 def means(rows):

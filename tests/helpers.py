@@ -1,6 +1,7 @@
 """What several tests measure by hand, and what they train."""
 
 import contextlib
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -116,3 +117,11 @@ def tiny_networks():
         patch.setitem(networks.NETWORKS, "tiny", (tiny_network, {}))
         patch.setitem(networks.NETWORKS, "tiny_masks", (tiny_network, {"masks": True}))
         yield
+
+
+def table_of_page(heading):
+    """The lines of the table under a heading of docs/results.md, without its head: lists of cells."""
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text("utf-8")
+    section = page.split(f"### {heading}\n")[1].split("\n### ")[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line[:1] == "|"][2:]
+    return [[cell.strip() for cell in line] for line in lines]

@@ -5,6 +5,7 @@ import numpy as np
 import own_members
 import pandas as pd
 import pytest
+from helpers import table_of_page
 
 from sbn_tf import to_partial_bayes, top_k
 from sbn_tf.core.context import posterior_sample
@@ -64,15 +65,13 @@ def test_a_step_in_turn_trains_the_batch_norm_of_one_member(network):
 
 def test_the_page_of_results_has_the_rows():
     rows = pd.read_csv(own_members.TABLE).set_index(["dataset", "method"])
-    page = (own_members.TABLE.parents[1] / "docs" / "results.md").read_text("utf-8")
-    section = page.split("### What members could have of their own")[1].split("\n### ")[0]
-    lines = [line.strip("|").split("|") for line in section.splitlines() if line[:1] == "|"][2:]
+    lines = table_of_page("What members could have of their own")
     columns = [("isic2018", "nll"), ("isic2018", "member_nll"), ("isic2018", "mutual_information"), ("lidc", "nll")]
-    assert {line[0].strip() for line in lines} == set(rows.index.get_level_values("method"))
+    assert {name for name, *_ in lines} == set(rows.index.get_level_values("method"))
     for name, *cells in lines:
-        for cell, (dataset, key) in zip(map(str.strip, cells), columns, strict=True):
-            made = (dataset, name.strip()) in rows.index
-            expected = f"{rows.loc[(dataset, name.strip()), key]:.4f}".lstrip("0") if made else "-"
+        for cell, (dataset, key) in zip(cells, columns, strict=True):
+            made = (dataset, name) in rows.index
+            expected = f"{rows.loc[(dataset, name), key]:.4f}".lstrip("0") if made else "-"
             assert cell == expected, (name, key)
 
 

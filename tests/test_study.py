@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import tiny_networks
+from helpers import table_of_page, tiny_networks
 
 from sbn_tf.experiments import compare, results, run_folder, study
 
@@ -157,9 +157,8 @@ def test_the_page_of_results_has_the_screening_of_early_members():
     screening = study.read(ROOT / "profiles" / "parting.yaml")
     found = results.wide(results.read_csv(ROOT / "results" / "parting.csv"))
     found = found[found["seed"] == 0]
-    section = (ROOT / "docs" / "results.md").read_text("utf-8").split("### When, where and how far to part")[1]
-    lines = [line.strip("|").split("|") for line in section.split("\n### ")[0].splitlines() if line[:1] == "|"][2:]
-    page = {label.strip(): [float(cell) for cell in cells] for label, *cells in lines}
+    lines = table_of_page("When, where and how far to part")
+    page = {label: [float(cell) for cell in cells] for label, *cells in lines}
     seen = set()
     for question in screening.questions.values():
         for _, row in study.rows_of(question, screening, found).iterrows():

@@ -5,13 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import tempered
+from helpers import table_of_page
 
 
 def test_the_nll_is_the_mean_cross_entropy_over_raters():
     logits, raters = np.array([[0.3, -2.0]]), np.array([[[1, 0]], [[0, 0]], [[1, 1]], [[1, 0]]])
     p = 1 / (1 + np.exp(-logits))
     expected = np.mean([-(one * np.log(p) + (1 - one) * np.log(1 - p)).mean() for one in raters])
-    assert tempered.nll(logits, raters.mean(0)) == pytest.approx(expected)
+    assert tempered.nll(raters.mean(0), p) == pytest.approx(expected)
 
 
 def test_differences_are_from_the_network_of_the_same_seed_and_fold():
@@ -27,13 +28,11 @@ def test_differences_are_from_the_network_of_the_same_seed_and_fold():
 
 def test_the_page_of_results_has_the_means():
     found = tempered.means(pd.read_csv(tempered.TABLE)).set_index(["dataset", "method"])
-    page = (tempered.TABLE.parents[1] / "docs" / "results.md").read_text("utf-8")
-    section = page.split("### With a temperature each")[1].split("\n### ")[0]
-    lines = [line.strip("|").split("|") for line in section.splitlines() if line[:1] == "|"][2:]
+    lines = table_of_page("With a temperature each")
     methods = {label: method for method, label in confirm.NAMES.items()}
-    assert {methods[label.strip()] for label, *_ in lines} == set(found.index.get_level_values("method"))
+    assert {methods[label] for label, *_ in lines} == set(found.index.get_level_values("method"))
     for label, *cells in lines:
-        cells, method = [cell.strip() for cell in cells], methods[label.strip()]
+        method = methods[label]
         for dataset, (raw, scaled, temperature) in (("isic2018", cells[:3]), ("lidc", cells[3:])):
             if (dataset, method) not in found.index:
                 assert {raw, scaled, temperature} == {"-"}

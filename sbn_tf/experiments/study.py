@@ -114,7 +114,7 @@ def _add_row(settings, variant, fold, place) -> str:
     """Add a variant's row to the table; what failed, or ""."""
     where = f"{variant.label}, seed {settings.seed}" + (f", fold {fold}" if fold >= 0 else "")
     try:
-        row = _row(settings, variant)
+        row = compare.row(settings_of(settings, variant), variant.method)
     except Exception as error:  # of one variant: the others go on
         traceback.print_exc()
         return f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -123,10 +123,10 @@ def _add_row(settings, variant, fold, place) -> str:
     return ""
 
 
-def _row(base, variant):
+def settings_of(base: compare.Experiment, variant: Variant) -> compare.Experiment:
+    """The experiment of a variant, from that of its plan."""
     recipe = dataclasses.replace(base.recipe, **recipes.parse_changes(variant.changes))
-    changed = dataclasses.replace(base, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
-    return compare.row(changed, variant.method)
+    return dataclasses.replace(base, recipe=recipe, r_bayes=variant.r_bayes, num_samples=variant.num_samples)
 
 
 def stability(
